@@ -1,0 +1,46 @@
+"""Multi-task LoRA meta-training: retrain a model so that every new task is a low-rank step away.
+
+    metalora.adapt(model, config, num_tasks)    adapters of all tasks on the linear layers
+    with metalora.tasks(task_ids): model(x)     which sample belongs to which task
+    metalora.meta                               LoRA-ML and its rivals, and fine-tuning after them
+    metalora.nn, metalora.ops                   the layers and the operators under them
+    metalora.linear                             the paper's linear model
+
+The method is that of "Provable Meta-Learning with Low-Rank Adaptations" (NeurIPS 2025).
+"""
+
+__version__ = "0.1.0"
+
+from metalora import linear, meta, nn, ops, reference
+from metalora.adapters import (
+    LoRAConfig,
+    adapt,
+    base_state_dict,
+    freeze_base,
+    load_task_state_dict,
+    remove,
+    reset_adapters,
+    task_parameters,
+    task_state_dict,
+)
+from metalora.nn import TaskBatch, tasks
+
+__all__ = [
+    "LoRAConfig",
+    "TaskBatch",
+    "__version__",
+    "adapt",
+    "base_state_dict",
+    "freeze_base",
+    "linear",
+    "load_task_state_dict",
+    "meta",
+    "nn",
+    "ops",
+    "reference",
+    "remove",
+    "reset_adapters",
+    "task_parameters",
+    "task_state_dict",
+    "tasks",
+]

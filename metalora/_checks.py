@@ -1,0 +1,61 @@
+"""Argument checks shared by every layer: one clear line that says what was wanted and what came."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Returns ``"; did you mean 'x' or 'y'?"`` with the names nearest to ``name``, or ``""``."""
+    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def check_positive(function: str, argument: str, value: Any) -> float:
+    """Returns ``value`` as a float if it is a finite number above zero, else raises ValueError."""
+    number = _finite_number(function, argument, value, "a finite number > 0")
+    if not number > 0:
+        raise ValueError(f"{function}: {argument} must be a finite number > 0, got {value!r}")
+    return number
+
+
+def check_nonnegative(function: str, argument: str, value: Any) -> float:
+    """Returns ``value`` as a float if it is a finite number >= 0, else raises ValueError."""
+    number = _finite_number(function, argument, value, "a finite number >= 0")
+    if number < 0:
+        raise ValueError(f"{function}: {argument} must be a finite number >= 0, got {value!r}")
+    return number
+
+
+def check_count(function: str, argument: str, value: Any, minimum: int = 1) -> int:
+    """Returns ``value`` if it is an int >= ``minimum``, else raises TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{function}: {argument} must be an int >= {minimum}, got {type(value).__name__} "
+            f"{value!r}"
+        )
+    if value < minimum:
+        raise ValueError(f"{function}: {argument} must be an int >= {minimum}, got {value}")
+    return value
+
+
+def check_choice(function: str, argument: str, value: Any, choices: Iterable[str]) -> str:
+    """Returns ``value`` if it is one of ``choices``, else raises ValueError naming the nearest."""
+    choices = list(choices)
+    if value not in choices:
+        hint = did_you_mean(str(value), choices)
+        raise ValueError(f"{function}: {argument} must be one of {choices}, got {value!r}{hint}")
+    return str(value)
+
+
+def _finite_number(function: str, argument: str, value: Any, wanted: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"{function}: {argument} must be {wanted}, got {type(value).__name__} {value!r}"
+        )
+    if not math.isfinite(value):
+        raise ValueError(f"{function}: {argument} must be {wanted}, got {value!r}")
+    return float(value)

@@ -1,0 +1,128 @@
+"""Builds the native libraries; everything else about the package stands in pyproject.toml.
+
+METALORA_BUILD chooses what is built:
+    auto  (default) CPU kernels, and CUDA kernels where torch has CUDA and a toolkit of the same
+          major version is found; pure Python where there is no C++ compiler
+    cpu   CPU kernels only
+    cuda  CPU and CUDA kernels; an error where that cannot be
+    none  pure Python: every operator runs on metalora.reference
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+
+MODES = ("auto", "cpu", "cuda", "none")
+# The oldest torch whose stable ABI is used: 2.11.
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+ARCHITECTURES = "8.0;9.0a+PTX"
+DEFAULT_TOOLKIT = "/usr/local/cuda"
+
+
+def find_toolkit(torch_cuda: str) -> tuple[Path | None, str]:
+    """The root of a CUDA toolkit with torch's major CUDA version, or None, and why."""
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), DEFAULT_TOOLKIT]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        places.append(str(Path(nvcc).resolve().parent.parent))
+    seen = []
+    for place in dict.fromkeys(p for p in places if p):
+        compiler = Path(place) / "bin" / "nvcc"
+        if not compiler.exists() or not (Path(place) / "include" / "cuda_runtime.h").exists():
+            continue
+        text = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+        match = re.search(r"release (\d+)\.(\d+)", text)
+        if match and match[1] == torch_cuda.split(".")[0]:
+            return Path(place), f"CUDA toolkit {match[1]}.{match[2]} found for torch's {torch_cuda}"
+        seen.append(f"{match[1]}.{match[2]}" if match else "an unknown version")
+    found = f"found only {', '.join(seen)}" if seen else "found none"
+    return None, f"torch was built with CUDA {torch_cuda} but of matching CUDA toolkits we {found}"
+
+
+def choose(mode: str) -> tuple[bool, bool, str]:
+    """(build the CPU library, build the CUDA library, why)."""
+    if mode not in MODES:
+        sys.exit(f"METALORA_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
+    if mode == "none":
+        return False, False, "METALORA_BUILD=none"
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++"))), None)
+    if compiler is None:
+        if mode != "auto":
+            sys.exit(f"METALORA_BUILD={mode} needs a C++20 compiler; install g++ or set CXX")
+        return False, False, "no C++ compiler was found; install g++ or set CXX for native kernels"
+    if mode == "cpu":
+        return True, False, "METALORA_BUILD=cpu"
+    import torch
+
+    if torch.version.cuda is None:
+        why = "this torch has no CUDA"
+        toolkit = None
+    else:
+        toolkit, why = find_toolkit(torch.version.cuda)
+    if toolkit is None and mode == "cuda":
+        sys.exit(f"METALORA_BUILD=cuda cannot be done: {why}")
+    if toolkit is not None:
+        os.environ["CUDA_HOME"] = str(toolkit)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    return True, toolkit is not None, why
+
+
+def extensions(cuda: bool) -> list[Any]:
+    import pybind11
+    import torch
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    # Fused multiply-adds and `omp simd` reductions are asked for by name; fast-math is not.
+    cxx = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fopenmp-simd", "-Wall", TORCH_TARGET]
+    version = f'-DMETALORA_TORCH_VERSION="{torch.__version__}"'
+    built = [
+        CppExtension(
+            "metalora._C",
+            ["csrc/library.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
+            include_dirs=[pybind11.get_include()],
+            extra_compile_args={"cxx": [*cxx, version]},
+        )
+    ]
+    if cuda:
+        sources = [
+            *sorted(map(str, Path("csrc/cuda").glob("*.cpp"))),
+            *sorted(map(str, Path("csrc/cuda").glob("*.cu"))),
+        ]
+        built.append(
+            CUDAExtension(
+                "metalora._C_cuda",
+                sources,
+                extra_compile_args={
+                    "cxx": [*cxx, "-DUSE_CUDA"],
+                    "nvcc": ["-O3", "-std=c++20", "-lineinfo", TORCH_TARGET, "-DUSE_CUDA"],
+                },
+            )
+        )
+    return built
+
+
+def main() -> None:
+    mode = os.environ.get("METALORA_BUILD", "auto")
+    cpu, cuda, why = choose(mode)
+    built = " and ".join(["CPU"] * cpu + ["CUDA"] * cuda) or "no"
+    print(f"metalora: building {built} kernels ({why})", file=sys.stderr)
+    arguments: dict[str, Any] = {}
+    if cpu:
+        os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+        from torch.utils.cpp_extension import BuildExtension
+
+        arguments["ext_modules"] = extensions(cuda)
+        arguments["cmdclass"] = {"build_ext": BuildExtension}
+    setup(**arguments)
+
+
+if __name__ == "__main__":
+    main()
