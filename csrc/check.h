@@ -1,0 +1,71 @@
+// Argument checks of the native operators: one clear line, as a C++ exception that Python sees as
+// RuntimeError. The public functions in metalora/ops check first and raise ValueError or TypeError;
+// these keep a raw operator call from ever reading outside its tensors.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace metalora {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+#define METALORA_CHECK(condition, ...) \
+  do {                                 \
+    if (!(condition)) [[unlikely]]     \
+      ::metalora::fail(__VA_ARGS__);   \
+  } while (false)
+
+inline std::string shape_text(const Tensor& tensor) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+  text << ']';
+  return text.str();
+}
+
+inline void check_shape(const char* op, const char* name, const Tensor& tensor,
+                        std::initializer_list<int64_t> wanted) {
+  bool equal = tensor.dim() == static_cast<int64_t>(wanted.size());
+  int64_t i = 0;
+  for (int64_t size : wanted) {
+    if (!equal) break;
+    equal = tensor.size(i++) == size;
+  }
+  if (equal) [[likely]]
+    return;
+  std::ostringstream text;
+  const char* comma = "";
+  for (int64_t size : wanted) {
+    text << comma << size;
+    comma = ", ";
+  }
+  fail(op, ": ", name, " must be [", text.str(), "], got ", shape_text(tensor));
+}
+
+inline void check_dim(const char* op, const char* name, const Tensor& tensor, int64_t dim) {
+  METALORA_CHECK(tensor.dim() == dim, op, ": ", name, " must have ", dim, " dimensions, got shape ",
+                 shape_text(tensor));
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType wanted) {
+  METALORA_CHECK(tensor.scalar_type() == wanted, op, ": ", name, " must have the dtype ",
+                 torch::headeronly::toString(wanted), ", got ",
+                 torch::headeronly::toString(tensor.scalar_type()));
+}
+
+}  // namespace metalora

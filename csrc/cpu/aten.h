@@ -1,0 +1,179 @@
+// What the CPU kernels share: ATen's matrix products, through the dispatcher (products of the size
+// of a weight are left to the BLAS behind torch), allocation, and the row chunks they run over.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "../check.h"
+#include "vector_kernels.h"
+
+namespace metalora::cpu {
+
+// result [m, n] = a [m, k] b [k, n].
+inline Tensor mm(const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline void mm_out(const Tensor& result, const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(result)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// result [m, out] = x [m, in] weight [out, in]ᵀ + bias [out].
+inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
+                                    torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline void linear_out(const Tensor& result, const Tensor& x, const Tensor& weight,
+                       const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 4> stack{
+      torch::stable::detail::from(x), torch::stable::detail::from(weight),
+      torch::stable::detail::from(bias), torch::stable::detail::from(result)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// The tensor in this dtype, contiguous; itself where it is so already.
+inline Tensor cast(const Tensor& tensor, ScalarType dtype) {
+  return as_contiguous(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
+}
+
+// The dtype that sums are kept in: float, or double for double.
+inline ScalarType work_dtype(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// An uninitialised CPU tensor. The plain C call costs a tenth of torch::stable::new_empty, which
+// looks its operator up by name.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  std::array<int64_t, 4> strides{};
+  const int64_t dim = static_cast<int64_t>(sizes.size());
+  int64_t stride = 1;
+  for (int64_t i = dim - 1; i >= 0; --i) {
+    strides[static_cast<size_t>(i)] = stride;
+    stride *= std::max<int64_t>(1, sizes.begin()[i]);
+  }
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes.begin(), strides.data(), code,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// Stands for a gradient that is not needed. One for each: results of an operator must not alias.
+inline Tensor none(ScalarType dtype) { return empty({0}, dtype); }
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Consecutive rows of one task.
+struct Chunk {
+  int64_t task, begin, end;
+};
+
+// Cuts the rows of every task into chunks. A pure function of the row counts: sums over chunks, and
+// so results, do not depend on the number of threads.
+inline std::vector<Chunk> row_chunks(const int64_t* task_ptr, int64_t tasks) {
+  const int64_t rows = std::max<int64_t>(64, (task_ptr[tasks] + 511) / 512);
+  std::vector<Chunk> chunks;
+  for (int64_t task = 0; task < tasks; ++task)
+    for (int64_t begin = task_ptr[task]; begin < task_ptr[task + 1]; begin += rows)
+      chunks.push_back({task, begin, std::min(begin + rows, task_ptr[task + 1])});
+  return chunks;
+}
+
+// The same chunks as if all rows belonged to one task.
+inline std::vector<Chunk> of_one_task(std::vector<Chunk> chunks) {
+  for (Chunk& chunk : chunks) chunk.task = 0;
+  return chunks;
+}
+
+// An upper bound of the rows of a chunk.
+inline int64_t rows_each(const std::vector<Chunk>& chunks) {
+  int64_t most = 0;
+  for (const Chunk& chunk : chunks) most = std::max(most, chunk.end - chunk.begin);
+  return most;
+}
+
+// Runs body(i) for every i < count in parallel; a thread is worth waking for about 10 µs of work.
+template <typename Body>
+void parallel(int64_t count, int64_t multiply_adds_each, const Body& body) {
+  constexpr int64_t kWorthAThread = 50'000;
+  const int64_t grain =
+      std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, multiply_adds_each));
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+  });
+}
+
+// Uninitialised memory for n elements.
+template <typename T>
+std::unique_ptr<T[]> scratch(int64_t n) {
+  return std::unique_ptr<T[]>(new T[n]);
+}
+
+template <typename T>
+void transpose(T* result, const T* matrix, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) result[j * rows + i] = matrix[i * columns + j];
+}
+
+// result [count of tasks, elements] = sum over the chunks of each task of partial [chunks,
+// elements].
+template <typename T>
+void sum_chunks(T* result, const T* partial, const std::vector<Chunk>& chunks, int64_t tasks,
+                int64_t elements) {
+  std::fill_n(result, tasks * elements, T(0));
+  const T one = 1;
+  for (size_t c = 0; c < chunks.size(); ++c)
+    add_scaled(result + chunks[c].task * elements, &one,
+               partial + static_cast<int64_t>(c) * elements, elements, 1, elements);
+}
+
+// Rows that a kernel keeps in the first-level cache while it goes over them several times.
+constexpr int64_t kTile = 8;
+
+// destination [groups, n] += coefficient [rows, groups]ᵀ · source [rows, n], for rows <= kTile.
+template <typename T>
+void add_outer(T* destination, const T* coefficient, const T* source, int64_t rows, int64_t groups,
+               int64_t n) {
+  T column[kTile];
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t i = 0; i < rows; ++i) column[i] = coefficient[i * groups + g];
+    add_scaled(destination + g * n, column, source, n, rows, n);
+  }
+}
+
+}  // namespace metalora::cpu

@@ -1,0 +1,142 @@
+#include "vector_kernels.h"
+
+#include "../philox.h"
+#include "clones.h"
+
+namespace metalora::cpu {
+namespace {
+
+template <typename T>
+METALORA_INLINE void add_scaled_loop(T* __restrict destination, const T* __restrict coefficient,
+                                     const T* __restrict source, int64_t stride, int64_t groups,
+                                     int64_t n) {
+  // Four sources a pass: the destination is read and written once for four multiply-adds.
+  int64_t g = 0;
+  for (; g + 4 <= groups; g += 4) {
+    const T c0 = coefficient[g], c1 = coefficient[g + 1];
+    const T c2 = coefficient[g + 2], c3 = coefficient[g + 3];
+    const T* s0 = source + g * stride;
+    const T *s1 = s0 + stride, *s2 = s1 + stride, *s3 = s2 + stride;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i)
+      destination[i] += (c0 * s0[i] + c1 * s1[i]) + (c2 * s2[i] + c3 * s3[i]);
+  }
+  for (; g < groups; ++g) {
+    const T c = coefficient[g];
+    const T* s = source + g * stride;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) destination[i] += c * s[i];
+  }
+}
+
+template <typename T>
+METALORA_INLINE void dot_rows_loop(T* __restrict result, const T* __restrict vector,
+                                   const T* __restrict rows, int64_t stride, int64_t groups,
+                                   int64_t n) {
+  int64_t g = 0;
+  for (; g + 4 <= groups; g += 4) {
+    const T* r0 = rows + g * stride;
+    const T *r1 = r0 + stride, *r2 = r1 + stride, *r3 = r2 + stride;
+    T sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
+#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
+    for (int64_t i = 0; i < n; ++i) {
+      const T v = vector[i];
+      sum0 += v * r0[i];
+      sum1 += v * r1[i];
+      sum2 += v * r2[i];
+      sum3 += v * r3[i];
+    }
+    result[g] = sum0;
+    result[g + 1] = sum1;
+    result[g + 2] = sum2;
+    result[g + 3] = sum3;
+  }
+  for (; g < groups; ++g) {
+    const T* r = rows + g * stride;
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += vector[i] * r[i];
+    result[g] = sum;
+  }
+}
+
+// Eight Philox counters side by side, so that the compiler can put them in vector lanes.
+constexpr int64_t kLanes = 8;
+constexpr int64_t kWords = 4 * kLanes;
+
+METALORA_INLINE void philox_words(uint32_t* __restrict words, uint64_t key, uint64_t counter) {
+  uint32_t lane_words[4][kLanes];
+#pragma omp simd
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    const Philox4 block = philox(key, counter + static_cast<uint64_t>(lane));
+    lane_words[0][lane] = block.word[0];
+    lane_words[1][lane] = block.word[1];
+    lane_words[2][lane] = block.word[2];
+    lane_words[3][lane] = block.word[3];
+  }
+  for (int64_t lane = 0; lane < kLanes; ++lane)
+    for (int64_t w = 0; w < 4; ++w) words[4 * lane + w] = lane_words[w][lane];
+}
+
+// Calls consume(i, word) for the words of elements first .. first + n - 1, in runs of kWords.
+template <typename Consume>
+METALORA_INLINE void for_each_word(const Dropout& dropout, int64_t first, int64_t n,
+                                   Consume consume) {
+  uint32_t words[kWords];
+  const int64_t aligned = first - first % 4;
+  for (int64_t start = aligned; start < first + n; start += kWords) {
+    philox_words(words, dropout.seed, static_cast<uint64_t>(start / 4));
+    const int64_t from = start < first ? first - start : 0;
+    const int64_t to = start + kWords < first + n ? kWords : first + n - start;
+    for (int64_t w = from; w < to; ++w) consume(start + w - first, words[w]);
+  }
+}
+
+template <typename T>
+METALORA_INLINE void drop_loop(T* destination, const T* source, const Dropout& dropout,
+                               int64_t first, int64_t n) {
+  const T scale = static_cast<T>(dropout.scale);
+  for_each_word(dropout, first, n, [&](int64_t i, uint32_t word) __attribute__((always_inline)) {
+    destination[i] = word >= dropout.threshold ? scale * source[i] : T(0);
+  });
+}
+
+}  // namespace
+
+METALORA_CLONES void add_scaled(float* destination, const float* coefficient, const float* source,
+                                int64_t stride, int64_t groups, int64_t n) {
+  add_scaled_loop(destination, coefficient, source, stride, groups, n);
+}
+
+METALORA_CLONES void add_scaled(double* destination, const double* coefficient,
+                                const double* source, int64_t stride, int64_t groups, int64_t n) {
+  add_scaled_loop(destination, coefficient, source, stride, groups, n);
+}
+
+METALORA_CLONES void dot_rows(float* result, const float* vector, const float* rows, int64_t stride,
+                              int64_t groups, int64_t n) {
+  dot_rows_loop(result, vector, rows, stride, groups, n);
+}
+
+METALORA_CLONES void dot_rows(double* result, const double* vector, const double* rows,
+                              int64_t stride, int64_t groups, int64_t n) {
+  dot_rows_loop(result, vector, rows, stride, groups, n);
+}
+
+METALORA_CLONES void drop(float* destination, const float* source, const Dropout& dropout,
+                          int64_t first, int64_t n) {
+  drop_loop(destination, source, dropout, first, n);
+}
+
+METALORA_CLONES void drop(double* destination, const double* source, const Dropout& dropout,
+                          int64_t first, int64_t n) {
+  drop_loop(destination, source, dropout, first, n);
+}
+
+METALORA_CLONES void keep(bool* kept, const Dropout& dropout, int64_t first, int64_t n) {
+  for_each_word(dropout, first, n, [&](int64_t i, uint32_t word) __attribute__((always_inline)) {
+    kept[i] = word >= dropout.threshold;
+  });
+}
+
+}  // namespace metalora::cpu

@@ -1,0 +1,406 @@
+"""The multi-task LoRA linear layer: all tasks in one call, with the shared weight trainable."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metalora import reference
+from metalora._checks import check_choice
+from metalora._library import cpu_status, native_available
+from metalora.ops._arguments import FLOATS, check_float, check_like, check_shape
+from metalora.ops._native import call, register
+from metalora.ops.dropout import check_probability, seed_tensor
+
+ROUTES = ("auto", "weight", "token", "reference")
+
+# On a CPU the weight route wins once a task has more rows than this many times
+# in * out / (in + out): benchmarks/cpu_ops.py --routes measures where the two cross.
+_WEIGHT_ROUTE_FROM = 4.0
+_SMALL = 32  # kSmall of csrc/cpu/small_product.h
+_SHORT = (torch.bfloat16, torch.float16)
+
+
+class RouteChoice(NamedTuple):
+    """How `lora_linear` computes, and why."""
+
+    route: str  # "weight", "token" or "reference"
+    reason: str
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    task_ptr: Tensor,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    route: str = "auto",
+) -> Tensor:
+    """y_t = x_t Wᵀ + b + s · drop(x_t) A_tᵀ B_tᵀ for the rows x_t of every task t (paper, eq. 6).
+
+    Differentiable any number of times in x, weight, bias, lora_A and lora_B. Under autocast, x and
+    bias are cast to its dtype, and so are the weights once the LoRA update is in.
+
+    Args:
+        x: [M, in], rows sorted by task.
+        weight: [out, in], shared by all tasks.
+        bias: [out] or None.
+        lora_A: [T, r, in].
+        lora_B: [T, out, r].
+        task_ptr: int64 [T + 1]; rows ``task_ptr[t]:task_ptr[t + 1]`` belong to task t. Starts at 0,
+            ends at M, never decreases; empty tasks are legal. Its values are checked on the CPU
+            only: reading them from another device would make the host wait.
+        scaling: s, usually alpha / r.
+        dropout_p: probability in [0, 1) to drop an element of x on its way into the LoRA branch.
+        seed: int in [0, 2**63) or int64 scalar tensor that fixes the dropout mask (see
+            `dropout_mask`); None draws one from torch's generator, so `torch.manual_seed` makes
+            runs repeat.
+        route: "weight" forms every W_t = W + s B_t A_t (no dropout), "token" adds the LoRA branch
+            row by row, "reference" is plain PyTorch, "auto" chooses (see `lora_linear_route`).
+
+    Returns:
+        [M, out], in the dtype of x.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit together; nothing is computed then.
+        RuntimeError: if a native route is asked for that cannot be had here.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x, bias = _autocast(x), None if bias is None else _autocast(bias)
+    if not _fits(x, weight, bias, lora_A, lora_B, task_ptr):
+        _explain(x, weight, bias, lora_A, lora_B, task_ptr)
+    if not torch.compiler.is_compiling() and task_ptr.device.type == "cpu":
+        _check_values(task_ptr, x.shape[0])
+    if type(scaling) is not float:
+        scaling = _number(scaling)
+    if dropout_p != 0:
+        dropout_p = check_probability("lora_linear", "dropout_p", dropout_p)
+        seed = seed_tensor("lora_linear", seed, x.device)
+    else:
+        dropout_p, seed = 0.0, None
+    if route == "auto":
+        route = _auto(x, weight, lora_A, dropout_p)
+    elif route == "reference":
+        pass
+    else:
+        _check_route(route, x, dropout_p)
+    if weight.dtype != x.dtype and route != "weight":
+        # The weight route rounds once, after the update is in; the others need equal dtypes.
+        weight, lora_A, lora_B = weight.to(x.dtype), lora_A.to(x.dtype), lora_B.to(x.dtype)
+    if route == "reference":
+        return reference.lora_linear(
+            x, weight, bias, lora_A, lora_B, task_ptr, scaling, dropout_p, seed
+        )
+    return _LoraLinear.apply(
+        x, weight, bias, lora_A, lora_B, task_ptr, seed, scaling, dropout_p, route == "weight"
+    )
+
+
+def lora_linear_route(
+    x: Tensor, weight: Tensor, lora_A: Tensor, *, dropout_p: float = 0.0
+) -> RouteChoice:
+    """The route that ``lora_linear(..., route="auto")`` takes for these tensors, and why.
+
+    Args:
+        x: [M, in].
+        weight: [out, in].
+        lora_A: [T, r, in].
+        dropout_p: probability in [0, 1) to drop an element on the LoRA branch.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = _autocast(x)
+    return choose_route(
+        rows=x.shape[0],
+        tasks=lora_A.shape[0],
+        in_features=weight.shape[1],
+        out_features=weight.shape[0],
+        dropout_p=dropout_p,
+        dtype=x.dtype,
+        device_type=x.device.type,
+        native=native_available(x.device.type),
+    )
+
+
+def choose_route(
+    *,
+    rows: int,
+    tasks: int,
+    in_features: int,
+    out_features: int,
+    dropout_p: float,
+    dtype: torch.dtype,
+    device_type: str,
+    native: bool,
+) -> RouteChoice:
+    """The choice behind route="auto": a pure function of what it is told.
+
+    Args:
+        rows: M, over all tasks.
+        tasks: T.
+        in_features, out_features: of the layer.
+        dropout_p: dropout on the LoRA branch.
+        dtype: of x.
+        device_type: "cpu", "cuda", ….
+        native: whether native kernels for that device are loaded.
+    """
+    if device_type != "cpu":
+        return RouteChoice("reference", f"there are no native kernels for {device_type} tensors")
+    if not native:
+        return RouteChoice("reference", f"the native CPU library is {cpu_status}")
+    if dropout_p > 0:
+        return RouteChoice("token", "dropout on the LoRA branch has no form in weight space")
+    if dtype in _SHORT:
+        return RouteChoice("token", f"a merged weight rounded to {dtype} would lose the adapter")
+    if max(in_features, out_features) <= _SMALL:
+        return RouteChoice("weight", f"up to {_SMALL} features merged weights stay in registers")
+    limit = tasks * _weight_route_from(in_features, out_features)
+    route, side = ("weight", "more") if rows > limit else ("token", "no more")
+    return RouteChoice(route, f"{rows} rows for {tasks} tasks are {side} than {limit:.0f}")
+
+
+def _weight_route_from(in_features: int, out_features: int) -> float:
+    """Rows a task from which on forming W_t costs less than a LoRA branch for every row."""
+    return _WEIGHT_ROUTE_FROM * in_features * out_features / (in_features + out_features)
+
+
+def _auto(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float) -> str:
+    """`choose_route` for tensors, without the reason: no text is made on the way of every call."""
+    if x.device.type != "cpu" or not native_available():
+        return "reference"
+    out_features, in_features = weight.shape
+    if dropout_p > 0 or x.dtype in _SHORT:
+        return "token"
+    if max(in_features, out_features) <= _SMALL:
+        return "weight"
+    many = x.shape[0] > lora_A.shape[0] * _weight_route_from(in_features, out_features)
+    return "weight" if many else "token"
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        task_ptr: Tensor,
+        seed: Tensor | None,
+        scaling: float,
+        dropout_p: float,
+        weight_route: bool,
+    ) -> Tensor:
+        y, shrunk = call(
+            "lora_linear",
+            *(x, weight, bias, lora_A, lora_B, task_ptr, scaling, dropout_p, seed, weight_route),
+        )
+        ctx.save_for_backward(x, weight, lora_A, lora_B, task_ptr, shrunk, seed)
+        ctx.options = scaling, dropout_p, weight_route
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
+        x, weight, lora_A, lora_B, task_ptr, shrunk, seed = ctx.saved_tensors
+        scaling, dropout_p, weight_route = ctx.options
+        needed = ctx.needs_input_grad[:5]
+        if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated
+            gradients = reference.lora_linear_backward(
+                grad_y, x, weight, lora_A, lora_B, task_ptr, scaling, dropout_p, seed
+            )
+        else:
+            gradients = call(
+                "lora_linear_backward",
+                *(grad_y, x, weight, lora_A, lora_B, task_ptr, shrunk, scaling, dropout_p, seed),
+                *(weight_route, *needed),
+            )
+        return *(g if n else None for n, g in zip(needed, gradients, strict=True)), *[None] * 5
+
+
+@register("lora_linear")
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    task_ptr: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    weight_route: bool,
+) -> tuple[Tensor, Tensor]:
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    shrunk = (0,) if weight_route else (x.shape[0], lora_A.shape[1])
+    return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty(shrunk, dtype=work)
+
+
+@register("lora_linear_backward")
+def _backward_fake(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    task_ptr: Tensor,
+    shrunk: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    weight_route: bool,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_A: bool,
+    need_B: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        x.new_empty((weight.shape[0],) if need_bias else (0,)),
+        lora_A.new_empty(lora_A.shape if need_A else (0,)),
+        lora_B.new_empty(lora_B.shape if need_B else (0,)),
+    )
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    if tensor.dtype not in FLOATS or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def _fits(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    task_ptr: Tensor,
+) -> bool:
+    """Whether all shapes, dtypes and devices fit; quick, since every call pays for it."""
+    try:
+        out_features, in_features = weight.shape
+        tasks, rank, in_A = lora_A.shape
+        rows_in = x.shape[1]
+        dtype, device = weight.dtype, x.device
+        return (
+            x.dim() == 2
+            and rows_in == in_features == in_A
+            and lora_B.shape == (tasks, out_features, rank)
+            and task_ptr.shape == (tasks + 1,)
+            and tasks > 0
+            and rank > 0
+            and task_ptr.dtype == torch.int64
+            and x.dtype in FLOATS
+            and dtype == lora_A.dtype == lora_B.dtype
+            and (dtype == x.dtype or (dtype == torch.float32 and x.dtype != torch.float64))
+            and device == weight.device == lora_A.device == lora_B.device == task_ptr.device
+            and (
+                bias is None
+                or (
+                    bias.shape == (out_features,)
+                    and bias.dtype == x.dtype
+                    and bias.device == device
+                )
+            )
+        )
+    except (AttributeError, ValueError, IndexError):
+        return False
+
+
+def _explain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    task_ptr: Tensor,
+) -> None:
+    """Raises what `_fits` only noticed."""
+    name = "lora_linear"
+    check_float(name, "x", x)
+    check_float(name, "weight", weight)
+    check_shape(name, "weight", weight, ("out", "in"), (None, None))
+    out_features, in_features = weight.shape
+    check_shape(name, "x", x, ("M", "in"), (None, in_features))
+    check_like(name, "lora_A", lora_A, "weight", weight)
+    check_shape(name, "lora_A", lora_A, ("T", "r", "in"), (None, None, in_features))
+    tasks, rank, _ = lora_A.shape
+    if tasks == 0 or rank == 0:
+        raise ValueError(
+            f"{name}: lora_A must have at least one task and a rank of at least 1, got "
+            f"{list(lora_A.shape)}"
+        )
+    check_like(name, "lora_B", lora_B, "weight", weight)
+    check_shape(name, "lora_B", lora_B, ("T", "out", "r"), (tasks, out_features, rank))
+    if bias is not None:
+        check_like(name, "bias", bias, "x", x)
+        check_shape(name, "bias", bias, ("out",), (out_features,))
+    if not isinstance(task_ptr, Tensor) or task_ptr.dtype != torch.int64:
+        got = task_ptr.dtype if isinstance(task_ptr, Tensor) else type(task_ptr).__name__
+        grad = " that requires grad" if getattr(task_ptr, "requires_grad", False) else ""
+        raise TypeError(
+            f"{name}: task_ptr must be an int64 tensor [T+1={tasks + 1}] of row offsets, got "
+            f"{got}{grad}; row counts become offsets with torch.cumsum"
+        )
+    check_shape(name, "task_ptr", task_ptr, ("T+1",), (tasks + 1,))
+    if task_ptr.device != x.device:
+        raise ValueError(
+            f"{name}: task_ptr must be on the device of x, {x.device}, got {task_ptr.device}; move "
+            f"it with .to({str(x.device)!r})"
+        )
+    check_like(name, "weight", weight, "x", x, dtype=weight.dtype != torch.float32)
+    raise TypeError(
+        f"{name}: x must have the dtype of weight, {weight.dtype}, or a shorter one, got {x.dtype}"
+    )
+
+
+def _check_values(task_ptr: Tensor, rows: int) -> None:
+    bounds = task_ptr.tolist()
+    if bounds[0] != 0 or bounds[-1] != rows:
+        raise ValueError(
+            f"lora_linear: task_ptr must start at 0 and end at M={rows}, got {bounds[0]} and "
+            f"{bounds[-1]}"
+        )
+    if bounds != sorted(bounds):
+        where = next(t for t in range(len(bounds) - 1) if bounds[t] > bounds[t + 1])
+        raise ValueError(
+            f"lora_linear: task_ptr must not decrease, but task_ptr[{where}]={bounds[where]} is "
+            f"above task_ptr[{where + 1}]={bounds[where + 1]}; sort the rows of x by task"
+        )
+
+
+def _check_route(route: str, x: Tensor, dropout_p: float) -> None:
+    check_choice("lora_linear", "route", route, ROUTES)
+    if not native_available(x.device.type) or x.device.type != "cpu":
+        reason = choose_route(
+            rows=0,
+            tasks=1,
+            in_features=1,
+            out_features=1,
+            dropout_p=0.0,
+            dtype=x.dtype,
+            device_type=x.device.type,
+            native=native_available(x.device.type),
+        ).reason
+        raise RuntimeError(
+            f"lora_linear: route={route!r} cannot be had: {reason}; use route='auto'"
+        )
+    if route == "weight" and dropout_p > 0:
+        raise ValueError(
+            f"lora_linear: route='weight' cannot apply dropout_p={dropout_p}: dropout acts on "
+            f"rows, not on weights; use route='token' or 'auto'"
+        )
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"lora_linear: scaling must be a number, got {type(value).__name__}")
+    return float(value)

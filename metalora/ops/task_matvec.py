@@ -1,0 +1,91 @@
+"""Matrix-vector products batched over tasks and samples, for small models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metalora import reference
+from metalora._library import native_available
+from metalora.ops._arguments import check_float, check_like, check_shape
+from metalora.ops._native import call, register
+
+# Above this many features the BLAS behind torch.bmm is faster than loops that know the shapes.
+_SMALL = 64
+
+
+def task_matvec(weight: Tensor, x: Tensor, lora_U: Tensor | None = None) -> Tensor:
+    """y_t = x_t W_tᵀ for every task's own weight, or with W_t = W + U_t U_tᵀ without forming it.
+
+    The symmetric form is the forward model of the paper's linear problem (eq. 14). Differentiable
+    any number of times.
+
+    Args:
+        weight: [T, out, in]; with ``lora_U``, the shared [d, d].
+        x: [T, n, in].
+        lora_U: [T, d, k], or None.
+
+    Returns:
+        [T, n, out], in the dtype of ``weight``.
+
+    Raises:
+        TypeError, ValueError: for shapes, dtypes or devices that do not fit together.
+    """
+    function = "task_matvec"
+    check_float(function, "weight", weight)
+    check_shape(function, "x", x, ("T", "n", "in"), (None, None, None))
+    tasks, _, in_features = x.shape
+    if lora_U is None:
+        check_shape(function, "weight", weight, ("T", "out", "in"), (tasks, None, in_features))
+    else:
+        sizes = (in_features, in_features)
+        check_shape(function, "weight", weight, ("d", "d"), sizes)
+        check_shape(function, "lora_U", lora_U, ("T", "d", "k"), (tasks, in_features, None))
+        check_like(function, "lora_U", lora_U, "weight", weight)
+    check_like(function, "x", x, "weight", weight)
+    small = max(weight.shape[-1], weight.shape[-2]) <= _SMALL
+    full_precision = weight.dtype in (torch.float32, torch.float64)
+    if small and full_precision and weight.device.type == "cpu" and native_available():
+        return _TaskMatvec.apply(weight, x, lora_U)
+    return reference.task_matvec(weight, x, lora_U)
+
+
+class _TaskMatvec(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor, lora_U: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, x, lora_U)
+        return call("task_matvec", weight, x, lora_U)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
+        arguments = (grad_y, *ctx.saved_tensors)
+        needed = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated
+            gradients = reference.task_matvec_backward(*arguments)
+        else:
+            gradients = call("task_matvec_backward", *arguments, *needed)
+        return tuple(g if n else None for n, g in zip(needed, gradients, strict=True))
+
+
+@register("task_matvec")
+def _fake(weight: Tensor, x: Tensor, lora_U: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1], weight.shape[-2]))
+
+
+@register("task_matvec_backward")
+def _backward_fake(
+    grad_y: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    lora_U: Tensor | None,
+    need_weight: bool,
+    need_x: bool,
+    need_U: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(weight.shape if need_weight else (0,)),
+        x.new_empty(x.shape if need_x else (0,)),
+        x.new_empty(lora_U.shape if need_U and lora_U is not None else (0,)),
+    )

@@ -1,0 +1,350 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from metalora import ops, reference
+from metalora._library import native_available
+from tests.ops.problems import SIZES, SPLITS, Problem, oracle, problem, relative_error
+
+ROUTES = ["token", "weight", "reference", "auto"] if native_available() else ["reference", "auto"]
+NATIVE = [route for route in ROUTES if route in ("token", "weight")]
+
+
+def run(p: Problem, route: str, **options: object) -> list[Tensor]:
+    """y and all gradients for a fixed random gradient of y."""
+    y = ops.lora_linear(*p.tensors, p.task_ptr, route=route, **options)
+    generator = torch.Generator().manual_seed(1)
+    grad_y = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
+    return [y, *torch.autograd.grad(y, p.leaves, grad_y)]
+
+
+def run_oracle(p: Problem, scaling: float, **options: object) -> list[Tensor]:
+    y = oracle(p, scaling, **options)
+    generator = torch.Generator().manual_seed(1)
+    grad_y = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    return [y, *torch.autograd.grad(y, p.leaves, grad_y)]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("split", SPLITS)
+def test_agrees_with_einsum(route: str, sizes: tuple[int, int, int], split: str) -> None:
+    p = problem(SPLITS[split], sizes)
+    for got, wanted in zip(run(p, route, scaling=0.7), run_oracle(p, 0.7), strict=True):
+        assert relative_error(got, wanted) < 1e-12
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_without_bias(route: str) -> None:
+    p = problem(bias=False)
+    for got, wanted in zip(run(p, route, scaling=2.0), run_oracle(p, 2.0), strict=True):
+        assert relative_error(got, wanted) < 1e-12
+
+
+@pytest.mark.parametrize("route", [r for r in ROUTES if r != "weight"])
+@pytest.mark.parametrize("in_features", [3, 4, 33, 130])
+def test_dropout_uses_the_documented_mask(route: str, in_features: int) -> None:
+    p = problem((5, 0, 30), (in_features, 6, 2))
+    keep = reference.dropout_mask(torch.tensor(77), 0.4, 35, in_features)
+    assert 0 < keep.sum() < keep.numel()
+    got = run(p, route, scaling=0.5, dropout_p=0.4, seed=77)
+    for value, wanted in zip(got, run_oracle(p, 0.5, keep=keep, drop_p=0.4), strict=True):
+        assert relative_error(value, wanted) < 1e-12
+
+
+def test_seed_none_follows_torch_manual_seed() -> None:
+    p = problem(grad=False)
+
+    def draw(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return ops.lora_linear(*p.tensors, p.task_ptr, dropout_p=0.5)
+
+    assert torch.equal(draw(3), draw(3))
+    assert not torch.equal(draw(3), draw(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("route", NATIVE)
+@pytest.mark.parametrize("sizes", [(10, 10, 1), (65, 40, 9), (256, 96, 8)], ids=str)
+def test_rounds_no_worse_than_pytorch(
+    route: str, dtype: torch.dtype, sizes: tuple[int, int, int]
+) -> None:
+    short = problem((40, 0, 33, 7), sizes, dtype=dtype)
+    exact = problem((40, 0, 33, 7), sizes, grad=False)
+    for to, source in zip(exact.leaves, short.leaves, strict=True):
+        to.copy_(source.detach())
+        to.requires_grad_()
+    wanted = run(exact, "reference", scaling=0.5)
+    plain = run(short, "reference", scaling=0.5)
+    floor = torch.finfo(dtype).eps
+    for got, by_torch, truth in zip(run(short, route, scaling=0.5), plain, wanted, strict=True):
+        assert got.dtype == dtype
+        allowed = 2 * relative_error(by_torch, truth) + floor
+        assert relative_error(got, truth) <= allowed
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("mask", range(1, 32))
+def test_gradcheck_for_every_subset_of_inputs(route: str, mask: int) -> None:
+    p = problem((3, 0, 4), (3, 4, 2), grad=False)
+    for i, leaf in enumerate(p.leaves):
+        leaf.requires_grad_(bool(mask >> i & 1))
+
+    def function(*tensors: Tensor) -> Tensor:
+        return ops.lora_linear(*tensors, p.task_ptr, scaling=0.5, route=route)
+
+    assert torch.autograd.gradcheck(function, p.leaves)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_gradgradcheck(route: str, dropout_p: float) -> None:
+    if route == "weight" and dropout_p:
+        pytest.skip("the weight route has no dropout")
+    p = problem((3, 0, 4), (3, 4, 2))
+
+    def function(*tensors: Tensor) -> Tensor:
+        return ops.lora_linear(
+            *tensors, p.task_ptr, scaling=0.5, dropout_p=dropout_p, seed=9, route=route
+        )
+
+    assert torch.autograd.gradcheck(function, p.leaves)
+    assert torch.autograd.gradgradcheck(function, p.leaves)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_strided_inputs_are_handled_and_left_alone(route: str) -> None:
+    p = problem(sizes=(8, 6, 2))
+    wanted = run(p, route, scaling=0.5)
+    storage = torch.randn(p.x.shape[0], 17, dtype=torch.float64)
+    storage[:, 1::2] = p.x.detach()
+    strided = Problem(
+        storage[:, 1::2].requires_grad_(),
+        p.weight.detach().t().contiguous().t().requires_grad_(),
+        p.bias,
+        p.lora_A.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(),
+        p.lora_B.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(),
+        p.task_ptr,
+        p.rows,
+    )
+    assert not any(
+        t.is_contiguous() for t in (strided.x, strided.weight, strided.lora_A, strided.lora_B)
+    )
+    before = [t.detach().clone() for t in strided.leaves]
+    for got, want in zip(run(strided, route, scaling=0.5), wanted, strict=True):
+        assert relative_error(got, want) < 1e-13
+    assert all(torch.equal(t, b) for t, b in zip(strided.leaves, before, strict=True))
+
+
+@pytest.mark.parametrize("route", NATIVE)
+def test_expanded_and_misaligned_gradients(route: str) -> None:
+    p = problem()
+    y = ops.lora_linear(*p.tensors, p.task_ptr, route=route)
+    expanded = torch.autograd.grad(y, p.leaves, torch.ones((), dtype=y.dtype).expand_as(y))
+    odd = torch.ones(y.numel() + 1, dtype=y.dtype)[1:].view_as(y)
+    y = ops.lora_linear(*p.tensors, p.task_ptr, route=route)
+    for a, b in zip(expanded, torch.autograd.grad(y, p.leaves, odd), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("sizes", [(10, 10, 1), (65, 40, 9)], ids=str)
+def test_nan_and_inf_stay_in_their_task(
+    route: str, bad: float, sizes: tuple[int, int, int]
+) -> None:
+    p = problem((70, 66, 9), sizes)
+    with torch.no_grad():
+        p.x[100] = bad
+    y, grad_x, _, _, grad_A, grad_B = run(p, route, scaling=0.5)
+    task = slice(70, 136)
+    for value in (y, grad_x):
+        assert value[:70].isfinite().all() and value[136:].isfinite().all()
+    assert not y[100].isfinite().any() and y[task][:30].isfinite().all()
+    for value in (grad_A, grad_B):
+        assert value[[0, 2]].isfinite().all() and not value[1].isfinite().all()
+
+
+@pytest.mark.parametrize("route", NATIVE)
+@pytest.mark.parametrize("sizes", [(10, 10, 1), (65, 40, 9)], ids=str)
+def test_bits_repeat_whatever_the_threads(route: str, sizes: tuple[int, int, int]) -> None:
+    p = problem((700, 1, 950), sizes, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(p, route, scaling=0.5))
+    finally:
+        torch.set_num_threads(threads)
+    # Products of the size of W belong to the BLAS, which promises nothing across thread counts.
+    ours = range(6) if max(sizes) <= 32 else (3, 4, 5) if route == "token" else ()
+    for other in results[1:]:
+        for i in ours:
+            assert torch.equal(results[0][i], other[i])
+    again = run(p, route, scaling=0.5)
+    assert all(torch.equal(a, b) for a, b in zip(again, run(p, route, scaling=0.5), strict=True))
+
+
+@pytest.mark.parametrize("route", NATIVE)
+@pytest.mark.parametrize("sizes", [(10, 10, 1), (65, 40, 9)], ids=str)
+def test_every_element_is_written(route: str, sizes: tuple[int, int, int]) -> None:
+    """torch.empty hands out memory full of NaN here, so an element left out would show."""
+    p = problem((5, 0, 71, 14), sizes)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        assert all(t.isfinite().all() for t in run(p, route, scaling=0.5))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_autocast(route: str) -> None:
+    p = problem((9, 0, 20), (48, 40, 4), dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ops.lora_linear(*p.tensors, p.task_ptr, scaling=0.5, route=route)
+    assert y.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(y, p.leaves, torch.ones_like(y))
+    assert all(g.dtype == torch.float32 for g in gradients)
+    y_exact, *exact = run(p, "reference", scaling=0.5)
+    exact = torch.autograd.grad(
+        ops.lora_linear(*p.tensors, p.task_ptr, scaling=0.5, route="reference"),
+        p.leaves,
+        torch.ones_like(y_exact),
+    )
+    assert relative_error(y, y_exact) < 1e-2
+    for got, wanted in zip(gradients, exact, strict=True):
+        assert relative_error(got, wanted) < 1e-2
+
+
+def test_weight_route_keeps_small_adapters_of_float32_weights_under_autocast(native: None) -> None:
+    """Rounding W + BA once must lose no more than plain autocast does."""
+    p = problem((300,), (96, 96, 4), dtype=torch.float32, grad=False)
+    p.lora_B.mul_(1e-3)
+    exact = oracle(p, 1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        by_route = {
+            route: ops.lora_linear(*p.tensors, p.task_ptr, route=route)
+            for route in ("weight", "reference")
+        }
+    errors = {route: relative_error(y, exact) for route, y in by_route.items()}
+    assert errors["weight"] < 2 * errors["reference"]
+
+
+def test_torch_compile_fullgraph_without_recompiling(native: None) -> None:
+    recompiles = torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.lora_linear, fullgraph=True, backend="aot_eager", dynamic=True)
+    before = recompiles["unique_graphs"]
+    for rows in ((5, 0, 31), (9, 20, 2), (40, 40, 40)):
+        p = problem(rows, (40, 40, 2))
+        y = compiled(*p.tensors, p.task_ptr, scaling=0.5, route="token")
+        torch.testing.assert_close(y, oracle(p, 0.5))
+        grads = torch.autograd.grad(y.sum(), p.leaves)
+        wanted = torch.autograd.grad(oracle(p, 0.5).sum(), p.leaves)
+        for got, want in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(got, want)
+    assert recompiles["unique_graphs"] == before + 1
+
+
+@pytest.mark.parametrize("weight_route", [False, True])
+@pytest.mark.parametrize("sizes", [(10, 10, 1), (40, 33, 3)], ids=str)
+def test_opcheck(native: None, weight_route: bool, sizes: tuple[int, int, int]) -> None:
+    p = problem((5, 0, 31), sizes, dtype=torch.float32, grad=False)
+    arguments = (*p.tensors, p.task_ptr, 0.5, 0.0, None, weight_route)
+    torch.library.opcheck(torch.ops.metalora.lora_linear.default, arguments)
+    _, shrunk = torch.ops.metalora.lora_linear(*arguments)
+    x, weight, _, lora_A, lora_B = p.tensors
+    grad_y = torch.randn(36, sizes[1])
+    for needs in ([True] * 5, [False, True, False, True, False]):
+        torch.library.opcheck(
+            torch.ops.metalora.lora_linear_backward.default,
+            (
+                grad_y,
+                x,
+                weight,
+                lora_A,
+                lora_B,
+                p.task_ptr,
+                shrunk,
+                0.5,
+                0.0,
+                None,
+                weight_route,
+                *needs,
+            ),
+        )
+
+
+def test_raw_operators_refuse_tensors_that_need_grad(native: None) -> None:
+    p = problem()
+    with pytest.raises(RuntimeError, match=r"call the function of that name in metalora\.ops"):
+        torch.ops.metalora.lora_linear(*p.tensors, p.task_ptr, 1.0, 0.0, None, False)
+
+
+@pytest.mark.parametrize("pointers", [[0, 5, 4, 7], [1, 2, 3, 7], [0, 2, 3, 9], [0, -3, 3, 7]])
+def test_raw_operators_never_read_outside(native: None, pointers: list[int]) -> None:
+    p = problem((2, 3, 2), grad=False)
+    with pytest.raises(RuntimeError, match=r"lora_linear: task_ptr must"):
+        torch.ops.metalora.lora_linear(*p.tensors, torch.tensor(pointers), 1.0, 0.0, None, False)
+
+
+def test_switching_native_off_changes_what_runs(native: None, monkeypatch) -> None:
+    """Shows that the native kernels are really used: without them they are not called."""
+    called = []
+    module = __import__("sys").modules["metalora.ops.lora_linear"]
+    original = module.call
+    monkeypatch.setattr(module, "call", lambda name, *a: called.append(name) or original(name, *a))
+    p = problem()
+    ops.lora_linear(*p.tensors, p.task_ptr).sum().backward()
+    assert called == ["lora_linear", "lora_linear_backward"]
+    called.clear()
+    monkeypatch.setattr(module, "native_available", lambda device="cpu": False)
+    ops.lora_linear(*p.tensors, p.task_ptr).sum().backward()
+    assert called == []
+
+
+class TestRoutes:
+    def choose(self, **changes: object) -> ops.RouteChoice:
+        arguments = {
+            "rows": 4000,
+            "tasks": 4,
+            "in_features": 64,
+            "out_features": 64,
+            "dropout_p": 0.0,
+            "dtype": torch.float32,
+            "device_type": "cpu",
+            "native": True,
+        }
+        return ops.choose_route(**(arguments | changes))
+
+    def test_many_rows_take_the_weight_route(self) -> None:
+        assert self.choose().route == "weight"
+
+    @pytest.mark.parametrize(
+        ("change", "route", "reason"),
+        [
+            ({"rows": 8}, "token", "rows"),
+            ({"dropout_p": 0.1}, "token", "dropout"),
+            ({"dtype": torch.bfloat16}, "token", "rounded"),
+            ({"rows": 8, "in_features": 10, "out_features": 10}, "weight", "registers"),
+            ({"native": False}, "reference", "library"),
+            ({"device_type": "cuda"}, "reference", "cuda"),
+        ],
+    )
+    def test_each_argument_matters(self, change: dict, route: str, reason: str) -> None:
+        choice = self.choose(**change)
+        assert choice.route == route
+        assert reason in choice.reason
+
+    @pytest.mark.parametrize("sizes", SIZES, ids=str)
+    @pytest.mark.parametrize("rows", [(4, 4), (900, 800)])
+    @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+    def test_auto_takes_what_it_says(self, monkeypatch, sizes, rows, dropout_p) -> None:
+        p = problem(rows, sizes)
+        choice = ops.lora_linear_route(p.x, p.weight, p.lora_A, dropout_p=dropout_p)
+        module = __import__("sys").modules["metalora.ops.lora_linear"]
+        assert module._auto(p.x, p.weight, p.lora_A, dropout_p) == choice.route

@@ -1,0 +1,140 @@
+"""One clear line for every call that cannot be right, before anything is computed."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from metalora import ops
+from tests.ops.problems import problem
+
+
+def call(**changes: object) -> torch.Tensor:
+    p = problem((3, 4), (7, 5, 2), grad=False)
+    arguments = {
+        "x": p.x,
+        "weight": p.weight,
+        "bias": p.bias,
+        "lora_A": p.lora_A,
+        "lora_B": p.lora_B,
+        "task_ptr": p.task_ptr,
+    }
+    return ops.lora_linear(**(arguments | changes))
+
+
+CASES = {
+    "x_shape": ({"x": torch.randn(7, 6).double()}, ValueError, "x must be [M, in=7], got [7, 6]"),
+    "x_dim": ({"x": torch.randn(7).double()}, ValueError, "x must be [M, in=7], got [7]"),
+    "x_integer": (
+        {"x": torch.ones(7, 7, dtype=torch.int64)},
+        TypeError,
+        "x must be floating point (float32, float64, bfloat16 or float16), got torch.int64; "
+        "convert it with .float()",
+    ),
+    "x_dtype": (
+        {"x": torch.randn(7, 7)},
+        TypeError,
+        "bias must have the dtype of x, torch.float32, got torch.float64",
+    ),
+    "weight_device": (
+        {"weight": torch.empty(5, 7, device="meta", dtype=torch.float64)},
+        ValueError,
+        "must be on the device of weight, meta, got cpu",
+    ),
+    "A_shape": (
+        {"lora_A": torch.randn(2, 7, 2).double()},
+        ValueError,
+        "lora_A must be [T, r, in=7], got [2, 7, 2]; is it transposed?",
+    ),
+    "B_shape": (
+        {"lora_B": torch.randn(2, 2, 5).double()},
+        ValueError,
+        "lora_B must be [T=2, out=5, r=2], got [2, 2, 5]; is it transposed?",
+    ),
+    "B_dtype": (
+        {"lora_B": torch.randn(2, 5, 2)},
+        TypeError,
+        "lora_B must have the dtype of weight, torch.float64, got torch.float32",
+    ),
+    "rank_zero": (
+        {"lora_A": torch.empty(2, 0, 7).double(), "lora_B": torch.empty(2, 5, 0).double()},
+        ValueError,
+        "a rank of at least 1, got [2, 0, 7]",
+    ),
+    "bias_shape": (
+        {"bias": torch.randn(4).double()},
+        ValueError,
+        "bias must be [out=5], got [4]",
+    ),
+    "ptr_short": (
+        {"task_ptr": torch.tensor([0, 7])},
+        ValueError,
+        "task_ptr must be [T+1=3], got [2]",
+    ),
+    "ptr_dtype": (
+        {"task_ptr": torch.tensor([0, 3, 7], dtype=torch.int32)},
+        TypeError,
+        "task_ptr must be an int64 tensor [T+1=3] of row offsets, got torch.int32",
+    ),
+    "ptr_grad": (
+        {"task_ptr": torch.tensor([0.0, 3.0, 7.0], requires_grad=True)},
+        TypeError,
+        "got torch.float32 that requires grad",
+    ),
+    "ptr_list": ({"task_ptr": [0, 3, 7]}, TypeError, "task_ptr must be an int64 tensor"),
+    "ptr_end": (
+        {"task_ptr": torch.tensor([0, 3, 6])},
+        ValueError,
+        "task_ptr must start at 0 and end at M=7, got 0 and 6",
+    ),
+    "ptr_start": (
+        {"task_ptr": torch.tensor([1, 3, 7])},
+        ValueError,
+        "task_ptr must start at 0 and end at M=7, got 1 and 7",
+    ),
+    "ptr_decreasing": (
+        {"task_ptr": torch.tensor([0, 8, 7])},
+        ValueError,
+        "task_ptr must not decrease, but task_ptr[1]=8 is above task_ptr[2]=7",
+    ),
+    "dropout_one": ({"dropout_p": 1.0}, ValueError, "dropout_p must be in [0, 1), got 1.0"),
+    "dropout_nan": ({"dropout_p": float("nan")}, ValueError, "dropout_p must be in [0, 1)"),
+    "seed_negative": (
+        {"dropout_p": 0.1, "seed": -1},
+        ValueError,
+        "seed must be in [0, 2**63), got -1",
+    ),
+    "seed_float": (
+        {"dropout_p": 0.1, "seed": 1.5},
+        TypeError,
+        "seed must be an int or an int64 scalar tensor, got float",
+    ),
+    "scaling": ({"scaling": "2"}, TypeError, "scaling must be a number, got str"),
+    "route": (
+        {"route": "wieght"},
+        ValueError,
+        "route must be one of ['auto', 'weight', 'token', 'reference'], got 'wieght'; did you "
+        "mean 'weight'?",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_message(name: str) -> None:
+    changes, kind, text = CASES[name]
+    with pytest.raises(kind, match=re.escape(text)) as caught:
+        call(**changes)
+    message = str(caught.value)
+    assert message.startswith("lora_linear: ")
+    assert "\n" not in message
+
+
+def test_weight_route_refuses_dropout(native: None) -> None:
+    with pytest.raises(ValueError, match=r"route='weight' cannot apply dropout_p=0\.1"):
+        call(route="weight", dropout_p=0.1)
+
+
+def test_the_call_itself_is_fine() -> None:
+    assert call().shape == (7, 5)

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from metalora import ops
+from tests.ops.problems import relative_error
+
+SIZES = [(1, 1, 1, 1), (3, 7, 5, 2), (2, 33, 130, 9), (4, 150, 20, 1)]  # T, out, in, r
+
+
+def matrices(size: tuple[int, int, int, int], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    tasks, out_features, in_features, rank = size
+    shapes = [(out_features, in_features), (tasks, rank, in_features), (tasks, out_features, rank)]
+    return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_merge_lora_agrees_with_einsum(size: tuple[int, int, int, int]) -> None:
+    weight, lora_A, lora_B = matrices(size)
+    wanted = weight + 0.7 * torch.einsum("tor,tri->toi", lora_B, lora_A)
+    got = ops.merge_lora(weight, lora_A, lora_B, 0.7)
+    assert relative_error(got, wanted) < 1e-12
+    grad = torch.randn_like(got)
+    leaves = [weight, lora_A, lora_B]
+    for a, b in zip(
+        torch.autograd.grad(got, leaves, grad),
+        torch.autograd.grad(wanted, leaves, grad),
+        strict=True,
+    ):
+        assert relative_error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 7, 2), (2, 130, 9)], ids=str)
+def test_symmetric_agrees_with_einsum(size: tuple[int, int, int]) -> None:
+    tasks, d, k = size
+    weight = torch.randn(d, d, dtype=torch.float64, requires_grad=True)
+    lora_U = torch.randn(tasks, d, k, dtype=torch.float64, requires_grad=True)
+    wanted = weight + torch.einsum("tik,tjk->tij", lora_U, lora_U)
+    got = ops.merge_lora_symmetric(weight, lora_U)
+    assert relative_error(got, wanted) < 1e-12
+    grad = torch.randn_like(got)
+    for a, b in zip(
+        torch.autograd.grad(got, [weight, lora_U], grad),
+        torch.autograd.grad(wanted, [weight, lora_U], grad),
+        strict=True,
+    ):
+        assert relative_error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("mask", range(1, 8))
+def test_gradcheck_and_gradgradcheck(mask: int) -> None:
+    leaves = matrices((2, 3, 4, 2))
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(bool(mask >> i & 1))
+    assert torch.autograd.gradcheck(lambda *t: ops.merge_lora(*t, 0.5), leaves)
+    assert torch.autograd.gradgradcheck(lambda *t: ops.merge_lora(*t, 0.5), leaves)
+
+
+@pytest.mark.parametrize("mask", range(1, 4))
+def test_symmetric_gradcheck_and_gradgradcheck(mask: int) -> None:
+    weight = torch.randn(4, 4, dtype=torch.float64, requires_grad=bool(mask & 1))
+    lora_U = torch.randn(2, 4, 2, dtype=torch.float64, requires_grad=bool(mask & 2))
+    assert torch.autograd.gradcheck(ops.merge_lora_symmetric, (weight, lora_U))
+    assert torch.autograd.gradgradcheck(ops.merge_lora_symmetric, (weight, lora_U))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_short_dtypes_round_once(dtype: torch.dtype) -> None:
+    short = matrices((3, 40, 50, 4), dtype)
+    got = ops.merge_lora(*short, 0.5)
+    exact = ops.merge_lora(*[t.double() for t in short], 0.5)
+    assert got.dtype == dtype
+    assert relative_error(got, exact) < 2 * torch.finfo(dtype).eps
+
+
+def test_strided_inputs() -> None:
+    weight, lora_A, lora_B = (t.detach() for t in matrices((3, 7, 5, 2)))
+    strided = [
+        weight.t().contiguous().t(),
+        lora_A.transpose(1, 2).contiguous().transpose(1, 2),
+        lora_B.transpose(1, 2).contiguous().transpose(1, 2),
+    ]
+    assert torch.equal(ops.merge_lora(*strided), ops.merge_lora(weight, lora_A, lora_B))
+
+
+def test_opcheck(native: None) -> None:
+    weight, lora_A, lora_B = (t.detach() for t in matrices((2, 6, 6, 2), torch.float32))
+    raw = torch.ops.metalora
+    torch.library.opcheck(raw.merge_lora.default, (weight, lora_A, lora_B, 0.5))
+    grad = torch.randn(2, 6, 6)
+    torch.library.opcheck(raw.merge_lora_backward.default, (grad, lora_A, lora_B, 0.5))
+    torch.library.opcheck(raw.merge_lora_symmetric.default, (weight, lora_B))
+    torch.library.opcheck(raw.merge_lora_symmetric_backward.default, (grad, lora_B))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "text"),
+    [
+        ((1, torch.randn(2, 3, 9)), ValueError, "lora_A must be [T, r, in=5], got [2, 3, 9]"),
+        (
+            (2, torch.randn(2, 2, 7)),
+            ValueError,
+            "lora_B must be [T=2, out=7, r=2], got [2, 2, 7]; is it transposed?",
+        ),
+        ((0, torch.ones(7, 5, dtype=torch.int32)), TypeError, "weight must be floating point"),
+        ((2, torch.randn(2, 7, 2).double()), TypeError, "lora_B must have the dtype of weight"),
+    ],
+)
+def test_messages(change, kind, text) -> None:
+    arguments = [t.detach() for t in matrices((2, 7, 5, 2), torch.float32)]
+    arguments[change[0]] = change[1]
+    with pytest.raises(kind, match=re.escape(text)):
+        ops.merge_lora(*arguments)
