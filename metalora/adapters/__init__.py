@@ -1,0 +1,28 @@
+"""Putting adapters into any model, taking them out, and reading a task's part."""
+
+from metalora.adapters.config import LoRAConfig, as_lora_config
+from metalora.adapters.insert import adapt
+from metalora.adapters.removal import remove
+from metalora.adapters.state import (
+    adapted_layers,
+    base_state_dict,
+    freeze_base,
+    load_task_state_dict,
+    reset_adapters,
+    task_parameters,
+    task_state_dict,
+)
+
+__all__ = [
+    "LoRAConfig",
+    "adapt",
+    "adapted_layers",
+    "as_lora_config",
+    "base_state_dict",
+    "freeze_base",
+    "load_task_state_dict",
+    "remove",
+    "reset_adapters",
+    "task_parameters",
+    "task_state_dict",
+]

@@ -1,0 +1,82 @@
+"""Putting adapters into a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from metalora._checks import check_count
+from metalora.adapters.config import LoRAConfig, as_lora_config
+from metalora.adapters.fused_paths import check_batch_first, close_fused_paths
+from metalora.adapters.select import select
+from metalora.adapters.state import adapted_layers
+from metalora.nn import MultiTaskHead, MultiTaskLoRALinear, SymmetricLoRALinear, TaskLayer
+
+
+def adapt(model: nn.Module, config: Any, num_tasks: int) -> nn.Module:
+    """Gives the linear layers of ``model`` one adapter per task, in place (paper, eq. 6).
+
+    The layers keep their weights' own Parameter objects and names, so an optimiser, tied weights
+    and ``state_dict`` keys of the plain model stay valid. Run the model inside
+    ``with metalora.tasks(task_ids):``. `metalora.remove` undoes it.
+
+    Args:
+        model: any module; not a bare nn.Linear.
+        config: a `LoRAConfig` or a ``peft.LoraConfig``.
+        num_tasks: number of tasks T.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: if an argument has a wrong type.
+        ValueError: if a name is unknown, a layer cannot be adapted, or has been already. The model
+            is then as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"adapt: model must be an nn.Module, got {type(model).__name__}")
+    config = as_lora_config(config)
+    check_count("adapt", "num_tasks", num_tasks)
+    for name, layer in adapted_layers(model).items():
+        if layer.num_tasks != num_tasks:
+            raise ValueError(
+                f"adapt: num_tasks must be {layer.num_tasks}, as {name!r} has adapters for that "
+                f"many tasks already, got {num_tasks}"
+            )
+    selection = select(model, config)
+    places = [names for _, names in selection.targets + selection.heads]
+    if num_tasks > 1:
+        check_batch_first(model, [name for names in places for name in names])
+    layers = [_adapted(linear, names[0], config, num_tasks) for linear, names in selection.targets]
+    layers += [
+        MultiTaskHead.from_linear(linear, num_tasks, name=names[0])
+        for linear, names in selection.heads
+    ]
+    for layer, names in zip(layers, places, strict=True):
+        for name in names:
+            replace_module(model, name, layer)
+    close_fused_paths(model)
+    return model
+
+
+def _adapted(linear: nn.Linear, name: str, config: LoRAConfig, num_tasks: int) -> TaskLayer:
+    if config.symmetric:
+        return SymmetricLoRALinear.from_linear(
+            linear, num_tasks, config.rank, alpha=config.alpha, route=config.route, name=name
+        )
+    return MultiTaskLoRALinear.from_linear(
+        linear,
+        num_tasks,
+        config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        route=config.route,
+        name=name,
+    )
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Puts ``new`` where ``model`` has the module called ``name``."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, new)

@@ -1,0 +1,199 @@
+"""Which modules of a model a configuration means."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from metalora._checks import did_you_mean
+from metalora.adapters.config import LoRAConfig
+from metalora.nn import TaskLayer
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layers to replace, each with all its names: a module may stand in two places."""
+
+    targets: list[tuple[nn.Linear, list[str]]]
+    heads: list[tuple[nn.Linear, list[str]]]
+
+
+def select(model: nn.Module, config: LoRAConfig) -> Selection:
+    """Finds the layers that ``config`` names in ``model``.
+
+    Raises:
+        ValueError: if a name is unknown, means a module that cannot be adapted, or nothing is left.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    head_names = _find_heads(modules, config.heads)
+    target_names = _find_targets(model, modules, config, head_names)
+    if not target_names and not head_names:
+        raise ValueError(
+            "adapt: nothing to adapt: target_modules and heads match no nn.Linear of the model"
+        )
+    if "" in target_names or "" in head_names:
+        raise ValueError(
+            "adapt: the model itself is the layer; put it into a container, "
+            "as in nn.Sequential(model)"
+        )
+    targets, heads = _group(modules, target_names), _group(modules, head_names)
+    _check_heads_untied(modules, heads)
+    return Selection(targets, heads)
+
+
+def _find_heads(modules: dict[str, nn.Module], wanted: Sequence[str]) -> list[str]:
+    found = []
+    for name in wanted:
+        matches = [full for full in modules if _named(full, name)]
+        if not matches:
+            raise _unknown("heads", name, modules)
+        for match in matches:
+            inside = [full for full in modules if full == match or full.startswith(f"{match}.")]
+            linears = [full for full in inside if isinstance(modules[full], nn.Linear)]
+            _check_nothing_else(modules, match, linears)
+            found += linears
+    for name in found:
+        obstacle = _obstacle(modules, name)
+        if obstacle:
+            raise ValueError(f"adapt: heads: {name!r} cannot be a head: {obstacle}")
+    return list(dict.fromkeys(found))
+
+
+def _check_nothing_else(modules: dict[str, nn.Module], head: str, linears: list[str]) -> None:
+    """A head made of modules must hold parameters in linear layers only: those get one per task."""
+    own = {id(p) for name in linears for p in modules[name].parameters()}
+    left = [name for name, p in modules[head].named_parameters() if id(p) not in own]
+    if left or not linears:
+        what = f"its parameters {left[:3]} are in none" if left else "there is none in it"
+        raise ValueError(
+            f"adapt: heads: {head!r} is a {type(modules[head]).__name__}; "
+            f"a head is made of nn.Linear layers, but {what}"
+        )
+
+
+def _find_targets(
+    model: nn.Module, modules: dict[str, nn.Module], config: LoRAConfig, heads: list[str]
+) -> list[str]:
+    excluded = set(heads) | {n for n in modules if _matches(n, config.exclude_modules)}
+    if config.target_modules == "all-linear":
+        excluded |= _output_embedding(model, modules)
+        return _all_linear(modules, excluded, config.symmetric)
+    found = [n for n in modules if _matches(n, config.target_modules) and n not in excluded]
+    if isinstance(config.target_modules, str):
+        found = [n for n in found if isinstance(modules[n], nn.Linear | TaskLayer)]
+        if not found:
+            raise _unknown("target_modules", config.target_modules, modules)
+    else:
+        for name in config.target_modules:
+            if not any(_named(full, name) for full in modules):
+                raise _unknown("target_modules", name, modules)
+    for name in found:
+        obstacle = _obstacle(modules, name, config.symmetric)
+        if obstacle:
+            raise ValueError(f"adapt: target_modules: {name!r} cannot get an adapter: {obstacle}")
+    return found
+
+
+def _all_linear(modules: dict[str, nn.Module], excluded: set[str], symmetric: bool) -> list[str]:
+    linears = [n for n, m in modules.items() if isinstance(m, nn.Linear | TaskLayer)]
+    found, skipped = [], []
+    for name in linears:
+        if name in excluded:
+            continue
+        obstacle = _obstacle(modules, name, symmetric)
+        if isinstance(modules[name], TaskLayer):
+            raise ValueError(f"adapt: target_modules: {name!r} cannot get an adapter: {obstacle}")
+        if obstacle:
+            skipped.append(f"{name!r} ({obstacle})")
+        else:
+            found.append(name)
+    if skipped:
+        warnings.warn(f"adapt: all-linear leaves out {', '.join(skipped)}", stacklevel=5)
+    return found
+
+
+def _output_embedding(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
+    """The language-model head of a Hugging Face model, which PEFT's all-linear leaves out too."""
+    getter = getattr(model, "get_output_embeddings", None)
+    output = getter() if callable(getter) else None
+    return set() if output is None else {n for n, m in modules.items() if m is output}
+
+
+def _obstacle(modules: dict[str, nn.Module], name: str, symmetric: bool = False) -> str:
+    """Why the module cannot be replaced by a layer of ours; "" if it can."""
+    module = modules[name]
+    parent = modules.get(name.rpartition(".")[0])
+    if isinstance(module, TaskLayer):
+        return "it has one already; metalora.remove(model) takes adapters out"
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight and never calls it"
+    if type(module) is not nn.Linear:
+        return f"it is a {type(module).__name__}, not an nn.Linear"
+    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+        return "its size is not known yet; run the model once"
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    if any(hooks) or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks (weight_norm, offloading, ...), which would be lost"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance, which would be lost"
+    if symmetric and module.in_features != module.out_features:
+        return (
+            "a symmetric adapter needs a square layer, "
+            f"got [out={module.out_features}, in={module.in_features}]"
+        )
+    return ""
+
+
+def _group(modules: dict[str, nn.Module], names: list[str]) -> list[tuple[nn.Linear, list[str]]]:
+    """Each module once, with all its names; all of which must have been selected."""
+    groups = []
+    for name in names:
+        module = modules[name]
+        assert isinstance(module, nn.Linear)
+        places = [n for n, m in modules.items() if m is module]
+        missing = [n for n in places if n not in names]
+        if missing:
+            raise ValueError(
+                f"adapt: {name!r} and {missing[0]!r} are one and the same module; "
+                "select both or neither"
+            )
+        if name == places[0]:
+            groups.append((module, places))
+    return groups
+
+
+def _check_heads_untied(
+    modules: dict[str, nn.Module], heads: list[tuple[nn.Linear, list[str]]]
+) -> None:
+    for head, names in heads:
+        for other, module in modules.items():
+            shared = any(p is head.weight for p in module._parameters.values())
+            if shared and module is not head:
+                raise ValueError(
+                    f"adapt: heads: {names[0]!r} shares its weight with {other!r}, which cannot "
+                    "exist once per task; untie them first"
+                )
+
+
+def _named(full: str, name: str) -> bool:
+    return full == name or full.endswith(f".{name}")
+
+
+def _matches(full: str, wanted: str | Sequence[str]) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, full) is not None
+    return any(_named(full, name) for name in wanted)
+
+
+def _unknown(field: str, name: str, modules: dict[str, nn.Module]) -> ValueError:
+    linears = [n for n, m in modules.items() if n and isinstance(m, nn.Linear)]
+    suffixes = [n.rpartition(".")[2] for n in linears]
+    hint = did_you_mean(name, dict.fromkeys(suffixes + linears))
+    if not hint and linears:
+        hint = f"; there are {', '.join(repr(n) for n in linears[:5])}"
+        hint += ", ..." if len(linears) > 5 else ""
+    return ValueError(f"adapt: {field}: no module of the model matches {name!r}{hint}")

@@ -1,0 +1,112 @@
+"""The parts of an adapted model: the shared weights, and what each task has of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from metalora._checks import did_you_mean
+from metalora.nn import MultiTaskHead, TaskLayer
+
+
+def adapted_layers(model: nn.Module) -> dict[str, TaskLayer]:
+    """The layers of ``model`` that hold something per task, by name; each once."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, TaskLayer)}
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The shared weights, under the names of the plain model, which loads them with strict=True.
+
+    Adapters are left out; a head is the mean of the tasks' heads. The tensors are those of the
+    model and no copies, as in ``state_dict``, the means excepted.
+    """
+    state: dict[str, Tensor] = dict(model.state_dict())
+    for prefix, layer in model.named_modules(remove_duplicate=False):
+        if not isinstance(layer, TaskLayer):
+            continue
+        for name, parameter in layer.own_task_parameters().items():
+            key = f"{prefix}.{name}"
+            if isinstance(layer, MultiTaskHead):
+                state[key] = parameter.detach().mean(0)
+            else:
+                del state[key]
+    return state
+
+
+def task_state_dict(model: nn.Module, task: int) -> dict[str, Tensor]:
+    """What task ``task`` has of its own, copied: per layer lora_A [r, in] and lora_B [out, r] (or
+    lora_U [d, k]), per head weight [out, in] and bias [out].
+
+    Raises:
+        ValueError: if ``model`` is not adapted or has no such task.
+    """
+    return {
+        name: stacked.detach()[task].clone()
+        for name, stacked in _stacked("task_state_dict", model, task).items()
+    }
+
+
+def load_task_state_dict(model: nn.Module, task: int, state: Mapping[str, Tensor]) -> None:
+    """Gives task ``task`` what `task_state_dict` returned, here or for an equal model.
+
+    Raises:
+        ValueError: if names or shapes differ; nothing is changed then.
+    """
+    stacked = _stacked("load_task_state_dict", model, task)
+    for name in state:
+        if name not in stacked:
+            hint = did_you_mean(name, stacked)
+            raise ValueError(f"load_task_state_dict: the model has no {name!r}{hint}")
+    for name, parameter in stacked.items():
+        if name not in state:
+            raise ValueError(f"load_task_state_dict: {name!r} is missing from state")
+        if state[name].shape != parameter.shape[1:]:
+            wanted, got = list(parameter.shape[1:]), list(state[name].shape)
+            raise ValueError(f"load_task_state_dict: {name!r} must be {wanted}, got {got}")
+    with torch.no_grad():
+        for name, parameter in stacked.items():
+            parameter[task].copy_(state[name])
+
+
+def task_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All parameters with one slice per task, [T, ...] each."""
+    layers = adapted_layers(model).values()
+    return [p for layer in layers for p in layer.own_task_parameters().values()]
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Leaves only adapters and heads trainable, as in fine-tuning (paper, eq. 2-4).
+
+    Raises:
+        ValueError: if ``model`` is not adapted.
+    """
+    own = {id(parameter) for parameter in task_parameters(_adapted("freeze_base", model))}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in own)
+
+
+def reset_adapters(model: nn.Module) -> None:
+    """Draws all adapters and heads afresh, from torch's generator.
+
+    Raises:
+        ValueError: if ``model`` is not adapted.
+    """
+    for layer in adapted_layers(_adapted("reset_adapters", model)).values():
+        layer.reset_task_parameters()
+
+
+def _stacked(function: str, model: nn.Module, task: int) -> dict[str, nn.Parameter]:
+    found = {}
+    for prefix, layer in adapted_layers(_adapted(function, model)).items():
+        layer.check_task(task)
+        for name, parameter in layer.own_task_parameters().items():
+            found[f"{prefix}.{name}"] = parameter
+    return found
+
+
+def _adapted(function: str, model: nn.Module) -> nn.Module:
+    if not adapted_layers(model):
+        raise ValueError(f"{function}: the model has no adapters; metalora.adapt puts them in")
+    return model

@@ -1,0 +1,100 @@
+"""One last layer per task."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metalora._checks import check_count
+from metalora.nn.layer import TaskLayer, as_linear, new_parameter, rows_per_sample
+from metalora.nn.task_batch import TaskBatch
+
+
+class MultiTaskHead(TaskLayer):
+    """y = x W_tᵀ + b_t with the sample's own task t: Last-Layer-ML's per-task parameters.
+
+    ``weight`` is [T, out, in] and ``bias`` [T, out], each task initialised as nn.Linear does.
+    Every row is multiplied by all T heads, of which its own is kept: one product, no sorting, no
+    waiting for a device; meant for last layers, whose outputs are few.
+
+    Args:
+        in_features: size of the inputs.
+        out_features: size of the outputs.
+        num_tasks: number of tasks T.
+        bias: whether there is a bias.
+        device: where the parameters live.
+        dtype: what they are.
+        name: what error messages call the layer.
+    """
+
+    task_parameters = ("weight", "bias")
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_tasks: int,
+        *,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        name: str = "",
+    ) -> None:
+        super().__init__(num_tasks, name)
+        self.in_features = check_count("MultiTaskHead", "in_features", in_features)
+        self.out_features = check_count("MultiTaskHead", "out_features", out_features)
+        like = torch.empty(0, device=device, dtype=dtype)
+        self.weight = new_parameter(like, num_tasks, out_features, in_features)
+        self.bias = new_parameter(like, num_tasks, out_features) if bias else None
+        self.reset_task_parameters()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, num_tasks: int, *, name: str = "") -> MultiTaskHead:
+        """T copies of ``linear``."""
+        head = cls.__new__(cls)
+        TaskLayer.__init__(head, num_tasks, name)
+        head.in_features, head.out_features = linear.in_features, linear.out_features
+        head.weight = nn.Parameter(linear.weight.detach().repeat(num_tasks, 1, 1))
+        bias = linear.bias
+        head.bias = None if bias is None else nn.Parameter(bias.detach().repeat(num_tasks, 1))
+        return head.train(linear.training)
+
+    def reset_task_parameters(self) -> None:
+        """Draws every task's head afresh, as nn.Linear does."""
+        bound = 1 / math.sqrt(self.in_features)
+        for parameter in self.own_task_parameters().values():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: Tensor, tasks: TaskBatch | None = None) -> Tensor:
+        """x [B, ..., in] → [B, ..., out]; see `MultiTaskLoRALinear.forward`."""
+        batch = self.batch_of(x, tasks)
+        if batch is None or self.num_tasks == 1:
+            if batch is not None and not torch.compiler.is_compiling():
+                batch.check_range(1)
+            return F.linear(x, self.weight[0], None if self.bias is None else self.bias[0])
+        if not torch.compiler.is_compiling():
+            batch.check_range(self.num_tasks)
+        bias = None if self.bias is None else self.bias.flatten()
+        every = F.linear(x, self.weight.flatten(0, 1), bias)  # [B, ..., T * out]
+        if batch.size == 0:
+            return every[..., : self.out_features]
+        every = every.reshape(
+            batch.size, rows_per_sample(x, batch), self.num_tasks, self.out_features
+        )
+        ids = batch.task_ids.to(x.device, non_blocking=True).view(-1, 1, 1, 1)
+        own = every.gather(2, ids.expand(-1, every.shape[1], 1, self.out_features))
+        return own.reshape(*x.shape[:-1], self.out_features)
+
+    def to_linear(self, task: int | None = None) -> nn.Linear:
+        """Task t's head, or (None) the mean of all heads, as new parameters."""
+        chosen = slice(None) if task is None else slice(self.check_task(task), task + 1)
+        parts = {n: p.detach()[chosen].mean(0) for n, p in self.own_task_parameters().items()}
+        weight = nn.Parameter(parts["weight"], self.weight.requires_grad)
+        bias = nn.Parameter(parts["bias"], self.weight.requires_grad) if "bias" in parts else None
+        return as_linear(weight, bias, self.training)

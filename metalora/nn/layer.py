@@ -1,0 +1,140 @@
+"""What the layers that know tasks have in common."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from metalora._checks import check_count
+from metalora.nn.task_batch import TaskBatch, current_tasks
+
+
+class TaskLayer(nn.Module):
+    """A linear layer of which some parameters exist once per task, stacked along dimension 0."""
+
+    task_parameters: ClassVar[tuple[str, ...]]
+    """Names of the parameters whose first dimension is the task."""
+
+    in_features: int
+    out_features: int
+
+    def __init__(self, num_tasks: int, name: str = "") -> None:
+        super().__init__()
+        self.num_tasks = check_count(type(self).__name__, "num_tasks", num_tasks)
+        self.name = name
+
+    def reset_task_parameters(self) -> None:
+        """Draws the per-task parameters afresh."""
+        raise NotImplementedError
+
+    def to_linear(self, task: int | None = None) -> nn.Linear:
+        """The plain layer of one task, or (None) without adapters, heads averaged over tasks."""
+        raise NotImplementedError
+
+    def own_task_parameters(self) -> dict[str, nn.Parameter]:
+        """The per-task parameters this layer has, by name; each is [T, ...]."""
+        found = {name: getattr(self, name) for name in self.task_parameters}
+        return {name: parameter for name, parameter in found.items() if parameter is not None}
+
+    def check_task(self, task: int) -> int:
+        """Returns ``task`` if this layer has it, else raises ValueError."""
+        if isinstance(task, bool) or not isinstance(task, int):
+            raise TypeError(f"{self._where()}: task must be an int, got {type(task).__name__}")
+        if not 0 <= task < self.num_tasks:
+            raise ValueError(
+                f"{self._where()}: task must be in 0..{self.num_tasks - 1}, got {task}"
+            )
+        return task
+
+    def batch_of(self, x: Tensor, tasks: TaskBatch | None) -> TaskBatch | None:
+        """The tasks for ``x`` [B, ..., in]; None where there is only one task and nothing was said.
+
+        Raises:
+            TypeError: if ``tasks`` is no `TaskBatch`.
+            ValueError: if ``x`` has another shape than wanted, or no tasks are known.
+        """
+        if x.dim() < 2 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"{self._where()}: x must be [B, ..., in={self.in_features}], got {list(x.shape)}"
+            )
+        batch = current_tasks() if tasks is None else tasks
+        if batch is None:
+            if self.num_tasks == 1:
+                return None
+            raise ValueError(
+                f"{self._where()}: which task does each sample belong to? Call the model inside "
+                f"`with metalora.tasks(task_ids):` ({self.num_tasks} tasks; under activation "
+                "checkpointing call backward() inside it too)"
+            )
+        if not isinstance(batch, TaskBatch):
+            got = type(batch).__name__
+            raise TypeError(f"{self._where()}: tasks must be a TaskBatch, got {got}")
+        fits = x.shape[0] == batch.size or (batch.size > 0 and x.shape[0] % batch.size == 0)
+        if not fits:
+            raise ValueError(
+                f"{self._where()}: x must have its samples first, [B={batch.size}, ..., in] or "
+                f"[B·n, ..., in] sample by sample, as task_ids are [{batch.size}]; "
+                f"got {list(x.shape)}"
+            )
+        return batch
+
+    def sort_rows(self, x: Tensor, batch: TaskBatch | None) -> tuple[Tensor, Tensor]:
+        """x [B, ..., in] → its rows [M, in] in task order, and their task_ptr [T + 1]."""
+        if batch is None:
+            rows = x.reshape(-1, self.in_features)
+            return rows, torch.arange(2, device=x.device) * rows.shape[0]
+        if batch.size == 0:
+            rows = x.reshape(0, self.in_features)
+            return rows, torch.zeros(self.num_tasks + 1, dtype=torch.int64, device=x.device)
+        per_sample = rows_per_sample(x, batch)
+        samples = x.reshape(batch.size, per_sample, self.in_features)
+        rows = batch.sort(samples).reshape(-1, self.in_features)
+        return rows, batch.task_ptr(self.num_tasks, per_sample, x.device)
+
+    def restore_rows(self, rows: Tensor, x: Tensor, batch: TaskBatch | None) -> Tensor:
+        """Rows [M, out] in task order → [B, ..., out] in the order of x [B, ..., in]."""
+        if batch is not None and batch.order is not None and batch.size:
+            per_sample = rows_per_sample(x, batch)
+            rows = batch.unsort(rows.reshape(batch.size, per_sample, self.out_features))
+        return rows.reshape(*x.shape[:-1], self.out_features)
+
+    def _where(self) -> str:
+        return f"{type(self).__name__} {self.name!r}" if self.name else type(self).__name__
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, tasks={self.num_tasks}"
+
+
+def rows_per_sample(x: Tensor, batch: TaskBatch) -> int:
+    """How many rows of x [B·n, ..., in] belong to a sample; B > 0."""
+    inner = math.prod(x.shape[1:-1])
+    # Not divided where nothing is to divide: torch.compile then has no quotient to reason about.
+    return inner if x.shape[0] == batch.size else inner * (x.shape[0] // batch.size)
+
+
+def empty_linear(in_features: int, out_features: int) -> nn.Linear:
+    """An nn.Linear without storage, whose parameters are assigned next."""
+    return nn.Linear(in_features, out_features, bias=False, device="meta")
+
+
+def as_linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> nn.Linear:
+    """An nn.Linear made of these very parameters, [out, in] and [out]."""
+    linear = empty_linear(weight.shape[1], weight.shape[0])
+    linear.weight = weight
+    linear.register_parameter("bias", bias)
+    return linear.train(training)
+
+
+def share_parameters(layer: nn.Module, linear: nn.Linear) -> None:
+    """Gives ``layer`` the very parameters of ``linear``, under the same names."""
+    for name, parameter in linear._parameters.items():
+        layer.register_parameter(name, parameter)
+
+
+def new_parameter(like: Tensor, *shape: int) -> nn.Parameter:
+    """A trainable parameter of this shape with the dtype and device of ``like``, not yet filled."""
+    options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
+    return nn.Parameter(torch.empty(*shape, **options))

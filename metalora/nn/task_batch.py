@@ -1,0 +1,200 @@
+"""Which task each sample of a batch belongs to, and how that reaches the layers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metalora._checks import check_count
+
+
+class TaskBatch:
+    """The tasks of a batch's samples, in the form the layers need.
+
+    Built once per batch and shared by all layers. Nothing here waits for a device.
+
+    Args:
+        task_ids: int64 [B], the task of each sample, in any order.
+        num_tasks: number of tasks T; ids are then checked at once, else by the first layer.
+        is_sorted: whether ``task_ids`` ascend. None finds out on the CPU; on another device, where
+            finding out would mean waiting, it is taken as no. True is believed there and checked
+            on the CPU. A sorted batch costs its layers no permutation.
+
+    Raises:
+        TypeError: if ``task_ids`` is no int64 tensor.
+        ValueError: if it is not one-dimensional, an id is outside 0..T-1, or ``is_sorted`` is
+            wrong.
+    """
+
+    def __init__(
+        self, task_ids: Tensor, num_tasks: int | None = None, *, is_sorted: bool | None = None
+    ) -> None:
+        if not isinstance(task_ids, Tensor):
+            got = type(task_ids).__name__
+            raise TypeError(f"tasks: task_ids must be an int64 tensor [B], got {got}")
+        if task_ids.dtype != torch.int64:
+            raise TypeError(
+                f"tasks: task_ids must be int64 [B], got {task_ids.dtype}; use task_ids.long()"
+            )
+        if task_ids.dim() != 1:
+            raise ValueError(f"tasks: task_ids must be [B], got shape {list(task_ids.shape)}")
+        self.task_ids = task_ids
+        on_host = task_ids.device.type == "cpu"
+        if on_host:
+            ascending = bool((task_ids[1:] >= task_ids[:-1]).all())
+            if is_sorted and not ascending:
+                raise ValueError("tasks: is_sorted=True, but task_ids do not ascend")
+            is_sorted = ascending
+        self.order: Tensor | None = None  # int64 [B]; order[i] = sample that comes i-th
+        self.inverse: Tensor | None = None  # int64 [B]; inverse[order] = 0..B-1
+        self.sorted_ids = task_ids
+        if not is_sorted:
+            self.sorted_ids, self.order = torch.sort(task_ids, stable=True)
+            self.inverse = torch.argsort(self.order)
+        self._range: tuple[int, int] | None = None
+        if on_host and self.size:
+            self._range = int(self.sorted_ids[0]), int(self.sorted_ids[-1])
+        self._known: dict[int, None] = {}
+        self._pointers: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        if num_tasks is not None:
+            self.check_range(check_count("tasks", "num_tasks", num_tasks))
+
+    @property
+    def size(self) -> int:
+        """Number of samples B."""
+        return self.task_ids.shape[0]  # kept as an int, it would be compiled in as a constant
+
+    def check_range(self, num_tasks: int) -> None:
+        """Raises ValueError unless all ids are in 0..num_tasks-1 (on a GPU: a device assertion)."""
+        if num_tasks in self._known or self.size == 0:
+            return
+        if self._range is not None:
+            low, high = self._range
+            if low < 0 or high >= num_tasks:
+                wrong = low if low < 0 else high
+                raise ValueError(
+                    f"tasks: task_ids must be in 0..{num_tasks - 1}, as there are {num_tasks} "
+                    f"tasks, got {wrong}"
+                )
+        else:
+            inside = (self.sorted_ids[0] >= 0) & (self.sorted_ids[-1] < num_tasks)
+            torch._assert_async(inside, f"tasks: task_ids must be in 0..{num_tasks - 1}")
+        self._known[num_tasks] = None
+
+    def task_ptr(self, num_tasks: int, rows_per_sample: int, device: torch.device) -> Tensor:
+        """int64 [T + 1] on ``device``: sorted rows ``task_ptr[t]:task_ptr[t + 1]`` are task t's."""
+        if torch.compiler.is_compiling():  # a cache would be guarded on, and recompiled for
+            return self._make_ptr(num_tasks, device) * rows_per_sample
+        self.check_range(num_tasks)
+        key = (num_tasks, rows_per_sample, device)
+        if key not in self._pointers:
+            one = (num_tasks, 1, device)
+            if one not in self._pointers:
+                self._pointers[one] = self._make_ptr(num_tasks, device)
+            self._pointers[key] = self._pointers[one] * rows_per_sample
+        return self._pointers[key]
+
+    def _make_ptr(self, num_tasks: int, device: torch.device) -> Tensor:
+        tasks = torch.arange(num_tasks + 1, device=self.sorted_ids.device)
+        return torch.searchsorted(self.sorted_ids, tasks).to(device, non_blocking=True)
+
+    def sort(self, samples: Tensor) -> Tensor:
+        """Brings ``samples`` [B, ...] into task order; as they are if they have it."""
+        if self.order is None:
+            return samples
+        return _Permute.apply(samples, *self._permutations(samples.device))
+
+    def unsort(self, samples: Tensor) -> Tensor:
+        """Undoes `sort`."""
+        if self.inverse is None:
+            return samples
+        order, inverse = self._permutations(samples.device)
+        return _Permute.apply(samples, inverse, order)
+
+    def _permutations(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        assert self.order is not None and self.inverse is not None
+        if self.order.device == device:
+            return self.order, self.inverse
+        if device not in self._moved:
+            self._moved[device] = self.order.to(device), self.inverse.to(device)
+        return self._moved[device]
+
+
+class _Permute(torch.autograd.Function):
+    """samples[order], whose gradient is gathered by the inverse, where torch would scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, samples: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return samples.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        order, inverse = ctx.saved_tensors
+        return _Permute.apply(grad, inverse, order), None, None
+
+
+# The batch is global to the process and not to a thread: backward runs in autograd's own threads,
+# and activation checkpointing recomputes layers there.
+_current: TaskBatch | None = None
+_owner: int | None = None
+
+
+@contextmanager
+def tasks(
+    task_ids: Tensor | TaskBatch, num_tasks: int | None = None, *, is_sorted: bool | None = None
+) -> Iterator[TaskBatch]:
+    """Says which task each sample belongs to, for every adapted layer called inside.
+
+    Example:
+        ``with metalora.tasks(task_ids): logits = model(inputs)``
+
+    Contexts nest: the innermost counts. With activation checkpointing, ``backward()`` belongs
+    inside as well, for it runs layers again.
+
+    Args:
+        task_ids: int64 [B], the task of each sample, in any order; or a `TaskBatch`.
+        num_tasks: see `TaskBatch`.
+        is_sorted: see `TaskBatch`.
+
+    Raises:
+        RuntimeError: if another thread is inside such a context.
+    """
+    global _current, _owner
+    if isinstance(task_ids, TaskBatch):
+        batch = task_ids
+    else:
+        batch = TaskBatch(task_ids, num_tasks, is_sorted=is_sorted)
+    _check_thread()
+    before = _current, _owner
+    _current, _owner = batch, _owner or threading.get_ident()
+    try:
+        yield batch
+    finally:
+        _current, _owner = before
+
+
+def current_tasks() -> TaskBatch | None:
+    """The batch of the innermost ``with metalora.tasks(...)`` around the caller, None outside.
+
+    Raises:
+        RuntimeError: if the context is another thread's.
+    """
+    if _current is not None and not torch.compiler.is_compiling():
+        _check_thread()
+    return _current
+
+
+def _check_thread() -> None:
+    foreign = _owner is not None and _owner != threading.get_ident()
+    if foreign and torch._C._current_graph_task_id() == -1:  # -1: no backward runs in this thread
+        raise RuntimeError(
+            "tasks: another thread is inside `with metalora.tasks(...)`, which holds for the whole "
+            "process; give the layers their tasks by argument, or run the threads as processes"
+        )

@@ -1,0 +1,124 @@
+"""Which sample belongs to which task: ids of any order, pointers, ranges, and the context."""
+
+import threading
+
+import pytest
+import torch
+
+from metalora.nn import MultiTaskLoRALinear, TaskBatch, current_tasks, tasks
+
+CPU = torch.device("cpu")
+
+
+def test_pointer_counts_the_rows_of_each_task_and_knows_empty_ones():
+    batch = TaskBatch(torch.tensor([3, 0, 3, 1, 0, 0]))
+    assert batch.task_ptr(5, 1, CPU).tolist() == [0, 3, 4, 4, 6, 6]
+    assert batch.task_ptr(5, 7, CPU).tolist() == [0, 21, 28, 28, 42, 42]
+
+
+def test_sort_is_stable_and_unsort_undoes_it():
+    ids = torch.tensor([2, 0, 2, 1, 0])
+    batch = TaskBatch(ids)
+    samples = torch.arange(5.0)[:, None]
+    assert batch.sort(samples).flatten().tolist() == [1, 4, 3, 0, 2]
+    assert torch.equal(batch.unsort(batch.sort(samples)), samples)
+
+
+def test_permuting_is_differentiable_twice():
+    batch = TaskBatch(torch.tensor([2, 0, 2, 1, 0]))
+    samples = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    for permute in (batch.sort, batch.unsort):
+        assert torch.autograd.gradcheck(permute, samples)
+        assert torch.autograd.gradgradcheck(permute, samples)
+
+
+def test_sorted_batch_keeps_no_permutation():
+    samples = torch.randn(4, 2)
+    batch = TaskBatch(torch.tensor([0, 0, 1, 3]))
+    assert batch.order is None
+    assert batch.sort(samples) is samples
+    assert TaskBatch(torch.tensor([1, 0])).order is not None
+
+
+def test_pointer_is_made_once_per_batch():
+    batch = TaskBatch(torch.tensor([0, 1]))
+    assert batch.task_ptr(2, 3, CPU) is batch.task_ptr(2, 3, CPU)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        ([0, 1], TypeError, "must be an int64 tensor [B], got list"),
+        (torch.tensor([0.0, 1.0]), TypeError, "int64 [B], got torch.float32; use task_ids.long()"),
+        (torch.zeros(2, requires_grad=True), TypeError, "int64 [B], got torch.float32"),
+        (torch.tensor([0, 1], dtype=torch.int32), TypeError, "int64 [B], got torch.int32"),
+        (torch.tensor([True]), TypeError, "int64 [B], got torch.bool"),
+        (torch.tensor([[0, 1]]), ValueError, "must be [B], got shape [1, 2]"),
+        (torch.tensor(0), ValueError, "must be [B], got shape []"),
+    ],
+)
+def test_bad_task_ids_are_refused(ids, error, message):
+    with pytest.raises(error) as caught:
+        TaskBatch(ids)
+    assert message in str(caught.value)
+    assert current_tasks() is None
+
+
+@pytest.mark.parametrize(("ids", "wrong"), [([0, 3, 1], 3), ([0, -1], -1)])
+def test_ids_out_of_range_are_refused_early_or_by_the_layer(ids, wrong):
+    with pytest.raises(ValueError, match=rf"0\.\.2, as there are 3 tasks, got {wrong}"):
+        TaskBatch(torch.tensor(ids), 3)
+    layer = MultiTaskLoRALinear(2, 2, num_tasks=3, rank=1)
+    with pytest.raises(ValueError, match=rf"0\.\.2, as there are 3 tasks, got {wrong}"):
+        layer(torch.zeros(len(ids), 2), TaskBatch(torch.tensor(ids)))
+
+
+def test_wrong_claim_of_order_is_refused():
+    with pytest.raises(ValueError, match="do not ascend"):
+        TaskBatch(torch.tensor([1, 0]), is_sorted=True)
+
+
+def test_contexts_nest_and_are_left_on_errors():
+    assert current_tasks() is None
+    with tasks(torch.tensor([0])) as outer:
+        assert current_tasks() is outer
+        with tasks(torch.tensor([1, 0])) as inner:
+            assert current_tasks() is inner
+        assert current_tasks() is outer
+        with pytest.raises(KeyError), tasks(torch.tensor([1])):
+            raise KeyError
+        assert current_tasks() is outer
+    assert current_tasks() is None
+
+
+def test_context_takes_a_finished_batch():
+    batch = TaskBatch(torch.tensor([0]))
+    with tasks(batch) as entered:
+        assert entered is batch
+
+
+def test_other_threads_get_an_error_instead_of_these_tasks():
+    def errors_of(action):
+        caught = []
+
+        def run():
+            try:
+                action()
+            except RuntimeError as error:
+                caught.append(str(error))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        return caught
+
+    def enter():
+        with tasks(torch.tensor([1])):
+            pass
+
+    with tasks(torch.tensor([0])) as mine:
+        for action in (enter, current_tasks):
+            (message,) = errors_of(action)
+            assert "another thread is inside `with metalora.tasks(...)`" in message
+        assert current_tasks() is mine
+    assert errors_of(enter) == []
