@@ -1,0 +1,46 @@
+"""Retraining for adaptability, and the fine-tuning that follows it."""
+
+from metalora.meta.callbacks import Callback, KeepBest, MetricsLog, Progress
+from metalora.meta.config import TrainConfig
+from metalora.meta.data import Batch, RoundLoader, Rounds
+from metalora.meta.evaluation import Evaluation, accuracy, evaluate
+from metalora.meta.loop import Result, Training, train
+from metalora.meta.methods import (
+    finetune_last_layer,
+    finetune_lora,
+    last_layer_ml,
+    lora_ml,
+    reptile,
+    standard,
+)
+from metalora.meta.schedule import learning_rate
+from metalora.meta.seeds import derive_seed
+from metalora.meta.steps import GradientStep, ReptileStep, cross_entropy
+
+__all__ = [
+    "Batch",
+    "Callback",
+    "Evaluation",
+    "GradientStep",
+    "KeepBest",
+    "MetricsLog",
+    "Progress",
+    "ReptileStep",
+    "Result",
+    "RoundLoader",
+    "Rounds",
+    "TrainConfig",
+    "Training",
+    "accuracy",
+    "cross_entropy",
+    "derive_seed",
+    "evaluate",
+    "finetune_last_layer",
+    "finetune_lora",
+    "last_layer_ml",
+    "learning_rate",
+    "lora_ml",
+    "reptile",
+    "standard",
+    "train",
+]

@@ -1,0 +1,123 @@
+"""What happens beside the training: progress, a log, keeping the best epoch."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from metalora.meta.loop import Training
+
+
+class Callback:
+    """Hooks into the training loop; each may be overridden.
+
+    `training` holds the model, the step, the config, the history and where the loop stands.
+    """
+
+    def on_start(self, training: Training) -> None:
+        """Before the first epoch."""
+
+    def on_step(self, training: Training, loss: Tensor) -> None:
+        """After an optimiser step; ``loss`` has not been waited for."""
+
+    def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
+        """After an epoch and its validation; ``record`` is the newest of the history."""
+
+    def on_end(self, training: Training) -> None:
+        """After the last epoch."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What must survive an interruption: tensors, and what JSON can hold."""
+        return {}, {}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Takes back what `state` returned; called after `on_start`."""
+
+
+class Progress(Callback):
+    """A progress bar with the loss and the time left; silent when stderr is no terminal.
+
+    Args:
+        label: what stands before the bar.
+    """
+
+    def __init__(self, label: str = "train") -> None:
+        self.label = label
+
+    def on_start(self, training: Training) -> None:
+        """Opens the bar."""
+        from tqdm import tqdm
+
+        total = training.config.epochs * training.steps_per_epoch
+        self._bar = tqdm(total=total, desc=self.label, leave=False, disable=not sys.stderr.isatty())
+
+    def on_step(self, training: Training, loss: Tensor) -> None:
+        """Moves the bar."""
+        self._bar.update(training.steps_done - self._bar.n)
+
+    def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
+        """Shows the epoch's loss and validation."""
+        shown = {k: f"{record[k]:.4g}" for k in ("loss", "validation") if k in record}
+        self._bar.set_postfix(shown)
+
+    def on_end(self, training: Training) -> None:
+        """Closes the bar."""
+        self._bar.close()
+
+
+class MetricsLog(Callback):
+    """Appends each epoch's record to a file, a line of JSON each.
+
+    Args:
+        path: the file.
+        extra: put into every line, such as the method and the seed.
+    """
+
+    def __init__(self, path: str | Path, **extra: Any) -> None:
+        self.path, self.extra = Path(path), extra
+
+    def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
+        """Writes one line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**self.extra, **record}) + "\n")
+
+
+class KeepBest(Callback):
+    """Keeps the weights of the epoch with the highest validation, and puts them back at the end.
+
+    Of equal epochs the first is kept.
+    """
+
+    def on_start(self, training: Training) -> None:
+        """Forgets earlier trainings."""
+        if training.validation is None:
+            raise ValueError("KeepBest: needs a validation to choose by; pass validation=")
+        self.best, self.epoch = -math.inf, -1
+        self.weights: dict[str, Tensor] = {}
+
+    def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
+        """Copies the weights if they are the best so far."""
+        if not self.weights or record["validation"] > self.best:
+            self.best, self.epoch = record["validation"], record["epoch"]
+            self.weights = {k: v.detach().clone() for k, v in training.model.state_dict().items()}
+
+    def on_end(self, training: Training) -> None:
+        """Puts the best weights back."""
+        training.model.load_state_dict(self.weights)
+        training.kept_epoch = self.epoch
+        self.weights = {}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The best weights so far, their epoch and its validation."""
+        return self.weights, {"best": self.best, "epoch": self.epoch}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Takes back what `state` returned."""
+        self.weights = tensors
+        self.best, self.epoch = float(values["best"]), int(values["epoch"])

@@ -1,0 +1,65 @@
+"""How to train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from metalora._checks import check_choice, check_count, check_nonnegative, check_positive
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of the training loop.
+
+    Attributes:
+        epochs: passes over the data.
+        lr: learning rate, before the schedule.
+        weight_decay: as the optimiser means it.
+        optimizer: "adam", "adamw" or "sgd" (without momentum).
+        schedule: "constant", "cosine" (to zero) or "linear" (to zero).
+        schedule_unit: whether the rate changes with every "epoch" or optimiser "step".
+        warmup: fraction of the scheduled length over which the rate rises linearly first.
+        schedule_scale: the schedule is this many times as long as the training, so that above 1
+            the rate never decays to zero.
+        grad_clip: largest norm of the loss gradient; None does not clip.
+        precision: "fp32" computes in the parameters' dtype; "bf16" and "fp16" use autocast, fp16
+            with gradient scaling.
+        step_per: one optimiser step per "round" of all tasks, the PEFT-ML objective, or per "task".
+        seed: with the epoch's number, determines all random numbers.
+
+    Raises:
+        TypeError: if a field has a wrong type.
+        ValueError: if a field is outside its range.
+    """
+
+    epochs: int
+    lr: float
+    weight_decay: float = 0.0
+    optimizer: str = "adam"
+    schedule: str = "constant"
+    schedule_unit: str = "epoch"
+    warmup: float = 0.0
+    schedule_scale: float = 1.0
+    grad_clip: float | None = None
+    precision: str = "fp32"
+    step_per: str = "round"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("TrainConfig", "epochs", self.epochs)
+        check_positive("TrainConfig", "lr", self.lr)
+        check_nonnegative("TrainConfig", "weight_decay", self.weight_decay)
+        check_choice("TrainConfig", "optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("TrainConfig", "schedule", self.schedule, ("constant", "cosine", "linear"))
+        check_choice("TrainConfig", "schedule_unit", self.schedule_unit, ("epoch", "step"))
+        if check_nonnegative("TrainConfig", "warmup", self.warmup) > 1:
+            raise ValueError(f"TrainConfig: warmup must be a fraction in 0..1, got {self.warmup}")
+        if check_positive("TrainConfig", "schedule_scale", self.schedule_scale) < 1:
+            raise ValueError(f"TrainConfig: schedule_scale must be >= 1, got {self.schedule_scale}")
+        if self.grad_clip is not None:
+            check_positive("TrainConfig", "grad_clip", self.grad_clip)
+        check_choice("TrainConfig", "precision", self.precision, ("fp32", "bf16", "fp16"))
+        check_choice("TrainConfig", "step_per", self.step_per, ("round", "task"))
+        check_count("TrainConfig", "seed", self.seed, minimum=0)

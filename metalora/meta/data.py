@@ -1,0 +1,212 @@
+"""Batches that hold samples of several tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from metalora._checks import check_count
+from metalora.meta.seeds import generator
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one step.
+
+    Attributes:
+        inputs: what the model is called with, [B, ...].
+        targets: [B, ...].
+        task_ids: int64 [B], the task of each sample.
+        counts: samples of each task, T numbers; None where the host does not know them. Given,
+            the samples are sorted by task.
+    """
+
+    inputs: Any
+    targets: Tensor
+    task_ids: Tensor
+    counts: tuple[int, ...] | None = None
+
+    def tasks_present(self) -> list[int]:
+        """The tasks that have samples here, ascending; waits for the device without ``counts``."""
+        if self.counts is None:
+            return self.task_ids.unique().tolist()
+        return [task for task, count in enumerate(self.counts) if count]
+
+    def by_task(self) -> list[Batch]:
+        """One batch per task that has samples here."""
+        parts = []
+        for task in self.tasks_present():
+            if self.counts is None:
+                rows: Any = (self.task_ids == task).nonzero()[:, 0]
+                count = len(rows)
+            else:
+                start, count = sum(self.counts[:task]), self.counts[task]
+                rows = slice(start, start + count)
+            counts = (0,) * task + (count,)
+            part = Batch(self.inputs[rows], self.targets[rows], self.task_ids[rows], counts)
+            parts.append(part)
+        return parts
+
+
+class Rounds(Protocol):
+    """What the training loop asks of a loader. `RoundLoader` is one."""
+
+    num_tasks: int
+    """Number of tasks T."""
+    pooled: bool
+    """Whether batches ignore tasks, so that the loss is the mean over samples."""
+    rounds_per_task: Sequence[int]
+    """How many batches of an epoch have samples of each task; pooled: at most."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next iteration."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+class RoundLoader:
+    """Rounds of samples from tensors: up to ``batch_size`` samples of every task per batch.
+
+    An epoch gives every sample once. Tasks with fewer samples are through earlier, and absent from
+    the last rounds. Batches are sorted by task. Order and augmentation are a pure function of
+    (seed, epoch).
+
+    Args:
+        inputs: [N, ...]; on the device where they are wanted.
+        targets: [N, ...], beside them.
+        task_ids: int64 [N], tasks numbered 0..T-1 without gaps; -1 leaves a sample out.
+        batch_size: samples per task and round; with ``pooled``, samples per batch.
+        seed: of order and augmentation.
+        shuffle: whether the order changes with each epoch; without, it is that of the tensors.
+        pooled: draw batches from all tasks together, as if there were but one.
+        max_rounds: end the epoch after so many batches.
+        transform: ``transform(inputs, generator) -> inputs``, applied to each batch.
+
+    Raises:
+        TypeError: if an argument has a wrong type.
+        ValueError: if lengths differ, a task has no samples, or a number is outside its range.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        task_ids: Tensor,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        pooled: bool = False,
+        max_rounds: int | None = None,
+        transform: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    ) -> None:
+        check_count("RoundLoader", "batch_size", batch_size)
+        check_count("RoundLoader", "seed", seed, minimum=0)
+        if max_rounds is not None:
+            check_count("RoundLoader", "max_rounds", max_rounds)
+        ids = _checked_ids(inputs, targets, task_ids)
+        self.inputs, self.targets, self.task_ids = inputs, targets, task_ids.to(inputs.device)
+        self.batch_size, self.seed, self.shuffle, self.pooled = batch_size, seed, shuffle, pooled
+        self.transform = transform
+        self.num_tasks = int(ids.max()) + 1
+        self._ids = ids
+        self._of_task = [(ids == task).nonzero()[:, 0] for task in range(self.num_tasks)]
+        for task, samples in enumerate(self._of_task):
+            if len(samples) == 0:
+                raise ValueError(
+                    f"RoundLoader: task_ids must number the tasks 0..T-1, but task {task} of "
+                    f"{self.num_tasks} has no samples"
+                )
+        self._max_rounds = max_rounds
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next iteration."""
+        check_count("RoundLoader.set_epoch", "epoch", epoch, minimum=0)
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        if self.pooled:
+            longest = sum(map(len, self._of_task))
+        else:
+            longest = max(map(len, self._of_task))
+        rounds = -(-longest // self.batch_size)
+        return rounds if self._max_rounds is None else min(rounds, self._max_rounds)
+
+    @property
+    def rounds_per_task(self) -> list[int]:
+        """How many batches of an epoch have samples of each task; pooled: at most."""
+        if self.pooled:
+            return [len(self)] * self.num_tasks
+        return [min(len(self), -(-len(samples) // self.batch_size)) for samples in self._of_task]
+
+    def __iter__(self) -> Iterator[Batch]:
+        device = self.inputs.device
+        rounds = self._rounds()
+        if not rounds:
+            return
+        order = torch.cat([samples for samples, _ in rounds]).to(device)  # one copy an epoch
+        augment = generator(device, "augment", self.seed, self._epoch)
+        start = 0
+        for samples, counts in rounds:
+            chosen = order[start : start + len(samples)]
+            start += len(samples)
+            inputs = self.inputs[chosen]
+            if self.transform is not None:
+                inputs = self.transform(inputs, augment)
+            yield Batch(inputs, self.targets[chosen], self.task_ids[chosen], counts)
+
+    def _rounds(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """Per round the samples [B] in order, and how many each task has of them."""
+        order = generator(torch.device("cpu"), "order", self.seed, self._epoch)
+        if self.pooled:
+            every = self._shuffled(torch.cat(self._of_task).sort().values, order)
+            batches = [self._by_task(b) for b in every.split(self.batch_size)[: len(self)]]
+            counts = [torch.bincount(self._ids[b], minlength=self.num_tasks) for b in batches]
+            return [(b, tuple(c.tolist())) for b, c in zip(batches, counts, strict=True)]
+        chunks = [self._shuffled(s, order).split(self.batch_size) for s in self._of_task]
+        nothing = torch.empty(0, dtype=torch.int64)
+        rounds = []
+        for i in range(len(self)):
+            parts = [c[i] if i < len(c) else nothing for c in chunks]
+            rounds.append((torch.cat(parts), tuple(map(len, parts))))
+        return rounds
+
+    def _shuffled(self, samples: Tensor, order: torch.Generator) -> Tensor:
+        if not self.shuffle:
+            return samples
+        return samples[torch.randperm(len(samples), generator=order)]
+
+    def _by_task(self, samples: Tensor) -> Tensor:
+        return samples[torch.argsort(self._ids[samples], stable=True)]
+
+
+def _checked_ids(inputs: Tensor, targets: Tensor, task_ids: Tensor) -> Tensor:
+    for name, value in (("inputs", inputs), ("targets", targets), ("task_ids", task_ids)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"RoundLoader: {name} must be a tensor, got {type(value).__name__}")
+    if task_ids.dtype != torch.int64 or task_ids.dim() != 1:
+        got = f"{task_ids.dtype} {list(task_ids.shape)}"
+        raise ValueError(f"RoundLoader: task_ids must be int64 [N], got {got}")
+    if not len(inputs) == len(targets) == len(task_ids):
+        raise ValueError(
+            "RoundLoader: inputs, targets and task_ids must have the same length, got "
+            f"{len(inputs)}, {len(targets)} and {len(task_ids)}"
+        )
+    if inputs.device != targets.device:
+        raise ValueError(
+            f"RoundLoader: inputs and targets must be on one device, got {inputs.device} "
+            f"and {targets.device}"
+        )
+    ids = task_ids.cpu()
+    if len(ids) == 0 or int(ids.max()) < 0:
+        raise ValueError("RoundLoader: task_ids leave no sample to draw from")
+    if int(ids.min()) < -1:
+        raise ValueError(f"RoundLoader: task_ids must be >= -1, got {int(ids.min())}")
+    return ids

@@ -1,0 +1,64 @@
+"""How good a model is at each task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metalora.meta.data import Batch, Rounds
+from metalora.meta.steps import Forward, call_model
+from metalora.nn import tasks
+
+Metric = Callable[[Any, Batch], Tensor]
+"""``metric(outputs, batch)`` → a number for each sample, [B]."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A metric's mean over the samples of each task, and the mean of these over tasks."""
+
+    per_task: tuple[float, ...]
+    mean: float
+
+
+def accuracy(outputs: Tensor, batch: Batch) -> Tensor:
+    """1 for each sample whose largest logit is its target's, else 0."""
+    return (outputs.argmax(-1) == batch.targets).to(torch.float64)
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Rounds,
+    metric: Metric = accuracy,
+    *,
+    forward: Forward = call_model,
+) -> Evaluation:
+    """Runs ``model`` in evaluation mode over one epoch of ``loader``.
+
+    Args:
+        model: plain or adapted; its mode is as before afterwards.
+        loader: the samples.
+        metric: what to average.
+        forward: how the model is called.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    sums = counts = torch.zeros(())
+    try:
+        with torch.no_grad():
+            for batch in loader:
+                with tasks(batch.task_ids, is_sorted=None if batch.counts is None else True):
+                    values = metric(forward(model, batch.inputs), batch).double()
+                zeros = values.new_zeros(loader.num_tasks)
+                ids = batch.task_ids.to(values.device)
+                sums = sums.to(values.device) + zeros.index_add(0, ids, values)
+                counts = counts.to(values.device) + zeros.index_add(0, ids, torch.ones_like(values))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    per_task = (sums / counts).tolist()
+    return Evaluation(tuple(per_task), sum(per_task) / len(per_task))

@@ -1,0 +1,148 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metalora.meta.callbacks import Callback
+from metalora.meta.config import TrainConfig
+from metalora.meta.data import Rounds
+from metalora.meta.evaluation import Evaluation, evaluate
+from metalora.meta.schedule import learning_rate
+from metalora.meta.seeds import derive_seed
+from metalora.meta.steps import Forward, Step, call_model
+
+Validation = Rounds | Callable[[nn.Module], Evaluation | float]
+"""A loader, of which the accuracy is taken, or a function of the model."""
+
+
+@dataclass
+class Training:
+    """Where a training stands: what callbacks see."""
+
+    model: nn.Module
+    step: Step
+    config: TrainConfig
+    validation: Validation | None
+    callbacks: list[Callback]
+    steps_per_epoch: int
+    steps_done: int = 0
+    next_epoch: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    kept_epoch: int = -1
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training did.
+
+    Attributes:
+        history: per epoch: epoch, loss (mean over its steps), lr (of its last step) and, with a
+            validation, validation (the higher the better) and validation_per_task.
+        kept_epoch: the epoch whose weights the model has now.
+        best_epoch: the epoch with the highest validation; the last, without one.
+        best_metric: the validation there; None without one. A maximum over epochs of held-out
+            data is optimistic: report ``last_metric`` beside it.
+        last_metric: the validation of the last epoch; None without one.
+        adapters: per task what `metalora.task_state_dict` gave at the end.
+    """
+
+    history: list[dict[str, Any]]
+    kept_epoch: int
+    best_epoch: int
+    best_metric: float | None
+    last_metric: float | None
+    adapters: list[dict[str, Tensor]] = field(default_factory=list)
+
+
+def train(
+    model: nn.Module,
+    rounds: Rounds,
+    step: Step,
+    config: TrainConfig,
+    *,
+    validation: Validation | None = None,
+    callbacks: Iterable[Callback] = (),
+    forward: Forward = call_model,
+) -> Result:
+    """Trains ``model`` in place.
+
+    Every epoch starts torch's generator from (seed, epoch), so it is the same whatever came before:
+    `metalora.io.Checkpoint` can go on between any two.
+
+    Args:
+        model: plain or adapted.
+        rounds: the data.
+        step: how a step is taken, and on which parameters.
+        config: settings.
+        validation: a loader, of which the accuracy is taken, or a function of the model that
+            returns an `Evaluation` or a number, the higher the better.
+        callbacks: called in their order.
+        forward: how the model is called in validation.
+
+    Raises:
+        FloatingPointError: if the loss of an epoch is not finite.
+    """
+    callbacks = list(callbacks)
+    training = Training(model, step, config, validation, callbacks, step.per_epoch(rounds))
+    for callback in callbacks:
+        callback.on_start(training)
+
+    for epoch in range(training.next_epoch, config.epochs):
+        torch.manual_seed(derive_seed("epoch", config.seed, epoch))
+        rounds.set_epoch(epoch)
+        model.train()
+        losses = []
+        for batches in step.split(rounds):
+            lr = learning_rate(config, epoch, training.steps_done, training.steps_per_epoch)
+            for group in step.optimizer.param_groups:
+                group["lr"] = lr
+            losses.append(step(batches))
+            training.steps_done += 1
+            for callback in callbacks:
+                callback.on_step(training, losses[-1])
+
+        loss = float(torch.stack(losses).mean())  # the epoch's only wait for the device
+        if not torch.isfinite(torch.tensor(loss)):
+            raise FloatingPointError(
+                f"train: the loss of epoch {epoch} is {loss}; lower lr={config.lr:g} "
+                "or clip gradients with grad_clip"
+            )
+        record = {"epoch": epoch, "loss": loss, "lr": lr, **_validate(model, validation, forward)}
+        training.history.append(record)
+        training.next_epoch, training.kept_epoch = epoch + 1, epoch
+        for callback in callbacks:
+            callback.on_epoch(training, record)
+
+    for callback in callbacks:
+        callback.on_end(training)
+    return _result(training)
+
+
+def _validate(model: nn.Module, validation: Validation | None, forward: Forward) -> dict[str, Any]:
+    if validation is None:
+        return {}
+    if callable(validation):
+        found = validation(model)
+    else:
+        found = evaluate(model, validation, forward=forward)
+    if isinstance(found, Evaluation):
+        return {"validation": found.mean, "validation_per_task": list(found.per_task)}
+    return {"validation": float(found)}
+
+
+def _result(training: Training) -> Result:
+    history: Sequence[dict[str, Any]] = training.history
+    best = max(history, key=lambda record: record.get("validation", record["epoch"]))
+    return Result(
+        history=training.history,
+        kept_epoch=training.kept_epoch,
+        best_epoch=best["epoch"],
+        best_metric=best.get("validation"),
+        last_metric=history[-1].get("validation"),
+    )

@@ -1,0 +1,34 @@
+"""Learning-rate schedules in closed form."""
+
+from __future__ import annotations
+
+import math
+
+from metalora.meta.config import TrainConfig
+
+
+def learning_rate(config: TrainConfig, epoch: int, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of one optimiser step.
+
+    With i the epoch or the step, n = schedule_scale times their number and w = warmup · n, the
+    factor on ``config.lr`` is (i + 1) / w while i < w, and after that, with p = (i - w) / (n - w):
+    1 (constant), (1 + cos πp) / 2 (cosine) or 1 - p (linear).
+
+    Args:
+        config: the settings.
+        epoch: number of the epoch, from 0.
+        step: number of the step since the beginning of training, from 0.
+        steps_per_epoch: optimiser steps in an epoch.
+    """
+    by_epoch = config.schedule_unit == "epoch"
+    now = epoch if by_epoch else step
+    length = config.schedule_scale * config.epochs * (1 if by_epoch else steps_per_epoch)
+    warmup = config.warmup * length
+    if now < warmup:
+        return config.lr * min(1.0, (now + 1) / warmup)
+    if config.schedule == "constant":
+        return config.lr
+    progress = min(1.0, (now - warmup) / (length - warmup))
+    if config.schedule == "linear":
+        return config.lr * (1 - progress)
+    return config.lr * (1 + math.cos(math.pi * progress)) / 2

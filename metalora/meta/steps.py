@@ -1,0 +1,296 @@
+"""One optimiser step: of gradient training, and of Reptile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metalora._checks import check_choice, check_count, check_positive
+from metalora.adapters import adapted_layers
+from metalora.meta.config import OPTIMIZERS, TrainConfig
+from metalora.meta.data import Batch, Rounds
+from metalora.meta.optimizer import TaskwiseLeaves, make_optimizer
+from metalora.nn import tasks
+
+Loss = Callable[[Any, Batch], Tensor]
+"""``loss(outputs, batch)`` → the loss of each sample, [B]."""
+
+Forward = Callable[[nn.Module, Any], Any]
+"""``forward(model, batch.inputs)`` → outputs."""
+
+
+def cross_entropy(outputs: Tensor, batch: Batch) -> Tensor:
+    """Each sample's cross-entropy [B] of the logits [B, classes], in fp32 or better."""
+    logits = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+    return F.cross_entropy(logits, batch.targets, reduction="none")
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """``model(inputs)``."""
+    return model(inputs)
+
+
+class Step(Protocol):
+    """What the training loop asks of a kind of training."""
+
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    def per_epoch(self, rounds: Rounds) -> int:
+        """How many steps an epoch has."""
+        ...
+
+    def split(self, rounds: Rounds) -> Iterator[list[Batch]]:
+        """Cuts an epoch into what each step needs."""
+        ...
+
+    def __call__(self, batches: list[Batch]) -> Tensor:
+        """Takes one step; returns its loss, a scalar without graph, not yet waited for."""
+        ...
+
+
+class Objective:
+    """The loss of a batch: the mean over its tasks of each task's mean over samples (paper, eq. 5).
+
+    Args:
+        model: plain or adapted.
+        num_tasks: number of tasks T.
+        config: settings; of them, the precision.
+        pooled: take the mean over samples instead.
+        loss: the loss of each sample.
+        forward: how the model is called.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_tasks: int,
+        config: TrainConfig,
+        *,
+        pooled: bool = False,
+        loss: Loss = cross_entropy,
+        forward: Forward = call_model,
+    ) -> None:
+        self.model, self.num_tasks, self.pooled = model, num_tasks, pooled
+        self.loss, self.forward = loss, forward
+        self.device = next(model.parameters()).device
+        self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+
+    def backward(self, batch: Batch, scaler: torch.amp.GradScaler) -> Tensor:
+        """Adds the batch's gradients, times the scaler's scale, to the parameters; its loss."""
+        context = tasks(batch.task_ids, is_sorted=None if batch.counts is None else True)
+        autocast = torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None)
+        with context:
+            with autocast:
+                losses = self.loss(self.forward(self.model, batch.inputs), batch)
+            if losses.shape != batch.task_ids.shape:
+                raise ValueError(
+                    f"loss: must return one loss per sample, [{len(batch.task_ids)}], "
+                    f"got {list(losses.shape)}"
+                )
+            value = losses.mean() if self.pooled else task_mean(losses, batch, self.num_tasks)
+            scaler.scale(value).backward()  # in the context: checkpointed layers run again
+        return value.detach()
+
+
+def task_mean(losses: Tensor, batch: Batch, num_tasks: int) -> Tensor:
+    """The mean over the tasks in the batch of each task's mean of ``losses`` [B]."""
+    ids = batch.task_ids.to(losses.device)
+    counts = torch.zeros(num_tasks, dtype=losses.dtype, device=losses.device)
+    counts = counts.index_add(0, ids, torch.ones_like(losses).detach())
+    return (losses / (counts[ids] * (counts > 0).sum())).sum()
+
+
+class GradientStep:
+    """One step of the optimiser on the loss of a round, or of one task's part of it.
+
+    Args:
+        model: plain or adapted; its trainable parameters are trained.
+        rounds: the loader, asked whether tasks can be absent from a batch.
+        config: settings.
+        loss: the loss of each sample.
+        forward: how the model is called.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rounds: Rounds,
+        config: TrainConfig,
+        *,
+        loss: Loss = cross_entropy,
+        forward: Forward = call_model,
+    ) -> None:
+        if rounds.pooled and config.step_per == "task":
+            raise ValueError("train: pooled rounds ignore tasks; use step_per='round' with them")
+        self.model, self.config = model, config
+        self.objective = Objective(
+            model, rounds.num_tasks, config, pooled=rounds.pooled, loss=loss, forward=forward
+        )
+        # Stacked adapters are stepped whole where that is the same: fewer and larger tensors.
+        complete = not rounds.pooled and min(rounds.rounds_per_task) == len(rounds)
+        taskwise = config.step_per == "task" or not complete
+        self.leaves = TaskwiseLeaves(model) if taskwise and adapted_layers(model) else None
+        self.parameters = trainable(model) if self.leaves is None else self.leaves.parameters()
+        self.optimizer = make_optimizer(
+            config.optimizer, self.parameters, config.lr, config.weight_decay
+        )
+        self.scaler = make_scaler(model, config)
+
+    def per_epoch(self, rounds: Rounds) -> int:
+        """How many steps an epoch has."""
+        return sum(rounds.rounds_per_task) if self.config.step_per == "task" else len(rounds)
+
+    def split(self, rounds: Rounds) -> Iterator[list[Batch]]:
+        """A round per step, or a round's tasks one after the other."""
+        for batch in rounds:
+            if self.config.step_per == "task":
+                yield from ([part] for part in batch.by_task())
+            else:
+                yield [batch]
+
+    def __call__(self, batches: list[Batch]) -> Tensor:
+        """Takes one step on the one batch; returns its loss."""
+        (batch,) = batches
+        self.model.zero_grad()
+        value = self.objective.backward(batch, self.scaler)
+        if self.leaves is not None:
+            self.leaves.give_gradients(batch.tasks_present())
+        clip(self.optimizer, self.scaler, self.config, self.parameters)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return value
+
+
+class ReptileStep:
+    """Reptile: per task, some optimiser steps from W; then W moves along W_inner − W.
+
+    W − W_inner is handed to the outer optimiser as the gradient, so it steps towards the task's
+    solution; ``outer_sign="away"`` hands it the opposite. Inner optimisers start anew each time.
+    Buffers, such as the running statistics of batch normalisation, go on through all inner steps.
+
+    Args:
+        model: plain; its trainable parameters are trained.
+        rounds: the loader.
+        config: settings of the outer optimiser; its ``step_per`` is not used, its ``grad_clip``
+            and ``precision`` hold for the inner steps.
+        inner_steps: inner steps m per task, each on one of its batches.
+        inner_lr: learning rate of the inner optimiser.
+        inner_optimizer: "sgd", "adam" or "adamw".
+        outer_sign: "towards" or "away".
+        average: one outer step for the mean over tasks, instead of one per task.
+        loss: the loss of each sample.
+        forward: how the model is called.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rounds: Rounds,
+        config: TrainConfig,
+        *,
+        inner_steps: int = 20,
+        inner_lr: float = 1e-2,
+        inner_optimizer: str = "sgd",
+        outer_sign: str = "towards",
+        average: bool = False,
+        loss: Loss = cross_entropy,
+        forward: Forward = call_model,
+    ) -> None:
+        if rounds.pooled:
+            raise ValueError("reptile: pooled rounds ignore tasks; use a loader with pooled=False")
+        self.model, self.config, self.average = model, config, average
+        self.inner_steps = check_count("reptile", "inner_steps", inner_steps)
+        self.inner_lr = check_positive("reptile", "inner_lr", inner_lr)
+        self.inner_optimizer = check_choice(
+            "reptile", "inner_optimizer", inner_optimizer, OPTIMIZERS
+        )
+        check_choice("reptile", "outer_sign", outer_sign, ("towards", "away"))
+        self.sign = {"towards": 1.0, "away": -1.0}[outer_sign]
+        self.objective = Objective(model, rounds.num_tasks, config, loss=loss, forward=forward)
+        self.parameters = trainable(model)
+        self.optimizer = make_optimizer(
+            config.optimizer, self.parameters, config.lr, config.weight_decay
+        )
+        self.scaler = make_scaler(model, config)
+
+    def per_epoch(self, rounds: Rounds) -> int:
+        """How many outer steps an epoch has."""
+        if self.average:
+            return -(-len(rounds) // self.inner_steps)
+        return sum(-(-count // self.inner_steps) for count in rounds.rounds_per_task)
+
+    def split(self, rounds: Rounds) -> Iterator[list[Batch]]:
+        """``inner_steps`` rounds at a time, task by task or together."""
+        source = iter(rounds)
+        while group := [batch.by_task() for batch in islice(source, self.inner_steps)]:
+            parts = [part for batch in group for part in batch]
+            if self.average:
+                yield parts
+            else:
+                yield from group_by_task(parts)
+
+    def __call__(self, batches: list[Batch]) -> Tensor:
+        """Takes one outer step; returns the mean loss of its inner steps."""
+        start = [p.detach().clone() for p in self.parameters]
+        gradients = [torch.zeros_like(p) for p in start]
+        per_task = group_by_task(batches)
+        losses = []
+        for of_task in per_task:
+            inner = make_optimizer(self.inner_optimizer, self.parameters, self.inner_lr, 0.0)
+            losses += [self._inner_step(inner, batch) for batch in of_task]
+            with torch.no_grad():
+                for p, before, gradient in zip(self.parameters, start, gradients, strict=True):
+                    gradient.add_(before - p, alpha=self.sign / len(per_task))
+                    p.copy_(before)
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            p.grad = gradient
+        self.optimizer.step()
+        return torch.stack(losses).mean()
+
+    def _inner_step(self, inner: torch.optim.Optimizer, batch: Batch) -> Tensor:
+        self.model.zero_grad()
+        value = self.objective.backward(batch, self.scaler)
+        clip(inner, self.scaler, self.config, self.parameters)
+        self.scaler.step(inner)
+        self.scaler.update()
+        return value
+
+
+def group_by_task(batches: list[Batch]) -> list[list[Batch]]:
+    """Batches of one task each → per task its batches, in their order."""
+    groups: dict[int, list[Batch]] = {}
+    for batch in batches:
+        groups.setdefault(batch.tasks_present()[0], []).append(batch)
+    return [groups[task] for task in sorted(groups)]
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require a gradient."""
+    found = [p for p in model.parameters() if p.requires_grad]
+    if not found:
+        raise ValueError("train: the model has no trainable parameters")
+    return found
+
+
+def make_scaler(model: nn.Module, config: TrainConfig) -> torch.amp.GradScaler:
+    """The gradient scaler that fp16 needs; for other precisions it does nothing."""
+    device = next(model.parameters()).device.type
+    return torch.amp.GradScaler(device, enabled=config.precision == "fp16")
+
+
+def clip(
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    config: TrainConfig,
+    parameters: list[nn.Parameter] | list[Tensor],
+) -> None:
+    """Scales the gradients down to norm ``config.grad_clip`` where they are above it."""
+    if config.grad_clip is not None:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(parameters, config.grad_clip)

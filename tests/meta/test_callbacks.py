@@ -1,0 +1,197 @@
+"""What happens beside the training, and evaluation."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from metalora.adapters import LoRAConfig
+from metalora.meta import (
+    Callback,
+    Evaluation,
+    KeepBest,
+    MetricsLog,
+    Progress,
+    RoundLoader,
+    TrainConfig,
+    evaluate,
+    finetune_lora,
+    lora_ml,
+    standard,
+)
+
+
+def rounds(**options):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(24, 4, generator=generator)
+    ids = torch.tensor([0] * 16 + [1] * 8)
+    return RoundLoader(inputs, (inputs[:, 0] > 0).long(), ids, **{"batch_size": 4, **options})
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+
+
+class Record(Callback):
+    """Writes down each call, and the weights of each epoch."""
+
+    def __init__(self):
+        self.calls, self.weights = [], []
+
+    def on_start(self, training):
+        self.calls.append("start")
+
+    def on_step(self, training, loss):
+        assert loss.shape == () and not loss.requires_grad
+        self.calls.append("step")
+
+    def on_epoch(self, training, record):
+        self.calls.append(("epoch", record["epoch"]))
+        self.weights.append({k: v.clone() for k, v in training.model.state_dict().items()})
+
+    def on_end(self, training):
+        self.calls.append("end")
+
+
+def scores(*values):
+    left = list(values)
+    return lambda model: left.pop(0)
+
+
+CONFIG = TrainConfig(epochs=4, lr=0.05)
+
+
+def test_callbacks_are_called_in_turn():
+    record = Record()
+    standard(network(), rounds(), TrainConfig(epochs=2, lr=0.1), callbacks=[record])
+    steps = ["step"] * 4
+    assert record.calls == ["start", *steps, ("epoch", 0), *steps, ("epoch", 1), "end"]
+
+
+def test_the_best_epoch_is_restored_the_first_of_equals():
+    model, record = network(), Record()
+    result = standard(
+        model,
+        rounds(),
+        CONFIG,
+        validation=scores(0.1, 0.7, 0.7, 0.3),
+        callbacks=[record, KeepBest()],
+    )
+    assert (result.kept_epoch, result.best_epoch) == (1, 1)
+    assert (result.best_metric, result.last_metric) == (0.7, 0.3)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, record.weights[1][name])
+        assert not torch.equal(value, record.weights[3][name])
+
+
+def test_without_it_the_last_epoch_stays():
+    model, record = network(), Record()
+    result = standard(
+        model, rounds(), CONFIG, validation=scores(0.9, 0.2, 0.3, 0.1), callbacks=[record]
+    )
+    assert (result.kept_epoch, result.best_epoch) == (3, 0)
+    assert all(torch.equal(v, record.weights[3][k]) for k, v in model.state_dict().items())
+    plain = standard(network(), rounds(), CONFIG)
+    assert (plain.kept_epoch, plain.best_epoch, plain.best_metric, plain.last_metric) == (
+        3,
+        3,
+        None,
+        None,
+    )
+
+
+def test_keeping_the_best_includes_the_adapters():
+    record, model = Record(), network()
+    result = lora_ml(
+        model,
+        rounds(),
+        CONFIG,
+        LoRAConfig(rank=1),
+        validation=scores(0.5, 0.1, 0.1, 0.1),
+        callbacks=[record, KeepBest()],
+    )
+    assert torch.equal(result.adapters[1]["0.lora_B"], record.weights[0]["0.lora_B"][1])
+    assert torch.equal(model[0].weight, record.weights[0]["0.weight"])
+
+
+def test_keeping_the_best_needs_a_validation():
+    with pytest.raises(ValueError, match="KeepBest: needs a validation"):
+        standard(network(), rounds(), CONFIG, callbacks=[KeepBest()])
+
+
+def test_metrics_are_appended_line_by_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for method in ("a", "b"):
+        log = MetricsLog(path, method=method)
+        standard(network(), rounds(), CONFIG, validation=rounds(), callbacks=[log])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["method"], line["epoch"]) for line in lines] == [
+        (m, e) for m in "ab" for e in range(4)
+    ]
+    assert set(lines[0]) == {
+        "method",
+        "epoch",
+        "loss",
+        "lr",
+        "validation",
+        "validation_per_task",
+    }
+    assert len(lines[0]["validation_per_task"]) == 2
+
+
+def test_progress_is_silent_without_a_terminal(capsys):
+    standard(network(), rounds(), CONFIG, callbacks=[Progress()])
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_progress_on_a_terminal_shows_loss_and_validation(capsys, monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    standard(network(), rounds(), CONFIG, validation=rounds(), callbacks=[Progress("standard")])
+    shown = capsys.readouterr().err
+    assert "standard" in shown and "loss=" in shown and "validation=" in shown
+
+
+def test_validation_may_return_an_evaluation():
+    result = standard(
+        network(), rounds(), CONFIG, validation=lambda model: Evaluation((0.2, 0.4), 0.3)
+    )
+    assert result.history[0]["validation"] == 0.3
+    assert result.history[0]["validation_per_task"] == [0.2, 0.4]
+
+
+def test_learning_rate_is_recorded():
+    config = TrainConfig(epochs=4, lr=0.1, schedule="cosine")
+    result = standard(network(), rounds(), config)
+    want = [0.1 * (1 + math.cos(math.pi * e / 4)) / 2 for e in range(4)]
+    assert [record["lr"] for record in result.history] == pytest.approx(want)
+
+
+def test_evaluation_is_the_mean_over_each_tasks_samples_then_over_tasks():
+    model = nn.Sequential(nn.Dropout(0.9), network())
+    source = rounds(batch_size=5)
+    model.train()
+    model[1][0].eval()
+    found = evaluate(model, source)
+    right = network()(source.inputs).argmax(1) == source.targets
+    want = [right[source.task_ids == task].float().mean().item() for task in (0, 1)]
+    assert found.per_task == pytest.approx(want)
+    assert found.mean == pytest.approx(sum(want) / 2)
+    assert model.training and model[0].training and not model[1][0].training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_evaluation_runs_each_sample_with_its_own_task():
+    model = network()
+    finetune_lora(model, rounds(), CONFIG, LoRAConfig(rank=1))
+    per_task = evaluate(model, rounds(), lambda outputs, batch: outputs[:, 0]).per_task
+    swapped = rounds()
+    swapped.task_ids = 1 - swapped.task_ids
+    source = RoundLoader(swapped.inputs, swapped.targets, swapped.task_ids, batch_size=4)
+    other = evaluate(model, source, lambda outputs, batch: outputs[:, 0]).per_task
+    assert per_task[0] != pytest.approx(other[1])

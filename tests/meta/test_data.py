@@ -1,0 +1,127 @@
+"""Rounds of samples."""
+
+import re
+
+import pytest
+import torch
+
+from metalora.meta import Batch, RoundLoader
+
+IDS = torch.tensor([0, 1, -1, 2, 0, 0, 1, 0, 0, -1, 2, 0, 0])  # 7, 2, 2 samples, 2 left out
+X = torch.arange(len(IDS))[:, None].float()
+Y = torch.arange(len(IDS)) * 10
+
+
+def loader(**options):
+    return RoundLoader(X, Y, IDS, **{"batch_size": 3, "seed": 5, **options})
+
+
+def seen(batches):
+    return [int(i) for batch in batches for i in batch.inputs[:, 0]]
+
+
+def test_every_sample_comes_once_an_epoch_with_its_target_and_task():
+    batches = list(loader())
+    assert sorted(seen(batches)) == [i for i, t in enumerate(IDS) if t >= 0]
+    for batch in batches:
+        rows = batch.inputs[:, 0].long()
+        assert torch.equal(batch.targets, Y[rows])
+        assert torch.equal(batch.task_ids, IDS[rows])
+
+
+def test_a_round_has_samples_of_all_tasks_sorted():
+    source = loader()
+    batches = list(source)
+    assert [batch.counts for batch in batches] == [(3, 2, 2), (3, 0, 0), (1, 0, 0)]
+    assert len(source) == 3
+    assert source.num_tasks == 3
+    assert source.rounds_per_task == [3, 1, 1]
+    for batch in batches:
+        assert batch.task_ids.tolist() == sorted(batch.task_ids.tolist())
+        assert torch.bincount(batch.task_ids, minlength=3).tolist() == list(batch.counts)
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    def order(seed, epoch):
+        source = loader(seed=seed)
+        source.set_epoch(epoch)
+        return seen(source)
+
+    torch.manual_seed(1)
+    first = order(5, 2)
+    torch.manual_seed(2)
+    assert order(5, 2) == first
+    assert order(5, 3) != first
+    assert order(6, 2) != first
+
+
+def test_without_shuffling_the_order_is_that_of_the_tensors():
+    source = loader(shuffle=False, batch_size=2)
+    assert seen(source) == [0, 4, 1, 6, 3, 10, 5, 7, 8, 11, 12]
+    source.set_epoch(1)
+    assert seen(source) == [0, 4, 1, 6, 3, 10, 5, 7, 8, 11, 12]
+
+
+def test_pooled_batches_ignore_tasks():
+    source = loader(pooled=True, batch_size=4)
+    batches = list(source)
+    assert [len(batch.targets) for batch in batches] == [4, 4, 3]
+    assert len(source) == 3
+    assert sorted(seen(batches)) == [i for i, t in enumerate(IDS) if t >= 0]
+    for batch in batches:
+        assert batch.task_ids.tolist() == sorted(batch.task_ids.tolist())
+        assert torch.bincount(batch.task_ids, minlength=3).tolist() == list(batch.counts)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_max_rounds_ends_the_epoch(pooled):
+    source = loader(max_rounds=2, pooled=pooled)
+    assert len(source) == len(list(source)) == 2
+
+
+def test_transform_gets_fresh_randomness_that_repeats():
+    def noise(inputs, generator):
+        return torch.rand(inputs.shape, generator=generator)
+
+    def epoch(number):
+        source = loader(transform=noise)
+        source.set_epoch(number)
+        return torch.cat([batch.inputs for batch in source])
+
+    assert torch.equal(epoch(1), epoch(1))
+    assert not torch.equal(epoch(1), epoch(2))
+    assert len(set(epoch(1).flatten().tolist())) == 11
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_split_by_task(known):
+    ids = torch.tensor([0, 0, 2]) if known else torch.tensor([2, 0, 0])
+    batch = Batch(torch.arange(3.0), torch.arange(3), ids, (2, 0, 1) if known else None)
+    parts = batch.by_task()
+    assert [part.task_ids.tolist() for part in parts] == [[0, 0], [2]]
+    assert [part.inputs.tolist() for part in parts] == ([[0, 1], [2]] if known else [[1, 2], [0]])
+    assert [part.tasks_present() for part in parts] == [[0], [2]]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"batch_size": 0}, ValueError, "batch_size must be an int >= 1, got 0"),
+        ({"max_rounds": 0}, ValueError, "max_rounds must be an int >= 1"),
+        ({"inputs": [1]}, TypeError, "inputs must be a tensor, got list"),
+        ({"targets": Y[:3]}, ValueError, "must have the same length, got 13, 3 and 13"),
+        ({"task_ids": IDS.float()}, ValueError, "task_ids must be int64 [N], got torch.float32"),
+        ({"task_ids": IDS - 1}, ValueError, "task_ids must be >= -1, got -2"),
+        ({"task_ids": torch.full((13,), -1)}, ValueError, "leave no sample to draw from"),
+        ({"task_ids": IDS + (IDS == 1)}, ValueError, "task 1 of 3 has no samples"),
+    ],
+)
+def test_bad_arguments_are_refused(change, error, message):
+    arguments = {"inputs": X, "targets": Y, "task_ids": IDS, "batch_size": 3, **change}
+    with pytest.raises(error, match=re.escape(message)):
+        RoundLoader(
+            arguments.pop("inputs"),
+            arguments.pop("targets"),
+            arguments.pop("task_ids"),
+            **arguments,
+        )

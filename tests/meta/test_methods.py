@@ -1,0 +1,311 @@
+"""The ways to train: what each leaves behind, and that every switch does something."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from metalora.adapters import LoRAConfig, adapted_layers, remove
+from metalora.meta import (
+    RoundLoader,
+    TrainConfig,
+    evaluate,
+    finetune_last_layer,
+    finetune_lora,
+    last_layer_ml,
+    lora_ml,
+    reptile,
+    standard,
+)
+from metalora.nn import MultiTaskHead
+
+T = 3
+LORA = LoRAConfig(rank=2)
+
+
+def data(count=90, seed=0):
+    """Three tasks whose labels follow different directions of the input."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(count, 8, generator=generator)
+    directions = torch.randn(T, 8, generator=torch.Generator().manual_seed(9))
+    ids = torch.arange(count) % T
+    return inputs, ((inputs * directions[ids]).sum(1) > 0).long(), ids
+
+
+def rounds(**options):
+    return RoundLoader(*data(), **{"batch_size": 10, "seed": 1, **options})
+
+
+def validation():
+    return RoundLoader(*data(60, seed=1), batch_size=20, shuffle=False)
+
+
+def network(dropout=0.1):
+    torch.manual_seed(0)
+    return Network(dropout)
+
+
+class Network(nn.Module):
+    def __init__(self, dropout) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(dropout))
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+METHODS = {
+    "standard": standard,
+    "lora-ml": lambda *args, **options: lora_ml(*args, LORA, **options),
+    "last-layer-ml": last_layer_ml,
+    "reptile": lambda *args, **options: reptile(*args, inner_steps=2, **options),
+    "finetune-lora": lambda *args, **options: finetune_lora(*args, LORA, **options),
+    "finetune-last-layer": finetune_last_layer,
+}
+
+
+def weights_after(method, source=None, model=None, **fields):
+    model = network() if model is None else model
+    config = TrainConfig(**{"epochs": 2, "lr": 0.01, **fields})
+    METHODS[method](model, rounds() if source is None else source, config)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_learns(method):
+    config = TrainConfig(epochs=15, lr=0.02)
+    result = METHODS[method](network(), rounds(), config, validation=validation())
+    assert result.history[-1]["loss"] < 0.95 * result.history[0]["loss"]
+    assert [record["epoch"] for record in result.history] == list(range(15))
+
+
+@pytest.mark.parametrize("method", ["standard", "lora-ml", "last-layer-ml", "reptile"])
+def test_retraining_leaves_a_plain_model_with_its_own_parameters(method):
+    model = network()
+    layout, before = str(model), dict(model.named_parameters())
+    start = {k: v.detach().clone() for k, v in before.items()}
+    METHODS[method](model, rounds(), TrainConfig(epochs=1, lr=0.01))
+    assert str(model) == layout
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad
+        assert not torch.equal(parameter, start[name])
+        assert parameter is before[name] or method == "last-layer-ml"
+
+
+@pytest.mark.parametrize("method", ["finetune-lora", "finetune-last-layer"])
+def test_fine_tuning_changes_adapters_only_and_leaves_them_in(method):
+    model = network()
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    result = METHODS[method](model, rounds(), TrainConfig(epochs=1, lr=0.01))
+    layers = adapted_layers(model)
+    assert list(layers) == (["head"] if method == "finetune-last-layer" else ["body.0", "head"])
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    own = {id(p) for layer in layers.values() for p in layer.own_task_parameters().values()}
+    assert trainable == own
+    for name, value in model.state_dict().items():
+        if name in start and value.shape == start[name].shape:
+            assert torch.equal(value, start[name]), name
+    assert len(result.adapters) == T
+    for name, value in result.adapters[1].items():
+        assert torch.equal(model.state_dict()[name][1], value)
+
+
+def test_adapters_of_retraining_are_returned():
+    result = lora_ml(network(), rounds(), TrainConfig(epochs=1, lr=0.01), LORA)
+    assert len(result.adapters) == T
+    assert set(result.adapters[0]) == {
+        f"{layer}.lora_{ab}" for layer in ("body.0", "head") for ab in "AB"
+    }
+    assert result.adapters[0]["head.lora_B"].abs().sum() > 0
+    assert standard(network(), rounds(), TrainConfig(epochs=1, lr=0.01)).adapters == []
+
+
+def test_last_layer_ml_keeps_the_mean_head():
+    model = network()
+    result = last_layer_ml(model, rounds(), TrainConfig(epochs=1, lr=0.01))
+    heads = torch.stack([adapter["head.weight"] for adapter in result.adapters])
+    assert not torch.equal(heads[0], heads[1])
+    torch.testing.assert_close(model.head.weight, heads.mean(0))
+
+
+def test_fresh_heads_start_anew_and_others_from_the_model():
+    config = TrainConfig(epochs=1, lr=1e-9)
+    model, start = network(), network().head.weight
+    finetune_last_layer(model, rounds(), config, fresh=False)
+    assert isinstance(model.head, MultiTaskHead)
+    torch.testing.assert_close(model.head.weight, start.expand(T, -1, -1))
+    model = network()
+    finetune_last_layer(model, rounds(), config, fresh=True)
+    assert not torch.allclose(model.head.weight[0], start, atol=1e-3)
+
+
+def test_removing_a_task_after_fine_tuning_merges_it():
+    model, source = network(), validation()
+    finetune_lora(model, rounds(), TrainConfig(epochs=3, lr=0.02), LORA)
+    adapted = evaluate(model, source)
+    remove(model, 1)
+    assert evaluate(model, source).per_task[1] == adapted.per_task[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_seed_repeats_bit_for_bit_whatever_came_before(method):
+    torch.manual_seed(1)
+    first = weights_after(method, seed=3)
+    torch.manual_seed(2)
+    assert torch.equal(weights_after(method, seed=3), first)
+    assert not torch.equal(weights_after(method, seed=4), first)
+
+
+SWITCHES = [
+    {"lr": 0.02},
+    {"epochs": 3},
+    {"weight_decay": 0.5},
+    {"optimizer": "adamw", "weight_decay": 0.5},
+    {"optimizer": "sgd"},
+    {"schedule": "cosine"},
+    {"schedule": "linear"},
+    {"schedule": "linear", "schedule_unit": "step"},
+    {"schedule": "linear", "schedule_scale": 4.0},
+    {"warmup": 0.5, "schedule_unit": "step"},
+    {"grad_clip": 1e-9},  # of the order of Adam's eps: Adam itself does not heed the scale
+    {"precision": "bf16"},
+    {"precision": "fp16"},
+    {"step_per": "task"},
+]
+
+
+@pytest.mark.parametrize("fields", SWITCHES, ids=str)
+def test_every_setting_changes_the_outcome(fields):
+    assert not torch.equal(weights_after("lora-ml", **fields), weights_after("lora-ml"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_stays_near(method, precision):
+    config = {"optimizer": "sgd", "lr": 0.1}
+    full = weights_after(method, model=network(dropout=0.0), **config)
+    torch.testing.assert_close(
+        weights_after(method, model=network(dropout=0.0), precision=precision, **config),
+        full,
+        rtol=0,
+        atol=0.01,
+    )
+
+
+def test_pooled_standard_retraining_is_the_mean_over_samples():
+    """Against a plain loop."""
+    source = rounds(pooled=True, batch_size=16)
+    model, plain = network(dropout=0.0), network(dropout=0.0)
+    standard(model, source, TrainConfig(epochs=1, lr=0.1, optimizer="sgd"))
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for batch in source:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(plain(batch.inputs), batch.targets).backward()
+        optimizer.step()
+    for got, want in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got, want)
+    with pytest.raises(ValueError, match="pooled rounds ignore tasks; use step_per='round'"):
+        standard(model, source, TrainConfig(epochs=1, lr=0.1, step_per="task"))
+    with pytest.raises(ValueError, match="reptile: pooled rounds ignore tasks"):
+        reptile(model, source, TrainConfig(epochs=1, lr=0.1))
+
+
+class Watch(nn.Module):
+    """Makes sure of what a model is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head, self.sizes = nn.Linear(8, 16), nn.Linear(16, 2), []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        return self.head(self.inner(x))
+
+
+@pytest.mark.parametrize(("step_per", "sizes"), [("round", [30] * 3), ("task", [10] * 9)])
+def test_all_tasks_of_a_round_go_through_the_model_at_once(step_per, sizes):
+    model = Watch()
+    lora_ml(model, rounds(), TrainConfig(epochs=1, lr=0.01, step_per=step_per), LORA)
+    assert model.sizes == sizes
+
+
+def test_own_loss_and_forward():
+    def squared(outputs, batch):
+        return (outputs[:, 0] - batch.targets).square()
+
+    def forward(model, inputs):
+        return 2 * model(inputs)
+
+    config = TrainConfig(epochs=1, lr=1e-12)
+    result = standard(network(0.0), rounds(max_rounds=1), config, loss=squared, forward=forward)
+    (batch,) = rounds(max_rounds=1)
+    by_task = [squared(2 * network(0.0)(part.inputs), part).mean() for part in batch.by_task()]
+    assert result.history[0]["loss"] == pytest.approx(sum(by_task).item() / T)
+    with pytest.raises(ValueError, match=r"one loss per sample, \[30\], got \[\]"):
+        standard(network(), rounds(), config, loss=lambda outputs, batch: outputs.mean())
+
+
+def test_a_loss_that_is_not_finite_stops_the_training():
+    with pytest.raises(
+        FloatingPointError, match=r"the loss of epoch 0 is (nan|inf); lower lr=1e\+3"
+    ):
+        standard(network(), rounds(), TrainConfig(epochs=3, lr=1e30, optimizer="sgd"))
+
+
+def test_a_failed_retraining_gives_the_plain_model_back():
+    model = network()
+    layout = str(model)
+    with pytest.raises(ZeroDivisionError):
+        lora_ml(model, rounds(), TrainConfig(epochs=1, lr=0.1), LORA, validation=lambda m: 1 / 0)
+    assert str(model) == layout
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapted_models_are_refused(method):
+    model = network()
+    finetune_lora(model, rounds(), TrainConfig(epochs=1, lr=0.01), LORA)
+    with pytest.raises(ValueError, match="the model has adapters already"):
+        METHODS[method](model, rounds(), TrainConfig(epochs=1, lr=0.01))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inner_lr": float("nan")}, "reptile: inner_lr must be a finite number > 0, got nan"),
+        ({"inner_steps": 0}, "reptile: inner_steps must be an int >= 1"),
+        ({"inner_optimizer": "sdg"}, "did you mean 'sgd'"),
+        ({"outer_sign": "toward"}, "did you mean 'towards'"),
+    ],
+)
+def test_bad_reptile_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        reptile(network(), rounds(), TrainConfig(epochs=1, lr=0.1), **options)
+
+
+@pytest.mark.parametrize("method", [last_layer_ml, finetune_last_layer])
+def test_missing_heads_are_refused(method):
+    with pytest.raises(ValueError, match="heads must name at least one layer"):
+        method(network(), rounds(), TrainConfig(epochs=1, lr=0.1), heads=[])
+    with pytest.raises(ValueError, match="matches 'heed'; did you mean 'head'"):
+        method(network(), rounds(), TrainConfig(epochs=1, lr=0.1), heads=["heed"])
+
+
+def test_nothing_to_train_is_refused():
+    model = network().requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        standard(model, rounds(), TrainConfig(epochs=1, lr=0.1))
+
+
+def test_importing_brings_no_optional_package():
+    code = (
+        "import sys, torch; before = set(sys.modules);"
+        "import metalora.meta, metalora.adapters, metalora.nn;"
+        "new = {m.partition('.')[0] for m in set(sys.modules) - before};"
+        "print(new & {'tqdm', 'peft', 'transformers', 'safetensors', 'torchvision'})"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "set()"
