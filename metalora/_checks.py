@@ -10,7 +10,9 @@ from typing import Any
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x' or 'y'?"`` with the names nearest to ``name``, or ``""``."""
-    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+    by_lower = {known.lower(): known for known in names}
+    found = difflib.get_close_matches(name.lower(), list(by_lower), n=3, cutoff=0.5)
+    near = [by_lower[lower] for lower in found]
     return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
 
 

@@ -59,8 +59,11 @@ class Rounds(Protocol):
     """Number of tasks T."""
     pooled: bool
     """Whether batches ignore tasks, so that the loss is the mean over samples."""
-    rounds_per_task: Sequence[int]
-    """How many batches of an epoch have samples of each task; pooled: at most."""
+
+    @property
+    def rounds_per_task(self) -> Sequence[int]:
+        """How many batches of an epoch have samples of each task; pooled: at most."""
+        ...
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the next iteration."""

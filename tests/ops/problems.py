@@ -19,7 +19,17 @@ SPLITS = {
     "long": (130, 300),
 }
 # in, out, rank: multiples of nothing, vectors' edges, above and below the small-layer kernels
-SIZES = ((1, 1, 1), (10, 2, 1), (3, 3, 2), (7, 5, 3), (8, 16, 2), (10, 10, 1), (32, 32, 4), (33, 31, 5), (65, 40, 9))
+SIZES = (
+    (1, 1, 1),
+    (10, 2, 1),
+    (3, 3, 2),
+    (7, 5, 3),
+    (8, 16, 2),
+    (10, 10, 1),
+    (32, 32, 4),
+    (33, 31, 5),
+    (65, 40, 9),
+)
 
 
 @dataclass

@@ -1,0 +1,566 @@
+// The linear model's trainers on sufficient statistics (paper, section 3 and D.1), one training a
+// call.
+//
+// Included once for every instruction set, each time with METALORA_ISA naming another namespace and
+// METALORA_VECTOR_BYTES its registers, so that one build is fast on every machine. For that reason
+// nothing of the standard library is instantiated here: the linker would merge the copies and could
+// keep the one an old CPU cannot run.
+//
+// Matrices live in scratch memory column by column, every column padded with zeros to whole
+// vectors. All sums run in one fixed order: results do not depend on the number of threads.
+
+#if !defined(METALORA_ISA) || !defined(METALORA_VECTOR_BYTES)
+#error "define METALORA_ISA and METALORA_VECTOR_BYTES before including linear_kernels.h"
+#endif
+
+#include "linear_jobs.h"
+
+namespace metalora::linear::METALORA_ISA {
+
+#define METALORA_INLINE inline __attribute__((always_inline))
+
+template <typename Real>
+struct VectorOf {
+  typedef Real type __attribute__((vector_size(METALORA_VECTOR_BYTES), may_alias));
+};
+template <typename Real>
+using Vector = typename VectorOf<Real>::type;
+
+template <typename Real>
+constexpr int64_t kLanes = METALORA_VECTOR_BYTES / static_cast<int64_t>(sizeof(Real));
+
+template <typename Real>
+METALORA_INLINE int64_t vectors_per_column(int64_t dim) {
+  return (dim + kLanes<Real> - 1) / kLanes<Real>;
+}
+
+template <typename Real>
+METALORA_INLINE Real sum_lanes(const Vector<Real>& v) {
+  if constexpr (kLanes<Real> == 2) {
+    return v[0] + v[1];
+  } else if constexpr (kLanes<Real> == 4) {
+    return (v[0] + v[2]) + (v[1] + v[3]);
+  } else {
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+  }
+}
+
+template <typename Real>
+METALORA_INLINE bool is_finite(Real value) {
+  return value - value == 0;
+}
+
+// What a training that diverged has not got to.
+template <typename Real>
+void fill_nan(Real* values, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) values[i] = static_cast<Real>(__builtin_nan(""));
+}
+
+// A column count known to the compiler (NV > 0) keeps whole columns in registers; NV == 0 is any
+// size.
+template <int NV>
+METALORA_INLINE int64_t count_vectors(int64_t nv) {
+  return NV > 0 ? NV : nv;
+}
+
+template <typename Real, int NV>
+METALORA_INLINE Real dot(const Vector<Real>* a, const Vector<Real>* b, int64_t nv) {
+  Vector<Real> sum = a[0] * b[0];
+  for (int64_t v = 1; v < count_vectors<NV>(nv); ++v) sum += a[v] * b[v];
+  return sum_lanes<Real>(sum);
+}
+
+template <typename Real, int NV>
+METALORA_INLINE void add_scaled(Vector<Real>* y, const Vector<Real>* x, Real scale, int64_t nv) {
+  for (int64_t v = 0; v < count_vectors<NV>(nv); ++v) y[v] += x[v] * scale;
+}
+
+// out = matrix · x for one block of B vectors (rows), starting at vector v0.
+template <typename Real, int B>
+METALORA_INLINE void block_times(const Vector<Real>* matrix, const Real* x, int64_t dim, int64_t nv,
+                                 int64_t v0, Vector<Real>* out) {
+  Vector<Real> sum[B] = {};
+  for (int64_t j = 0; j < dim; ++j) {
+    const Vector<Real>* column = matrix + j * nv + v0;
+    const Real xj = x[j];
+#pragma GCC unroll 8
+    for (int v = 0; v < B; ++v) sum[v] += column[v] * xj;
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < B; ++v) out[v0 + v] = sum[v];
+}
+
+// out [d] = matrix [d, d] · x [d]
+template <typename Real, int NV>
+METALORA_INLINE void times(const Vector<Real>* matrix, const Vector<Real>* x, int64_t dim,
+                           int64_t nv, Vector<Real>* out) {
+  const Real* values = reinterpret_cast<const Real*>(x);
+  if constexpr (NV > 0) {
+    block_times<Real, NV>(matrix, values, dim, NV, 0, out);
+  } else {
+    int64_t v = 0;
+    for (; v + 4 <= nv; v += 4) block_times<Real, 4>(matrix, values, dim, nv, v, out);
+    for (; v < nv; ++v) block_times<Real, 1>(matrix, values, dim, nv, v, out);
+  }
+}
+
+// product [k, k] = aᵀ b of two [d, k] blocks
+template <typename Real, int NV>
+METALORA_INLINE void inner_products(const Vector<Real>* a, const Vector<Real>* b, int64_t rank,
+                                    int64_t nv, Real* product) {
+  for (int64_t i = 0; i < rank; ++i) {
+    for (int64_t j = 0; j < rank; ++j) {
+      product[i * rank + j] = dot<Real, NV>(a + i * nv, b + j * nv, nv);
+    }
+  }
+}
+
+// gradient [d, k] += a [d, k] · product [k, k]
+template <typename Real, int NV>
+METALORA_INLINE void add_product(Vector<Real>* gradient, const Vector<Real>* a, const Real* product,
+                                 int64_t rank, int64_t nv) {
+  for (int64_t j = 0; j < rank; ++j) {
+    for (int64_t i = 0; i < rank; ++i) {
+      add_scaled<Real, NV>(gradient + j * nv, a + i * nv, product[i * rank + j], nv);
+    }
+  }
+}
+
+template <typename Real>
+METALORA_INLINE void set_zero(Vector<Real>* matrix, int64_t vectors) {
+  for (int64_t v = 0; v < vectors; ++v) matrix[v] = Vector<Real>{};
+}
+
+// row-major [rows, columns] -> padded columns, and back
+template <typename Real>
+void load(const Real* source, int64_t rows, int64_t columns, Real scale, int64_t nv,
+          Vector<Real>* matrix) {
+  set_zero<Real>(matrix, columns * nv);
+  Real* values = reinterpret_cast<Real*>(matrix);
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t i = 0; i < rows; ++i) {
+      values[j * nv * kLanes<Real> + i] = source[i * columns + j] * scale;
+    }
+  }
+}
+
+template <typename Real>
+bool store(const Vector<Real>* matrix, int64_t rows, int64_t columns, int64_t nv, Real* target) {
+  bool finite = true;
+  const Real* values = reinterpret_cast<const Real*>(matrix);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      target[i * columns + j] = values[j * nv * kLanes<Real> + i];
+      finite = finite && is_finite(target[i * columns + j]);
+    }
+  }
+  return finite;
+}
+
+// The Gram matrix over N. It is symmetric up to rounding; the kernels rely on it being so exactly.
+template <typename Real>
+void load_gram(const Real* source, int64_t dim, Real scale, int64_t nv, Vector<Real>* gram) {
+  set_zero<Real>(gram, dim * nv);
+  Real* values = reinterpret_cast<Real*>(gram);
+  for (int64_t j = 0; j < dim; ++j) {
+    for (int64_t i = 0; i < dim; ++i) {
+      values[j * nv * kLanes<Real> + i] =
+          Real(0.5) * (source[i * dim + j] + source[j * dim + i]) * scale;
+    }
+  }
+}
+
+// residual = A·G − C, all over N
+template <typename Real, int NV>
+void residual_of(const Vector<Real>* weight, const Vector<Real>* gram, const Vector<Real>* cross,
+                 int64_t dim, int64_t nv, Vector<Real>* residual) {
+  for (int64_t j = 0; j < dim; ++j) {
+    Vector<Real>* column = residual + j * nv;
+    times<Real, NV>(weight, gram + j * nv, dim, nv, column);
+    for (int64_t v = 0; v < count_vectors<NV>(nv); ++v) column[v] -= cross[j * nv + v];
+  }
+}
+
+template <typename Real>
+void add_transposed(const Vector<Real>* matrix, int64_t dim, int64_t nv, Vector<Real>* sum) {
+  const Real* in = reinterpret_cast<const Real*>(matrix);
+  Real* out = reinterpret_cast<Real*>(sum);
+  const int64_t stride = nv * kLanes<Real>;
+  for (int64_t j = 0; j < dim; ++j) {
+    for (int64_t i = 0; i < dim; ++i) out[j * stride + i] = in[j * stride + i] + in[i * stride + j];
+  }
+}
+
+// Scratch memory, handed out front to back.
+template <typename Real>
+struct Arena {
+  Vector<Real>* next;
+  METALORA_INLINE Vector<Real>* take(int64_t vectors) {
+    Vector<Real>* block = next;
+    next += vectors;
+    return block;
+  }
+  METALORA_INLINE Real* take_values(int64_t values) {
+    return reinterpret_cast<Real*>(take(vectors_per_column<Real>(values)));
+  }
+};
+
+// ---------------------------------------------------------------------------------------- LoRA-ML
+
+template <typename Real>
+int64_t lora_ml_scratch(const LoraMlJob<Real>& job) {
+  const int64_t nv = vectors_per_column<Real>(job.dim);
+  const int64_t square = job.dim * nv, tall = job.rank * nv;
+  const int64_t products = 2 * vectors_per_column<Real>(job.rank * job.rank);
+  const int64_t vectors = 2 * square + nv + products + job.tasks * (4 * square + 3 * tall);
+  return vectors * static_cast<int64_t>(sizeof(Vector<Real>));
+}
+
+// One gradient step on U_t with A fixed: U −= lr·(R + Rᵀ)U with R = P + U Uᵀ G and P = A G − C.
+// (R + Rᵀ)U = S U + U (Uᵀ G U) + G U (Uᵀ U) with S = P + Pᵀ, so a step costs O(d² k).
+template <typename Real, int NV, int K>
+METALORA_INLINE void inner_step(const Vector<Real>* symmetric, const Vector<Real>* gram, Real lr,
+                                int64_t dim, int64_t rank, int64_t nv, Real* products,
+                                Vector<Real>* gradient, Vector<Real>* gram_u, Vector<Real>* u) {
+  if constexpr (K == 1) {
+    times<Real, NV>(gram, u, dim, nv, gram_u);
+    times<Real, NV>(symmetric, u, dim, nv, gradient);
+    const Real u_gram_u = dot<Real, NV>(u, gram_u, nv);
+    const Real u_u = dot<Real, NV>(u, u, nv);
+    for (int64_t v = 0; v < count_vectors<NV>(nv); ++v) {
+      u[v] -= lr * (gradient[v] + u[v] * u_gram_u + gram_u[v] * u_u);
+    }
+  } else {
+    Real* u_gram_u = products;
+    Real* u_u = products + rank * rank;
+    for (int64_t c = 0; c < rank; ++c) {
+      times<Real, NV>(gram, u + c * nv, dim, nv, gram_u + c * nv);
+      times<Real, NV>(symmetric, u + c * nv, dim, nv, gradient + c * nv);
+    }
+    inner_products<Real, NV>(u, gram_u, rank, nv, u_gram_u);
+    inner_products<Real, NV>(u, u, rank, nv, u_u);
+    add_product<Real, NV>(gradient, u, u_gram_u, rank, nv);
+    add_product<Real, NV>(gradient, gram_u, u_u, rank, nv);
+    for (int64_t c = 0; c < rank; ++c) add_scaled<Real, NV>(u + c * nv, gradient + c * nv, -lr, nv);
+  }
+}
+
+// Adds R = P + U (G U)ᵀ to `sum` and returns twice the task's loss: <B, R − C> + Σ y²/N, B = A + U
+// Uᵀ.
+template <typename Real, int NV>
+Real outer_gradient(const Vector<Real>* weight, const Vector<Real>* residual,
+                    const Vector<Real>* cross, const Vector<Real>* u, const Vector<Real>* gram_u,
+                    Real energy, int64_t dim, int64_t rank, int64_t nv, Vector<Real>* sum) {
+  const int64_t stride = nv * kLanes<Real>;
+  const Real* u_values = reinterpret_cast<const Real*>(u);
+  const Real* gram_u_values = reinterpret_cast<const Real*>(gram_u);
+  Vector<Real> twice_loss = {};
+  for (int64_t j = 0; j < dim; ++j) {
+    for (int64_t v = 0; v < count_vectors<NV>(nv); ++v) {
+      Vector<Real> r = residual[j * nv + v];
+      Vector<Real> b = weight[j * nv + v];
+      for (int64_t c = 0; c < rank; ++c) {
+        r += u[c * nv + v] * gram_u_values[c * stride + j];
+        b += u[c * nv + v] * u_values[c * stride + j];
+      }
+      sum[j * nv + v] += r;
+      twice_loss += b * (r - cross[j * nv + v]);
+    }
+  }
+  return sum_lanes<Real>(twice_loss) + energy;
+}
+
+template <typename Real, int NV, int K>
+int64_t lora_ml_sized(const LoraMlJob<Real>& job, void* scratch) {
+  using V = Vector<Real>;
+  const int64_t tasks = job.tasks, dim = job.dim, rank = K > 0 ? K : job.rank;
+  const int64_t nv = count_vectors<NV>(vectors_per_column<Real>(dim));
+  const int64_t square = dim * nv, tall = rank * nv;
+  const Real scale = Real(1) / static_cast<Real>(job.count);
+  const Real inner_lr = static_cast<Real>(job.inner_lr);
+  const Real outer_lr = static_cast<Real>(job.outer_lr / static_cast<double>(tasks));
+
+  Arena<Real> arena{static_cast<V*>(scratch)};
+  V* weight = arena.take(square);
+  V* sum = arena.take(square);
+  V* gradient = arena.take(tall > nv ? tall : nv);
+  Real* products = arena.take_values(2 * rank * rank);
+  V* gram = arena.take(tasks * square);
+  V* cross = arena.take(tasks * square);
+  V* residual = arena.take(tasks * square);
+  V* symmetric = arena.take(tasks * square);
+  V* u = arena.take(tasks * tall);
+  V* gram_u = arena.take(tasks * tall);
+
+  load<Real>(job.weight, dim, dim, Real(1), nv, weight);
+  set_zero<Real>(symmetric, tasks * square);
+  for (int64_t t = 0; t < tasks; ++t) {
+    load_gram<Real>(job.gram + t * dim * dim, dim, scale, nv, gram + t * square);
+    load<Real>(job.cross + t * dim * dim, dim, dim, scale, nv, cross + t * square);
+    load<Real>(job.factors + t * dim * rank, dim, rank, Real(1), nv, u + t * tall);
+  }
+
+  int64_t step = 1;
+  for (; step <= job.outer_steps; ++step) {
+    for (int64_t t = 0; t < tasks; ++t) {
+      residual_of<Real, NV>(weight, gram + t * square, cross + t * square, dim, nv,
+                            residual + t * square);
+      add_transposed<Real>(residual + t * square, dim, nv, symmetric + t * square);
+    }
+    // Tasks inside steps: the chains of dependent operations of different tasks overlap.
+    for (int64_t i = 0; i < job.inner_steps; ++i) {
+      for (int64_t t = 0; t < tasks; ++t) {
+        inner_step<Real, NV, K>(symmetric + t * square, gram + t * square, inner_lr, dim, rank, nv,
+                                products, gradient, gram_u + t * tall, u + t * tall);
+      }
+    }
+    set_zero<Real>(sum, square);
+    Real twice_loss = 0;
+    for (int64_t t = 0; t < tasks; ++t) {
+      for (int64_t c = 0; c < rank; ++c) {
+        times<Real, NV>(gram + t * square, u + t * tall + c * nv, dim, nv,
+                        gram_u + t * tall + c * nv);
+      }
+      twice_loss +=
+          outer_gradient<Real, NV>(weight, residual + t * square, cross + t * square, u + t * tall,
+                                   gram_u + t * tall, job.energy[t] * scale, dim, rank, nv, sum);
+    }
+    const Real loss = twice_loss / static_cast<Real>(2 * tasks);
+    job.losses[step - 1] = loss;
+    if (!is_finite(loss)) break;
+    for (int64_t v = 0; v < square; ++v) weight[v] -= sum[v] * outer_lr;
+  }
+
+  const bool weight_finite = store<Real>(weight, dim, dim, nv, job.weight);
+  for (int64_t t = 0; t < tasks; ++t)
+    store<Real>(u + t * tall, dim, rank, nv, job.factors + t * dim * rank);
+  if (step <= job.outer_steps) {
+    fill_nan<Real>(job.losses, step, job.outer_steps);
+    return step;
+  }
+  return weight_finite ? 0 : job.outer_steps;
+}
+
+template <typename Real, int NV>
+int64_t lora_ml_any_rank(const LoraMlJob<Real>& job, void* scratch) {
+  return job.rank == 1 ? lora_ml_sized<Real, NV, 1>(job, scratch)
+                       : lora_ml_sized<Real, NV, 0>(job, scratch);
+}
+
+// --------------------------------------------------------------------------- standard retraining
+
+template <typename Real>
+int64_t standard_scratch(const StandardJob<Real>& job) {
+  const int64_t nv = vectors_per_column<Real>(job.dim);
+  return 5 * job.dim * nv * static_cast<int64_t>(sizeof(Vector<Real>));
+}
+
+// The gradient of the mean loss needs only the mean statistics: A −= lr·(A·mean G − mean C)/N.
+template <typename Real, int NV>
+int64_t standard_sized(const StandardJob<Real>& job, void* scratch) {
+  using V = Vector<Real>;
+  const int64_t dim = job.dim, nv = count_vectors<NV>(vectors_per_column<Real>(dim)),
+                square = dim * nv;
+  const Real scale = Real(1) / (static_cast<Real>(job.count) * static_cast<Real>(job.tasks));
+  const Real lr = static_cast<Real>(job.lr);
+
+  Arena<Real> arena{static_cast<V*>(scratch)};
+  V* weight = arena.take(square);
+  V* gram = arena.take(square);
+  V* cross = arena.take(square);
+  V* residual = arena.take(square);
+  V* task = arena.take(square);
+
+  load<Real>(job.weight, dim, dim, Real(1), nv, weight);
+  set_zero<Real>(gram, square);
+  set_zero<Real>(cross, square);
+  Real energy = 0;
+  for (int64_t t = 0; t < job.tasks; ++t) {
+    load_gram<Real>(job.gram + t * dim * dim, dim, scale, nv, task);
+    for (int64_t v = 0; v < square; ++v) gram[v] += task[v];
+    load<Real>(job.cross + t * dim * dim, dim, dim, scale, nv, task);
+    for (int64_t v = 0; v < square; ++v) cross[v] += task[v];
+    energy += job.energy[t] * scale;
+  }
+
+  int64_t step = 1;
+  for (; step <= job.steps; ++step) {
+    residual_of<Real, NV>(weight, gram, cross, dim, nv, residual);
+    V twice_loss = {};
+    for (int64_t v = 0; v < square; ++v) {
+      twice_loss += weight[v] * (residual[v] - cross[v]);
+      weight[v] -= residual[v] * lr;
+    }
+    const Real loss = (sum_lanes<Real>(twice_loss) + energy) / Real(2);
+    job.losses[step - 1] = loss;
+    if (!is_finite(loss)) break;
+  }
+
+  const bool finite = store<Real>(weight, dim, dim, nv, job.weight);
+  if (step <= job.steps) {
+    fill_nan<Real>(job.losses, step, job.steps);
+    return step;
+  }
+  return finite ? 0 : job.steps;
+}
+
+// ------------------------------------------------------------------------------------ fine-tuning
+
+template <typename Real>
+int64_t finetune_scratch(const FinetuneJob<Real>& job) {
+  const int64_t nv = vectors_per_column<Real>(job.dim);
+  const int64_t square = job.dim * nv, tall = job.rank * nv;
+  const int64_t products = vectors_per_column<Real>(2 * job.rank * job.rank);
+  return (7 * square + 5 * tall + products) * static_cast<int64_t>(sizeof(Vector<Real>));
+}
+
+// ‖X (A + U Vᵀ − M)ᵀ‖² / N = <F, F G> with F = D + U Vᵀ, D = A − M and F G = D G + U (G V)ᵀ.
+// Written as a product of two small matrices it stays accurate as F goes to zero.
+template <typename Real, int NV>
+METALORA_INLINE Real error_of(const Vector<Real>* gap, const Vector<Real>* gap_gram,
+                              const Vector<Real>* u, const Vector<Real>* v_factor,
+                              const Vector<Real>* gram_v, int64_t dim, int64_t rank, int64_t nv) {
+  const int64_t stride = nv * kLanes<Real>;
+  const Real* v_values = reinterpret_cast<const Real*>(v_factor);
+  const Real* gram_v_values = reinterpret_cast<const Real*>(gram_v);
+  Vector<Real> sum = {};
+  for (int64_t j = 0; j < dim; ++j) {
+    for (int64_t v = 0; v < count_vectors<NV>(nv); ++v) {
+      Vector<Real> f = gap[j * nv + v];
+      Vector<Real> f_gram = gap_gram[j * nv + v];
+      for (int64_t c = 0; c < rank; ++c) {
+        f += u[c * nv + v] * v_values[c * stride + j];
+        f_gram += u[c * nv + v] * gram_v_values[c * stride + j];
+      }
+      sum += f * f_gram;
+    }
+  }
+  const Real error = sum_lanes<Real>(sum);
+  return error < 0 ? Real(0) : error;
+}
+
+template <typename Real, int NV, int K>
+int64_t finetune_sized(const FinetuneJob<Real>& job, void* scratch) {
+  using V = Vector<Real>;
+  const int64_t dim = job.dim, rank = K > 0 ? K : job.rank;
+  const int64_t nv = count_vectors<NV>(vectors_per_column<Real>(dim));
+  const int64_t square = dim * nv, tall = rank * nv;
+  const Real count = static_cast<Real>(job.count), scale = Real(1) / count;
+  const Real lr = static_cast<Real>(job.lr);
+
+  Arena<Real> arena{static_cast<V*>(scratch)};
+  V* gram = arena.take(square);
+  V* cross = arena.take(square);
+  V* weight = arena.take(square);
+  V* residual = arena.take(square);             // P = A G − C
+  V* residual_transposed = arena.take(square);  // Pᵀ
+  V* gap = arena.take(square);
+  V* gap_gram = arena.take(square);
+  V* u = arena.take(tall);
+  V* v = arena.take(tall);
+  V* gram_v = arena.take(tall);
+  V* gradient_u = arena.take(tall);
+  V* gradient_v = arena.take(tall);
+  Real* v_gram_v = arena.take_values(2 * rank * rank);
+  Real* u_u = v_gram_v + rank * rank;
+
+  load_gram<Real>(job.gram, dim, scale, nv, gram);
+  load<Real>(job.cross, dim, dim, scale, nv, cross);
+  load<Real>(job.weight, dim, dim, Real(1), nv, weight);
+  load<Real>(job.factor_u, dim, rank, Real(1), nv, u);
+  load<Real>(job.factor_v, dim, rank, Real(1), nv, v);
+  residual_of<Real, NV>(weight, gram, cross, dim, nv, residual);
+  set_zero<Real>(residual_transposed, square);
+  add_transposed<Real>(residual, dim, nv, residual_transposed);
+  for (int64_t i = 0; i < square; ++i) residual_transposed[i] -= residual[i];
+
+  V twice_loss = {};
+  for (int64_t i = 0; i < square; ++i) twice_loss += weight[i] * (residual[i] - cross[i]);
+  const Real start_loss = (sum_lanes<Real>(twice_loss) + job.energy[0] * scale) / Real(2);
+
+  const bool want_errors = job.truth != nullptr;
+  if (want_errors) {
+    load<Real>(job.truth, dim, dim, Real(1), nv, gap);
+    for (int64_t i = 0; i < square; ++i) gap[i] = weight[i] - gap[i];
+    for (int64_t j = 0; j < dim; ++j)
+      times<Real, NV>(gap, gram + j * nv, dim, nv, gap_gram + j * nv);
+  }
+
+  int64_t step = 1;
+  for (; step <= job.steps; ++step) {
+    // ∇U = P V + U (Vᵀ G V) and ∇V = Pᵀ U + G V (Uᵀ U), both at the present U and V.
+    for (int64_t c = 0; c < rank; ++c) {
+      times<Real, NV>(gram, v + c * nv, dim, nv, gram_v + c * nv);
+      times<Real, NV>(residual, v + c * nv, dim, nv, gradient_u + c * nv);
+      times<Real, NV>(residual_transposed, u + c * nv, dim, nv, gradient_v + c * nv);
+    }
+    inner_products<Real, NV>(v, gram_v, rank, nv, v_gram_v);
+    inner_products<Real, NV>(u, u, rank, nv, u_u);
+    Real loss = start_loss;
+    for (int64_t c = 0; c < rank; ++c) loss += dot<Real, NV>(u + c * nv, gradient_u + c * nv, nv);
+    for (int64_t i = 0; i < rank * rank; ++i) loss += u_u[i] * v_gram_v[i] / Real(2);
+    job.losses[step - 1] = loss;
+    if (!is_finite(loss)) break;
+    if (want_errors)
+      job.errors[step - 1] = count * error_of<Real, NV>(gap, gap_gram, u, v, gram_v, dim, rank, nv);
+    add_product<Real, NV>(gradient_u, u, v_gram_v, rank, nv);
+    add_product<Real, NV>(gradient_v, gram_v, u_u, rank, nv);
+    for (int64_t c = 0; c < rank; ++c) {
+      add_scaled<Real, NV>(u + c * nv, gradient_u + c * nv, -lr, nv);
+      add_scaled<Real, NV>(v + c * nv, gradient_v + c * nv, -lr, nv);
+    }
+  }
+  if (want_errors && step > job.steps) {
+    for (int64_t c = 0; c < rank; ++c) times<Real, NV>(gram, v + c * nv, dim, nv, gram_v + c * nv);
+    job.errors[job.steps] = count * error_of<Real, NV>(gap, gap_gram, u, v, gram_v, dim, rank, nv);
+  }
+
+  const bool u_finite = store<Real>(u, dim, rank, nv, job.factor_u);
+  const bool v_finite = store<Real>(v, dim, rank, nv, job.factor_v);
+  if (step <= job.steps) {
+    fill_nan<Real>(job.losses, step, job.steps);
+    if (want_errors) fill_nan<Real>(job.errors, step - 1, job.steps + 1);
+    return step;
+  }
+  return u_finite && v_finite ? 0 : job.steps;
+}
+
+template <typename Real, int NV>
+int64_t finetune_any_rank(const FinetuneJob<Real>& job, void* scratch) {
+  return job.rank == 1 ? finetune_sized<Real, NV, 1>(job, scratch)
+                       : finetune_sized<Real, NV, 0>(job, scratch);
+}
+
+// --------------------------------------------------------------------------- choice of the size
+
+// Columns of up to three vectors (with AVX2: d <= 12 in float64, 24 in float32) have kernels of
+// their own; for longer ones these gain nothing over blocks of four.
+#define METALORA_BY_SIZE(kernel, Job)                              \
+  template <typename Real>                                         \
+  int64_t kernel##_any_size(const Job<Real>& job, void* scratch) { \
+    switch (vectors_per_column<Real>(job.dim)) {                   \
+      case 1: return kernel<Real, 1>(job, scratch);                \
+      case 2: return kernel<Real, 2>(job, scratch);                \
+      case 3: return kernel<Real, 3>(job, scratch);                \
+      default: return kernel<Real, 0>(job, scratch);               \
+    }                                                              \
+  }
+
+METALORA_BY_SIZE(lora_ml_any_rank, LoraMlJob)
+METALORA_BY_SIZE(standard_sized, StandardJob)
+METALORA_BY_SIZE(finetune_any_rank, FinetuneJob)
+
+template <typename Real>
+const Kernels<Real>& kernels() {
+  static const Kernels<Real> table = {
+      lora_ml_scratch<Real>,  lora_ml_any_rank_any_size<Real>,
+      standard_scratch<Real>, standard_sized_any_size<Real>,
+      finetune_scratch<Real>, finetune_any_rank_any_size<Real>,
+  };
+  return table;
+}
+
+#undef METALORA_BY_SIZE
+#undef METALORA_INLINE
+
+}  // namespace metalora::linear::METALORA_ISA

@@ -1,0 +1,281 @@
+// The linear model's trainers as operators: many trainings a call, in parallel over trainings.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "../check.h"
+#include "linear_jobs.h"
+
+namespace metalora::linear {
+namespace {
+
+// PyTorch's own switch: "default" keeps to instructions that every CPU of the architecture has.
+bool portable_wanted() {
+  const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
+  return capability && std::string_view(capability) == "default";
+}
+
+template <typename Real>
+const Kernels<Real>& best_kernels() {
+  static const Kernels<Real>* avx2 = portable_wanted() ? nullptr : avx2_kernels<Real>();
+  return avx2 ? *avx2 : portable_kernels<Real>();
+}
+
+// Memory for one kernel at a time; null if there is none left.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes)
+      : memory_(::operator new(static_cast<size_t>(bytes), kAlignment, std::nothrow)) {}
+  ~Scratch() { ::operator delete(memory_, kAlignment); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* get() const { return memory_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{kScratchAlignment};
+  void* memory_;
+};
+
+// Runs `train(training, scratch)` for every training; `result` [B] takes what it returns.
+template <typename Train>
+void for_each_training(const char* op, int64_t trainings, int64_t scratch_bytes, int64_t* result,
+                       const Train& train) {
+  std::atomic<bool> no_memory{false};  // exceptions must not leave a parallel region
+  torch::stable::parallel_for(0, trainings, 1, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(scratch_bytes);
+    if (!scratch.get()) {
+      no_memory = true;
+      return;
+    }
+    for (int64_t b = begin; b < end; ++b) result[b] = train(b, scratch.get());
+  });
+  METALORA_CHECK(!no_memory, op, ": out of memory, ", scratch_bytes, " bytes wanted per thread");
+}
+
+template <typename Real>
+const Real* in(const Tensor& tensor) {
+  return static_cast<const Real*>(tensor.const_data_ptr());
+}
+
+template <typename Real>
+Real* out(const Tensor& tensor) {
+  return static_cast<Real*>(tensor.mutable_data_ptr());
+}
+
+Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shape,
+                  std::optional<ScalarType> dtype = std::nullopt) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+Tensor copy_of(const Tensor& tensor) {
+  return torch::stable::clone(torch::stable::contiguous(tensor));
+}
+
+void check_dtypes(const char* op, const Tensor& gram,
+                  std::initializer_list<std::pair<const char*, const Tensor*>> others) {
+  const ScalarType dtype = gram.scalar_type();
+  METALORA_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op,
+                 ": gram must be float32 or float64, got ", torch::headeronly::toString(dtype));
+  for (const auto& [name, tensor] : others) check_dtype(op, name, *tensor, dtype);
+}
+
+void check_counts(const char* op, int64_t count, int64_t steps) {
+  METALORA_CHECK(count > 0, op, ": count must be > 0, got ", count);
+  METALORA_CHECK(steps >= 0, op, ": the number of steps must be >= 0, got ", steps);
+}
+
+template <typename Real>
+void run_lora_ml(const Tensor& gram, const Tensor& cross, const Tensor& energy,
+                 const Tensor& weight, const Tensor& factors, const Tensor& losses,
+                 const Tensor& diverged_at, LoraMlJob<Real> job) {
+  const int64_t T = job.tasks, d = job.dim, k = job.rank;
+  const auto job_of = [&](int64_t b) {
+    LoraMlJob<Real> one = job;
+    one.gram = in<Real>(gram) + b * T * d * d;
+    one.cross = in<Real>(cross) + b * T * d * d;
+    one.energy = in<Real>(energy) + b * T;
+    one.weight = out<Real>(weight) + b * d * d;
+    one.factors = out<Real>(factors) + b * T * d * k;
+    one.losses = out<Real>(losses) + b * job.outer_steps;
+    return one;
+  };
+  const Kernels<Real>& kernels = best_kernels<Real>();
+  for_each_training("linear_retrain_lora_ml", gram.size(0), kernels.lora_ml_scratch(job),
+                    out<int64_t>(diverged_at),
+                    [&](int64_t b, void* scratch) { return kernels.lora_ml(job_of(b), scratch); });
+}
+
+// gram, cross [B, T, d, d], energy [B, T], weight [B, d, d], factors [B, T, d, k] -> weight,
+// factors, losses [B, outer_steps], diverged_at int64 [B] (0: it did not).
+std::tuple<Tensor, Tensor, Tensor, Tensor> retrain_lora_ml(const Tensor& gram, const Tensor& cross,
+                                                           const Tensor& energy,
+                                                           const Tensor& weight,
+                                                           const Tensor& factors, int64_t count,
+                                                           int64_t outer_steps, int64_t inner_steps,
+                                                           double outer_lr, double inner_lr) {
+  const char* op = "linear_retrain_lora_ml";
+  check_dim(op, "gram", gram, 4);
+  check_dim(op, "factors", factors, 4);
+  const int64_t B = gram.size(0), T = gram.size(1), d = gram.size(2), k = factors.size(3);
+  check_shape(op, "gram", gram, {B, T, d, d});
+  check_shape(op, "cross", cross, {B, T, d, d});
+  check_shape(op, "energy", energy, {B, T});
+  check_shape(op, "weight", weight, {B, d, d});
+  check_shape(op, "factors", factors, {B, T, d, k});
+  METALORA_CHECK(T > 0 && d > 0 && k > 0, op, ": T, d and the rank must be > 0, got gram ",
+                 shape_text(gram), " and factors ", shape_text(factors));
+  check_counts(op, count, outer_steps);
+  check_counts(op, count, inner_steps);
+  check_dtypes(
+      op, gram,
+      {{"cross", &cross}, {"energy", &energy}, {"weight", &weight}, {"factors", &factors}});
+
+  const Tensor g = torch::stable::contiguous(gram), c = torch::stable::contiguous(cross);
+  const Tensor e = torch::stable::contiguous(energy);
+  const Tensor new_weight = copy_of(weight), new_factors = copy_of(factors);
+  const Tensor losses = new_tensor(gram, {B, outer_steps});
+  const Tensor diverged_at = new_tensor(gram, {B}, ScalarType::Long);
+  if (gram.scalar_type() == ScalarType::Double) {
+    run_lora_ml<double>(g, c, e, new_weight, new_factors, losses, diverged_at,
+                        {T, d, k, count, outer_steps, inner_steps, outer_lr, inner_lr});
+  } else {
+    run_lora_ml<float>(g, c, e, new_weight, new_factors, losses, diverged_at,
+                       {T, d, k, count, outer_steps, inner_steps, outer_lr, inner_lr});
+  }
+  return {new_weight, new_factors, losses, diverged_at};
+}
+
+template <typename Real>
+void run_standard(const Tensor& gram, const Tensor& cross, const Tensor& energy,
+                  const Tensor& weight, const Tensor& losses, const Tensor& diverged_at,
+                  StandardJob<Real> job) {
+  const int64_t T = job.tasks, d = job.dim;
+  const auto job_of = [&](int64_t b) {
+    StandardJob<Real> one = job;
+    one.gram = in<Real>(gram) + b * T * d * d;
+    one.cross = in<Real>(cross) + b * T * d * d;
+    one.energy = in<Real>(energy) + b * T;
+    one.weight = out<Real>(weight) + b * d * d;
+    one.losses = out<Real>(losses) + b * job.steps;
+    return one;
+  };
+  const Kernels<Real>& kernels = best_kernels<Real>();
+  for_each_training("linear_retrain_standard", gram.size(0), kernels.standard_scratch(job),
+                    out<int64_t>(diverged_at),
+                    [&](int64_t b, void* scratch) { return kernels.standard(job_of(b), scratch); });
+}
+
+// gram, cross [B, T, d, d], energy [B, T], weight [B, d, d] -> weight, losses [B, steps],
+// diverged_at int64 [B].
+std::tuple<Tensor, Tensor, Tensor> retrain_standard(const Tensor& gram, const Tensor& cross,
+                                                    const Tensor& energy, const Tensor& weight,
+                                                    int64_t count, int64_t steps, double lr) {
+  const char* op = "linear_retrain_standard";
+  check_dim(op, "gram", gram, 4);
+  const int64_t B = gram.size(0), T = gram.size(1), d = gram.size(2);
+  check_shape(op, "gram", gram, {B, T, d, d});
+  check_shape(op, "cross", cross, {B, T, d, d});
+  check_shape(op, "energy", energy, {B, T});
+  check_shape(op, "weight", weight, {B, d, d});
+  METALORA_CHECK(T > 0 && d > 0, op, ": T and d must be > 0, got gram ", shape_text(gram));
+  check_counts(op, count, steps);
+  check_dtypes(op, gram, {{"cross", &cross}, {"energy", &energy}, {"weight", &weight}});
+
+  const Tensor g = torch::stable::contiguous(gram), c = torch::stable::contiguous(cross);
+  const Tensor e = torch::stable::contiguous(energy), new_weight = copy_of(weight);
+  const Tensor losses = new_tensor(gram, {B, steps});
+  const Tensor diverged_at = new_tensor(gram, {B}, ScalarType::Long);
+  if (gram.scalar_type() == ScalarType::Double) {
+    run_standard<double>(g, c, e, new_weight, losses, diverged_at, {T, d, count, steps, lr});
+  } else {
+    run_standard<float>(g, c, e, new_weight, losses, diverged_at, {T, d, count, steps, lr});
+  }
+  return {new_weight, losses, diverged_at};
+}
+
+template <typename Real>
+void run_finetune(const Tensor& gram, const Tensor& cross, const Tensor& energy,
+                  const Tensor& weight, const std::optional<Tensor>& truth, const Tensor& factor_u,
+                  const Tensor& factor_v, const Tensor& losses, const Tensor& errors,
+                  const Tensor& diverged_at, FinetuneJob<Real> job) {
+  const int64_t d = job.dim, r = job.rank;
+  const auto job_of = [&](int64_t b) {
+    FinetuneJob<Real> one = job;
+    one.gram = in<Real>(gram) + b * d * d;
+    one.cross = in<Real>(cross) + b * d * d;
+    one.energy = in<Real>(energy) + b;
+    one.weight = in<Real>(weight) + b * d * d;
+    one.truth = truth.has_value() ? in<Real>(*truth) + b * d * d : nullptr;
+    one.factor_u = out<Real>(factor_u) + b * d * r;
+    one.factor_v = out<Real>(factor_v) + b * d * r;
+    one.losses = out<Real>(losses) + b * job.steps;
+    one.errors = truth.has_value() ? out<Real>(errors) + b * (job.steps + 1) : nullptr;
+    return one;
+  };
+  const Kernels<Real>& kernels = best_kernels<Real>();
+  for_each_training("linear_finetune_lora", gram.size(0), kernels.finetune_scratch(job),
+                    out<int64_t>(diverged_at),
+                    [&](int64_t b, void* scratch) { return kernels.finetune(job_of(b), scratch); });
+}
+
+// gram, cross, weight, truth [B, d, d], energy [B], factor_u and factor_v [B, d, r] -> both
+// factors, losses [B, steps], errors [B, steps + 1] ([B, 0] without truth), diverged_at int64 [B].
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> finetune_lora(
+    const Tensor& gram, const Tensor& cross, const Tensor& energy, const Tensor& weight,
+    const Tensor& factor_u, const Tensor& factor_v, const std::optional<Tensor>& truth,
+    int64_t count, int64_t steps, double lr) {
+  const char* op = "linear_finetune_lora";
+  check_dim(op, "gram", gram, 3);
+  check_dim(op, "factor_u", factor_u, 3);
+  const int64_t B = gram.size(0), d = gram.size(1), r = factor_u.size(2);
+  check_shape(op, "gram", gram, {B, d, d});
+  check_shape(op, "cross", cross, {B, d, d});
+  check_shape(op, "energy", energy, {B});
+  check_shape(op, "weight", weight, {B, d, d});
+  check_shape(op, "factor_u", factor_u, {B, d, r});
+  check_shape(op, "factor_v", factor_v, {B, d, r});
+  METALORA_CHECK(d > 0 && r > 0, op, ": d and the rank must be > 0, got factor_u ",
+                 shape_text(factor_u));
+  check_counts(op, count, steps);
+  check_dtypes(op, gram,
+               {{"cross", &cross},
+                {"energy", &energy},
+                {"weight", &weight},
+                {"factor_u", &factor_u},
+                {"factor_v", &factor_v}});
+  std::optional<Tensor> m;
+  if (truth.has_value()) {
+    check_shape(op, "truth", *truth, {B, d, d});
+    check_dtype(op, "truth", *truth, gram.scalar_type());
+    m = torch::stable::contiguous(*truth);
+  }
+
+  const Tensor g = torch::stable::contiguous(gram), c = torch::stable::contiguous(cross);
+  const Tensor e = torch::stable::contiguous(energy), w = torch::stable::contiguous(weight);
+  const Tensor u = copy_of(factor_u), v = copy_of(factor_v);
+  const Tensor losses = new_tensor(gram, {B, steps});
+  const Tensor errors = new_tensor(gram, {B, m.has_value() ? steps + 1 : 0});
+  const Tensor diverged_at = new_tensor(gram, {B}, ScalarType::Long);
+  if (gram.scalar_type() == ScalarType::Double) {
+    run_finetune<double>(g, c, e, w, m, u, v, losses, errors, diverged_at,
+                         {d, r, count, steps, lr});
+  } else {
+    run_finetune<float>(g, c, e, w, m, u, v, losses, errors, diverged_at, {d, r, count, steps, lr});
+  }
+  return {u, v, losses, errors, diverged_at};
+}
+
+}  // namespace
+}  // namespace metalora::linear
+
+STABLE_TORCH_LIBRARY_IMPL(metalora, CPU, m) {
+  m.impl("linear_retrain_lora_ml", TORCH_BOX(&metalora::linear::retrain_lora_ml));
+  m.impl("linear_retrain_standard", TORCH_BOX(&metalora::linear::retrain_standard));
+  m.impl("linear_finetune_lora", TORCH_BOX(&metalora::linear::finetune_lora));
+}

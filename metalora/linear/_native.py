@@ -1,0 +1,89 @@
+"""The linear trainers' native kernels where they are built, else the reference.
+
+The native operators and their references take the same arguments and return the same tensors; the
+operators want exactly one batch dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from metalora._library import native_available
+from metalora.ops._native import raw, register
+from metalora.reference import linear as reference
+
+_REFERENCE: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "linear_retrain_lora_ml": reference.retrain_lora_ml,
+    "linear_retrain_standard": reference.retrain_standard,
+    "linear_finetune_lora": reference.finetune_lora,
+}
+
+
+def train(
+    name: str, batch: torch.Size, tensors: Sequence[Tensor | None], *numbers: float
+) -> tuple[Tensor, ...]:
+    """Runs a trainer on tensors with leading dimensions ``batch``; so are the results."""
+    first = tensors[0]
+    assert first is not None
+    if first.device.type != "cpu" or not native_available():
+        return _REFERENCE[name](*tensors, *numbers)
+    trainings = batch.numel()
+    flat = [None if t is None else t.reshape((trainings, *t.shape[len(batch) :])) for t in tensors]
+    return tuple(
+        result.reshape((*batch, *result.shape[1:])) for result in raw(name)(*flat, *numbers)
+    )
+
+
+@register("linear_retrain_lora_ml")
+def _lora_ml_fake(
+    gram: Tensor,
+    cross: Tensor,
+    energy: Tensor,
+    weight: Tensor,
+    factors: Tensor,
+    count: int,
+    outer_steps: int,
+    inner_steps: int,
+    outer_lr: float,
+    inner_lr: float,
+) -> tuple[Tensor, ...]:
+    return torch.empty_like(weight), torch.empty_like(factors), *_records(gram, outer_steps)
+
+
+@register("linear_retrain_standard")
+def _standard_fake(
+    gram: Tensor,
+    cross: Tensor,
+    energy: Tensor,
+    weight: Tensor,
+    count: int,
+    steps: int,
+    lr: float,
+) -> tuple[Tensor, ...]:
+    return torch.empty_like(weight), *_records(gram, steps)
+
+
+@register("linear_finetune_lora")
+def _finetune_fake(
+    gram: Tensor,
+    cross: Tensor,
+    energy: Tensor,
+    weight: Tensor,
+    factor_u: Tensor,
+    factor_v: Tensor,
+    truth: Tensor | None,
+    count: int,
+    steps: int,
+    lr: float,
+) -> tuple[Tensor, ...]:
+    losses, diverged_at = _records(gram, steps)
+    errors = gram.new_empty((gram.shape[0], 0 if truth is None else steps + 1))
+    return torch.empty_like(factor_u), torch.empty_like(factor_v), losses, errors, diverged_at
+
+
+def _records(gram: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    trainings = gram.shape[0]
+    return gram.new_empty((trainings, steps)), gram.new_empty(trainings, dtype=torch.int64)
