@@ -1,0 +1,166 @@
+"""Command lines from frozen dataclasses: every field is a flag, every mistake is one line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from experiments.runs import INTERRUPTED, RunError
+from metalora._checks import did_you_mean
+
+Settings = TypeVar("Settings")
+WRONG_USE = 2
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str = "",
+    choices: Sequence[str] | None = None,
+    positional: bool = False,
+    run_only: bool = False,
+) -> Any:
+    """A dataclass field with what the command line needs to know about it.
+
+    Args:
+        default: the field's default; without one the flag must be given.
+        help: one line for ``--help``.
+        choices: the values allowed, for text and for tuples of text.
+        positional: an argument without a flag.
+        run_only: says where or how to run, not what to compute; may change on ``--resume``.
+    """
+    metadata = {"help": help, "choices": choices, "positional": positional, "run_only": run_only}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(
+    settings: type[Settings],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    description: str = "",
+) -> Settings:
+    """Reads a command line into a settings dataclass.
+
+    Field types may be bool, int, float, str, Path, ``tuple[X, ...]`` (several values) and
+    ``X | None``. A wrong flag or value, or a ValueError or TypeError of the dataclass's own
+    ``__post_init__``, ends the process with exit code 2 and one line on stderr.
+    """
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    hints = typing.get_type_hints(settings)
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        _add(parser, field, hints[field.name])
+    argv = list(sys.argv[1:] if argv is None else argv)
+    known = [o for action in parser._actions for o in action.option_strings]
+    # Before argparse sees them, since it would take an unknown option's value for an argument.
+    for flag in (a.split("=", 1)[0] for a in argv if a.startswith("--")):
+        if flag not in known:
+            parser.error(f"unknown option {flag}{did_you_mean(flag, known)}")
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unexpected argument {unknown[0]!r}; see {prog} --help")
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()}
+    try:
+        return settings(**given)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+
+
+def main_guard(main: Callable[..., int | None]) -> Callable[..., NoReturn]:
+    """Ends the process the way a command should.
+
+    What the user can put right (RunError, ValueError) is one line on stderr and exit code 2;
+    Ctrl-C is one line and exit code 130; anything else keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def guarded(*args: Any, **kwargs: Any) -> NoReturn:
+        try:
+            sys.exit(main(*args, **kwargs))
+        except (RunError, ValueError) as error:
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            sys.exit(WRONG_USE)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED)
+
+    return guarded
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG_USE, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
+    required = field.default is dataclasses.MISSING
+    default = None if required else field.default
+    several, kind = _value_type(hint)
+    choices = field.metadata.get("choices")
+    flag = "--" + field.name.replace("_", "-")
+    keywords: dict[str, Any] = {"help": _help(field, required), "default": default}
+    if kind is bool:
+        if default is False:
+            keywords["action"] = "store_true"
+        else:
+            keywords["action"] = argparse.BooleanOptionalAction
+        parser.add_argument(flag, dest=field.name, **keywords)
+        return
+    keywords["type"] = _converter(kind, choices)
+    keywords["metavar"] = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
+    if several:
+        keywords["nargs"] = "+"
+    if field.metadata.get("positional"):
+        if not required and not several:
+            keywords["nargs"] = "?"
+        if choices:
+            keywords["metavar"] = f"{field.name}:{keywords['metavar']}"
+        parser.add_argument(field.name, **keywords)
+    else:
+        parser.add_argument(flag, dest=field.name, required=required, **keywords)
+
+
+def _help(field: dataclasses.Field[Any], required: bool) -> str:
+    text = str(field.metadata.get("help", ""))
+    if required or field.default is None or isinstance(field.default, bool):
+        shown = ""
+    elif isinstance(field.default, tuple):
+        shown = " ".join(str(v) for v in field.default)
+    else:
+        shown = str(field.default)
+    return (text + (f" (default: {shown})" if shown else "")).replace("%", "%%")
+
+
+def _value_type(hint: Any) -> tuple[bool, Any]:
+    """(whether several values are taken, the type of one) of a field's type hint."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = [a for a in typing.get_args(hint) if a is not type(None)]
+    if typing.get_origin(hint) is tuple:
+        return True, typing.get_args(hint)[0]
+    if hint not in (bool, int, float, str, Path):
+        raise TypeError(f"parse: a settings field cannot be of type {hint}")
+    return False, hint
+
+
+def _converter(kind: Any, choices: Sequence[str] | None) -> Callable[[str], Any]:
+    wanted = {int: "a whole number", float: "a number", str: "text", Path: "a path"}[kind]
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}") from None
+        if choices is not None and str(value) not in choices:
+            raise argparse.ArgumentTypeError(
+                f"must be one of {', '.join(choices)}, got {text!r}{did_you_mean(text, choices)}"
+            )
+        return value
+
+    return convert

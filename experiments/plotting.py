@@ -1,0 +1,80 @@
+"""One look for every figure: colours that colour-blind readers can tell apart, fixed per method."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from experiments.runs import RunFolder
+
+# Okabe and Ito, "Color Universal Design", 2008.
+COLORS = {
+    "lora-ml": "#0072B2",
+    "last-layer-ml": "#009E73",
+    "standard": "#D55E00",
+    "reptile": "#CC79A7",
+}
+MARKERS = {"lora-ml": "o", "last-layer-ml": "s", "standard": "^", "reptile": "D"}
+LABELS = {
+    "lora-ml": "LoRA-ML",
+    "last-layer-ml": "Last-Layer-ML",
+    "standard": "Standard",
+    "reptile": "Reptile",
+    "lora": "LoRA fine-tuning",
+    "last-layer": "Last-layer fine-tuning",
+}
+
+
+def style() -> None:
+    """Sets fonts and lines that are readable on a slide; call before making a figure."""
+    plt.rcParams.update(
+        {
+            "font.size": 14,
+            "axes.titlesize": 15,
+            "axes.labelsize": 14,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#d9d9d9",
+            "grid.linewidth": 0.8,
+            "lines.linewidth": 2.2,
+            "lines.markersize": 9,
+            "legend.frameon": False,
+            "legend.fontsize": 13,
+            "xtick.labelsize": 13,
+            "ytick.labelsize": 13,
+            "figure.constrained_layout.use": True,
+            "savefig.dpi": 150,
+            "pdf.fonttype": 42,
+        }
+    )
+
+
+def save(fig: Figure, run: RunFolder, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes a figure as name.png and name.pdf, and the numbers behind it as name.csv.
+
+    Returns:
+        The path of the PNG.
+    """
+    fig.draw_without_rendering()  # lays it out once, instead of for each file
+    fig.set_layout_engine("none")
+    # A fixed creation date keeps the files of equal runs equal.
+    fig.savefig(run.path(f"{name}.pdf"), metadata={"CreationDate": None})
+    fig.savefig(run.path(f"{name}.png"))
+    plt.close(fig)
+    with run.path(f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return run.path(f"{name}.png")

@@ -1,0 +1,430 @@
+"""Run folders: what a run was (manifest.json), how it went (metrics.jsonl), its results.csv.
+
+A run is a list of named units of work (one retraining, one fine-tuning, ...). ``mark_done`` closes
+a unit and records how long the files were by then; ``--resume`` cuts them back to that length, so
+that a unit which was stopped half-way leaves nothing behind and is simply done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import datetime
+import io
+import json
+import math
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+MANIFEST, METRICS, RESULTS, UNITS, ERROR = (
+    "manifest.json",
+    "metrics.jsonl",
+    "results.csv",
+    "units.jsonl",
+    "error.txt",
+)
+INTERRUPTED = 130  # the shell's exit code for a process ended by Ctrl-C
+TERMINATED = 143
+
+
+class RunError(Exception):
+    """Something the user can put right; the command line shows it as one line with exit code 2."""
+
+
+class RunFolder:
+    """One run's folder, open for writing.
+
+    Use as a context manager: leaving it records the wall time and the status: "completed",
+    "interrupted" (Ctrl-C or SIGTERM: one line, exit code 130 or 143) or "failed" (with the
+    traceback in error.txt). The folder is readable at any moment, whatever ends the process.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], units: dict[str, dict[str, Any]]):
+        self.folder = folder
+        self.manifest = manifest
+        self._units = units
+        self._columns = _header(folder / RESULTS)
+        self._started = time.monotonic()
+        self._earlier = float(manifest.get("wall_seconds", 0.0))
+        self._previous_handler: Any = None
+
+    @classmethod
+    def create(
+        cls,
+        out: Path | None,
+        settings: Any,
+        *,
+        experiment: str,
+        tag: str = "",
+        resume: bool = False,
+        command: Sequence[str] | None = None,
+    ) -> RunFolder:
+        """Makes a new run folder, or opens one to go on with it.
+
+        Args:
+            out: the folder; None is ``runs/<experiment>-<tag>-<UTC time>``.
+            settings: a dataclass instance. Fields made with ``cli.option(run_only=True)``, such as
+                the folder itself, may differ between a run and its resumption.
+            experiment: name of the experiment, for the manifest.
+            tag: what tells this run from others of the experiment, such as the data set.
+            resume: go on with the run in ``out`` instead of making a new folder.
+            command: the command line; None is this process's own.
+
+        Raises:
+            RunError: the folder exists and is not empty (without ``resume``); there is no run in
+                it, or one of another experiment or with other settings (with ``resume``).
+        """
+        described = _described(settings)
+        if resume:
+            return cls._reopen(out, settings, described, experiment)
+        folder = default_folder(experiment, tag) if out is None else Path(out)
+        if folder.is_file():
+            raise RunError(f"{folder} is a file; choose another --out")
+        if folder.exists() and any(folder.iterdir()):
+            hint = " or add --resume to go on with it" if (folder / MANIFEST).is_file() else ""
+            raise RunError(
+                f"output folder {folder} exists and is not empty; choose another --out{hint}"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"cannot make output folder {folder}: {error.strerror}; choose another --out"
+            ) from None
+        manifest = {
+            "experiment": experiment,
+            "status": "running",
+            "started": _now(),
+            "command": list(command if command is not None else [sys.executable, *sys.argv]),
+            "settings": described,
+            "data": {},
+            "versions": _versions(),
+            "git": _git_state(),
+            "machine": _machine(),
+        }
+        run = cls(folder, manifest, {})
+        run._write_manifest()
+        return run
+
+    @classmethod
+    def _reopen(
+        cls, out: Path | None, settings: Any, described: dict[str, Any], experiment: str
+    ) -> RunFolder:
+        if out is None:
+            raise RunError("--resume needs --out, the folder of the run to go on with")
+        folder = Path(out)
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            before, _ = manifest["settings"], manifest["data"]
+        except FileNotFoundError:
+            raise RunError(f"--resume: {folder} holds no run ({MANIFEST} is missing)") from None
+        except (ValueError, KeyError, TypeError):
+            raise RunError(f"--resume: {folder / MANIFEST} is damaged; start a new run") from None
+        if manifest.get("experiment") != experiment:
+            raise RunError(
+                f"--resume: {folder} holds a run of {manifest.get('experiment')!r}, "
+                f"not of {experiment!r}"
+            )
+        free = {f.name for f in dataclasses.fields(settings) if f.metadata.get("run_only")}
+        names = [n for n in {**before, **described} if n not in free]
+        other = [n for n in names if before.get(n) != described.get(n)]
+        if other:
+            changes = ", ".join(
+                f"{n} (was {before.get(n)!r}, now {described.get(n)!r})" for n in other
+            )
+            raise RunError(
+                f"--resume: other settings than the run in {folder}: {changes}; "
+                "give the same ones or choose another --out"
+            )
+        units = _cut_back(folder)
+        manifest.update(status="running", settings=described)
+        manifest.setdefault("resumed", []).append(_now())
+        run = cls(folder, manifest, units)
+        run._write_manifest()
+        return run
+
+    def path(self, name: str) -> Path:
+        """The path of a file in this folder."""
+        return self.folder / name
+
+    def add_data(self, name: str, sha256: str) -> None:
+        """Records a checksum of the data; refuses a resumed run whose data have changed."""
+        before = self.manifest["data"].setdefault(name, sha256)
+        if before != sha256:
+            raise RunError(
+                f"--resume: the data {name!r} are not those the run began with "
+                f"(sha256 {before[:12]}… before, {sha256[:12]}… now)"
+            )
+        self._write_manifest()
+
+    def note(self, **facts: Any) -> None:
+        """Adds facts found out during the run, such as throughput, to the manifest."""
+        self.manifest.setdefault("notes", {}).update(_plain(facts))
+        self._write_manifest()
+
+    def log(self, **record: Any) -> None:
+        """Appends one line to metrics.jsonl."""
+        line = json.dumps(_plain(record), allow_nan=False) + "\n"
+        _append(self.path(METRICS), line)
+
+    def add_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Appends measured values to results.csv, all of the rows or, if interrupted, none.
+
+        Raises:
+            ValueError: the rows' columns are not those already in the file.
+        """
+        if not rows:
+            return
+        columns = self._columns or list(rows[0])
+        for row in rows:
+            if list(row) != columns:
+                raise ValueError(f"add_rows: columns must be {columns}, got {list(row)}")
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        if self._columns is None:
+            writer.writeheader()
+        writer.writerows({c: _plain(row[c], keep_nan=True) for c in columns} for row in rows)
+        _append(self.path(RESULTS), text.getvalue())
+        self._columns = columns
+
+    def rows(self) -> list[dict[str, str]]:
+        """What results.csv holds by now."""
+        if not self.path(RESULTS).exists():
+            return []
+        with self.path(RESULTS).open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def records(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl holds by now."""
+        if not self.path(METRICS).exists():
+            return []
+        with self.path(METRICS).open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    def done(self, unit: str) -> bool:
+        """Whether this unit of work was finished, now or before the run was resumed."""
+        return unit in self._units
+
+    def mark_done(self, unit: str) -> None:
+        """Closes a unit of work: what was written so far stays when the run is resumed."""
+        lengths = {}
+        for name in (METRICS, RESULTS):
+            lengths[name] = _sync(self.path(name))
+        record = {"unit": unit, "lengths": lengths}
+        _append(self.path(UNITS), json.dumps(record) + "\n")
+        _sync(self.path(UNITS))
+        self._units[unit] = record
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a JSON file; a reader sees the old one or the new one, never a part."""
+        _replace(self.path(name), json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
+
+    def finish(self, status: str = "completed") -> None:
+        """Records how the run ended and how long it took."""
+        wall = self._earlier + time.monotonic() - self._started
+        self.manifest.update(status=status, ended=_now(), wall_seconds=round(wall, 3))
+        self._write_manifest()
+
+    def __enter__(self) -> RunFolder:
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            self._previous_handler = signal.signal(signal.SIGTERM, _on_sigterm)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
+        if kind is None:
+            self.finish()
+        elif issubclass(kind, KeyboardInterrupt):
+            self.finish("interrupted")
+            terminated = isinstance(error, _Terminated)
+            print(
+                f"{'terminated' if terminated else 'interrupted'}: finished results are in "
+                f"{self.folder}; go on with --resume --out {self.folder}",
+                file=sys.stderr,
+            )
+            raise SystemExit(TERMINATED if terminated else INTERRUPTED) from None
+        else:
+            _replace(self.path(ERROR), "".join(traceback.format_exception(kind, error, trace)))
+            self.finish("failed")
+
+    def _write_manifest(self) -> None:
+        self.write_json(MANIFEST, self.manifest)
+
+
+def default_folder(experiment: str, tag: str = "") -> Path:
+    """``runs/<experiment>-<tag>-<UTC time>``."""
+    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / "-".join(part for part in (experiment, tag, stamp) if part)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; NaN for fewer than two values."""
+    if len(values) < 2:
+        return math.nan
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, seen as an interrupt so that it ends the run in the same orderly way."""
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _described(settings: Any) -> dict[str, Any]:
+    described: dict[str, Any] = _plain(dataclasses.asdict(settings))
+    return described
+
+
+def _plain(value: Any, keep_nan: bool = False) -> Any:
+    """As JSON can hold it: numbers of torch and numpy as Python's, NaN and infinity as null."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, keep_nan) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, keep_nan) for v in value]
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return _plain(value.tolist(), keep_nan)
+    if isinstance(value, float) and not math.isfinite(value) and not keep_nan:
+        return None
+    if isinstance(value, (Path, torch.device, torch.dtype)):
+        return str(value)
+    return value
+
+
+def _append(path: Path, text: str) -> None:
+    # One unbuffered write: an interrupt comes before it or after it, not within the rows.
+    with path.open("ab", buffering=0) as file:
+        data = text.encode()
+        if file.write(data) != len(data):
+            raise OSError(f"{path}: the disk is full")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _sync(path: Path) -> int:
+    """Has the system write the file out, and returns its length in bytes."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
+
+
+def _cut_back(folder: Path) -> dict[str, dict[str, Any]]:
+    """The finished units; the files lose whatever an unfinished unit wrote after them."""
+    units: dict[str, dict[str, Any]] = {}
+    kept = 0
+    path = folder / UNITS
+    if path.exists():
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break  # the process was killed while it wrote this line
+            units[record["unit"]] = record
+            kept += len(line)
+        os.truncate(path, kept)
+    lengths = list(units.values())[-1]["lengths"] if units else {METRICS: 0, RESULTS: 0}
+    for name, length in lengths.items():
+        size = (folder / name).stat().st_size if (folder / name).exists() else 0
+        if size < length:
+            raise RunError(
+                f"--resume: {folder / name} is damaged ({size} bytes, {length} when its last unit "
+                "was finished); start a new run"
+            )
+        if (folder / name).exists():
+            os.truncate(folder / name, length)
+    return units
+
+
+def _header(path: Path) -> list[str] | None:
+    if not path.exists() or path.stat().st_size == 0:
+        return None
+    with path.open(newline="", encoding="utf-8") as file:
+        return next(csv.reader(file))
+
+
+def _versions() -> dict[str, Any]:
+    import metalora
+
+    versions: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "metalora": metalora.__version__,
+    }
+    build_info = getattr(metalora, "build_info", None)
+    if build_info is not None:
+        versions["native"] = _plain(build_info())
+    return versions
+
+
+def _git_state() -> dict[str, Any] | None:
+    """The checkout's commit and whether its files were changed; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10
+        )
+        done.check_returncode()
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": _memory_gib(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    return None

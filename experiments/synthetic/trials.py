@@ -1,0 +1,104 @@
+"""All trials of one point of a sweep: problems, retraining with both methods, fine-tuning."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.synthetic.settings import SWEEPS, LinearSettings, Point
+from metalora.linear import (
+    SufficientStatistics,
+    finetune_lora,
+    retrain_lora_ml,
+    retrain_standard,
+    sample_problem,
+    sample_statistics,
+)
+from metalora.linear.training import INITIAL_STD
+
+METHODS = ("lora-ml", "standard")
+
+
+def run_point(point: Point, settings: LinearSettings) -> dict[str, Tensor]:
+    """Runs every trial of a point with both methods, all trials at once.
+
+    Both methods get the same problems, data and starts.
+
+    Returns:
+        For every method the prediction error on the test task before the first and after every
+        step of fine-tuning, [trials, finetune_steps + 1].
+    """
+    with _one_thread():
+        drawn = [_Trial(point, settings, trial) for trial in range(settings.trials)]
+    retrain_stats = SufficientStatistics.stack([t.retrain_stats for t in drawn])
+    test_stats = SufficientStatistics.stack([t.test_stats for t in drawn])
+    weights = {
+        "lora-ml": retrain_lora_ml(
+            retrain_stats,
+            point.rank,
+            outer_steps=settings.outer_steps,
+            inner_steps=settings.inner_steps,
+            outer_lr=settings.outer_lr,
+            inner_lr=settings.inner_lr,
+            initial_factors=torch.stack([t.adapters for t in drawn]),
+        ).weight,
+        "standard": retrain_standard(
+            retrain_stats, steps=settings.outer_steps, lr=settings.outer_lr
+        ).weight,
+    }
+    errors = {}
+    for method in METHODS:
+        result = finetune_lora(
+            test_stats,
+            weights[method],
+            point.finetune_rank,
+            steps=point.finetune_steps,
+            lr=settings.finetune_lr,
+            initial_factors=(
+                torch.stack([t.factor_u for t in drawn]),
+                torch.stack([t.factor_v for t in drawn]),
+            ),
+            truth=torch.stack([t.test_truth for t in drawn]),
+        )
+        assert result.errors is not None
+        errors[method] = result.errors
+    return errors
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """For tensors so small that waking a second thread takes longer than their arithmetic."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Trial:
+    """What one trial draws: a function of the seed, the point and the trial's number alone."""
+
+    def __init__(self, point: Point, settings: LinearSettings, trial: int):
+        sweep = list(SWEEPS).index(point.vary)
+        entropy = np.random.SeedSequence([settings.seed, sweep, point.value, trial])
+        generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
+        problem = sample_problem(point.num_tasks, point.dim, point.rank, generator=generator)
+        self.test_truth = problem.test_truth
+        self.retrain_stats = sample_statistics(
+            problem.truths, point.retrain_samples, noise=settings.noise, generator=generator
+        )
+        self.test_stats = sample_statistics(
+            problem.test_truth, point.finetune_samples, noise=settings.noise, generator=generator
+        )
+
+        def start(*shape: int) -> Tensor:
+            return INITIAL_STD * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        self.adapters = start(point.num_tasks, point.dim, point.rank)
+        self.factor_u = start(point.dim, point.finetune_rank)
+        self.factor_v = start(point.dim, point.finetune_rank)

@@ -1,0 +1,5 @@
+"""``python -m experiments.vision``: see ``--help``."""
+
+from experiments.vision.run import main
+
+main()

@@ -1,0 +1,227 @@
+"""Retraining on four tasks and fine-tuning on a fifth (paper, section 4 and appendix E.1)."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiments.vision.augment import Normalize, frozen
+from experiments.vision.data import Dataset, Images
+from experiments.vision.mixer import Mixer
+from experiments.vision.settings import AUGMENTATIONS, MODELS, Settings
+from experiments.vision.tasks import binary_tasks, few_shot, first_per_class
+from metalora.adapters import LoRAConfig
+from metalora.meta import (
+    Callback,
+    KeepBest,
+    Progress,
+    Result,
+    RoundLoader,
+    TrainConfig,
+    derive_seed,
+    finetune_last_layer,
+    finetune_lora,
+    last_layer_ml,
+    lora_ml,
+    reptile,
+    standard,
+)
+
+HEADS = ("head",)
+EVALUATION_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Images of some tasks, with the task of each: int64 [N]."""
+
+    images: Images
+    ids: Tensor
+
+
+class Protocol:
+    """The experiment on one device: its tasks, and what is done with them.
+
+    Args:
+        settings: resolved settings.
+        dataset: the images; those of the tasks are kept on the device.
+        device: where to train.
+    """
+
+    def __init__(self, settings: Settings, dataset: Dataset, device: torch.device):
+        self.settings, self.device = settings, device
+        *retraining, test = settings.pairs()
+        train, held_out = dataset.train, dataset.held_out
+        mean, deviation = dataset.channel_statistics()
+        if settings.train_per_class is not None:
+            train = first_per_class(train, settings.train_per_class)
+        if settings.held_out_per_class is not None:
+            held_out = first_per_class(held_out, settings.held_out_per_class)
+
+        def tasks(images: Images, pairs: list[tuple[int, int]]) -> Tasks:
+            images, ids = binary_tasks(images, pairs)
+            return Tasks(images.to(device), ids.to(device))
+
+        self.retraining = tasks(train, retraining)
+        self.validation = tasks(held_out, retraining)
+        self.test = tasks(train, [test])
+        self.test_held_out = tasks(held_out, [test])
+        for shots in settings.shots:
+            self._test_task(shots, 0)  # refuses more than there are before anything is computed
+        self._augmentation = AUGMENTATIONS[settings.data]
+        self._evaluate = Normalize(mean, deviation)
+        fresh = self._augmentation if settings.augment == "fresh" else None
+        self._train = Normalize(mean, deviation, fresh)
+
+    def new_model(self, seed: int) -> Mixer:
+        """The random start, the same for every method of a trial."""
+        config = MODELS[self.settings.data]
+        torch.manual_seed(derive_seed("model", seed))
+        model = Mixer(type(config)(**{**vars(config), "bias": self.settings.bias}))
+        return model.to(self.device)
+
+    def retrain(self, method: str, seed: int, *callbacks: Callback) -> tuple[Mixer, Result]:
+        """A plain model after one of the four retrainings, at its best epoch on held-out data."""
+        s = self.settings
+        model = self.new_model(seed)
+        is_reptile = method == "reptile"
+        loader = self._loader(
+            self.retraining,
+            seed=derive_seed("retraining", seed),
+            batch_size=s.batch_size,
+            pooled=method == "standard",
+            max_rounds=self._max_rounds(method),
+        )
+        config = TrainConfig(
+            epochs=_known(s.reptile_epochs if is_reptile else s.epochs),
+            lr=_known(s.reptile_lr if is_reptile else s.lr),
+            optimizer=_known(s.reptile_optimizer) if is_reptile else "adam",
+            weight_decay=_known(s.weight_decay),
+            schedule="cosine",
+            precision=s.precision,
+            seed=derive_seed("retraining", seed),
+        )
+        common: dict[str, Any] = {
+            "validation": self._held_out(self.validation),
+            "callbacks": [Progress(f"{method}, trial {seed}"), KeepBest(), *callbacks],
+        }
+        if method == "lora-ml":
+            result = lora_ml(model, loader, config, self._adapter(), **common)
+        elif method == "last-layer-ml":
+            result = last_layer_ml(model, loader, config, HEADS, **common)
+        elif method == "standard":
+            result = standard(model, loader, config, **common)
+        else:
+            result = reptile(
+                model,
+                loader,
+                config,
+                inner_steps=_known(s.reptile_inner_steps),
+                inner_lr=_known(s.reptile_inner_lr),
+                inner_optimizer=_known(s.reptile_inner_optimizer),
+                outer_sign=s.reptile_sign,
+                **common,
+            )
+        return model, result
+
+    def images_per_epoch(self, method: str) -> int:
+        """How many images an epoch of retraining runs through the model."""
+        rounds = self._max_rounds(method)
+        if rounds is None:
+            return len(self.retraining.images)
+        counts = torch.bincount(self.retraining.ids).clamp_max(
+            rounds * _known(self.settings.batch_size)
+        )
+        return int(counts.sum())
+
+    def _max_rounds(self, method: str) -> int | None:
+        # The paper's Reptile visits every task once an epoch, for as many batches as inner steps.
+        s = self.settings
+        return s.reptile_inner_steps if method == "reptile" and s.reptile == "paper" else None
+
+    def finetune(
+        self, model: nn.Module, kind: str, shots: str, seed: int, *callbacks: Callback
+    ) -> Result:
+        """Adapts the model, in place, to ``shots`` images of the test task; held-out accuracy."""
+        s = self.settings
+        loader = self._loader(
+            self._test_task(shots, seed),
+            seed=derive_seed("finetuning", seed),
+            batch_size=s.finetune_batch_size,
+        )
+        config = TrainConfig(
+            epochs=_known(s.finetune_epochs),
+            lr=_known(s.finetune_lr),
+            weight_decay=_known(s.weight_decay),
+            schedule="cosine",
+            precision=s.precision,
+            seed=derive_seed("finetuning", seed),
+        )
+        common: dict[str, Any] = {
+            "validation": self._held_out(self.test_held_out),
+            "callbacks": [Progress(f"{kind}, {shots} shots, trial {seed}"), *callbacks],
+        }
+        if kind == "lora":
+            return finetune_lora(model, loader, config, self._adapter(), **common)
+        return finetune_last_layer(model, loader, config, HEADS, **common)
+
+    def _test_task(self, shots: str, seed: int) -> Tasks:
+        if shots == "all":
+            return self.test
+        drawn = few_shot(self.test.images, int(shots), derive_seed("shots", seed))
+        return Tasks(drawn, torch.zeros_like(drawn.labels))
+
+    def _adapter(self) -> LoRAConfig:
+        return LoRAConfig(rank=self.settings.rank, target_modules="all-linear")
+
+    def _loader(self, tasks: Tasks, *, seed: int, batch_size: int | None, **kw: Any) -> RoundLoader:
+        pixels = tasks.images.pixels
+        if self.settings.augment == "frozen":
+            generator = torch.Generator(self.device).manual_seed(derive_seed("frozen", seed))
+            pixels = frozen(pixels, self._augmentation, generator)
+        return RoundLoader(
+            pixels,
+            tasks.images.labels,
+            tasks.ids,
+            batch_size=_known(batch_size),
+            seed=seed,
+            transform=self._train,
+            **kw,
+        )
+
+    def _held_out(self, tasks: Tasks) -> RoundLoader:
+        return RoundLoader(
+            tasks.images.pixels,
+            tasks.images.labels,
+            tasks.ids,
+            batch_size=EVALUATION_BATCH,
+            shuffle=False,
+            transform=self._evaluate,
+        )
+
+
+class EpochLog(Callback):
+    """Writes every epoch to the run's metrics, and measures the throughput."""
+
+    def __init__(self, run: Any, **labels: Any):
+        self._run, self._labels = run, labels
+        self.seconds = 0.0
+
+    def on_start(self, training: Any) -> None:
+        self._since = time.monotonic()
+
+    def on_epoch(self, training: Any, record: dict[str, Any]) -> None:
+        now = time.monotonic()
+        self.seconds += now - self._since
+        self._run.log(**self._labels, **record, seconds=round(now - self._since, 4))
+        self._since = now
+
+
+def _known(value: Any) -> Any:
+    """A setting that `Settings.resolved` has filled in."""
+    assert value is not None
+    return value

@@ -1,0 +1,211 @@
+"""Settings of the vision experiment, and what the paper, or our tuning, sets where nothing is said.
+
+The digits' defaults were chosen without the test task, by fine-tuning on 10 and 50 images of the
+digits 6 and 7 after retraining on the three pairs before them (``--tasks 0-1 2-3 4-5 6-7``). For
+each method: retraining rates 1e-3, 3e-3, 1e-2, 2e-2 (Reptile: seven sets of inner optimiser, inner
+and outer rate), each with fine-tuning rates from 1e-3 to 1e-1, one or two trials. One retraining
+rate was best, or as good as the best, for all that have one; one fine-tuning rate for all four.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.cli import option
+from experiments.vision.augment import Augmentation
+from experiments.vision.mixer import MixerConfig
+from experiments.vision.tasks import Pair
+from metalora._checks import check_count, check_nonnegative, check_positive
+
+METHODS = ("lora-ml", "last-layer-ml", "standard", "reptile")
+FINETUNES = ("lora", "last-layer")
+PAIRS = ("0-1", "2-3", "4-5", "6-7", "8-9")
+ALL = "all"
+
+# What stands for None. CIFAR-10: the paper's appendix E.1; digits: see above.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "cifar10": {
+        "epochs": 100,
+        "batch_size": 256,
+        "lr": 1e-4,
+        "weight_decay": 1e-5,
+        "finetune_epochs": 100,
+        "finetune_batch_size": 256,
+        "finetune_lr": 5e-4,
+    },
+    "digits": {
+        "epochs": 20,
+        "batch_size": 32,
+        "lr": 1e-2,
+        "weight_decay": 1e-5,
+        "finetune_epochs": 50,
+        "finetune_batch_size": 32,
+        "finetune_lr": 3e-2,
+    },
+}
+# "paper": 20 outer steps of Adam at 1e-5 in all, so W hardly leaves its random start.
+# "tuned": it sees as many images as the other methods, and W goes half the way to each task's
+# solution. Inner rate: digits, tuned; CIFAR-10, that of the other methods.
+REPTILE: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "paper": {
+        data: {
+            "reptile_epochs": 5,
+            "reptile_optimizer": "adam",
+            "reptile_lr": 1e-5,
+            "reptile_inner_optimizer": "sgd",
+            "reptile_inner_lr": 1e-2,
+            "reptile_inner_steps": 20,
+        }
+        for data in DEFAULTS
+    },
+    "tuned": {
+        "cifar10": {
+            "reptile_optimizer": "sgd",
+            "reptile_lr": 0.5,
+            "reptile_inner_optimizer": "adam",
+            "reptile_inner_lr": 1e-4,
+            "reptile_inner_steps": 20,
+        },
+        "digits": {
+            "reptile_optimizer": "sgd",
+            "reptile_lr": 0.5,
+            "reptile_inner_optimizer": "adam",
+            "reptile_inner_lr": 3e-3,
+            "reptile_inner_steps": 7,
+        },
+    },
+}
+SMOKE = {
+    "epochs": 1,
+    "reptile_epochs": 1,
+    "finetune_epochs": 2,
+    "seeds": 2,
+    "train_per_class": 32,
+    "held_out_per_class": 32,
+}
+MODELS = {
+    "cifar10": MixerConfig(),
+    "digits": MixerConfig(
+        image_size=8, channels=1, patch_size=2, width=64, token_hidden=64, channel_hidden=32
+    ),
+}
+# Mirrored digits are no digits.
+AUGMENTATIONS = {"cifar10": Augmentation(4, flip=True), "digits": Augmentation(1, flip=False)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of one run; None stands for the data set's default."""
+
+    data: str = option("cifar10", help="the images", choices=tuple(DEFAULTS))
+    data_root: Path = option(Path("data"), help="where CIFAR-10 is", run_only=True)
+    download: bool = option(False, help="have torchvision download CIFAR-10", run_only=True)
+    retrain: tuple[str, ...] = option((ALL,), help="retraining methods", choices=(*METHODS, ALL))
+    finetune: tuple[str, ...] = option((ALL,), help="fine-tunings", choices=(*FINETUNES, ALL))
+    shots: tuple[str, ...] = option(
+        (ALL,), help="images of the test task to fine-tune on: one or several numbers, or all"
+    )
+    seeds: int | None = option(None, help="trials, each with seeds of its own (default: 5)")
+    first_seed: int = option(0, help="seed of the first trial; the others follow")
+    tasks: tuple[str, ...] = option(PAIRS, help="pairs of classes; the last is the test task")
+    epochs: int | None = option(None, help="of retraining (cifar10: 100, digits: 20)")
+    batch_size: int | None = option(
+        None, help="per task; standard: of all tasks together (cifar10: 256, digits: 32)"
+    )
+    lr: float | None = option(None, help="of retraining (cifar10: 1e-4, digits: 1e-2)")
+    weight_decay: float | None = option(None, help="of all optimisers but inner ones (1e-5)")
+    finetune_epochs: int | None = option(None, help="of fine-tuning (cifar10: 100, digits: 50)")
+    finetune_batch_size: int | None = option(None, help="(cifar10: 256, digits: 32)")
+    finetune_lr: float | None = option(None, help="(cifar10: 5e-4, digits: 3e-2)")
+    rank: int = option(1, help="of LoRA, on every linear layer, with scale 1")
+    bias: bool = option(True, help="linear layers have a bias; the authors' runs leave it out")
+    augment: str = option(
+        "fresh",
+        help="random crops (and flips) in every epoch, once and for all, or never",
+        choices=("fresh", "frozen", "none"),
+    )
+    reptile: str = option(
+        "tuned", help="Reptile as the paper ran it, or with a fair setting", choices=tuple(REPTILE)
+    )
+    reptile_sign: str = option(
+        "towards", help="the authors' vision runs step away", choices=("towards", "away")
+    )
+    reptile_epochs: int | None = option(None, help="(paper: 5, tuned: those of the others)")
+    reptile_optimizer: str | None = option(
+        None, help="outer (paper: adam, tuned: sgd)", choices=("adam", "sgd")
+    )
+    reptile_lr: float | None = option(None, help="outer (paper: 1e-5, tuned: 0.5)")
+    reptile_inner_optimizer: str | None = option(
+        None, help="(paper: sgd, tuned: adam)", choices=("adam", "sgd")
+    )
+    reptile_inner_lr: float | None = option(None, help="(paper: 1e-2, tuned: 1e-4; digits: 3e-3)")
+    reptile_inner_steps: int | None = option(None, help="(20; digits tuned: 7)")
+    train_per_class: int | None = option(None, help="use only so many training images a class")
+    held_out_per_class: int | None = option(None, help="use only so many held-out images a class")
+    device: str = option("auto", help="auto, cpu, cuda, ...", run_only=True)
+    precision: str = option(
+        "auto",
+        help="auto is fp32 on a CPU, bf16 on a GPU",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    smoke: bool = option(False, help="a run of seconds, to see that everything works")
+    out: Path | None = option(None, help="run folder (default: one in runs/)", run_only=True)
+    resume: bool = option(False, help="go on with the run in --out", run_only=True)
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__
+        set_field(self, "retrain", METHODS if ALL in self.retrain else _unique(self.retrain))
+        set_field(self, "finetune", FINETUNES if ALL in self.finetune else _unique(self.finetune))
+        set_field(self, "shots", _unique(self.shots))
+        for shots in self.shots:
+            if shots != ALL and not (shots.isdecimal() and int(shots) >= 2):
+                raise ValueError(f"argument --shots: must be numbers >= 2 or all, got {shots!r}")
+        if len(self.tasks) < 2:
+            raise ValueError("argument --tasks: needs a retraining task and the test task")
+        self.pairs()
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None:
+                continue
+            flag = "--" + field.name.replace("_", "-")
+            if field.name == "weight_decay":
+                check_nonnegative("vision", flag, value)
+            elif field.name.endswith("lr"):
+                check_positive("vision", flag, value)
+            elif isinstance(value, int) and not isinstance(value, bool):
+                check_count("vision", flag, value, minimum=0 if field.name == "first_seed" else 1)
+
+    def pairs(self) -> list[Pair]:
+        """The tasks' classes; the last pair is the test task's."""
+        pairs: list[Pair] = []
+        for text in self.tasks:
+            first, _, second = text.partition("-")
+            if not (first.isdecimal() and second.isdecimal()):
+                raise ValueError(f"argument --tasks: must be pairs such as 0-1, got {text!r}")
+            pair = int(first), int(second)
+            if max(pair) > 9 or pair[0] == pair[1]:
+                raise ValueError(
+                    f"argument --tasks: must be pairs of two classes from 0 to 9, got {text!r}"
+                )
+            pairs.append(pair)
+        return pairs
+
+    def resolved(self, device_type: str) -> Settings:
+        """These settings with every default filled in: what was given, smoke's, the data's."""
+        values = {**DEFAULTS[self.data], **REPTILE[self.reptile][self.data], "seeds": 5}
+        if self.smoke:
+            values |= SMOKE
+        if self.epochs is not None:
+            values["reptile_epochs"] = self.epochs
+        values.setdefault("reptile_epochs", values["epochs"])
+        missing = {k: v for k, v in values.items() if getattr(self, k) is None}
+        if self.precision == "auto":
+            missing["precision"] = "fp32" if device_type == "cpu" else "bf16"
+        return dataclasses.replace(self, **missing)
+
+
+def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(values))
