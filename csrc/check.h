@@ -68,4 +68,12 @@ inline void check_dtype(const char* op, const char* name, const Tensor& tensor, 
                  torch::headeronly::toString(tensor.scalar_type()));
 }
 
+inline void check_float(const char* op, const char* name, const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  METALORA_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
+                     dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                 op, ": ", name, " must be floating point, got ",
+                 torch::headeronly::toString(dtype));
+}
+
 }  // namespace metalora

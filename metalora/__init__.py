@@ -12,6 +12,7 @@ The method is that of "Provable Meta-Learning with Low-Rank Adaptations" (NeurIP
 __version__ = "0.1.0"
 
 from metalora import linear, meta, nn, ops, reference
+from metalora._library import build_info
 from metalora.adapters import (
     LoRAConfig,
     adapt,
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "adapt",
     "base_state_dict",
+    "build_info",
     "freeze_base",
     "linear",
     "load_task_state_dict",

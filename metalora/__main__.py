@@ -9,40 +9,48 @@ import numpy
 import torch
 
 import metalora
-from metalora import ops
-from metalora._library import build_info, cpu_status, cuda_status, native_available
+from metalora._library import native_available
+
+OPERATORS = (
+    "lora_linear",
+    "merge_lora",
+    "merge_lora_symmetric",
+    "task_matvec",
+    "dropout_mask",
+    "linear_retrain_lora_ml",
+    "linear_retrain_standard",
+    "linear_finetune_lora",
+)
 
 
 def main() -> None:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none visible"
-    built = build_info()
-    lines = [
-        ("metalora", metalora.__version__),
-        ("python", f"{platform.python_version()} on {sys.platform} {platform.machine()}"),
-        ("torch", f"{torch.__version__} ({torch.get_num_threads()} threads)"),
-        ("numpy", numpy.__version__),
-        ("GPU", gpu),
-        ("CPU library", cpu_status),
-        ("CUDA library", cuda_status),
-    ]
-    if built:
-        lines.append(("built with", f"torch {built['torch']}, {built['compiler']}"))
-        if built["torch"] != torch.__version__:
-            lines.append(("", "another torch than now: fine, the library uses its stable ABI"))
-    for name, text in lines:
-        print(f"{name + ':' if name else '':<14}{text}")
-    print("\noperator       cpu          cuda")
-    for name in sorted(ops.__all__):
-        if name[0].islower() and name not in ("choose_route", "lora_linear_route"):
-            print(f"{name:<22} {_backend(name, 'cpu'):<12} {_backend(name, 'cuda')}")
+    info = metalora.build_info()
+    lines = {
+        "metalora": metalora.__version__,
+        "python": f"{platform.python_version()} on {sys.platform} {platform.machine()}",
+        "torch": f"{torch.__version__} ({torch.get_num_threads()} threads)",
+        "numpy": numpy.__version__,
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none visible",
+        "CPU library": info["cpu"],
+        "CUDA library": info["cuda"],
+    }
+    if "compiler" in info:
+        lines["built with"] = f"torch {info['torch']}, {info['compiler']}"
+    for name, text in lines.items():
+        print(f"{name + ':':<14}{text}")
+    print(f"\n{'operator':<26}{'on CPU':<12}on CUDA")
+    for name in OPERATORS:
+        print(f"{name:<26}{backend(name, 'cpu'):<12}{backend(name, 'cuda')}")
 
 
-def _backend(name: str, device_type: str) -> str:
+def backend(operator: str, device_type: str) -> str:
+    """What an operator runs on for tensors of this device: "native" or "reference"."""
     if not native_available(device_type):
         return "reference"
-    if device_type == "cuda":
-        return "native" if name == "dropout_mask" else "reference"
-    return "native"
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"metalora::{operator}", device_type.upper()
+    )
+    return "native" if registered else "reference"
 
 
 if __name__ == "__main__":

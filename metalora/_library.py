@@ -65,5 +65,9 @@ def native_available(device_type: str = "cpu") -> bool:
 
 
 def build_info() -> dict[str, str]:
-    """Compiler and torch version that the CPU library was built with; empty where not loaded."""
-    return dict(_cpu_module.build_info()) if _cpu_module is not None else {}
+    """The state of the native libraries: "cpu" and "cuda" say whether each is loaded or why not.
+
+    Where the CPU library is loaded, "compiler" and "torch" say what it was built with.
+    """
+    built = dict(_cpu_module.build_info()) if _cpu_module is not None else {}
+    return {"cpu": cpu_status, "cuda": cuda_status, **built}

@@ -52,6 +52,7 @@ def install(mode: str, tmp_path: Path) -> tuple[list[str], str]:
             ".git", ".venv", "build", "*.so", "runs", "*.egg-info", "__pycache__", ".*_cache"
         ),
     )
+    (source / "metalora" / "_C.stale.so").touch()  # as an earlier build in place leaves it
     target = tmp_path / "target"
     environment = os.environ | {"METALORA_BUILD": mode}
     build = subprocess.run(
@@ -79,6 +80,7 @@ def install(mode: str, tmp_path: Path) -> tuple[list[str], str]:
     lines = run.stdout.splitlines()
     assert lines[0].startswith(str(target))
     assert not list((target / "metalora").rglob("*.cpp"))
+    assert not (target / "metalora" / "_C.stale.so").exists()
     return lines[1:], build.stdout + build.stderr
 
 

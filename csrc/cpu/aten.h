@@ -106,7 +106,7 @@ struct Chunk {
 // Cuts the rows of every task into chunks. A pure function of the row counts: sums over chunks, and
 // so results, do not depend on the number of threads.
 inline std::vector<Chunk> row_chunks(const int64_t* task_ptr, int64_t tasks) {
-  const int64_t rows = std::max<int64_t>(64, (task_ptr[tasks] + 511) / 512);
+  const int64_t rows = std::max<int64_t>(128, (task_ptr[tasks] + 511) / 512);
   std::vector<Chunk> chunks;
   for (int64_t task = 0; task < tasks; ++task)
     for (int64_t begin = task_ptr[task]; begin < task_ptr[task + 1]; begin += rows)
@@ -127,15 +127,17 @@ inline int64_t rows_each(const std::vector<Chunk>& chunks) {
   return most;
 }
 
-// Runs body(i) for every i < count in parallel; a thread is worth waking for about 10 µs of work.
+// Runs body(i) for every i < count in parallel; a thread is worth waking for some 50 µs of work.
 template <typename Body>
 void parallel(int64_t count, int64_t multiply_adds_each, const Body& body) {
-  constexpr int64_t kWorthAThread = 50'000;
+  constexpr int64_t kWorthAThread = 500'000;
+  const auto range = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+  };
   const int64_t grain =
       std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, multiply_adds_each));
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(i);
-  });
+  if (count <= grain) return range(0, count);
+  torch::stable::parallel_for(0, count, grain, range);
 }
 
 // Uninitialised memory for n elements.

@@ -1,7 +1,7 @@
-// The multi-task LoRA linear layer, by two routes (metalora/ops/lora_linear.py chooses):
-//   token  one product with W for all rows, LoRA row by row beside it; `shrunk` is kept for
-//   backward weight every task's W_t = W + s B_t A_t is formed in turn and used as a plain layer's
-//   weight
+// The multi-task LoRA linear layer, by two routes between which metalora/ops/lora_linear.py
+// chooses. Token route: one product with W for all rows, and the LoRA branch row by row beside it,
+// of which only `shrunk` is kept for backward. Weight route: each task's W_t = W + s B_t A_t is
+// formed in turn and used as a plain weight.
 #include "../philox.h"
 #include "aten.h"
 #include "merge_lora.h"
@@ -13,7 +13,8 @@ namespace {
 
 struct Problem {
   int64_t rows, in, out, tasks, rank;
-  const int64_t* task_ptr;
+  Tensor pointers;
+  const int64_t* task_ptr;  // [tasks + 1], the data of `pointers`
 };
 
 Problem check_problem(const char* op, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
@@ -22,16 +23,19 @@ Problem check_problem(const char* op, const Tensor& x, const Tensor& weight, con
   check_dim(op, "x", x, 2);
   check_dim(op, "weight", weight, 2);
   check_dim(op, "lora_A", lora_A, 3);
-  const Problem p{x.size(0),      x.size(1),      weight.size(0),
-                  lora_A.size(0), lora_A.size(1), data<int64_t>(task_ptr)};
+  check_dtype(op, "task_ptr", task_ptr, ScalarType::Long);
+  const Tensor pointers = as_contiguous(task_ptr);
+  const Problem p{x.size(0),      x.size(1), weight.size(0),         lora_A.size(0),
+                  lora_A.size(1), pointers,  data<int64_t>(pointers)};
+  METALORA_CHECK(p.tasks > 0 && p.rank > 0, op,
+                 ": lora_A must have at least one task and a rank of at least 1, got ",
+                 shape_text(lora_A));
   check_shape(op, "weight", weight, {p.out, p.in});
   check_shape(op, "lora_A", lora_A, {p.tasks, p.rank, p.in});
   check_shape(op, "lora_B", lora_B, {p.tasks, p.out, p.rank});
   check_shape(op, "task_ptr", task_ptr, {p.tasks + 1});
-  check_dtype(op, "task_ptr", task_ptr, ScalarType::Long);
   check_dtype(op, "lora_A", lora_A, weight.scalar_type());
   check_dtype(op, "lora_B", lora_B, weight.scalar_type());
-  METALORA_CHECK(task_ptr.is_contiguous(), op, ": task_ptr must be contiguous");
   METALORA_CHECK(p.task_ptr[0] == 0 && p.task_ptr[p.tasks] == p.rows, op,
                  ": task_ptr must start at 0 and end at M=", p.rows, ", got ", p.task_ptr[0],
                  " and ", p.task_ptr[p.tasks]);
@@ -42,8 +46,16 @@ Problem check_problem(const char* op, const Tensor& x, const Tensor& weight, con
                  dropout_p);
   METALORA_CHECK(dropout_p == 0 || seed.has_value(), op, ": dropout needs a seed");
   METALORA_CHECK(dropout_p == 0 || !weight_route, op, ": the weight route has no dropout");
-  if (seed.has_value()) check_dtype(op, "seed", *seed, ScalarType::Long);
-  if (!weight_route) check_dtype(op, "x", x, weight.scalar_type());
+  if (seed.has_value()) {
+    check_dim(op, "seed", *seed, 0);
+    check_dtype(op, "seed", *seed, ScalarType::Long);
+  }
+  check_float(op, "x", x);
+  check_float(op, "weight", weight);
+  const bool is_short =
+      x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half;
+  if (!weight_route || weight.scalar_type() != ScalarType::Float || !is_short)
+    check_dtype(op, "x", x, weight.scalar_type());
   return p;
 }
 
@@ -242,8 +254,9 @@ Gradients weight_backward(const Problem& p, const Tensor& grad_y, const Tensor& 
 }
 
 // The weight route of small layers keeps W_t in registers instead of calling the BLAS.
+template <typename T>
 bool is_small(const Problem& p, const Tensor& x, const Tensor& weight) {
-  return std::max(p.in, p.out) <= kSmall && x.scalar_type() == weight.scalar_type();
+  return std::max(p.in, p.out) <= kSmall<T> && x.scalar_type() == weight.scalar_type();
 }
 
 // Every task's W_t = W + s B_t A_t [T, out, in].
@@ -280,7 +293,7 @@ Tensor small_forward(const Problem& p, const Tensor& x, const Tensor& weight,
     transpose(turned.get() + t * p.in * p.out, merged.get() + t * p.in * p.out, p.out, p.in);
   const auto right = padded_rows(turned.get(), p.tasks * p.in, p.out);
   const int64_t stride = padded<T>(p.out);
-  std::array<T, kSmall> start{};
+  std::array<T, kSmall<T>> start{};
   if (bias.has_value()) std::copy_n(data<T>(as_contiguous(*bias)), p.out, start.begin());
   parallel(static_cast<int64_t>(chunks.size()), rows_each(chunks) * p.in * p.out, [&](int64_t c) {
     const Chunk chunk = chunks[static_cast<size_t>(c)];
@@ -311,7 +324,7 @@ Gradients small_backward(const Problem& p, const Tensor& grad_y, const Tensor& x
   const auto partial_bias = scratch<T>(need.bias ? count * p.out : 0);
   const auto ones = scratch<T>(need.bias ? rows_each(chunks) : 0);
   if (need.bias) std::fill_n(ones.get(), rows_each(chunks), T(1));
-  const std::array<T, kSmall> zero{};
+  const std::array<T, kSmall<T>> zero{};
   parallel(count, 2 * rows_each(chunks) * p.in * p.out, [&](int64_t c) {
     const Chunk chunk = chunks[static_cast<size_t>(c)];
     const int64_t rows = chunk.end - chunk.begin;
@@ -358,8 +371,8 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight,
     const ScalarType work = work_dtype(weight);
     const Tensor w = cast(weight, work), a = cast(lora_A, work), b = cast(lora_B, work);
     const auto run = [&]<typename T>(T) {
-      return is_small(p, x, w) ? small_forward<T>(p, rows, w, bias, a, b, scaling)
-                               : weight_forward<T>(p, rows, w, bias, a, b, scaling);
+      return is_small<T>(p, x, w) ? small_forward<T>(p, rows, w, bias, a, b, scaling)
+                                  : weight_forward<T>(p, rows, w, bias, a, b, scaling);
     };
     return {work == ScalarType::Double ? run(double{}) : run(float{}), empty({0}, work_dtype(x))};
   }
@@ -392,8 +405,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
     const ScalarType dtype = weight.scalar_type(), work = work_dtype(weight);
     const Tensor w = cast(weight, work), a = cast(lora_A, work), b = cast(lora_B, work);
     const auto run = [&]<typename T>(T) {
-      return is_small(p, x, w) ? small_backward<T>(p, dy, rows, w, a, b, scaling, need)
-                               : weight_backward<T>(p, dy, rows, w, a, b, scaling, need);
+      return is_small<T>(p, x, w) ? small_backward<T>(p, dy, rows, w, a, b, scaling, need)
+                                  : weight_backward<T>(p, dy, rows, w, a, b, scaling, need);
     };
     const Gradients g = work == ScalarType::Double ? run(double{}) : run(float{});
     return {g.x, cast(g.weight, dtype), g.bias, need.A ? cast(g.A, dtype) : none(dtype),

@@ -72,7 +72,8 @@ void forward(const Problem& p, T* y, const T* weight, const T* x,
       add_scaled(row, shrunk.get(), U, p.out, p.rank, p.out);
     }
   };
-  parallel(static_cast<int64_t>(chunks.size()), 64 * p.in * (p.out + 2 * p.rank), body);
+  parallel(static_cast<int64_t>(chunks.size()), rows_each(chunks) * p.in * (p.out + 2 * p.rank),
+           body);
 }
 
 template <typename T>
@@ -119,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Problem& p, const Tensor& grad
       }
     }
   };
-  parallel(count, 64 * 2 * p.in * (p.out + 2 * p.rank), body);
+  parallel(count, 2 * rows_each(chunks) * p.in * (p.out + 2 * p.rank), body);
 
   Tensor grad_weight = none(dtype), grad_U = none(dtype);
   if (need_weight && p.rank) {  // one weight for all tasks: the sum over all chunks

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+_LARGEST = sys.float_info.max
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -40,7 +43,9 @@ def check_like(
 def check_shape(
     function: str, argument: str, tensor: Tensor, names: Sequence[str], sizes: Sequence[int | None]
 ) -> None:
-    """The tensor must have these sizes, of which None may be anything."""
+    """It must be a tensor of these sizes, of which None may be anything."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{function}: {argument} must be a tensor, got {type(tensor).__name__}")
     shape = tuple(tensor.shape)
     if len(shape) == len(sizes) and all(w in (None, g) for w, g in zip(sizes, shape, strict=True)):
         return
@@ -54,3 +59,20 @@ def check_shape(
         if all(w in (None, g) for w, g in zip(sizes, swapped, strict=True)):
             hint = "; is it transposed?"
     raise ValueError(f"{function}: {argument} must be [{wanted}], got {list(shape)}{hint}")
+
+
+def check_rank(function: str, argument: str, tensor: Tensor, rank: int) -> None:
+    """The rank, one of the sizes of ``tensor``, must not be zero."""
+    if rank == 0:
+        raise ValueError(
+            f"{function}: {argument} must have a rank of at least 1, got {list(tensor.shape)}"
+        )
+
+
+def check_scaling(function: str, scaling: Any) -> float:
+    """The scaling as a float; it must be a finite number."""
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"{function}: scaling must be a number, got {type(scaling).__name__}")
+    if not -_LARGEST <= scaling <= _LARGEST:  # math.isfinite breaks a graph under torch.compile
+        raise ValueError(f"{function}: scaling must be finite, got {scaling}")
+    return float(scaling)

@@ -56,6 +56,8 @@ def _no_backward(ctx: Any, *grads: Tensor) -> None:
     raise AssertionError("unreachable: setup_context raises first")
 
 
-def where_needed(needed: tuple[bool, ...], gradients: tuple[Tensor, ...]) -> list[Tensor | None]:
+def where_needed(
+    needed: tuple[bool, ...], gradients: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
     """The gradients that autograd asked for; raw operators return empty tensors for the others."""
     return [g if n else None for n, g in zip(needed, gradients, strict=True)]

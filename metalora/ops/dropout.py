@@ -31,7 +31,8 @@ def dropout_mask(seed: int | Tensor, p: float, rows: int, columns: int) -> Tenso
     check_count("dropout_mask", "rows", rows, 0)
     check_count("dropout_mask", "columns", columns, 0)
     p = check_probability("dropout_mask", "p", p)
-    seed = seed_tensor("dropout_mask", seed, torch.device("cpu"))
+    device = seed.device if isinstance(seed, Tensor) else torch.device("cpu")
+    seed = seed_tensor("dropout_mask", seed, device)
     if native_available(seed.device.type):
         return raw("dropout_mask")(seed, p, rows, columns)
     return reference.dropout_mask(seed, p, rows, columns)
@@ -54,6 +55,11 @@ def seed_tensor(function: str, seed: int | Tensor | None, device: torch.device) 
             raise TypeError(
                 f"{function}: seed must be an int or an int64 scalar tensor, got {seed.dtype} of "
                 f"shape {list(seed.shape)}"
+            )
+        if seed.device != device:
+            raise ValueError(
+                f"{function}: seed must be on {device}, got {seed.device}; move it with "
+                f".to({str(device)!r})"
             )
         return seed
     if isinstance(seed, bool) or not isinstance(seed, int):

@@ -10,8 +10,8 @@ from torch import Tensor
 from metalora import reference
 from metalora._checks import check_choice
 from metalora._library import cpu_status, native_available
-from metalora.ops._arguments import FLOATS, check_float, check_like, check_shape
-from metalora.ops._native import call, register
+from metalora.ops._arguments import FLOATS, check_float, check_like, check_scaling, check_shape
+from metalora.ops._native import call, register, where_needed
 from metalora.ops.dropout import check_probability, seed_tensor
 
 ROUTES = ("auto", "weight", "token", "reference")
@@ -19,7 +19,7 @@ ROUTES = ("auto", "weight", "token", "reference")
 # On a CPU the weight route wins once a task has more rows than this many times
 # in * out / (in + out): benchmarks/cpu_ops.py --routes measures where the two cross.
 _WEIGHT_ROUTE_FROM = 4.0
-_SMALL = 32  # kSmall of csrc/cpu/small_product.h
+_SMALL = {torch.float32: 64, torch.float64: 32}  # kSmall of csrc/cpu/small_product.h
 _SHORT = (torch.bfloat16, torch.float16)
 
 
@@ -55,9 +55,8 @@ def lora_linear(
         lora_A: [T, r, in].
         lora_B: [T, out, r].
         task_ptr: int64 [T + 1]; rows ``task_ptr[t]:task_ptr[t + 1]`` belong to task t. Starts at 0,
-            ends at M, never decreases; empty tasks are legal. Its values are checked on the CPU
-            only: reading them from another device would make the host wait.
-        scaling: s, usually alpha / r.
+            ends at M, never decreases; empty tasks are legal.
+        scaling: s, usually alpha / r; finite.
         dropout_p: probability in [0, 1) to drop an element of x on its way into the LoRA branch.
         seed: int in [0, 2**63) or int64 scalar tensor that fixes the dropout mask (see
             `dropout_mask`); None draws one from torch's generator, so `torch.manual_seed` makes
@@ -72,32 +71,59 @@ def lora_linear(
         TypeError, ValueError: for arguments that do not fit together; nothing is computed then.
         RuntimeError: if a native route is asked for that cannot be had here.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    try:
+        return _run(x, weight, bias, lora_A, lora_B, task_ptr, scaling, dropout_p, seed, route)
+    except Exception:
+        # The raw operator checks its arguments as well, so what is wrong with them is only put
+        # into words once something is: in Python the checks would cost as much as a small layer.
+        problem = _problem(x, weight, bias, lora_A, lora_B, task_ptr)
+        if problem is not None:
+            raise problem from None
+        raise
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    task_ptr: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    route: str,
+) -> Tensor:
+    device_type = x.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         x, bias = _autocast(x), None if bias is None else _autocast(bias)
-    if not _fits(x, weight, bias, lora_A, lora_B, task_ptr):
-        _explain(x, weight, bias, lora_A, lora_B, task_ptr)
-    if not torch.compiler.is_compiling() and task_ptr.device.type == "cpu":
-        _check_values(task_ptr, x.shape[0])
-    if type(scaling) is not float:
-        scaling = _number(scaling)
+    scaling = check_scaling("lora_linear", scaling)
     if dropout_p != 0:
         dropout_p = check_probability("lora_linear", "dropout_p", dropout_p)
         seed = seed_tensor("lora_linear", seed, x.device)
     else:
         dropout_p, seed = 0.0, None
     if route == "auto":
-        route = _auto(x, weight, lora_A, dropout_p)
-    elif route == "reference":
-        pass
-    else:
+        out_features, in_features = weight.shape
+        decision = _decide(
+            *(x.shape[0], lora_A.shape[0], out_features, in_features),
+            *(dropout_p, x.dtype, device_type),
+        )
+        route = _ROUTE_OF[decision]
+    elif route != "reference":
         _check_route(route, x, dropout_p)
-    if weight.dtype != x.dtype and route != "weight":
+    if weight.dtype == torch.float32 and x.dtype in _SHORT and route != "weight":
         # The weight route rounds once, after the update is in; the others need equal dtypes.
         weight, lora_A, lora_B = weight.to(x.dtype), lora_A.to(x.dtype), lora_B.to(x.dtype)
     if route == "reference":
+        _check(x, weight, bias, lora_A, lora_B, task_ptr)
         return reference.lora_linear(
             x, weight, bias, lora_A, lora_B, task_ptr, scaling, dropout_p, seed
         )
+    # Among CPU tensors the dispatcher does not mind one without data, and calls the fake kernel.
+    on_cpu = weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and task_ptr.is_cpu
+    if not on_cpu or (bias is not None and not bias.is_cpu):
+        _check(x, weight, bias, lora_A, lora_B, task_ptr)
     return _LoraLinear.apply(
         x, weight, bias, lora_A, lora_B, task_ptr, seed, scaling, dropout_p, route == "weight"
     )
@@ -114,7 +140,9 @@ def lora_linear_route(
         lora_A: [T, r, in].
         dropout_p: probability in [0, 1) to drop an element on the LoRA branch.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    check_float("lora_linear_route", "x", x)
+    device_type = x.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         x = _autocast(x)
     return choose_route(
         rows=x.shape[0],
@@ -123,8 +151,8 @@ def lora_linear_route(
         out_features=weight.shape[0],
         dropout_p=dropout_p,
         dtype=x.dtype,
-        device_type=x.device.type,
-        native=native_available(x.device.type),
+        device_type=device_type,
+        native=native_available(device_type),
     )
 
 
@@ -150,37 +178,61 @@ def choose_route(
         device_type: "cpu", "cuda", ….
         native: whether native kernels for that device are loaded.
     """
-    if device_type != "cpu":
-        return RouteChoice("reference", f"there are no native kernels for {device_type} tensors")
-    if not native:
-        return RouteChoice("reference", f"the native CPU library is {cpu_status}")
-    if dropout_p > 0:
-        return RouteChoice("token", "dropout on the LoRA branch has no form in weight space")
-    if dtype in _SHORT:
-        return RouteChoice("token", f"a merged weight rounded to {dtype} would lose the adapter")
-    if max(in_features, out_features) <= _SMALL:
-        return RouteChoice("weight", f"up to {_SMALL} features merged weights stay in registers")
+    decision = _decide(
+        rows, tasks, out_features, in_features, dropout_p, dtype, device_type, native
+    )
     limit = tasks * _weight_route_from(in_features, out_features)
-    route, side = ("weight", "more") if rows > limit else ("token", "no more")
-    return RouteChoice(route, f"{rows} rows for {tasks} tasks are {side} than {limit:.0f}")
+    reason = {
+        "device": f"there are no native kernels for {device_type} tensors",
+        "library": f"the native CPU library is {cpu_status}",
+        "dropout": "dropout on the LoRA branch has no form in weight space",
+        "short": f"a merged weight rounded to {dtype} would lose the adapter",
+        "small": f"up to {_SMALL.get(dtype)} features a row stays in registers",
+        "many rows": f"{rows} rows for {tasks} tasks are more than {limit:.0f}",
+        "few rows": f"{rows} rows for {tasks} tasks are no more than {limit:.0f}",
+    }[decision]
+    return RouteChoice(_ROUTE_OF[decision], reason)
+
+
+_ROUTE_OF = {
+    "device": "reference",
+    "library": "reference",
+    "dropout": "token",
+    "short": "token",
+    "small": "weight",
+    "many rows": "weight",
+    "few rows": "token",
+}
+
+
+def _decide(
+    rows: int,
+    tasks: int,
+    out_features: int,
+    in_features: int,
+    dropout_p: float,
+    dtype: torch.dtype,
+    device_type: str,
+    native: bool | None = None,
+) -> str:
+    """What settles the route, a key of _ROUTE_OF; quick, since every call asks."""
+    if device_type != "cpu":
+        return "device"
+    if not (native_available() if native is None else native):
+        return "library"
+    if dropout_p > 0:
+        return "dropout"
+    if dtype in _SHORT:
+        return "short"
+    if max(in_features, out_features) <= _SMALL.get(dtype, 0):
+        return "small"
+    many = rows > tasks * _weight_route_from(in_features, out_features)
+    return "many rows" if many else "few rows"
 
 
 def _weight_route_from(in_features: int, out_features: int) -> float:
     """Rows a task from which on forming W_t costs less than a LoRA branch for every row."""
-    return _WEIGHT_ROUTE_FROM * in_features * out_features / (in_features + out_features)
-
-
-def _auto(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float) -> str:
-    """`choose_route` for tensors, without the reason: no text is made on the way of every call."""
-    if x.device.type != "cpu" or not native_available():
-        return "reference"
-    out_features, in_features = weight.shape
-    if dropout_p > 0 or x.dtype in _SHORT:
-        return "token"
-    if max(in_features, out_features) <= _SMALL:
-        return "weight"
-    many = x.shape[0] > lora_A.shape[0] * _weight_route_from(in_features, out_features)
-    return "weight" if many else "token"
+    return _WEIGHT_ROUTE_FROM * in_features * out_features / max(1, in_features + out_features)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -212,16 +264,20 @@ class _LoraLinear(torch.autograd.Function):
         scaling, dropout_p, weight_route = ctx.options
         needed = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated
-            gradients = reference.lora_linear_backward(
-                grad_y, x, weight, lora_A, lora_B, task_ptr, scaling, dropout_p, seed
+            wide = weight.dtype  # at least as wide as x's
+            exact = reference.lora_linear_backward(
+                *(grad_y.to(wide), x.to(wide), weight, lora_A, lora_B),
+                *(task_ptr, scaling, dropout_p, seed),
             )
+            dtypes = (x.dtype, wide, grad_y.dtype, wide, wide)
+            gradients = tuple(g.to(d) for g, d in zip(exact, dtypes, strict=True))
         else:
             gradients = call(
                 "lora_linear_backward",
                 *(grad_y, x, weight, lora_A, lora_B, task_ptr, shrunk, scaling, dropout_p, seed),
                 *(weight_route, *needed),
             )
-        return *(g if n else None for n, g in zip(needed, gradients, strict=True)), *[None] * 5
+        return *where_needed(needed, gradients), *[None] * 5
 
 
 @register("lora_linear")
@@ -276,46 +332,7 @@ def _autocast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
-def _fits(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    task_ptr: Tensor,
-) -> bool:
-    """Whether all shapes, dtypes and devices fit; quick, since every call pays for it."""
-    try:
-        out_features, in_features = weight.shape
-        tasks, rank, in_A = lora_A.shape
-        rows_in = x.shape[1]
-        dtype, device = weight.dtype, x.device
-        return (
-            x.dim() == 2
-            and rows_in == in_features == in_A
-            and lora_B.shape == (tasks, out_features, rank)
-            and task_ptr.shape == (tasks + 1,)
-            and tasks > 0
-            and rank > 0
-            and task_ptr.dtype == torch.int64
-            and x.dtype in FLOATS
-            and dtype == lora_A.dtype == lora_B.dtype
-            and (dtype == x.dtype or (dtype == torch.float32 and x.dtype != torch.float64))
-            and device == weight.device == lora_A.device == lora_B.device == task_ptr.device
-            and (
-                bias is None
-                or (
-                    bias.shape == (out_features,)
-                    and bias.dtype == x.dtype
-                    and bias.device == device
-                )
-            )
-        )
-    except (AttributeError, ValueError, IndexError):
-        return False
-
-
-def _explain(
+def _check(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -323,14 +340,14 @@ def _explain(
     lora_B: Tensor,
     task_ptr: Tensor,
 ) -> None:
-    """Raises what `_fits` only noticed."""
+    """Raises if shapes, dtypes, devices or the values of task_ptr do not fit together."""
     name = "lora_linear"
     check_float(name, "x", x)
     check_float(name, "weight", weight)
     check_shape(name, "weight", weight, ("out", "in"), (None, None))
     out_features, in_features = weight.shape
     check_shape(name, "x", x, ("M", "in"), (None, in_features))
-    check_like(name, "lora_A", lora_A, "weight", weight)
+    check_float(name, "lora_A", lora_A)
     check_shape(name, "lora_A", lora_A, ("T", "r", "in"), (None, None, in_features))
     tasks, rank, _ = lora_A.shape
     if tasks == 0 or rank == 0:
@@ -338,7 +355,7 @@ def _explain(
             f"{name}: lora_A must have at least one task and a rank of at least 1, got "
             f"{list(lora_A.shape)}"
         )
-    check_like(name, "lora_B", lora_B, "weight", weight)
+    check_float(name, "lora_B", lora_B)
     check_shape(name, "lora_B", lora_B, ("T", "out", "r"), (tasks, out_features, rank))
     if bias is not None:
         check_like(name, "bias", bias, "x", x)
@@ -351,15 +368,26 @@ def _explain(
             f"{got}{grad}; row counts become offsets with torch.cumsum"
         )
     check_shape(name, "task_ptr", task_ptr, ("T+1",), (tasks + 1,))
+    short = weight.dtype == torch.float32 and x.dtype in _SHORT  # as under autocast
+    check_like(name, "weight", weight, "x", x, dtype=not short)
+    check_like(name, "lora_A", lora_A, "weight", weight)
+    check_like(name, "lora_B", lora_B, "weight", weight)
     if task_ptr.device != x.device:
         raise ValueError(
             f"{name}: task_ptr must be on the device of x, {x.device}, got {task_ptr.device}; move "
             f"it with .to({str(x.device)!r})"
         )
-    check_like(name, "weight", weight, "x", x, dtype=weight.dtype != torch.float32)
-    raise TypeError(
-        f"{name}: x must have the dtype of weight, {weight.dtype}, or a shorter one, got {x.dtype}"
-    )
+    if not torch.compiler.is_compiling():
+        _check_values(task_ptr, x.shape[0])
+
+
+def _problem(*arguments: Any) -> Exception | None:
+    """What `_check` finds."""
+    try:
+        _check(*arguments)
+    except (TypeError, ValueError) as error:
+        return error
+    return None
 
 
 def _check_values(task_ptr: Tensor, rows: int) -> None:
@@ -398,9 +426,3 @@ def _check_route(route: str, x: Tensor, dropout_p: float) -> None:
             f"lora_linear: route='weight' cannot apply dropout_p={dropout_p}: dropout acts on "
             f"rows, not on weights; use route='token' or 'auto'"
         )
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"lora_linear: scaling must be a number, got {type(value).__name__}")
-    return float(value)

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from metalora import reference
 from metalora._library import native_available
-from metalora.ops._arguments import check_float, check_like, check_shape
+from metalora.ops._arguments import (
+    check_float,
+    check_like,
+    check_rank,
+    check_scaling,
+    check_shape,
+)
 from metalora.ops._native import call, register, where_needed
 
 
@@ -39,6 +45,8 @@ def merge_lora(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 
     check_shape(function, "lora_B", lora_B, ("T", "out", "r"), (tasks, out_features, rank))
     check_like(function, "lora_A", lora_A, "weight", weight)
     check_like(function, "lora_B", lora_B, "weight", weight)
+    check_rank(function, "lora_A", lora_A, rank)
+    scaling = check_scaling(function, scaling)
     if not native_available() or weight.device.type != "cpu":
         return reference.merge_lora(weight, lora_A, lora_B, scaling)
     return _MergeLora.apply(weight, lora_A, lora_B, scaling)
@@ -64,6 +72,7 @@ def merge_lora_symmetric(weight: Tensor, lora_U: Tensor) -> Tensor:
     check_shape(function, "lora_U", lora_U, ("T", "d", "k"), (None, None, None))
     check_shape(function, "weight", weight, ("d", "d"), (lora_U.shape[1], lora_U.shape[1]))
     check_like(function, "lora_U", lora_U, "weight", weight)
+    check_rank(function, "lora_U", lora_U, lora_U.shape[2])
     if not native_available() or weight.device.type != "cpu":
         return reference.merge_lora_symmetric(weight, lora_U)
     return _MergeLoraSymmetric.apply(weight, lora_U)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from metalora import reference
 from metalora._library import native_available
-from metalora.ops._arguments import check_float, check_like, check_shape
-from metalora.ops._native import call, register
+from metalora.ops._arguments import check_float, check_like, check_rank, check_shape
+from metalora.ops._native import call, register, where_needed
 
 # Above this many features the BLAS behind torch.bmm is faster than loops that know the shapes.
 _SMALL = 64
@@ -44,6 +44,7 @@ def task_matvec(weight: Tensor, x: Tensor, lora_U: Tensor | None = None) -> Tens
         check_shape(function, "weight", weight, ("d", "d"), sizes)
         check_shape(function, "lora_U", lora_U, ("T", "d", "k"), (tasks, in_features, None))
         check_like(function, "lora_U", lora_U, "weight", weight)
+        check_rank(function, "lora_U", lora_U, lora_U.shape[2])
     check_like(function, "x", x, "weight", weight)
     small = max(weight.shape[-1], weight.shape[-2]) <= _SMALL
     full_precision = weight.dtype in (torch.float32, torch.float64)
@@ -66,7 +67,7 @@ class _TaskMatvec(torch.autograd.Function):
             gradients = reference.task_matvec_backward(*arguments)
         else:
             gradients = call("task_matvec_backward", *arguments, *needed)
-        return tuple(g if n else None for n, g in zip(needed, gradients, strict=True))
+        return tuple(where_needed(needed, gradients))
 
 
 @register("task_matvec")

@@ -138,6 +138,15 @@ def test_strided_inputs_are_handled_and_left_alone(route: str) -> None:
     assert all(torch.equal(t, b) for t, b in zip(strided.leaves, before, strict=True))
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_strided_task_ptr(route: str) -> None:
+    p = problem()
+    wanted = ops.lora_linear(*p.tensors, p.task_ptr, route=route)
+    strided = torch.stack([p.task_ptr, p.task_ptr + 1], dim=1)[:, 0]
+    assert not strided.is_contiguous()
+    assert torch.equal(ops.lora_linear(*p.tensors, strided, route=route), wanted)
+
+
 @pytest.mark.parametrize("route", NATIVE)
 def test_expanded_and_misaligned_gradients(route: str) -> None:
     p = problem()
@@ -220,6 +229,20 @@ def test_autocast(route: str) -> None:
         assert relative_error(got, wanted) < 1e-2
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_double_backward_under_autocast(route: str) -> None:
+    p = problem((9, 4), (40, 33, 2), dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ops.lora_linear(*p.tensors, p.task_ptr, scaling=0.5, route=route)
+    first = torch.autograd.grad(y.float().square().sum(), p.leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), p.leaves)
+    y = ops.lora_linear(*p.tensors, p.task_ptr, scaling=0.5, route="reference")
+    first = torch.autograd.grad(y.square().sum(), p.leaves, create_graph=True)
+    exact = torch.autograd.grad(sum(g.square().sum() for g in first), p.leaves)
+    for got, wanted in zip(second, exact, strict=True):
+        assert relative_error(got, wanted) < 5e-2
+
+
 def test_weight_route_keeps_small_adapters_of_float32_weights_under_autocast(native: None) -> None:
     """Rounding W + BA once must lose no more than plain autocast does."""
     p = problem((300,), (96, 96, 4), dtype=torch.float32, grad=False)
@@ -285,6 +308,13 @@ def test_raw_operators_refuse_tensors_that_need_grad(native: None) -> None:
         torch.ops.metalora.lora_linear(*p.tensors, p.task_ptr, 1.0, 0.0, None, False)
 
 
+def test_raw_operators_check_the_seed(native: None) -> None:
+    p = problem(grad=False)
+    for seed in (torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)):
+        with pytest.raises(RuntimeError, match=r"lora_linear: seed must have 0 dimensions"):
+            torch.ops.metalora.lora_linear(*p.tensors, p.task_ptr, 1.0, 0.5, seed, False)
+
+
 @pytest.mark.parametrize("pointers", [[0, 5, 4, 7], [1, 2, 3, 7], [0, 2, 3, 9], [0, -3, 3, 7]])
 def test_raw_operators_never_read_outside(native: None, pointers: list[int]) -> None:
     p = problem((2, 3, 2), grad=False)
@@ -312,8 +342,8 @@ class TestRoutes:
         arguments = {
             "rows": 4000,
             "tasks": 4,
-            "in_features": 64,
-            "out_features": 64,
+            "in_features": 96,
+            "out_features": 96,
             "dropout_p": 0.0,
             "dtype": torch.float32,
             "device_type": "cpu",
@@ -327,10 +357,11 @@ class TestRoutes:
     @pytest.mark.parametrize(
         ("change", "route", "reason"),
         [
-            ({"rows": 8}, "token", "rows"),
+            ({"rows": 8}, "token", "no more than"),
             ({"dropout_p": 0.1}, "token", "dropout"),
             ({"dtype": torch.bfloat16}, "token", "rounded"),
-            ({"rows": 8, "in_features": 10, "out_features": 10}, "weight", "registers"),
+            ({"rows": 8, "in_features": 64, "out_features": 64}, "weight", "registers"),
+            ({"rows": 8, "in_features": 33, "dtype": torch.float64}, "token", "no more than"),
             ({"native": False}, "reference", "library"),
             ({"device_type": "cuda"}, "reference", "cuda"),
         ],
@@ -345,6 +376,12 @@ class TestRoutes:
     @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
     def test_auto_takes_what_it_says(self, monkeypatch, sizes, rows, dropout_p) -> None:
         p = problem(rows, sizes)
+        """The route of a call shows in whether the raw operator is told to take the weights."""
         choice = ops.lora_linear_route(p.x, p.weight, p.lora_A, dropout_p=dropout_p)
         module = __import__("sys").modules["metalora.ops.lora_linear"]
-        assert module._auto(p.x, p.weight, p.lora_A, dropout_p) == choice.route
+        taken = []
+        original = module.call
+        monkeypatch.setattr(module, "call", lambda *a: taken.append(a[-1]) or original(*a))
+        ops.lora_linear(*p.tensors, p.task_ptr, dropout_p=dropout_p)
+        wanted = {"reference": [], "weight": [True], "token": [False]}[choice.route]
+        assert taken == wanted

@@ -33,6 +33,22 @@ CASES = {
         "x must be floating point (float32, float64, bfloat16 or float16), got torch.int64; "
         "convert it with .float()",
     ),
+    "x_double": (
+        {
+            "weight": torch.randn(5, 7),
+            "lora_A": torch.randn(2, 2, 7),
+            "lora_B": torch.randn(2, 5, 2),
+        },
+        TypeError,
+        "weight must have the dtype of x, torch.float64, got torch.float32",
+    ),
+    "no_tasks": (
+        {"lora_A": torch.empty(0, 2, 7).double(), "lora_B": torch.empty(0, 5, 2).double()},
+        ValueError,
+        "at least one task and a rank of at least 1, got [0, 2, 7]",
+    ),
+    "x_list": ({"x": [[1.0]]}, TypeError, "x must be a tensor, got list"),
+    "weight_none": ({"weight": None}, TypeError, "weight must be a tensor, got NoneType"),
     "x_dtype": (
         {"x": torch.randn(7, 7)},
         TypeError,
@@ -41,7 +57,7 @@ CASES = {
     "weight_device": (
         {"weight": torch.empty(5, 7, device="meta", dtype=torch.float64)},
         ValueError,
-        "must be on the device of weight, meta, got cpu",
+        "weight must be on the device of x, cpu, got meta; move it with .to('cpu')",
     ),
     "A_shape": (
         {"lora_A": torch.randn(2, 7, 2).double()},
@@ -111,6 +127,16 @@ CASES = {
         TypeError,
         "seed must be an int or an int64 scalar tensor, got float",
     ),
+    "scaling_nan": (
+        {"scaling": float("nan")},
+        ValueError,
+        "scaling must be finite, got nan",
+    ),
+    "x_scalar": (
+        {"x": torch.tensor(1.0).double(), "weight": torch.randn(99, 99).double()},
+        ValueError,
+        "x must be [M, in=99], got []",
+    ),
     "scaling": ({"scaling": "2"}, TypeError, "scaling must be a number, got str"),
     "route": (
         {"route": "wieght"},
@@ -129,6 +155,38 @@ def test_message(name: str) -> None:
     message = str(caught.value)
     assert message.startswith("lora_linear: ")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("route", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "lora_A", "lora_B", "task_ptr"])
+def test_a_tensor_on_another_device(name: str, route: str) -> None:
+    """Among CPU tensors a meta tensor would reach the fake kernel, which computes nothing."""
+    p = problem((3, 4), (7, 5, 2), grad=False)
+    with pytest.raises(ValueError, match=r"^lora_linear: \w+ must be on the device of"):
+        call(**{name: getattr(p, name).to("meta"), "route": route})
+
+
+def test_seed_on_another_device() -> None:
+    with pytest.raises(ValueError, match=r"^lora_linear: seed must be on cpu, got meta"):
+        call(seed=torch.tensor(1, device="meta"), dropout_p=0.1)
+
+
+@pytest.mark.parametrize("pointers", [[0, 1, 1], [0, 8, 7], [2, 3, 7]])
+def test_reference_route_checks_task_ptr(pointers: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"^lora_linear: task_ptr must"):
+        call(route="reference", task_ptr=torch.tensor(pointers))
+
+
+def test_one_error_is_shown_not_a_chain() -> None:
+    with pytest.raises(ValueError, match="x must be") as caught:
+        call(x=torch.randn(7, 6).double())
+    assert caught.value.__suppress_context__
+
+
+def test_there_is_no_route_for_an_integer_x() -> None:
+    p = problem(grad=False)
+    with pytest.raises(TypeError, match=r"^lora_linear_route: x must be floating point"):
+        ops.lora_linear_route(p.x.long(), p.weight, p.lora_A)
 
 
 def test_weight_route_refuses_dropout(native: None) -> None:

@@ -108,10 +108,23 @@ def test_opcheck(native: None) -> None:
         ),
         ((0, torch.ones(7, 5, dtype=torch.int32)), TypeError, "weight must be floating point"),
         ((2, torch.randn(2, 7, 2).double()), TypeError, "lora_B must have the dtype of weight"),
+        ((1, None), TypeError, "lora_A must be a tensor, got NoneType"),
+        ((3, "1"), TypeError, "scaling must be a number, got str"),
+        ((3, float("inf")), ValueError, "scaling must be finite, got inf"),
     ],
 )
 def test_messages(change, kind, text) -> None:
-    arguments = [t.detach() for t in matrices((2, 7, 5, 2), torch.float32)]
+    arguments = [*(t.detach() for t in matrices((2, 7, 5, 2), torch.float32)), 1.0]
     arguments[change[0]] = change[1]
     with pytest.raises(kind, match=re.escape(text)):
         ops.merge_lora(*arguments)
+
+
+def test_rank_zero_is_refused() -> None:
+    weight = torch.randn(4, 4)
+    with pytest.raises(ValueError, match=r"merge_lora: lora_A must have a rank of at least 1"):
+        ops.merge_lora(weight, torch.empty(2, 0, 4), torch.empty(2, 4, 0))
+    with pytest.raises(ValueError, match=r"merge_lora_symmetric: lora_U must have a rank"):
+        ops.merge_lora_symmetric(weight, torch.empty(2, 4, 0))
+    with pytest.raises(ValueError, match=r"task_matvec: lora_U must have a rank"):
+        ops.task_matvec(weight, torch.randn(2, 3, 4), torch.empty(2, 4, 0))
