@@ -1,29 +1,33 @@
-"""Times the linear model's training beside its alternatives: python -m benchmarks.bench_linear.
+"""Times the linear model's training beside its alternatives, in about a minute.
+
+python -m benchmarks.bench_linear [--write benchmarks/results]
 
 One training is the paper's: d = 10, T = 3, k = 1, N = 5000, 3000 outer steps of 10 inner ones each.
-The versions that go through the samples at every step run a few outer steps only; their time is
-scaled up. Every version's iterates are compared with the native ones before anything is timed.
+The versions that go through the samples at every step run a few steps only; their time is scaled
+up. Every version's iterates are compared with the native ones before anything is timed.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measure import machine
+from benchmarks.measure import write_table
 from experiments.runs import RunFolder
-from experiments.synthetic import figures, linear, trials
-from experiments.synthetic.settings import LinearSettings
+from experiments.synthetic import linear, trials
+from experiments.synthetic.settings import LinearSettings, Point
 from metalora._library import native_available
 from metalora.linear import (
     finetune_lora,
@@ -36,15 +40,20 @@ from metalora.linear import (
 from metalora.reference import linear as reference
 
 TASKS, DIM, RANK, SAMPLES, OUTER, INNER = 3, 10, 1, 5000, 3000, 10
-OUTER_LR, INNER_LR = 0.03, 0.003
-SHORT = 5  # outer steps of the versions that go through the samples
+OUTER_LR, INNER_LR, FINETUNE_LR = 0.03, 0.003, 0.005
+SHORT = 5  # steps of the versions that go through the samples
 MANY = 64  # trainings at once
+
+
+HEADER = ["", "version", "threads", "median", "fastest", "slowest", "runs", "relative", "note"]
+LIBRARIES: dict[str, Callable[[Tensor], Any]] = {"numpy": Tensor.numpy, "PyTorch": Tensor.detach}
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of the table: seconds, with the fastest and the slowest run."""
 
+    group: str
     name: str
     threads: int
     median: float
@@ -56,15 +65,16 @@ class Row:
 
 def main() -> None:
     """Prints the table."""
-    print("  ".join(f"{key}: {value}" for key, value in machine().items()))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", type=Path, metavar="DIR", help="also write the table here")
+    arguments = parser.parse_args()
     if not native_available():
         print("the native library is not built: 'native' below is the reference")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    rows = [*_one_training(), *_other_trainers()]
-    torch.set_num_threads(threads)
+    with _threads(1):
+        rows = [*_one_training(), *_other_trainers()]
     rows += [_many_trainings(threads), *_figure_1(threads)]
-    print(_table(rows))
+    report(rows, arguments.write)
 
 
 def _one_training() -> list[Row]:
@@ -81,31 +91,35 @@ def _one_training() -> list[Row]:
     def native_single() -> Tensor:
         return retrain_lora_ml(single, RANK, initial_factors=single_start).weight
 
+    zero = torch.zeros(DIM, DIM, dtype=torch.float64)
+
     def plain(outer_steps: int = OUTER) -> Tensor:
-        zero = torch.zeros(DIM, DIM, dtype=torch.float64)
         return reference.retrain_lora_ml(
             *(stats.gram, stats.cross, stats.energy, zero, start, SAMPLES),
             *(outer_steps, INNER, OUTER_LR, INNER_LR),
         )[0]
 
-    def torch_samples() -> Tensor:
-        return _through_samples_torch(x, y, start, SHORT)
+    def looping(library: str) -> Any:
+        kind = LIBRARIES[library]
+        return loop_lora_ml(kind(x), kind(y), kind(zero), kind(start), SHORT)
 
-    def numpy_samples() -> Tensor:
-        return torch.from_numpy(_through_samples_numpy(x.numpy(), y.numpy(), start.numpy(), SHORT))
-
-    for other in (plain(SHORT), torch_samples(), numpy_samples()):
+    for other in (plain(SHORT), *(torch.as_tensor(looping(library)) for library in LIBRARIES)):
         torch.testing.assert_close(other, native(SHORT), rtol=0, atol=1e-10)
     scale = OUTER / SHORT
     note = f"{SHORT} outer steps timed, scaled to {OUTER}"
+    group = "one LoRA-ML training"
     return [
-        _time("LoRA-ML, native, float64", native, runs=21),
-        _time("LoRA-ML, native, float32", native_single, runs=21),
-        _time("LoRA-ML, reference (plain PyTorch)", plain, runs=3),
-        _time("LoRA-ML, through the samples, numpy", numpy_samples, 3, scale, note),
-        _time("LoRA-ML, through the samples, PyTorch", torch_samples, 3, scale, note),
-        _time("sufficient statistics of 3 x 5000 samples", lambda: sufficient_statistics(x, y), 21),
-        _time("standard retraining, native, float64", lambda: retrain_standard(stats), 21),
+        _time(group, "native, float64", native, 21),
+        _time(group, "native, float32", native_single, 21),
+        _time(group, "reference (plain PyTorch)", plain, 1),
+        *(
+            _time(group, f"through the samples, {name}", partial(looping, name), 3, scale, note)
+            for name in LIBRARIES
+        ),
+        _time(
+            "sufficient statistics", "of 3 x 5000 samples", lambda: sufficient_statistics(x, y), 21
+        ),
+        _time("one standard retraining", "native, float64", lambda: retrain_standard(stats), 21),
     ]
 
 
@@ -118,7 +132,7 @@ def _other_trainers() -> list[Row]:
     def tune() -> object:
         return finetune_lora(stats, weight, 1, steps=10000, truth=truth, generator=generator)
 
-    return [_time("fine-tuning, 10000 steps with curve, native", tune, 21)]
+    return [_time("one fine-tuning", "native, 10000 steps with curve", tune, 21)]
 
 
 def _many_trainings(threads: int) -> Row:
@@ -126,7 +140,8 @@ def _many_trainings(threads: int) -> Row:
     problem = sample_problem(TASKS, DIM, RANK, batch_shape=(MANY,), generator=generator)
     stats = sufficient_statistics(*sample_data(problem.truths, 500, generator=generator))
     row = _time(
-        f"LoRA-ML, {MANY} trainings at once, native",
+        f"{MANY} LoRA-ML trainings at once",
+        "native, float64",
         lambda: retrain_lora_ml(stats, RANK, generator=generator),
         5,
         threads=threads,
@@ -137,6 +152,7 @@ def _many_trainings(threads: int) -> Row:
 def _figure_1(threads: int) -> list[Row]:
     """All five sweeps with 5 trials, from drawing the data to the written run folder."""
     settings = LinearSettings()
+    group = "Figure 1"
 
     def compute() -> None:
         for point in settings.points():
@@ -148,14 +164,97 @@ def _figure_1(threads: int) -> list[Row]:
             with RunFolder.create(out, settings, experiment=linear.EXPERIMENT) as run:
                 linear.run(settings, run)
 
-    assert figures.SHOWN_STEPS  # matplotlib's import is not part of the time
-    return [
-        _time("Figure 1: data, trainings and curves", compute, 3, threads=threads),
-        _time("Figure 1: the same, run folder and six figures", everything, 3, threads=threads),
+    problems = [LoopProblem(point, settings) for point in settings.points()]
+    for problem in problems:
+        problem.check()
+    note = (
+        f"trainings and curves; {SHORT} steps timed at the sizes of each of the "
+        f"{len(problems)} settings, scaled to all steps and {settings.trials} trials"
+    )
+    rows = [
+        _time(group, "native: data, trainings and curves", compute, 3, threads=threads),
+        _time(group, "native, with run folder and six figures", everything, 1, threads=threads),
     ]
+    with _threads(1):
+        for library in LIBRARIES:
+            totals = [sum(problem.seconds(library) for problem in problems) for _ in range(3)]
+            rows.append(_row(group, f"through the samples, {library}", totals, 1, note))
+    return rows
+
+
+class LoopProblem:
+    """A setting of Figure 1, for the versions that go through the samples at every step."""
+
+    def __init__(self, point: Point, settings: LinearSettings) -> None:
+        self.point, self.settings = point, settings
+        generator = torch.Generator().manual_seed(3)
+        problem = sample_problem(point.num_tasks, point.dim, point.rank, generator=generator)
+        x, y = sample_data(problem.truths, point.retrain_samples, generator=generator)
+        few = sample_data(problem.test_truth, point.finetune_samples, generator=generator)
+        zero = torch.zeros(point.dim, point.dim, dtype=torch.float64)
+
+        def start(*shape: int) -> Tensor:
+            return 0.1 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        factors = start(point.num_tasks, point.dim, point.rank)
+        u, v = (start(point.dim, point.finetune_rank) for _ in range(2))
+        # By algorithm: its function, what it takes, how many steps and runs of it a trial has.
+        self.loops: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], int, int]] = {
+            "LoRA-ML": (loop_lora_ml, (x, y, zero, factors), settings.outer_steps, 1),
+            "standard": (loop_standard, (x, y, zero), settings.outer_steps, 1),
+            "fine-tuning": (
+                *(loop_finetune, (*few, zero, u, v, problem.test_truth)),
+                *(point.finetune_steps, 2),  # after either retraining
+            ),
+        }
+
+    def run(self, algorithm: str, library: str) -> Any:
+        """The result of ``SHORT`` steps."""
+        function, tensors, _, _ = self.loops[algorithm]
+        return function(*map(LIBRARIES[library], tensors), steps=SHORT)
+
+    def check(self) -> None:
+        """Raises AssertionError where a version differs from the native one."""
+        x, y, zero, factors = self.loops["LoRA-ML"][1]
+        stats = sufficient_statistics(x, y)
+        few_x, few_y, _, u, v, truth = self.loops["fine-tuning"][1]
+        tuned = finetune_lora(
+            sufficient_statistics(few_x, few_y),
+            *(zero, self.point.finetune_rank),
+            steps=SHORT,
+            initial_factors=(u, v),
+            truth=truth,
+        )
+        assert tuned.errors is not None
+        wanted = {
+            "LoRA-ML": retrain_lora_ml(
+                stats, self.point.rank, outer_steps=SHORT, initial_factors=factors
+            ).weight,
+            "standard": retrain_standard(stats, steps=SHORT).weight,
+            "fine-tuning": tuned.errors[-1],
+        }
+        for algorithm, expected in wanted.items():
+            for library in LIBRARIES:
+                got = torch.as_tensor(self.run(algorithm, library))
+                torch.testing.assert_close(
+                    *(got, expected),
+                    rtol=1e-10,
+                    atol=1e-10,
+                    msg=partial("{}, {}, {}: {}".format, library, algorithm, self.point.name),
+                )
+
+    def seconds(self, library: str) -> float:
+        """Seconds for all steps and trials, from ``SHORT`` steps of every algorithm."""
+        total = 0.0
+        for algorithm, (_, _, steps, runs) in self.loops.items():
+            begin = time.perf_counter()
+            self.run(algorithm, library)
+            total += (time.perf_counter() - begin) * runs * steps / SHORT
+        return total * self.settings.trials
 
 
 def _time(
+    group: str,
     name: str,
     call: Callable[[], object],
     runs: int,
@@ -169,53 +268,87 @@ def _time(
         begin = time.perf_counter()
         call()
         seconds.append(scale * (time.perf_counter() - begin))
-    return Row(name, threads, statistics.median(seconds), min(seconds), max(seconds), runs, note)
+    return _row(group, name, seconds, threads, note)
 
 
-def _table(rows: list[Row]) -> str:
-    first = rows[0].median
-    lines = [f"{'':48}{'threads':>8}{'median':>11}{'fastest':>11}{'slowest':>11}{'runs':>6}  "]
+def _row(group: str, name: str, seconds: list[float], threads: int, note: str) -> Row:
+    middle = statistics.median(seconds)
+    return Row(group, name, threads, middle, min(seconds), max(seconds), len(seconds), note)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def report(rows: list[Row], folder: Path | None) -> None:
+    """Prints the table and, given a folder, writes it there; each row beside its group's first."""
+    first: dict[str, float] = {}
+    cells = []
     for row in rows:
-        note = row.note
-        if row.name.startswith("LoRA-ML") and row is not rows[0] and "at once" not in row.name:
-            note = "; ".join(filter(None, [f"{row.median / first:,.1f} x the first line", note]))
-        times = "".join(f"{_seconds(t):>11}" for t in (row.median, row.fastest, row.slowest))
-        lines.append(f"{row.name:48}{row.threads:>8}{times}{row.runs:>6}  {note}".rstrip())
-    return "\n".join(lines)
+        ours = first.setdefault(row.group, row.median)
+        times = [_seconds(seconds) for seconds in (row.median, row.fastest, row.slowest)]
+        ratio = f"{row.median / ours:,.1f}x"
+        cells.append(
+            [row.group, row.name, str(row.threads), *times, str(row.runs), ratio, row.note]
+        )
+    write_table(
+        "linear",
+        "The linear model's training: seconds, and relative to the first line of each group",
+        "python -m benchmarks.bench_linear --write benchmarks/results",
+        HEADER,
+        cells,
+        [asdict(row) for row in rows],
+        folder,
+    )
 
 
 def _seconds(seconds: float) -> str:
     return f"{seconds * 1e3:,.2f} ms" if seconds < 1 else f"{seconds:,.2f} s"
 
 
-def _through_samples_torch(x: Tensor, y: Tensor, factors: Tensor, steps: int) -> Tensor:
-    weight = torch.zeros(DIM, DIM, dtype=x.dtype)
+def loop_lora_ml(x: Any, y: Any, weight: Any, factors: Any, steps: int) -> Any:
+    """LoRA-ML through the samples x, y [T, N, d] at every step; torch tensors or numpy arrays."""
+    tasks, count, _ = x.shape
     u = list(factors)
     for _ in range(steps):
-        total = torch.zeros_like(weight)
-        for t in range(TASKS):
+        total = 0 * weight
+        for t in range(tasks):
             for _ in range(INNER):
-                r = (x[t] @ (weight + u[t] @ u[t].T).T - y[t]).T @ x[t]
-                u[t] = u[t] - INNER_LR / SAMPLES * (r + r.T) @ u[t]
-            total += (x[t] @ (weight + u[t] @ u[t].T).T - y[t]).T @ x[t]
-        weight = weight - OUTER_LR / (SAMPLES * TASKS) * total
+                r = _gradient(x[t], y[t], weight + u[t] @ u[t].T)
+                u[t] = u[t] - INNER_LR / count * (r + r.T) @ u[t]
+            total = total + _gradient(x[t], y[t], weight + u[t] @ u[t].T)
+        weight = weight - OUTER_LR / (count * tasks) * total
     return weight
 
 
-def _through_samples_numpy(
-    x: np.ndarray, y: np.ndarray, factors: np.ndarray, steps: int
-) -> np.ndarray:
-    weight = np.zeros((DIM, DIM))
-    u = list(factors)
+def loop_standard(x: Any, y: Any, weight: Any, steps: int) -> Any:
+    """Standard retraining in the same way."""
+    tasks, count, _ = x.shape
     for _ in range(steps):
-        total = np.zeros_like(weight)
-        for t in range(TASKS):
-            for _ in range(INNER):
-                r = (x[t] @ (weight + u[t] @ u[t].T).T - y[t]).T @ x[t]
-                u[t] = u[t] - INNER_LR / SAMPLES * (r + r.T) @ u[t]
-            total += (x[t] @ (weight + u[t] @ u[t].T).T - y[t]).T @ x[t]
-        weight = weight - OUTER_LR / (SAMPLES * TASKS) * total
+        total = sum(_gradient(x[t], y[t], weight) for t in range(tasks))
+        weight = weight - OUTER_LR / (count * tasks) * total
     return weight
+
+
+def loop_finetune(x: Any, y: Any, weight: Any, u: Any, v: Any, truth: Any, steps: int) -> Any:
+    """Fine-tuning on x, y [n, d] in the same way, with its curve; the last prediction error."""
+    errors = []
+    for _ in range(steps):
+        r = _gradient(x, y, weight + u @ v.T)
+        u, v = u - FINETUNE_LR / len(x) * r @ v, v - FINETUNE_LR / len(x) * r.T @ u
+        errors.append(((x @ (weight + u @ v.T - truth).T) ** 2).sum())
+    return errors[-1]
+
+
+def _gradient(x: Any, y: Any, weight: Any) -> Any:
+    """N times the gradient of a task's loss in its weight: (W x - y) x, summed over samples."""
+    return (x @ weight.T - y).T @ x
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from experiments import cli
-from experiments.runs import RunError, RunFolder, default_folder, standard_error
+from experiments.runs import MANIFEST, RunError, RunFolder, default_folder, standard_error
 from experiments.vision.settings import FINETUNES, METHODS
 
 NAMES = {"lora": "LoRA", "last-layer": "last layer"}
@@ -26,6 +26,7 @@ class DemoSettings:
 
     out: Path | None = cli.option(None, help="folder to write (default: one in runs/)")
     smoke: bool = cli.option(False, help="a run of seconds with few steps; numbers mean nothing")
+    resume: bool = cli.option(False, help="go on with the demo in --out")
 
 
 @cli.main_guard
@@ -37,36 +38,60 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m experiments.demo",
         description="All sweeps of the paper's Figure 1, then its vision protocol on digits.",
     )
-    out = default_folder("demo") if settings.out is None else settings.out
-    if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise RunError(f"output folder {out} exists and is not empty; choose another --out")
+    out = _folder(settings)
     start = time.monotonic()
     print("1/2  Figure 1 of the paper: five sweeps of the linear model", flush=True)
-    linear = run_linear(out / "linear", settings.smoke)
+    linear = run_linear(out, settings.smoke)
     print("2/2  vision protocol: handwritten digits, test task 8 or 9", flush=True)
-    vision = run_vision(out / "vision", settings.smoke)
+    vision = run_vision(out, settings.smoke)
     print(f"\n{linear_table(linear.rows())}\n\n{vision_table(vision.rows())}\n")
     for path in sorted([*linear.folder.glob("*.png"), *vision.folder.glob("*.png")]):
         print(f"figure: {path}")
     print(f"done in {time.monotonic() - start:.0f} s; all numbers are in {out}")
 
 
-def run_linear(out: Path, smoke: bool = False) -> RunFolder:
-    """All five sweeps of Figure 1 with 5 trials (paper, section 3 and appendix D.1)."""
+def _folder(settings: DemoSettings) -> Path:
+    """The demo's folder, checked before anything is computed; the two runs are folders in it."""
+    if settings.resume:
+        if settings.out is None:
+            raise RunError("--resume needs --out, the folder of the demo to go on with")
+        if not (settings.out / "linear" / MANIFEST).is_file():
+            raise RunError(f"--resume: {settings.out} holds no demo (linear/{MANIFEST} is missing)")
+        return settings.out
+    out = default_folder("demo") if settings.out is None else settings.out
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        hint = " or add --resume to go on with it" if (out / "linear" / MANIFEST).is_file() else ""
+        raise RunError(f"output folder {out} exists and is not empty; choose another --out{hint}")
+    return out
+
+
+def run_linear(demo: Path, smoke: bool = False) -> RunFolder:
+    """All five sweeps of Figure 1 with 5 trials (paper, section 3 and appendix D.1).
+
+    Goes on with those that are in the demo's folder already, as `run_vision` does.
+    """
     from experiments.synthetic import linear
     from experiments.synthetic.settings import LinearSettings
 
+    out = demo / "linear"
     settings = LinearSettings(vary="all", trials=5, smoke=smoke, out=out)
-    with RunFolder.create(out, settings, experiment=linear.EXPERIMENT, tag="all") as folder:
+    with RunFolder.create(
+        out,
+        settings,
+        experiment=linear.EXPERIMENT,
+        resume=(out / MANIFEST).is_file(),
+        go_on=f"--resume --out {demo}",
+    ) as folder:
         linear.run(settings, folder)
     return folder
 
 
-def run_vision(out: Path, smoke: bool = False) -> RunFolder:
+def run_vision(demo: Path, smoke: bool = False) -> RunFolder:
     """All retraining methods and both fine-tunings on digits, with few images of the test task."""
     from experiments.vision.run import run
     from experiments.vision.settings import Settings
 
+    out = demo / "vision"
     settings = Settings(
         data="digits",
         seeds=VISION_SEEDS,
@@ -74,13 +99,14 @@ def run_vision(out: Path, smoke: bool = False) -> RunFolder:
         device="cpu",
         smoke=smoke,
         out=out,
+        resume=(out / MANIFEST).is_file(),
     )
     threads = torch.get_num_threads()
     # The matrices are too small to share. A second thread gains nothing on an idle machine, and
     # costs up to ten times the time on a busy one, where each waits for the other at every step.
     torch.set_num_threads(1)
     try:
-        return run(settings)
+        return run(settings, go_on=f"--resume --out {demo}")
     finally:
         torch.set_num_threads(threads)
 

@@ -30,6 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 
+import metalora
+
 MANIFEST, METRICS, RESULTS, UNITS, ERROR = (
     "manifest.json",
     "metrics.jsonl",
@@ -61,6 +63,7 @@ class RunFolder:
         self._started = time.monotonic()
         self._earlier = float(manifest.get("wall_seconds", 0.0))
         self._previous_handler: Any = None
+        self._go_on = f"--resume --out {folder}"
 
     @classmethod
     def create(
@@ -72,6 +75,7 @@ class RunFolder:
         tag: str = "",
         resume: bool = False,
         command: Sequence[str] | None = None,
+        go_on: str = "",
     ) -> RunFolder:
         """Makes a new run folder, or opens one to go on with it.
 
@@ -83,14 +87,29 @@ class RunFolder:
             tag: what tells this run from others of the experiment, such as the data set.
             resume: go on with the run in ``out`` instead of making a new folder.
             command: the command line; None is this process's own.
+            go_on: the options that go on with the run, for the message after an interruption;
+                "" is ``--resume --out <folder>``.
 
         Raises:
             RunError: the folder exists and is not empty (without ``resume``); there is no run in
                 it, or one of another experiment or with other settings (with ``resume``).
         """
-        described = _described(settings)
         if resume:
-            return cls._reopen(out, settings, described, experiment)
+            run = cls._reopen(out, settings, experiment)
+        else:
+            run = cls._new(out, settings, experiment, tag, command)
+        run._go_on = go_on or run._go_on
+        return run
+
+    @classmethod
+    def _new(
+        cls,
+        out: Path | None,
+        settings: Any,
+        experiment: str,
+        tag: str,
+        command: Sequence[str] | None,
+    ) -> RunFolder:
         folder = default_folder(experiment, tag) if out is None else Path(out)
         if folder.is_file():
             raise RunError(f"{folder} is a file; choose another --out")
@@ -110,7 +129,7 @@ class RunFolder:
             "status": "running",
             "started": _now(),
             "command": list(command if command is not None else [sys.executable, *sys.argv]),
-            "settings": described,
+            "settings": _described(settings),
             "data": {},
             "versions": _versions(),
             "git": _git_state(),
@@ -121,9 +140,7 @@ class RunFolder:
         return run
 
     @classmethod
-    def _reopen(
-        cls, out: Path | None, settings: Any, described: dict[str, Any], experiment: str
-    ) -> RunFolder:
+    def _reopen(cls, out: Path | None, settings: Any, experiment: str) -> RunFolder:
         if out is None:
             raise RunError("--resume needs --out, the folder of the run to go on with")
         folder = Path(out)
@@ -139,6 +156,7 @@ class RunFolder:
                 f"--resume: {folder} holds a run of {manifest.get('experiment')!r}, "
                 f"not of {experiment!r}"
             )
+        described = _described(settings)
         free = {f.name for f in dataclasses.fields(settings) if f.metadata.get("run_only")}
         names = [n for n in {**before, **described} if n not in free]
         other = [n for n in names if before.get(n) != described.get(n)]
@@ -259,7 +277,7 @@ class RunFolder:
             terminated = isinstance(error, _Terminated)
             print(
                 f"{'terminated' if terminated else 'interrupted'}: finished results are in "
-                f"{self.folder}; go on with --resume --out {self.folder}",
+                f"{self.folder}; go on with {self._go_on}",
                 file=sys.stderr,
             )
             raise SystemExit(TERMINATED if terminated else INTERRUPTED) from None
@@ -374,18 +392,13 @@ def _header(path: Path) -> list[str] | None:
 
 
 def _versions() -> dict[str, Any]:
-    import metalora
-
-    versions: dict[str, Any] = {
+    return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "metalora": metalora.__version__,
+        "native": metalora.build_info(),
     }
-    build_info = getattr(metalora, "build_info", None)
-    if build_info is not None:
-        versions["native"] = _plain(build_info())
-    return versions
 
 
 def _git_state() -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ prediction error before the first and after every step of fine-tuning, one array
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def run(settings: LinearSettings, folder: RunFolder) -> list[Path]:
     settings = settings.shortened()
     folder.path("curves").mkdir(exist_ok=True)
     points = settings.points()
-    with tqdm(points, unit="setting", disable=not sys.stdout.isatty()) as progress:
+    with tqdm(points, unit="setting", disable=None) as progress:
         for point in progress:
             progress.set_description(point.name)
             if not folder.done(point.name):

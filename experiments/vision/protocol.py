@@ -103,6 +103,7 @@ class Protocol:
             weight_decay=_known(s.weight_decay),
             schedule="cosine",
             precision=s.precision,
+            step_per=s.step_per if method in ("lora-ml", "last-layer-ml") else "round",
             seed=derive_seed("retraining", seed),
         )
         common: dict[str, Any] = {

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import ctypes
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -39,11 +39,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(path)
 
 
-def run(settings: Settings) -> RunFolder:
+def run(settings: Settings, *, go_on: str = "") -> RunFolder:
     """Runs the experiment, or goes on with it, and returns its folder with all figures made.
 
+    Args:
+        settings: as given; the data set's defaults are filled in here.
+        go_on: see `RunFolder.create`.
+
     Raises:
-        RunError: the data, the device or the output folder are not usable.
+        RunError: the data, the device or the output folder are not usable, or a training diverged.
     """
     device = choose_device(settings.device)
     settings = settings.resolved(device.type)
@@ -52,7 +56,12 @@ def run(settings: Settings) -> RunFolder:
     if device.type == "cpu":
         keep_freed_memory()
     folder = RunFolder.create(
-        settings.out, settings, experiment=NAME, tag=settings.data, resume=settings.resume
+        settings.out,
+        settings,
+        experiment=NAME,
+        tag=settings.data,
+        resume=settings.resume,
+        go_on=go_on,
     )
     with folder:
         folder.add_data(settings.data, dataset.sha256)
@@ -112,7 +121,9 @@ def _retrained(folder: RunFolder, protocol: Protocol, method: str, trial: int) -
         _load(model, weights)
         return model
     log = EpochLog(folder, phase="retrain", method=method, trial=trial)
-    model, result = protocol.retrain(method, trial, log)
+    rates = "--reptile-lr or --reptile-inner-lr" if method == "reptile" else "--lr"
+    with _divergence(unit, rates):
+        model, result = protocol.retrain(method, trial, log)
     images = protocol.images_per_epoch(method) * len(result.history)
     folder.log(
         phase="retrained",
@@ -149,7 +160,8 @@ def _finetuned(
         return
     labels = {"method": method, "finetune": kind, "shots": shots, "trial": trial}
     log = EpochLog(folder, phase="finetune", **labels)
-    result = protocol.finetune(copy.deepcopy(retrained), kind, shots, trial, log)
+    with _divergence(unit, "--finetune-lr"):
+        result = protocol.finetune(copy.deepcopy(retrained), kind, shots, trial, log)
     folder.add_rows(
         [
             report.row(protocol.settings.data, method, kind, shots, trial, metric, value)
@@ -160,6 +172,15 @@ def _finetuned(
         ]
     )
     folder.mark_done(unit)
+
+
+@contextlib.contextmanager
+def _divergence(unit: str, rates: str) -> Iterator[None]:
+    """Divergence is for the user to put right: says of which training, and with which flag."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise RunError(f"{unit} diverged; lower {rates} ({error})") from error
 
 
 def _save(model: nn.Module, path: Path) -> None:

@@ -120,6 +120,11 @@ class Settings:
     finetune_epochs: int | None = option(None, help="of fine-tuning (cifar10: 100, digits: 50)")
     finetune_batch_size: int | None = option(None, help="(cifar10: 256, digits: 32)")
     finetune_lr: float | None = option(None, help="(cifar10: 5e-4, digits: 3e-2)")
+    step_per: str = option(
+        "round",
+        help="lora-ml, last-layer-ml: an optimiser step per round of all tasks, or per task",
+        choices=("round", "task"),
+    )
     rank: int = option(1, help="of LoRA, on every linear layer, with scale 1")
     bias: bool = option(True, help="linear layers have a bias; the authors' runs leave it out")
     augment: str = option(

@@ -24,7 +24,8 @@ class LoRAConfig:
             whole name matches; or names, of which one is the module's name or its last parts
             (``"query"`` or ``"attention.query"`` for ``"layer.0.attention.query"``).
             "all-linear" leaves out the heads, and what ``model.get_output_embeddings()`` returns.
-        exclude_modules: regular expression or names, in the same form: never with an adapter.
+        exclude_modules: regular expression or names, in the same form: never with an adapter. They
+            must match something too.
         heads: names, in the same form, of the layers that exist once per task. Naming a module
             that holds linear layers makes heads of them all.
         symmetric: whether the adapters are U_t U_tᵀ instead of B_t A_t; for square layers.

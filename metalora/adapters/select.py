@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch import nn
 from metalora._checks import did_you_mean
 from metalora.adapters.config import LoRAConfig
 from metalora.nn import TaskLayer
+from metalora.nn.warn import warn_user
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,12 @@ def _check_nothing_else(modules: dict[str, nn.Module], head: str, linears: list[
 def _find_targets(
     model: nn.Module, modules: dict[str, nn.Module], config: LoRAConfig, heads: list[str]
 ) -> list[str]:
-    excluded = set(heads) | {n for n in modules if _matches(n, config.exclude_modules)}
+    excluded = {*heads, *_matches("exclude_modules", config.exclude_modules, modules)}
     if config.target_modules == "all-linear":
         excluded |= _output_embedding(model, modules)
         return _all_linear(modules, excluded, config.symmetric)
-    found = [n for n in modules if _matches(n, config.target_modules) and n not in excluded]
-    if isinstance(config.target_modules, str):
-        found = [n for n in found if isinstance(modules[n], nn.Linear | TaskLayer)]
-        if not found:
-            raise _unknown("target_modules", config.target_modules, modules)
-    else:
-        for name in config.target_modules:
-            if not any(_named(full, name) for full in modules):
-                raise _unknown("target_modules", name, modules)
+    matches = _matches("target_modules", config.target_modules, modules)
+    found = [n for n in matches if n not in excluded]
     for name in found:
         obstacle = _obstacle(modules, name, config.symmetric)
         if obstacle:
@@ -112,7 +105,7 @@ def _all_linear(modules: dict[str, nn.Module], excluded: set[str], symmetric: bo
         else:
             found.append(name)
     if skipped:
-        warnings.warn(f"adapt: all-linear leaves out {', '.join(skipped)}", stacklevel=5)
+        warn_user(f"adapt: all-linear leaves out {', '.join(skipped)}")
     return found
 
 
@@ -183,17 +176,43 @@ def _named(full: str, name: str) -> bool:
     return full == name or full.endswith(f".{name}")
 
 
-def _matches(full: str, wanted: str | Sequence[str]) -> bool:
+def _matches(field: str, wanted: str | Sequence[str], modules: dict[str, nn.Module]) -> list[str]:
+    """The modules' names that the regular expression matches, or that are in the list.
+
+    Of what a regular expression matches only linear layers count; in a list every name must match.
+    """
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, full) is not None
-    return any(_named(full, name) for name in wanted)
+        try:
+            pattern = re.compile(wanted)
+        except re.error as error:
+            raise ValueError(
+                f"adapt: {field}: {wanted!r} is no valid regular expression ({error}); "
+                "for names give a list"
+            ) from None
+        linears = [n for n, m in modules.items() if isinstance(m, nn.Linear | TaskLayer)]
+        found = [n for n in linears if pattern.fullmatch(n)]
+        if not found:
+            raise _unknown(field, wanted, modules, is_pattern=True)
+        return found
+    for name in wanted:
+        if not any(_named(full, name) for full in modules):
+            raise _unknown(field, name, modules)
+    return [full for full in modules if any(_named(full, name) for name in wanted)]
 
 
-def _unknown(field: str, name: str, modules: dict[str, nn.Module]) -> ValueError:
+def _unknown(
+    field: str, name: str, modules: dict[str, nn.Module], *, is_pattern: bool = False
+) -> ValueError:
+    if is_pattern and any(_named(full, name) for full in modules):
+        return ValueError(
+            f"adapt: {field}: no module of the model matches {name!r}: a string is a regular "
+            f"expression for the whole module name; for names give a list, as in [{name!r}]"
+        )
     linears = [n for n, m in modules.items() if n and isinstance(m, nn.Linear)]
     suffixes = [n.rpartition(".")[2] for n in linears]
     hint = did_you_mean(name, dict.fromkeys(suffixes + linears))
     if not hint and linears:
         hint = f"; there are {', '.join(repr(n) for n in linears[:5])}"
         hint += ", ..." if len(linears) > 5 else ""
-    return ValueError(f"adapt: {field}: no module of the model matches {name!r}{hint}")
+    reading = " (a string is a regular expression for the whole module name)" if is_pattern else ""
+    return ValueError(f"adapt: {field}: no module of the model matches {name!r}{hint}{reading}")

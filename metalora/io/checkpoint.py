@@ -8,14 +8,26 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from metalora.adapters import adapted_layers
 from metalora.meta import Callback, Training
 
 _FORMAT = "metalora training 1"
+_VALUES = {
+    "training": dict,
+    "layers": dict,
+    "steps_done": int,
+    "next_epoch": int,
+    "kept_epoch": int,
+    "history": list,
+    "scaler": dict,
+    "callbacks": list,
+}
 
 
 class CheckpointError(ValueError):
@@ -34,11 +46,13 @@ class Checkpoint(Callback):
         resume: whether to go on from it; without, a file that exists is an error.
 
     Raises:
+        ImportError: if safetensors is not installed.
         CheckpointError: at the start of the training, if the file is damaged or of another
             training; after an epoch, if it could not be written. The file is then as before.
     """
 
     def __init__(self, path: str | Path, *, resume: bool = True) -> None:
+        _safetensors()
         self.path, self.resume = Path(path), resume
 
     def on_start(self, training: Training) -> None:
@@ -66,11 +80,11 @@ def write(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> Non
     Raises:
         CheckpointError: if that fails; an older file is then still there.
     """
-    from safetensors.torch import save
-
     kept = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     text = json.dumps({"format": _FORMAT, **values})
-    data = save(kept, metadata={"metalora": text, "sha256": _digest(kept, text)})
+    data = _safetensors().torch.save(
+        kept, metadata={"metalora": text, "sha256": _digest(kept, text)}
+    )
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,10 +108,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: if the file is damaged or something else.
     """
-    from safetensors import SafetensorError, safe_open
-
+    safetensors = _safetensors()
     try:
-        with safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if "metalora" not in metadata:
                 raise CheckpointError(f"Checkpoint: {path} is no checkpoint of metalora")
@@ -105,12 +118,12 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if _digest(tensors, metadata["metalora"]) != metadata.get("sha256"):
             raise CheckpointError(f"Checkpoint: {path} is damaged: its checksum does not match")
         values = json.loads(metadata["metalora"])
-    except (SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"Checkpoint: {path} is damaged or no checkpoint: {error}") from error
-    if values.get("format") != _FORMAT:
-        got = values.get("format")
+    got = values.get("format") if isinstance(values, dict) else values
+    if got != _FORMAT:
         raise CheckpointError(f"Checkpoint: {path} must have the format {_FORMAT!r}, got {got!r}")
     return tensors, values
 
@@ -128,6 +141,7 @@ def _collect(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
         callbacks.append({"kind": type(callback).__name__, "values": values})
     return tensors, {
         "training": _identity(training),
+        "layers": _layers(training),
         "steps_done": training.steps_done,
         "next_epoch": training.next_epoch,
         "kept_epoch": training.kept_epoch,
@@ -140,16 +154,23 @@ def _collect(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _restore(path: Path, training: Training) -> None:
     """Checks everything first, so that a file that does not fit changes nothing."""
     tensors, values = read(path)
+    _check_complete(path, values)
     _check_same(path, "the training", values["training"], _identity(training))
     kinds = [callback["kind"] for callback in values["callbacks"]]
     _check_same(path, "callbacks", kinds, [type(c).__name__ for c in training.callbacks])
     model = _part(tensors, "model.")
     _check_same(path, "the model", _shapes(model), _shapes(training.model.state_dict()))
+    _check_same(path, "the adapters", values["layers"], _layers(training))
     optimizer = _optimizer(training)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _part(tensors, "optimizer.").items():
         number, _, key = name.partition(".")
+        if not number.isdecimal() or int(number) >= len(parameters):
+            raise CheckpointError(
+                f"Checkpoint: {path} has optimizer state {name!r}, but there are "
+                f"{len(parameters)} parameters"
+            )
         wanted = [[], list(parameters[int(number)].shape)]
         if list(tensor.shape) not in wanted:
             raise CheckpointError(
@@ -157,15 +178,20 @@ def _restore(path: Path, training: Training) -> None:
                 f"wanted {wanted[1]}"
             )
         state.setdefault(int(number), {})[key] = tensor
+    device = parameters[0].device
+    for place, callback in enumerate(training.callbacks):
+        own = {k: t.to(device) for k, t in _part(tensors, f"callback.{place}.").items()}
+        try:
+            callback.load_state(own, values["callbacks"][place]["values"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"Checkpoint: {path} does not fit {kinds[place]}: {error}"
+            ) from error
 
     training.model.load_state_dict(model)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     if values["scaler"]:
         training.step.scaler.load_state_dict(values["scaler"])
-    device = parameters[0].device
-    for place, callback in enumerate(training.callbacks):
-        own = {k: t.to(device) for k, t in _part(tensors, f"callback.{place}.").items()}
-        callback.load_state(own, values["callbacks"][place]["values"])
     training.steps_done, training.next_epoch = values["steps_done"], values["next_epoch"]
     training.kept_epoch = values["kept_epoch"]
     training.history.extend(values["history"])
@@ -176,12 +202,30 @@ def _identity(training: Training) -> dict[str, Any]:
     return {
         **asdict(training.config),
         "step": type(training.step).__name__,
+        **training.step.settings,
         "steps_per_epoch": training.steps_per_epoch,
     }
 
 
+def _layers(training: Training) -> dict[str, str]:
+    """What the weights' shapes don't tell of the adapted layers, such as alpha and dropout."""
+    return {name: repr(layer) for name, layer in adapted_layers(training.model).items()}
+
+
 def _optimizer(training: Training) -> torch.optim.Optimizer:
     return training.step.optimizer
+
+
+def _check_complete(path: Path, values: dict[str, Any]) -> None:
+    wanted = [(key, values.get(key), kind) for key, kind in _VALUES.items()]
+    for callback in values.get("callbacks") or ():
+        own = callback if isinstance(callback, dict) else {}
+        wanted += [("kind", own.get("kind"), str), ("values", own.get("values"), dict)]
+    for key, value, kind in wanted:
+        if not isinstance(value, kind):
+            raise CheckpointError(
+                f"Checkpoint: {path} must hold {key!r}, a {kind.__name__}, got {value!r}"
+            )
 
 
 def _check_same(path: Path, what: str, saved: Any, wanted: Any) -> None:
@@ -200,6 +244,16 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError(
+            "Checkpoint: needs the package safetensors; pip install safetensors"
+        ) from None
+    return safetensors
 
 
 def _digest(tensors: dict[str, Tensor], text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -41,7 +42,9 @@ class Callback:
 
 
 class Progress(Callback):
-    """A progress bar with the loss and the time left; silent when stderr is no terminal.
+    """A progress bar with the loss and the time left.
+
+    Nothing is shown where stderr is no terminal, or the package tqdm is not installed.
 
     Args:
         label: what stands before the bar.
@@ -49,26 +52,34 @@ class Progress(Callback):
 
     def __init__(self, label: str = "train") -> None:
         self.label = label
+        self._bar: Any = None
 
     def on_start(self, training: Training) -> None:
         """Opens the bar."""
-        from tqdm import tqdm
+        self._bar = None
+        if not sys.stderr.isatty():
+            return
+        with contextlib.suppress(ImportError):
+            from tqdm import tqdm
 
-        total = training.config.epochs * training.steps_per_epoch
-        self._bar = tqdm(total=total, desc=self.label, leave=False, disable=not sys.stderr.isatty())
+            total = training.config.epochs * training.steps_per_epoch
+            self._bar = tqdm(total=total, desc=self.label, leave=False)
 
     def on_step(self, training: Training, loss: Tensor) -> None:
         """Moves the bar."""
-        self._bar.update(training.steps_done - self._bar.n)
+        if self._bar is not None:
+            self._bar.update(training.steps_done - self._bar.n)
 
     def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
         """Shows the epoch's loss and validation."""
-        shown = {k: f"{record[k]:.4g}" for k in ("loss", "validation") if k in record}
-        self._bar.set_postfix(shown)
+        if self._bar is not None:
+            shown = {k: f"{record[k]:.4g}" for k in ("loss", "validation") if k in record}
+            self._bar.set_postfix(shown)
 
     def on_end(self, training: Training) -> None:
         """Closes the bar."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 class MetricsLog(Callback):

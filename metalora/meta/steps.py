@@ -40,6 +40,8 @@ class Step(Protocol):
 
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    settings: dict[str, Any]
+    """What it was made with beyond the config, as JSON can hold it: a checkpoint's must agree."""
 
     def per_epoch(self, rounds: Rounds) -> int:
         """How many steps an epoch has."""
@@ -129,6 +131,7 @@ class GradientStep:
         if rounds.pooled and config.step_per == "task":
             raise ValueError("train: pooled rounds ignore tasks; use step_per='round' with them")
         self.model, self.config = model, config
+        self.settings: dict[str, Any] = {"num_tasks": rounds.num_tasks, "pooled": rounds.pooled}
         self.objective = Objective(
             model, rounds.num_tasks, config, pooled=rounds.pooled, loss=loss, forward=forward
         )
@@ -212,6 +215,14 @@ class ReptileStep:
         )
         check_choice("reptile", "outer_sign", outer_sign, ("towards", "away"))
         self.sign = {"towards": 1.0, "away": -1.0}[outer_sign]
+        self.settings: dict[str, Any] = {
+            "num_tasks": rounds.num_tasks,
+            "inner_steps": self.inner_steps,
+            "inner_lr": self.inner_lr,
+            "inner_optimizer": self.inner_optimizer,
+            "outer_sign": outer_sign,
+            "average": average,
+        }
         self.objective = Objective(model, rounds.num_tasks, config, loss=loss, forward=forward)
         self.parameters = trainable(model)
         self.optimizer = make_optimizer(

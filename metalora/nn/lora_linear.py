@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from metalora import ops
 from metalora._checks import check_choice, check_count, check_nonnegative, check_positive
 from metalora.nn.layer import TaskLayer, as_linear, new_parameter, share_parameters
 from metalora.nn.task_batch import TaskBatch
+from metalora.nn.warn import warn_user
 
 ROUTES = ("auto", "weight", "token", "reference")
 
@@ -152,8 +152,7 @@ def note_rank(where: str, rank: int, in_features: int, out_features: int) -> Non
     """Warns if ``rank`` is more than the matrix can have."""
     full = min(in_features, out_features)
     if rank > full:
-        warnings.warn(
+        warn_user(
             f"{where}: rank {rank} is above min(in={in_features}, out={out_features}) = {full}; "
-            "legal, but a smaller rank would do the same",
-            stacklevel=2,
+            "legal, but a smaller rank would do the same"
         )

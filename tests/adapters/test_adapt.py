@@ -384,6 +384,24 @@ def test_symmetric_adapters_want_square_layers():
         (LoRAConfig(target_modules=["qeury"]), "did you mean 'query'"),
         (LoRAConfig(target_modules=["query", "valu"]), "matches 'valu'; did you mean 'value'"),
         (LoRAConfig(target_modules="blocks.0.qery"), "did you mean 'blocks.0.query'"),
+        (
+            LoRAConfig(target_modules="query"),
+            "target_modules: no module of the model matches 'query': a string is a regular "
+            "expression for the whole module name; for names give a list, as in ['query']",
+        ),
+        (LoRAConfig(target_modules="qeury"), "(a string is a regular expression for the whole mod"),
+        (LoRAConfig(exclude_modules="value"), "exclude_modules: no module of the model matches"),
+        (LoRAConfig(exclude_modules=["valeu"]), "exclude_modules: no module of the model matches"),
+        (LoRAConfig(exclude_modules=["valeu"]), "matches 'valeu'; did you mean 'value'"),
+        (LoRAConfig(exclude_modules=["value", "qery"]), "matches 'qery'; did you mean 'query'"),
+        (
+            LoRAConfig(target_modules="["),
+            "target_modules: '[' is no valid regular expression (unterminated character set",
+        ),
+        (LoRAConfig(target_modules="*"), "adapt: target_modules: '*' is no valid regular"),
+        (LoRAConfig(exclude_modules="*"), "adapt: exclude_modules: '*' is no valid regular"),
+        (LoRAConfig(target_modules="head", heads=["head"], exclude_modules=["x"]), "matches 'x'"),
+        (LoRAConfig(target_modules="embed", exclude_modules=["embed"]), "nothing to adapt"),
         (LoRAConfig(heads=["haed"]), "heads: no module of the model matches 'haed'; did you mean"),
         (LoRAConfig(target_modules=["uery"]), "no module of the model matches 'uery'"),
         (LoRAConfig(target_modules=()), "nothing to adapt"),
@@ -393,8 +411,9 @@ def test_symmetric_adapters_want_square_layers():
 def test_unknown_names_are_refused_with_the_nearest(config, message):
     plain = model()
     layout = str(plain)
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
         adapt(plain, config, 2)
+    assert "\n" not in str(refused.value)
     assert str(plain) == layout
 
 
@@ -433,8 +452,13 @@ def test_wrong_arguments_are_explained():
 
 
 def test_rank_above_a_layer_is_noted_by_name():
-    with pytest.warns(UserWarning, match=r"MultiTaskLoRALinear 'head': rank 4 is above min"):
+    with pytest.warns(UserWarning, match=r"MultiTaskLoRALinear 'head': rank 4 is above") as noted:
         adapt(model(), LoRAConfig(rank=4, target_modules=["head"]), 2)
+    assert [warning.filename for warning in noted] == [__file__]
+    odd = nn.Sequential(OwnLinear(4, 4), nn.Linear(4, 4))
+    with pytest.warns(UserWarning, match="all-linear leaves out") as noted:
+        adapt(odd, LoRAConfig(rank=1), 2)
+    assert [warning.filename for warning in noted] == [__file__]
 
 
 def test_errors_in_forward_name_the_layer():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import metalora
 from experiments import cli
 from experiments.runs import RunError, RunFolder
 
@@ -59,6 +60,7 @@ def test_a_run_leaves_a_whole_folder(tmp_path: Path) -> None:
     assert seen["wall_seconds"] >= 0
     assert {"versions", "git", "machine", "started", "ended", "command"} <= set(seen)
     assert {"python", "torch", "numpy", "metalora"} <= set(seen["versions"])
+    assert seen["versions"]["native"] == metalora.build_info()
     lines = (run.folder / "results.csv").read_text().splitlines()
     assert lines[0] == "experiment,method,trial,metric,value"
     assert [float(line.split(",")[-1]) for line in lines[1:]] == pytest.approx(

@@ -167,6 +167,8 @@ def test_methods_differ_from_one_start_and_repeat() -> None:
         ("standard", {"weight_decay": 0.1}),
         ("standard", {"tasks": ("0-1", "8-9")}),
         ("lora-ml", {"rank": 2}),
+        ("lora-ml", {"step_per": "task"}),
+        ("last-layer-ml", {"step_per": "task"}),
         ("lora-ml", {"precision": "bf16"}),
         ("reptile", {"reptile_sign": "away"}),
         ("reptile", {"reptile": "paper"}),
@@ -175,6 +177,41 @@ def test_methods_differ_from_one_start_and_repeat() -> None:
 )
 def test_each_switch_does_something(method: str, switch: dict[str, Any]) -> None:
     assert not torch.equal(retrained(method), retrained(method, **switch))
+
+
+def test_a_step_per_task_is_not_for_methods_without_a_round() -> None:
+    for method in ("standard", "reptile"):
+        assert torch.equal(retrained(method), retrained(method, step_per="task"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--retrain", "standard", "--lr", "1e30"], "retrain standard 0 diverged; lower --lr ("),
+        (
+            ["--retrain", "reptile", "--reptile-inner-lr", "1e30"],
+            "retrain reptile 0 diverged; lower --reptile-lr or --reptile-inner-lr (",
+        ),
+        (
+            ["--retrain", "standard", "--finetune-lr", "1e30"],
+            "finetune standard lora 4 0 diverged; lower --finetune-lr (",
+        ),
+    ],
+)
+def test_divergence_is_the_users_to_put_right(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from experiments.vision.run import main
+
+    out = tmp_path / "run"
+    common = ["--data", "digits", "--smoke", "--finetune", "lora", "--seeds", "1", "--shots", "4"]
+    with pytest.raises(SystemExit) as ended:
+        main([*common, *arguments, "--device", "cpu", "--out", str(out)])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+    assert json.loads((out / "manifest.json").read_text())["status"] == "failed"
+    assert "FloatingPointError" in (out / "error.txt").read_text()
 
 
 def test_without_bias_no_linear_layer_has_one() -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from metalora.adapters import LoRAConfig
 from metalora.io import Checkpoint, CheckpointError
+from metalora.io.checkpoint import _VALUES, read, write
 from metalora.meta import (
     Callback,
     KeepBest,
@@ -178,6 +180,89 @@ def test_another_trainings_file_is_refused(saved, method, fields, width, message
     config = TrainConfig(**{"epochs": 3, "lr": 0.03, **fields})
     with pytest.raises(CheckpointError, match=re.escape(message)):
         run(method, config, saved, model=network(width))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inner_lr": 0.5}, "inner_lr is 0.01 instead of 0.5"),
+        ({"outer_sign": "away"}, "outer_sign is 'towards' instead of 'away'"),
+        ({"inner_optimizer": "adam"}, "inner_optimizer is 'sgd' instead of 'adam'"),
+        ({"average": True}, "average is False instead of True"),
+        ({"inner_steps": 1}, "inner_steps is 20 instead of 1"),
+    ],
+)
+def test_the_settings_of_a_step_must_be_those_of_the_file(options, message, tmp_path):
+    path = tmp_path / "run.safetensors"
+    reptile(network(), rounds(), CONFIG, inner_lr=0.01, callbacks=[Checkpoint(path)])
+    with pytest.raises(CheckpointError, match=re.escape(f"does not fit the training: {message}")):
+        reptile(network(), rounds(), CONFIG, **options, callbacks=[Checkpoint(path)])
+
+
+def test_pooled_and_separate_tasks_are_other_trainings(tmp_path):
+    path = tmp_path / "run.safetensors"
+    standard(network(), rounds(batch_size=20), CONFIG, callbacks=[Checkpoint(path)])
+    with pytest.raises(CheckpointError, match="pooled is False instead of True"):
+        standard(network(), rounds(pooled=True), CONFIG, callbacks=[Checkpoint(path)])
+
+
+@pytest.mark.parametrize("change", [{"alpha": 3}, {"dropout": 0.0}])
+def test_other_adapters_are_refused_even_of_the_same_shapes(change, tmp_path):
+    path = tmp_path / "run.safetensors"
+    lora_ml(network(), rounds(), CONFIG, LORA, callbacks=[Checkpoint(path)])
+    other = replace(LORA, **change)
+    with pytest.raises(CheckpointError, match="does not fit the adapters: 0 is 'MultiTaskLoRAL"):
+        lora_ml(network(), rounds(), CONFIG, other, callbacks=[Checkpoint(path)])
+
+
+KEYS = [*_VALUES]
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("change", ["missing", "wrong"])
+def test_a_well_formed_file_that_is_incomplete_is_refused(saved, key, change):
+    tensors, values = read(saved)
+    assert {*values} == {"format", *KEYS}
+    values[key] = "nonsense"
+    if change == "missing":
+        del values[key]
+    refused(saved, tensors, values, f"must hold {key!r}, a ")
+
+
+def test_well_formed_files_with_senseless_parts_are_refused(saved):
+    tensors, values = read(saved)
+    callbacks = values["callbacks"]
+    refused(saved, tensors, {**values, "callbacks": [{"kind": "KeepBest"}]}, "must hold 'values'")
+    refused(saved, tensors, {**values, "callbacks": [3]}, "must hold 'kind', a str, got None")
+    for callback in callbacks:
+        callback["values"] = {}
+    refused(saved, tensors, values, "does not fit KeepBest: 'best'")
+    for name in ("optimizer.99.exp_avg", "optimizer.x.exp_avg"):
+        strange = {**tensors, name: torch.zeros(2)}
+        refused(saved, strange, values, f"has optimizer state {name[10:]!r}")
+
+
+def test_a_list_instead_of_values_is_refused(saved, monkeypatch):
+    monkeypatch.setattr("metalora.io.checkpoint.json.loads", lambda text: [1])
+    with pytest.raises(CheckpointError, match=re.escape("'metalora training 1', got [1]")):
+        read(saved)
+
+
+def refused(path, tensors, values, message):
+    write(path, tensors, values)
+    model = network()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        run("standard", CONFIG, path, model=model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_without_safetensors_the_error_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError) as caught:
+        Checkpoint(tmp_path / "run.safetensors")
+    message = str(caught.value)
+    assert message == "Checkpoint: needs the package safetensors; pip install safetensors"
 
 
 def test_a_failed_save_leaves_the_last_good_file(saved, monkeypatch):

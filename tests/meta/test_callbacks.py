@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -149,12 +150,18 @@ def test_progress_is_silent_without_a_terminal(capsys):
 
 
 def test_progress_on_a_terminal_shows_loss_and_validation(capsys, monkeypatch):
-    import sys
-
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     standard(network(), rounds(), CONFIG, validation=rounds(), callbacks=[Progress("standard")])
     shown = capsys.readouterr().err
     assert "standard" in shown and "loss=" in shown and "validation=" in shown
+
+
+def test_without_tqdm_there_is_no_progress_and_no_error(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    standard(network(), rounds(), CONFIG, validation=rounds(), callbacks=[Progress()])
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
 
 
 def test_validation_may_return_an_evaluation():

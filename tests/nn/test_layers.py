@@ -233,6 +233,21 @@ def test_rank_above_the_matrix_is_legal_and_noted():
     assert layer(torch.randn(2, 5), TaskBatch(torch.tensor([1, 0]))).shape == (2, 3)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MultiTaskLoRALinear(5, 3, num_tasks=2, rank=4),
+        lambda: MultiTaskLoRALinear.from_linear(nn.Linear(5, 3), 2, 4),
+        lambda: SymmetricLoRALinear(3, num_tasks=2, rank=4),
+    ],
+)
+def test_the_note_points_at_the_users_line(make):
+    with pytest.warns(UserWarning, match="rank 4 is above") as noted:
+        make()
+    (warning,) = noted
+    assert (warning.filename, warning.lineno) == (__file__, make.__code__.co_firstlineno)
+
+
 def test_symmetric_layer_must_be_square():
     with pytest.raises(ValueError, match=r"square layer, got \[out=3, in=5\]"):
         SymmetricLoRALinear.from_linear(nn.Linear(5, 3), 2, 1)
