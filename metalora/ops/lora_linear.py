@@ -18,7 +18,7 @@ ROUTES = ("auto", "weight", "token", "reference")
 
 # On a CPU the weight route wins once a task has more rows than this many times
 # in * out / (in + out): benchmarks/cpu_ops.py --routes measures where the two cross.
-_WEIGHT_ROUTE_FROM = 4.0
+_WEIGHT_ROUTE_FROM = 8.0
 _SMALL = {torch.float32: 64, torch.float64: 32}  # kSmall of csrc/cpu/small_product.h
 _SHORT = (torch.bfloat16, torch.float16)
 
