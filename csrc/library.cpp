@@ -4,16 +4,24 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(metalora, m) {
-  // lora_linear -> (y [M, out], shrunk [M, r]); the weight route returns an empty `shrunk`.
+  // The two routes of lora_linear; `shrunk` [M, r] is what the token route keeps for backward.
   // Gradients that are not needed come back as empty tensors.
   m.def(
-      "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
-      "Tensor task_ptr, float scaling, float dropout_p, Tensor? seed, bool weight_route) "
-      "-> (Tensor, Tensor)");
+      "lora_linear_weight(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
+      "Tensor task_ptr, float scaling) -> Tensor");
   m.def(
-      "lora_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, "
-      "Tensor task_ptr, Tensor shrunk, float scaling, float dropout_p, Tensor? seed, "
-      "bool weight_route, bool need_x, bool need_weight, bool need_bias, bool need_A, bool need_B) "
+      "lora_linear_weight_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor lora_A, "
+      "Tensor lora_B, Tensor task_ptr, float scaling, "
+      "bool need_x, bool need_weight, bool need_bias, bool need_A, bool need_B) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "lora_linear_token(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
+      "Tensor task_ptr, float scaling, float dropout_p, Tensor? seed) "
+      "-> (Tensor y, Tensor shrunk)");
+  m.def(
+      "lora_linear_token_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor lora_A, "
+      "Tensor lora_B, Tensor task_ptr, Tensor shrunk, float scaling, float dropout_p, "
+      "Tensor? seed, bool need_x, bool need_weight, bool need_bias, bool need_A, bool need_B) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   m.def("merge_lora(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor");

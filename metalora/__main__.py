@@ -12,7 +12,8 @@ import metalora
 from metalora._library import native_available
 
 OPERATORS = (
-    "lora_linear",
+    "lora_linear_weight",
+    "lora_linear_token",
     "merge_lora",
     "merge_lora_symmetric",
     "task_matvec",

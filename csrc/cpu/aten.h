@@ -108,6 +108,7 @@ struct Chunk {
 inline std::vector<Chunk> row_chunks(const int64_t* task_ptr, int64_t tasks) {
   const int64_t rows = std::max<int64_t>(128, (task_ptr[tasks] + 511) / 512);
   std::vector<Chunk> chunks;
+  chunks.reserve(static_cast<size_t>(tasks + task_ptr[tasks] / rows));
   for (int64_t task = 0; task < tasks; ++task)
     for (int64_t begin = task_ptr[task]; begin < task_ptr[task + 1]; begin += rows)
       chunks.push_back({task, begin, std::min(begin + rows, task_ptr[task + 1])});

@@ -18,8 +18,7 @@ struct Problem {
 };
 
 Problem check_problem(const char* op, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
-                      const Tensor& lora_B, const Tensor& task_ptr, double dropout_p,
-                      const std::optional<Tensor>& seed, bool weight_route) {
+                      const Tensor& lora_B, const Tensor& task_ptr) {
   check_dim(op, "x", x, 2);
   check_dim(op, "weight", weight, 2);
   check_dim(op, "lora_A", lora_A, 3);
@@ -36,27 +35,46 @@ Problem check_problem(const char* op, const Tensor& x, const Tensor& weight, con
   check_shape(op, "task_ptr", task_ptr, {p.tasks + 1});
   check_dtype(op, "lora_A", lora_A, weight.scalar_type());
   check_dtype(op, "lora_B", lora_B, weight.scalar_type());
+  check_float(op, "x", x);
+  check_float(op, "weight", weight);
   METALORA_CHECK(p.task_ptr[0] == 0 && p.task_ptr[p.tasks] == p.rows, op,
                  ": task_ptr must start at 0 and end at M=", p.rows, ", got ", p.task_ptr[0],
                  " and ", p.task_ptr[p.tasks]);
   for (int64_t t = 0; t < p.tasks; ++t)
     METALORA_CHECK(p.task_ptr[t] <= p.task_ptr[t + 1], op, ": task_ptr must not decrease, but has ",
                    p.task_ptr[t], " before ", p.task_ptr[t + 1]);
+  return p;
+}
+
+void check_bias(const char* op, const Problem& p, const Tensor& x,
+                const std::optional<Tensor>& bias) {
+  if (!bias.has_value()) return;
+  check_shape(op, "bias", *bias, {p.out});
+  check_dtype(op, "bias", *bias, x.scalar_type());
+}
+
+void check_grad(const char* op, const Problem& p, const Tensor& x, const Tensor& grad_y) {
+  check_shape(op, "grad_y", grad_y, {p.rows, p.out});
+  check_dtype(op, "grad_y", grad_y, x.scalar_type());
+}
+
+// The weights may be float where the rows are shorter, as under autocast: W_t is rounded once.
+void check_weight_route(const char* op, const Tensor& x, const Tensor& weight) {
+  const ScalarType dtype = x.scalar_type();
+  const bool is_short = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  if (weight.scalar_type() != ScalarType::Float || !is_short)
+    check_dtype(op, "x", x, weight.scalar_type());
+}
+
+void check_token_route(const char* op, const Tensor& x, const Tensor& weight, double dropout_p,
+                       const std::optional<Tensor>& seed) {
+  check_dtype(op, "x", x, weight.scalar_type());
   METALORA_CHECK(dropout_p >= 0 && dropout_p < 1, op, ": dropout_p must be in [0, 1), got ",
                  dropout_p);
   METALORA_CHECK(dropout_p == 0 || seed.has_value(), op, ": dropout needs a seed");
-  METALORA_CHECK(dropout_p == 0 || !weight_route, op, ": the weight route has no dropout");
-  if (seed.has_value()) {
-    check_dim(op, "seed", *seed, 0);
-    check_dtype(op, "seed", *seed, ScalarType::Long);
-  }
-  check_float(op, "x", x);
-  check_float(op, "weight", weight);
-  const bool is_short =
-      x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half;
-  if (!weight_route || weight.scalar_type() != ScalarType::Float || !is_short)
-    check_dtype(op, "x", x, weight.scalar_type());
-  return p;
+  if (!seed.has_value()) return;
+  check_dim(op, "seed", *seed, 0);
+  check_dtype(op, "seed", *seed, ScalarType::Long);
 }
 
 std::optional<Dropout> make_dropout(double p, const std::optional<Tensor>& seed) {
@@ -259,17 +277,6 @@ bool is_small(const Problem& p, const Tensor& x, const Tensor& weight) {
   return std::max(p.in, p.out) <= kSmall<T> && x.scalar_type() == weight.scalar_type();
 }
 
-// Every task's W_t = W + s B_t A_t [T, out, in].
-template <typename T>
-std::unique_ptr<T[]> merge_small(const Problem& p, const T* weight, const T* lora_A,
-                                 const T* lora_B, double scaling) {
-  auto merged = scratch<T>(p.tasks * p.out * p.in);
-  for (int64_t t = 0; t < p.tasks; ++t)
-    merge_task(merged.get() + t * p.out * p.in, weight, lora_A + t * p.rank * p.in,
-               lora_B + t * p.out * p.rank, static_cast<T>(scaling), p.out, p.in, p.rank);
-  return merged;
-}
-
 // matrix [rows, columns] with its rows padded to whole vectors.
 template <typename T>
 std::unique_ptr<T[]> padded_rows(const T* matrix, int64_t rows, int64_t columns) {
@@ -281,17 +288,41 @@ std::unique_ptr<T[]> padded_rows(const T* matrix, int64_t rows, int64_t columns)
   return result;
 }
 
+// merged [T, rows, padded(columns)] = matrix [rows, columns] + scaling · left_t right_t, for every
+// task: left_t [rows, r] with the given strides, right_t [r, columns].
+template <typename T>
+std::unique_ptr<T[]> merge_small(const Problem& p, const T* matrix, const T* left,
+                                 int64_t row_stride, int64_t rank_stride, const T* right,
+                                 double scaling, int64_t rows, int64_t columns) {
+  const int64_t stride = padded<T>(columns);
+  const auto base = padded_rows(matrix, rows, columns);
+  auto merged = scratch<T>(p.tasks * rows * stride);
+  const auto coefficient = scratch<T>(p.rank);
+  for (int64_t t = 0; t < p.tasks; ++t) {
+    T* task = merged.get() + t * rows * stride;
+    std::copy_n(base.get(), rows * stride, task);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < p.rank; ++j)
+        coefficient[j] =
+            static_cast<T>(scaling) * left[t * rows * p.rank + i * row_stride + j * rank_stride];
+      add_scaled(task + i * stride, coefficient.get(), right + t * p.rank * columns, columns,
+                 p.rank, columns);
+    }
+  }
+  return merged;
+}
+
 template <typename T>
 Tensor small_forward(const Problem& p, const Tensor& x, const Tensor& weight,
                      const std::optional<Tensor>& bias, const Tensor& lora_A, const Tensor& lora_B,
                      double scaling) {
   const Tensor y = empty({p.rows, p.out}, x.scalar_type());
   const auto chunks = row_chunks(p.task_ptr, p.tasks);
-  const auto merged = merge_small(p, data<T>(weight), data<T>(lora_A), data<T>(lora_B), scaling);
-  const auto turned = scratch<T>(p.tasks * p.in * p.out);
-  for (int64_t t = 0; t < p.tasks; ++t)
-    transpose(turned.get() + t * p.in * p.out, merged.get() + t * p.in * p.out, p.out, p.in);
-  const auto right = padded_rows(turned.get(), p.tasks * p.in, p.out);
+  const auto Wt = scratch<T>(p.in * p.out);
+  transpose(Wt.get(), data<T>(weight), p.out, p.in);
+  const auto Bt = transposed_B<T>(lora_B, p);
+  const auto right =  // W_tᵀ = Wᵀ + s A_tᵀ B_tᵀ
+      merge_small(p, Wt.get(), data<T>(lora_A), 1, p.in, Bt.get(), scaling, p.in, p.out);
   const int64_t stride = padded<T>(p.out);
   std::array<T, kSmall<T>> start{};
   if (bias.has_value()) std::copy_n(data<T>(as_contiguous(*bias)), p.out, start.begin());
@@ -316,8 +347,8 @@ Gradients small_backward(const Problem& p, const Tensor& grad_y, const Tensor& x
                             empty({p.tasks, p.out, p.rank}, dtype)};
   const auto chunks = row_chunks(p.task_ptr, p.tasks);
   const int64_t count = static_cast<int64_t>(chunks.size());
-  const auto merged = merge_small(p, data<T>(weight), data<T>(lora_A), data<T>(lora_B), scaling);
-  const auto right = padded_rows(merged.get(), p.tasks * p.out, p.in);
+  const auto right = merge_small(p, data<T>(weight), data<T>(lora_B), p.rank, 1, data<T>(lora_A),
+                                 scaling, p.out, p.in);
   const int64_t stride = padded<T>(p.in);
   const bool need_products = need.weight || need.A || need.B;
   const auto partial = scratch<T>(need_products ? count * p.out * p.in : 0);
@@ -354,32 +385,61 @@ Gradients small_backward(const Problem& p, const Tensor& grad_y, const Tensor& x
   return gradients;
 }
 
-std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight,
-                                       const std::optional<Tensor>& bias, const Tensor& lora_A,
-                                       const Tensor& lora_B, const Tensor& task_ptr, double scaling,
-                                       double dropout_p, const std::optional<Tensor>& seed,
-                                       bool weight_route) {
+using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Tensor lora_linear_weight(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                          const Tensor& lora_A, const Tensor& lora_B, const Tensor& task_ptr,
+                          double scaling) {
   const char* op = "lora_linear";
-  const Problem p =
-      check_problem(op, x, weight, lora_A, lora_B, task_ptr, dropout_p, seed, weight_route);
-  if (bias.has_value()) {
-    check_shape(op, "bias", *bias, {p.out});
-    check_dtype(op, "bias", *bias, x.scalar_type());
-  }
+  const Problem p = check_problem(op, x, weight, lora_A, lora_B, task_ptr);
+  check_bias(op, p, x, bias);
+  check_weight_route(op, x, weight);
+  const ScalarType work = work_dtype(weight);
   const Tensor rows = as_contiguous(x);
-  if (weight_route) {
-    const ScalarType work = work_dtype(weight);
-    const Tensor w = cast(weight, work), a = cast(lora_A, work), b = cast(lora_B, work);
-    const auto run = [&]<typename T>(T) {
-      return is_small<T>(p, x, w) ? small_forward<T>(p, rows, w, bias, a, b, scaling)
-                                  : weight_forward<T>(p, rows, w, bias, a, b, scaling);
-    };
-    return {work == ScalarType::Double ? run(double{}) : run(float{}), empty({0}, work_dtype(x))};
-  }
+  const Tensor w = cast(weight, work), a = cast(lora_A, work), b = cast(lora_B, work);
+  const auto run = [&]<typename T>(T) {
+    return is_small<T>(p, x, w) ? small_forward<T>(p, rows, w, bias, a, b, scaling)
+                                : weight_forward<T>(p, rows, w, bias, a, b, scaling);
+  };
+  return work == ScalarType::Double ? run(double{}) : run(float{});
+}
+
+FiveTensors lora_linear_weight_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                                        const Tensor& lora_A, const Tensor& lora_B,
+                                        const Tensor& task_ptr, double scaling, bool need_x,
+                                        bool need_weight, bool need_bias, bool need_A,
+                                        bool need_B) {
+  const char* op = "lora_linear_weight_backward";
+  const Problem p = check_problem(op, x, weight, lora_A, lora_B, task_ptr);
+  check_grad(op, p, x, grad_y);
+  check_weight_route(op, x, weight);
+  const Needs need{need_x, need_weight, need_bias, need_A, need_B};
+  const ScalarType dtype = weight.scalar_type(), work = work_dtype(weight);
+  const Tensor rows = as_contiguous(x), dy = as_contiguous(grad_y);
+  const Tensor w = cast(weight, work), a = cast(lora_A, work), b = cast(lora_B, work);
+  const auto run = [&]<typename T>(T) {
+    return is_small<T>(p, x, w) ? small_backward<T>(p, dy, rows, w, a, b, scaling, need)
+                                : weight_backward<T>(p, dy, rows, w, a, b, scaling, need);
+  };
+  const Gradients g = work == ScalarType::Double ? run(double{}) : run(float{});
+  return {g.x, cast(g.weight, dtype), g.bias, need.A ? cast(g.A, dtype) : none(dtype),
+          need.B ? cast(g.B, dtype) : none(dtype)};
+}
+
+std::tuple<Tensor, Tensor> lora_linear_token(const Tensor& x, const Tensor& weight,
+                                             const std::optional<Tensor>& bias,
+                                             const Tensor& lora_A, const Tensor& lora_B,
+                                             const Tensor& task_ptr, double scaling,
+                                             double dropout_p, const std::optional<Tensor>& seed) {
+  const char* op = "lora_linear";
+  const Problem p = check_problem(op, x, weight, lora_A, lora_B, task_ptr);
+  check_bias(op, p, x, bias);
+  check_token_route(op, x, weight, dropout_p, seed);
   const ScalarType work = work_dtype(x);
+  const Tensor rows = as_contiguous(x), rows_work = cast(rows, work);
   const Tensor y = cast(linear(rows, weight, bias), work);
   const Tensor shrunk = empty({p.rows, p.rank}, work);
-  const Tensor a = cast(lora_A, work), b = cast(lora_B, work), rows_work = cast(rows, work);
+  const Tensor a = cast(lora_A, work), b = cast(lora_B, work);
   const auto dropout = make_dropout(dropout_p, seed);
   const auto run = [&]<typename T>(T) {
     token_forward<T>(p, mutable_data<T>(y), mutable_data<T>(shrunk), data<T>(rows_work), data<T>(a),
@@ -389,32 +449,21 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight,
   return {cast(y, x.scalar_type()), shrunk};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
-    const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
-    const Tensor& lora_B, const Tensor& task_ptr, const Tensor& shrunk, double scaling,
-    double dropout_p, const std::optional<Tensor>& seed, bool weight_route, bool need_x,
-    bool need_weight, bool need_bias, bool need_A, bool need_B) {
-  const char* op = "lora_linear_backward";
-  const Problem p =
-      check_problem(op, x, weight, lora_A, lora_B, task_ptr, dropout_p, seed, weight_route);
-  check_shape(op, "grad_y", grad_y, {p.rows, p.out});
-  check_dtype(op, "grad_y", grad_y, x.scalar_type());
-  const Needs need{need_x, need_weight, need_bias, need_A, need_B};
-  const Tensor rows = as_contiguous(x), dy = as_contiguous(grad_y);
-  if (weight_route) {
-    const ScalarType dtype = weight.scalar_type(), work = work_dtype(weight);
-    const Tensor w = cast(weight, work), a = cast(lora_A, work), b = cast(lora_B, work);
-    const auto run = [&]<typename T>(T) {
-      return is_small<T>(p, x, w) ? small_backward<T>(p, dy, rows, w, a, b, scaling, need)
-                                  : weight_backward<T>(p, dy, rows, w, a, b, scaling, need);
-    };
-    const Gradients g = work == ScalarType::Double ? run(double{}) : run(float{});
-    return {g.x, cast(g.weight, dtype), g.bias, need.A ? cast(g.A, dtype) : none(dtype),
-            need.B ? cast(g.B, dtype) : none(dtype)};
-  }
+FiveTensors lora_linear_token_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                                       const Tensor& lora_A, const Tensor& lora_B,
+                                       const Tensor& task_ptr, const Tensor& shrunk, double scaling,
+                                       double dropout_p, const std::optional<Tensor>& seed,
+                                       bool need_x, bool need_weight, bool need_bias, bool need_A,
+                                       bool need_B) {
+  const char* op = "lora_linear_token_backward";
+  const Problem p = check_problem(op, x, weight, lora_A, lora_B, task_ptr);
+  check_grad(op, p, x, grad_y);
+  check_token_route(op, x, weight, dropout_p, seed);
   const ScalarType dtype = x.scalar_type(), work = work_dtype(x);
   check_shape(op, "shrunk", shrunk, {p.rows, p.rank});
   check_dtype(op, "shrunk", shrunk, work);
+  const Needs need{need_x, need_weight, need_bias, need_A, need_B};
+  const Tensor rows = as_contiguous(x), dy = as_contiguous(grad_y);
   const Gradients g{need.x ? cast(mm(dy, weight), work) : none(work),
                     need.weight ? mm(transposed(dy), rows) : none(work),
                     need.bias ? empty({p.out}, work) : none(work),
@@ -435,8 +484,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(metalora, CPU, m) {
-  m.impl("lora_linear", TORCH_BOX(&lora_linear));
-  m.impl("lora_linear_backward", TORCH_BOX(&lora_linear_backward));
+  m.impl("lora_linear_weight", TORCH_BOX(&lora_linear_weight));
+  m.impl("lora_linear_weight_backward", TORCH_BOX(&lora_linear_weight_backward));
+  m.impl("lora_linear_token", TORCH_BOX(&lora_linear_token));
+  m.impl("lora_linear_token_backward", TORCH_BOX(&lora_linear_token_backward));
 }
 
 }  // namespace metalora::cpu

@@ -46,7 +46,7 @@ def _refuse(name: str) -> Callable[..., None]:
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         raise RuntimeError(
             f"torch.ops.metalora.{name} was called on a tensor that requires grad, but has no "
-            f"autograd of its own; call the function of that name in metalora.ops"
+            f"autograd of its own; call the public function in metalora.ops or metalora.linear"
         )
 
     return setup_context

@@ -124,9 +124,9 @@ def _run(
     on_cpu = weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and task_ptr.is_cpu
     if not on_cpu or (bias is not None and not bias.is_cpu):
         _check(x, weight, bias, lora_A, lora_B, task_ptr)
-    return _LoraLinear.apply(
-        x, weight, bias, lora_A, lora_B, task_ptr, seed, scaling, dropout_p, route == "weight"
-    )
+    if route == "weight":
+        return _WeightRoute.apply(x, weight, bias, lora_A, lora_B, task_ptr, scaling)
+    return _TokenRoute.apply(x, weight, bias, lora_A, lora_B, task_ptr, scaling, dropout_p, seed)
 
 
 def lora_linear_route(
@@ -235,7 +235,7 @@ def _weight_route_from(in_features: int, out_features: int) -> float:
     return _WEIGHT_ROUTE_FROM * in_features * out_features / max(1, in_features + out_features)
 
 
-class _LoraLinear(torch.autograd.Function):
+class _WeightRoute(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -245,43 +245,96 @@ class _LoraLinear(torch.autograd.Function):
         lora_A: Tensor,
         lora_B: Tensor,
         task_ptr: Tensor,
-        seed: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, lora_A, lora_B, task_ptr)
+        ctx.scaling = scaling
+        return call("lora_linear_weight", x, weight, bias, lora_A, lora_B, task_ptr, scaling)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
+        needed = ctx.needs_input_grad[:5]
+        arguments = (grad_y, *ctx.saved_tensors, ctx.scaling)
+        if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated
+            gradients = _differentiable_gradients(*arguments)
+        else:
+            gradients = call("lora_linear_weight_backward", *arguments, *needed)
+        return *where_needed(needed, gradients), None, None
+
+
+class _TokenRoute(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        task_ptr: Tensor,
         scaling: float,
         dropout_p: float,
-        weight_route: bool,
+        seed: Tensor | None,
     ) -> Tensor:
-        y, shrunk = call(
-            "lora_linear",
-            *(x, weight, bias, lora_A, lora_B, task_ptr, scaling, dropout_p, seed, weight_route),
-        )
+        arguments = (x, weight, bias, lora_A, lora_B, task_ptr, scaling, dropout_p, seed)
+        y, shrunk = call("lora_linear_token", *arguments)
         ctx.save_for_backward(x, weight, lora_A, lora_B, task_ptr, shrunk, seed)
-        ctx.options = scaling, dropout_p, weight_route
+        ctx.scaling, ctx.dropout_p = scaling, dropout_p
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
-        x, weight, lora_A, lora_B, task_ptr, shrunk, seed = ctx.saved_tensors
-        scaling, dropout_p, weight_route = ctx.options
         needed = ctx.needs_input_grad[:5]
+        x, weight, lora_A, lora_B, task_ptr, shrunk, seed = ctx.saved_tensors
+        scaling, dropout_p = ctx.scaling, ctx.dropout_p
         if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated
-            wide = weight.dtype  # at least as wide as x's
-            exact = reference.lora_linear_backward(
-                *(grad_y.to(wide), x.to(wide), weight, lora_A, lora_B),
-                *(task_ptr, scaling, dropout_p, seed),
+            gradients = _differentiable_gradients(
+                grad_y, x, weight, lora_A, lora_B, task_ptr, scaling, dropout_p, seed
             )
-            dtypes = (x.dtype, wide, grad_y.dtype, wide, wide)
-            gradients = tuple(g.to(d) for g, d in zip(exact, dtypes, strict=True))
         else:
             gradients = call(
-                "lora_linear_backward",
-                *(grad_y, x, weight, lora_A, lora_B, task_ptr, shrunk, scaling, dropout_p, seed),
-                *(weight_route, *needed),
+                "lora_linear_token_backward",
+                *(grad_y, x, weight, lora_A, lora_B, task_ptr, shrunk),
+                *(scaling, dropout_p, seed, *needed),
             )
-        return *where_needed(needed, gradients), *[None] * 5
+        return *where_needed(needed, gradients), *[None] * 4
 
 
-@register("lora_linear")
-def _fake(
+def _differentiable_gradients(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    task_ptr: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    wide = weight.dtype  # at least as wide as that of x
+    exact = reference.lora_linear_backward(
+        *(grad_y.to(wide), x.to(wide), weight, lora_A, lora_B),
+        *(task_ptr, scaling, dropout_p, seed),
+    )
+    dtypes = (x.dtype, wide, grad_y.dtype, wide, wide)
+    return tuple(g.to(d) for g, d in zip(exact, dtypes, strict=True))
+
+
+@register("lora_linear_weight")
+def _weight_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    task_ptr: Tensor,
+    scaling: float,
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@register("lora_linear_token")
+def _token_fake(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -291,15 +344,28 @@ def _fake(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
-    weight_route: bool,
 ) -> tuple[Tensor, Tensor]:
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    shrunk = (0,) if weight_route else (x.shape[0], lora_A.shape[1])
-    return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty(shrunk, dtype=work)
+    y = x.new_empty((x.shape[0], weight.shape[0]))
+    return y, x.new_empty((x.shape[0], lora_A.shape[1]), dtype=work)
 
 
-@register("lora_linear_backward")
-def _backward_fake(
+@register("lora_linear_weight_backward")
+def _weight_backward_fake(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    task_ptr: Tensor,
+    scaling: float,
+    *needed: bool,
+) -> tuple[Tensor, ...]:
+    return _empty_gradients(x, weight, lora_A, lora_B, needed)
+
+
+@register("lora_linear_token_backward")
+def _token_backward_fake(
     grad_y: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -310,19 +376,19 @@ def _backward_fake(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
-    weight_route: bool,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-    need_A: bool,
-    need_B: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape if need_x else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        x.new_empty((weight.shape[0],) if need_bias else (0,)),
-        lora_A.new_empty(lora_A.shape if need_A else (0,)),
-        lora_B.new_empty(lora_B.shape if need_B else (0,)),
+    *needed: bool,
+) -> tuple[Tensor, ...]:
+    return _empty_gradients(x, weight, lora_A, lora_B, needed)
+
+
+def _empty_gradients(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, needed: tuple[bool, ...]
+) -> tuple[Tensor, ...]:
+    like = (x, weight, x, lora_A, lora_B)
+    shapes = (x.shape, weight.shape, weight.shape[:1], lora_A.shape, lora_B.shape)
+    return tuple(
+        t.new_empty(shape if need else (0,))
+        for t, shape, need in zip(like, shapes, needed, strict=True)
     )
 
 

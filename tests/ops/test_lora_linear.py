@@ -273,53 +273,41 @@ def test_torch_compile_fullgraph_without_recompiling(native: None) -> None:
     assert recompiles["unique_graphs"] == before + 1
 
 
-@pytest.mark.parametrize("weight_route", [False, True])
-@pytest.mark.parametrize("sizes", [(10, 10, 1), (40, 33, 3)], ids=str)
-def test_opcheck(native: None, weight_route: bool, sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("sizes", [(10, 10, 1), (40, 33, 3), (70, 33, 3)], ids=str)
+def test_opcheck(native: None, sizes: tuple[int, int, int]) -> None:
+    raw, check = torch.ops.metalora, torch.library.opcheck
     p = problem((5, 0, 31), sizes, dtype=torch.float32, grad=False)
-    arguments = (*p.tensors, p.task_ptr, 0.5, 0.0, None, weight_route)
-    torch.library.opcheck(torch.ops.metalora.lora_linear.default, arguments)
-    _, shrunk = torch.ops.metalora.lora_linear(*arguments)
     x, weight, _, lora_A, lora_B = p.tensors
-    grad_y = torch.randn(36, sizes[1])
-    for needs in ([True] * 5, [False, True, False, True, False]):
-        torch.library.opcheck(
-            torch.ops.metalora.lora_linear_backward.default,
-            (
-                grad_y,
-                x,
-                weight,
-                lora_A,
-                lora_B,
-                p.task_ptr,
-                shrunk,
-                0.5,
-                0.0,
-                None,
-                weight_route,
-                *needs,
-            ),
-        )
+    inputs = (*p.tensors, p.task_ptr, 0.5)
+    saved = (torch.randn(36, sizes[1]), x, weight, lora_A, lora_B, p.task_ptr)
+    check(raw.lora_linear_weight.default, inputs)
+    check(raw.lora_linear_token.default, (*inputs, 0.0, None))
+    check(raw.lora_linear_token.default, (*inputs, 0.3, torch.tensor(5)))
+    _, shrunk = raw.lora_linear_token(*inputs, 0.0, None)
+    for needs in ([True] * 5, [False, True, False, True, False], [False] * 5):
+        check(raw.lora_linear_weight_backward.default, (*saved, 0.5, *needs))
+        check(raw.lora_linear_token_backward.default, (*saved, shrunk, 0.5, 0.0, None, *needs))
 
 
 def test_raw_operators_refuse_tensors_that_need_grad(native: None) -> None:
     p = problem()
-    with pytest.raises(RuntimeError, match=r"call the function of that name in metalora\.ops"):
-        torch.ops.metalora.lora_linear(*p.tensors, p.task_ptr, 1.0, 0.0, None, False)
+    for name, rest in (("lora_linear_weight", ()), ("lora_linear_token", (0.0, None))):
+        with pytest.raises(RuntimeError, match=r"has no autograd of its own; call .*metalora\.ops"):
+            getattr(torch.ops.metalora, name)(*p.tensors, p.task_ptr, 1.0, *rest)
 
 
 def test_raw_operators_check_the_seed(native: None) -> None:
     p = problem(grad=False)
     for seed in (torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)):
         with pytest.raises(RuntimeError, match=r"lora_linear: seed must have 0 dimensions"):
-            torch.ops.metalora.lora_linear(*p.tensors, p.task_ptr, 1.0, 0.5, seed, False)
+            torch.ops.metalora.lora_linear_token(*p.tensors, p.task_ptr, 1.0, 0.5, seed)
 
 
 @pytest.mark.parametrize("pointers", [[0, 5, 4, 7], [1, 2, 3, 7], [0, 2, 3, 9], [0, -3, 3, 7]])
 def test_raw_operators_never_read_outside(native: None, pointers: list[int]) -> None:
     p = problem((2, 3, 2), grad=False)
     with pytest.raises(RuntimeError, match=r"lora_linear: task_ptr must"):
-        torch.ops.metalora.lora_linear(*p.tensors, torch.tensor(pointers), 1.0, 0.0, None, False)
+        torch.ops.metalora.lora_linear_weight(*p.tensors, torch.tensor(pointers), 1.0)
 
 
 def test_switching_native_off_changes_what_runs(native: None, monkeypatch) -> None:
@@ -330,7 +318,7 @@ def test_switching_native_off_changes_what_runs(native: None, monkeypatch) -> No
     monkeypatch.setattr(module, "call", lambda name, *a: called.append(name) or original(name, *a))
     p = problem()
     ops.lora_linear(*p.tensors, p.task_ptr).sum().backward()
-    assert called == ["lora_linear", "lora_linear_backward"]
+    assert called == ["lora_linear_weight", "lora_linear_weight_backward"]
     called.clear()
     monkeypatch.setattr(module, "native_available", lambda device="cpu": False)
     ops.lora_linear(*p.tensors, p.task_ptr).sum().backward()
@@ -376,12 +364,10 @@ class TestRoutes:
     @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
     def test_auto_takes_what_it_says(self, monkeypatch, sizes, rows, dropout_p) -> None:
         p = problem(rows, sizes)
-        """The route of a call shows in whether the raw operator is told to take the weights."""
         choice = ops.lora_linear_route(p.x, p.weight, p.lora_A, dropout_p=dropout_p)
         module = __import__("sys").modules["metalora.ops.lora_linear"]
         taken = []
         original = module.call
-        monkeypatch.setattr(module, "call", lambda *a: taken.append(a[-1]) or original(*a))
+        monkeypatch.setattr(module, "call", lambda *a: taken.append(a[0]) or original(*a))
         ops.lora_linear(*p.tensors, p.task_ptr, dropout_p=dropout_p)
-        wanted = {"reference": [], "weight": [True], "token": [False]}[choice.route]
-        assert taken == wanted
+        assert taken == ([] if choice.route == "reference" else [f"lora_linear_{choice.route}"])

@@ -1,0 +1,67 @@
+"""What the README shows runs as it stands there, in order, on a small model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from metalora import meta
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).relu())
+
+
+def snippets() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    images, labels, ids = torch.randn(40, 6), torch.randint(2, (40,)), torch.arange(40) % 10
+    shuffled = torch.randperm(40)
+    names: dict[str, Any] = {
+        "model": Model(),
+        "images": images,
+        "labels": labels,
+        "task_ids": ids,
+        "loader": [(images[shuffled], labels[shuffled], ids[shuffled])],
+        "few_samples": meta.RoundLoader(
+            images[:8], labels[:8], torch.zeros(8, dtype=torch.int64), batch_size=4, seed=0
+        ),
+    }
+    before = {name: value.clone() for name, value in Model().state_dict().items()}
+    first, second = snippets()
+    exec(first, names)
+    assert set(torch.load("retrained.pt")) == set(before)
+    assert not any(hasattr(m, "lora_A") for m in names["plain"].modules())
+    names["task_ids"] = ids  # the first snippet's loop has bound the name
+    exec(second.replace("epochs=100", "epochs=2"), names)
+    assert names["model"].body.lora_A.shape == (1, 1, 6)
+
+
+def test_commands_are_the_makefile_s() -> None:
+    makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"make (\w+)", README.read_text(encoding="utf-8")):
+        if target not in ("and", "runs"):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_named_file_exists() -> None:
+    text = README.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (README.parent / link).exists(), link
+    assert "@@" not in text
