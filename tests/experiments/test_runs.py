@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import metalora
 from experiments import cli
 from experiments.runs import RunError, RunFolder
+from tests.processes import start_interruptible
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -195,13 +195,10 @@ with RunFolder.create(Path(sys.argv[1]), Settings(), experiment="test") as run:
 def test_a_stopped_run_is_readable_and_goes_on(
     tmp_path: Path, number: int, code: int, status: str
 ) -> None:
-    process = subprocess.Popen(
+    process = start_interruptible(
         [sys.executable, "-c", WORKER, str(tmp_path / "run")],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

@@ -17,6 +17,7 @@ from experiments.runs import RunFolder
 from experiments.synthetic import linear
 from experiments.synthetic.__main__ import main
 from experiments.synthetic.settings import LinearSettings
+from tests.processes import start_interruptible
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ["experiment", "vary", "setting", "method", "trial", "metric", "value"]
@@ -38,12 +39,9 @@ def results(folder: Path) -> list[dict[str, str]]:
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     """Starts the command in a process of its own."""
-    return subprocess.Popen(
+    return start_interruptible(
         [sys.executable, "-m", "experiments.synthetic", *arguments],
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
     )
 
 
