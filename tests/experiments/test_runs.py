@@ -200,11 +200,14 @@ def test_a_stopped_run_is_readable_and_goes_on(
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(0.2)  # into the middle of the writing
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.2)  # into the middle of the writing
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()  # it would write for ever
     assert process.returncode == code
     if number != signal.SIGKILL:
         assert errors.count("\n") == 1 and "--resume" in errors
