@@ -16,7 +16,7 @@ from experiments.runs import MANIFEST, RunError, RunFolder, default_folder, stan
 from experiments.vision.settings import FINETUNES, METHODS
 
 NAMES = {"lora": "LoRA", "last-layer": "last layer"}
-VISION_SEEDS = 4
+VISION_SEEDS = 3
 VISION_SHOTS = ("10",)
 
 

@@ -45,8 +45,9 @@ def lora_linear(
 ) -> Tensor:
     """y_t = x_t Wᵀ + b + s · drop(x_t) A_tᵀ B_tᵀ for the rows x_t of every task t (paper, eq. 6).
 
-    Differentiable any number of times in x, weight, bias, lora_A and lora_B. Under autocast, x and
-    bias are cast to its dtype, and so are the weights once the LoRA update is in.
+    Differentiable any number of times in x, weight, bias, lora_A and lora_B; under `torch.func`
+    with route="reference" only. Under autocast, x and bias are cast to its dtype, and so are the
+    weights once the LoRA update is in.
 
     Args:
         x: [M, in], rows sorted by task.

@@ -371,3 +371,14 @@ class TestRoutes:
         monkeypatch.setattr(module, "call", lambda *a: taken.append(a[0]) or original(*a))
         ops.lora_linear(*p.tensors, p.task_ptr, dropout_p=dropout_p)
         assert taken == ([] if choice.route == "reference" else [f"lora_linear_{choice.route}"])
+
+
+def test_torch_func_on_the_reference_route() -> None:
+    p = problem(grad=False)
+
+    def loss(weight: Tensor) -> Tensor:
+        y = ops.lora_linear(p.x, weight, p.bias, p.lora_A, p.lora_B, p.task_ptr, route="reference")
+        return y.square().sum()
+
+    wanted = torch.autograd.functional.jacobian(loss, p.weight)
+    torch.testing.assert_close(torch.func.grad(loss)(p.weight), wanted)
