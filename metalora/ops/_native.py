@@ -10,10 +10,14 @@ from torch import Tensor
 
 from metalora._library import native_available
 
+_raw: dict[str, Any] = {}
+
 
 def raw(name: str) -> Any:
-    """The raw operator ``torch.ops.metalora.<name>``."""
-    return getattr(torch.ops.metalora, name).default
+    """The raw operator ``torch.ops.metalora.<name>``, looked up once."""
+    if name not in _raw:
+        _raw[name] = getattr(torch.ops.metalora, name).default
+    return _raw[name]
 
 
 def call(name: str, *arguments: Any) -> Any:
