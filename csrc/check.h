@@ -76,4 +76,13 @@ inline void check_float(const char* op, const char* name, const Tensor& tensor) 
                  torch::headeronly::toString(dtype));
 }
 
+inline void check_dropout_mask(const Tensor& seed, double p, int64_t rows, int64_t columns) {
+  const char* op = "dropout_mask";
+  check_dim(op, "seed", seed, 0);
+  check_dtype(op, "seed", seed, ScalarType::Long);
+  METALORA_CHECK(p >= 0 && p < 1, op, ": p must be in [0, 1), got ", p);
+  METALORA_CHECK(rows >= 0 && columns >= 0, op, ": rows and columns must not be negative, got ",
+                 rows, " and ", columns);
+}
+
 }  // namespace metalora

@@ -7,12 +7,7 @@ namespace {
 
 // seed int64 [] -> bool [rows, columns], true where dropout keeps the element
 Tensor dropout_mask(const Tensor& seed, double p, int64_t rows, int64_t columns) {
-  const char* op = "dropout_mask";
-  check_dim(op, "seed", seed, 0);
-  check_dtype(op, "seed", seed, ScalarType::Long);
-  METALORA_CHECK(p >= 0 && p < 1, op, ": p must be in [0, 1), got ", p);
-  METALORA_CHECK(rows >= 0 && columns >= 0, op, ": rows and columns must not be negative, got ",
-                 rows, " and ", columns);
+  check_dropout_mask(seed, p, rows, columns);
   Tensor kept = torch::stable::new_empty(seed, {rows, columns}, ScalarType::Bool);
   const Dropout dropout{static_cast<uint64_t>(*data<int64_t>(seed)), dropout_threshold(p),
                         1 / (1 - p)};

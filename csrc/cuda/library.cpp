@@ -20,12 +20,7 @@ cudaStream_t current_stream(const Tensor& tensor) {
 
 // seed int64 [] -> bool [rows, columns], true where dropout keeps the element
 Tensor dropout_mask(const Tensor& seed, double p, int64_t rows, int64_t columns) {
-  const char* op = "dropout_mask";
-  check_dim(op, "seed", seed, 0);
-  check_dtype(op, "seed", seed, ScalarType::Long);
-  METALORA_CHECK(p >= 0 && p < 1, op, ": p must be in [0, 1), got ", p);
-  METALORA_CHECK(rows >= 0 && columns >= 0, op, ": rows and columns must not be negative, got ",
-                 rows, " and ", columns);
+  check_dropout_mask(seed, p, rows, columns);
   const torch::stable::accelerator::DeviceGuard guard(seed.get_device_index());
   Tensor kept = torch::stable::new_empty(seed, {rows, columns}, ScalarType::Bool);
   launch_dropout_mask(static_cast<bool*>(kept.mutable_data_ptr()),

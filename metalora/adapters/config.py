@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any
 
 from metalora._checks import check_choice, check_count, check_nonnegative, check_positive
-from metalora.nn.lora_linear import ROUTES
+from metalora.ops import ROUTES
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ from metalora.nn.layer import TaskLayer, as_linear, new_parameter, share_paramet
 from metalora.nn.task_batch import TaskBatch
 from metalora.nn.warn import warn_user
 
-ROUTES = ("auto", "weight", "token", "reference")
-
 
 class MultiTaskLoRALinear(TaskLayer):
     """y = x (W + s·B_t A_t)ᵀ + b, with s = alpha / rank and the sample's own task t (paper, eq. 6).
@@ -95,7 +93,7 @@ class MultiTaskLoRALinear(TaskLayer):
         self.dropout = check_nonnegative(function, "dropout", dropout)
         if self.dropout >= 1:
             raise ValueError(f"{function}: dropout must be >= 0 and < 1, got {dropout}")
-        self.route = check_choice(function, "route", route, ROUTES)
+        self.route = check_choice(function, "route", route, ops.ROUTES)
         note_rank(self._where(), rank, self.in_features, self.out_features)
         share_parameters(self, linear)
         self.lora_A = new_parameter(self.weight, self.num_tasks, rank, self.in_features)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from metalora import ops
 from metalora._checks import check_choice, check_count, check_positive
 from metalora.nn.layer import TaskLayer, as_linear, new_parameter, share_parameters
-from metalora.nn.lora_linear import ROUTES, note_rank
+from metalora.nn.lora_linear import note_rank
 from metalora.nn.task_batch import TaskBatch
 
 
@@ -87,7 +87,7 @@ class SymmetricLoRALinear(TaskLayer):
         self.rank = check_count(function, "rank", rank)
         self.alpha = float(rank) if alpha is None else check_positive(function, "alpha", alpha)
         self.scaling = self.alpha / self.rank
-        self.route = check_choice(function, "route", route, ROUTES)
+        self.route = check_choice(function, "route", route, ops.ROUTES)
         note_rank(self._where(), rank, self.in_features, self.out_features)
         share_parameters(self, linear)
         self.lora_U = new_parameter(self.weight, self.num_tasks, self.in_features, rank)

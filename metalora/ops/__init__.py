@@ -5,11 +5,18 @@ the same results to rounding.
 """
 
 from metalora.ops.dropout import dropout_mask
-from metalora.ops.lora_linear import RouteChoice, choose_route, lora_linear, lora_linear_route
+from metalora.ops.lora_linear import (
+    ROUTES,
+    RouteChoice,
+    choose_route,
+    lora_linear,
+    lora_linear_route,
+)
 from metalora.ops.merge_lora import merge_lora, merge_lora_symmetric
 from metalora.ops.task_matvec import task_matvec
 
 __all__ = [
+    "ROUTES",
     "RouteChoice",
     "choose_route",
     "dropout_mask",

@@ -96,7 +96,7 @@ def _run(
     route: str,
 ) -> Tensor:
     device_type = x.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+    if _autocasting(device_type):
         x, bias = _autocast(x), None if bias is None else _autocast(bias)
     scaling = check_scaling("lora_linear", scaling)
     if dropout_p != 0:
@@ -143,7 +143,7 @@ def lora_linear_route(
     """
     check_float("lora_linear_route", "x", x)
     device_type = x.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+    if _autocasting(device_type):
         x = _autocast(x)
     return choose_route(
         rows=x.shape[0],
@@ -391,6 +391,10 @@ def _empty_gradients(
         t.new_empty(shape if need else (0,))
         for t, shape, need in zip(like, shapes, needed, strict=True)
     )
+
+
+def _autocasting(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _autocast(tensor: Tensor) -> Tensor:
