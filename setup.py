@@ -23,7 +23,9 @@ from setuptools import setup
 MODES = ("auto", "cpu", "cuda", "none")
 # The oldest torch whose stable ABI is used: 2.11.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-ARCHITECTURES = "8.0;9.0a+PTX"
+# PTX of 9.0 and not of 9.0a, which no newer GPU runs.
+ARCHITECTURES = "8.0;9.0+PTX"
+NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", TORCH_TARGET, "-DUSE_CUDA"]
 DEFAULT_TOOLKIT = "/usr/local/cuda"
 
 
@@ -81,7 +83,8 @@ def extensions(cuda: bool) -> list[Any]:
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     # Fused multiply-adds and `omp simd` reductions are asked for by name; fast-math is not.
-    cxx = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fopenmp-simd", "-Wall", TORCH_TARGET]
+    cxx = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fopenmp-simd", "-fvisibility=hidden"]
+    cxx += ["-Wall", TORCH_TARGET]
     version = f'-DMETALORA_TORCH_VERSION="{torch.__version__}"'
     built = [
         CppExtension(
@@ -92,6 +95,7 @@ def extensions(cuda: bool) -> list[Any]:
         )
     ]
     if cuda:
+        architectures = f'-DMETALORA_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"'
         sources = [
             *sorted(map(str, Path("csrc/cuda").glob("*.cpp"))),
             *sorted(map(str, Path("csrc/cuda").glob("*.cu"))),
@@ -101,8 +105,8 @@ def extensions(cuda: bool) -> list[Any]:
                 "metalora._C_cuda",
                 sources,
                 extra_compile_args={
-                    "cxx": [*cxx, "-DUSE_CUDA"],
-                    "nvcc": ["-O3", "-std=c++20", "-lineinfo", TORCH_TARGET, "-DUSE_CUDA"],
+                    "cxx": [*cxx, "-DUSE_CUDA", architectures],
+                    "nvcc": NVCC_FLAGS,
                 },
             )
         )

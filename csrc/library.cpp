@@ -1,57 +1,10 @@
-// Every operator's schema on one screen, and the pybind11 module `metalora._C` (how it was built).
-// Shapes, the mathematics and the meaning of each argument: metalora/reference.
+// The operators' namespace, and the pybind11 module `metalora._C` (how it was built).
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(metalora, m) {
-  // The two routes of lora_linear; `shrunk` [M, r] is what the token route keeps for backward.
-  // Gradients that are not needed come back as empty tensors.
-  m.def(
-      "lora_linear_weight(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
-      "Tensor task_ptr, float scaling) -> Tensor");
-  m.def(
-      "lora_linear_weight_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor lora_A, "
-      "Tensor lora_B, Tensor task_ptr, float scaling, "
-      "bool need_x, bool need_weight, bool need_bias, bool need_A, bool need_B) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "lora_linear_token(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
-      "Tensor task_ptr, float scaling, float dropout_p, Tensor? seed) "
-      "-> (Tensor y, Tensor shrunk)");
-  m.def(
-      "lora_linear_token_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor lora_A, "
-      "Tensor lora_B, Tensor task_ptr, Tensor shrunk, float scaling, float dropout_p, "
-      "Tensor? seed, bool need_x, bool need_weight, bool need_bias, bool need_A, bool need_B) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+#include "schemas.h"
 
-  m.def("merge_lora(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor");
-  m.def(
-      "merge_lora_backward(Tensor grad, Tensor lora_A, Tensor lora_B, float scaling) "
-      "-> (Tensor, Tensor, Tensor)");
-  m.def("merge_lora_symmetric(Tensor weight, Tensor lora_U) -> Tensor");
-  m.def("merge_lora_symmetric_backward(Tensor grad, Tensor lora_U) -> (Tensor, Tensor)");
-
-  m.def("task_matvec(Tensor weight, Tensor x, Tensor? lora_U) -> Tensor");
-  m.def(
-      "task_matvec_backward(Tensor grad_y, Tensor weight, Tensor x, Tensor? lora_U, "
-      "bool need_weight, bool need_x, bool need_U) -> (Tensor, Tensor, Tensor)");
-
-  m.def("dropout_mask(Tensor seed, float p, int rows, int columns) -> Tensor");
-
-  // Whole trainings of the paper's linear model on sufficient statistics, batched over the first
-  // dimension; the last result of each is the step at which a training diverged, or 0.
-  m.def(
-      "linear_retrain_lora_ml(Tensor gram, Tensor cross, Tensor energy, Tensor weight, "
-      "Tensor factors, int count, int outer_steps, int inner_steps, float outer_lr, "
-      "float inner_lr) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "linear_retrain_standard(Tensor gram, Tensor cross, Tensor energy, Tensor weight, "
-      "int count, int steps, float lr) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "linear_finetune_lora(Tensor gram, Tensor cross, Tensor energy, Tensor weight, "
-      "Tensor factor_u, Tensor factor_v, Tensor? truth, int count, int steps, float lr) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY(metalora, m) { metalora::define_operators(m); }
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "metalora's native CPU operators, registered as torch.ops.metalora.*";

@@ -35,6 +35,8 @@ def main() -> None:
         "CPU library": info["cpu"],
         "CUDA library": info["cuda"],
     }
+    if "architectures" in info:
+        lines["built for"] = f"compute capability {info['architectures']}"
     if "compiler" in info:
         lines["built with"] = f"torch {info['torch']}, {info['compiler']}"
     for name, text in lines.items():

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _REINSTALL = "METALORA_BUILD={} pip install --no-build-isolation --force-reinstall --no-deps ."
 
@@ -25,20 +31,24 @@ def _load_cpu() -> tuple[ModuleType | None, str]:
         return None, f"built, but does not load: {_first_line(error)}; to rebuild: {how}"
 
 
-def _load_cuda(cpu: ModuleType | None) -> tuple[bool, str]:
+def _load_cuda(cpu: ModuleType | None) -> tuple[str | None, str]:
+    """The architectures that the CUDA library was built for, None without it; and its state."""
     if cpu is None:
-        return False, "needs the CPU library, which defines the operators"
+        return None, f"needs the CPU library, which is {cpu_status}"
     if torch.version.cuda is None:
-        return False, f"torch {torch.__version__} has no CUDA"
+        return None, f"torch {torch.__version__} has no CUDA"
     path = _built("_C_cuda")
     if path is None:
         how = _REINSTALL.format("cuda")
-        return False, f"not built (no matching CUDA toolkit was found); to build: {how}"
+        return None, f"not built (no matching CUDA toolkit was found); to build: {how}"
     try:
         torch.ops.load_library(str(path))
-    except (ImportError, OSError) as error:
-        return False, f"built, but does not load: {_first_line(error)}"
-    return True, "loaded"
+        architectures = ctypes.CDLL(str(path)).metalora_cuda_architectures
+    except (ImportError, OSError, AttributeError) as error:
+        how = _REINSTALL.format("cuda")
+        return None, f"built, but does not load: {_first_line(error)}; to rebuild: {how}"
+    architectures.restype = ctypes.c_char_p
+    return architectures().decode(), "loaded"
 
 
 def _built(name: str) -> Path | None:
@@ -54,20 +64,82 @@ def _first_line(error: BaseException) -> str:
 
 
 _cpu_module, cpu_status = _load_cpu()
-_cuda_loaded, cuda_status = _load_cuda(_cpu_module)
+_cuda_architectures, cuda_status = _load_cuda(_cpu_module)
 
 
 def native_available(device_type: str = "cpu") -> bool:
     """Whether native kernels for tensors of this device type ("cpu" or "cuda") are loaded."""
     if device_type == "cpu":
         return _cpu_module is not None
-    return device_type == "cuda" and _cuda_loaded
+    return device_type == "cuda" and _cuda_architectures is not None
+
+
+def constant_when_compiled(function: F) -> F:
+    """Marks a function whose result torch.compile takes as a constant.
+
+    As torch.compiler.assume_constant_result does, which imports the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled
+def gpu_problem(index: int) -> str | None:
+    """Why the CUDA kernels cannot run on this GPU, or None where they can."""
+    return _gpu_problem(index)
+
+
+@functools.cache
+def _gpu_problem(index: int) -> str | None:
+    if _cuda_architectures is None:
+        return f"the native CUDA library is {cuda_status}"
+    capability = torch.cuda.get_device_capability(index)
+    if runs_on(_cuda_architectures, capability):
+        return None
+    return (
+        f"the native CUDA library was built for compute capability {_cuda_architectures}, and "
+        f"{torch.cuda.get_device_name(index)} has {capability[0]}.{capability[1]}; to build for "
+        f"it: TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]} {_REINSTALL.format('cuda')}"
+    )
+
+
+def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for these architectures ("8.0;9.0+PTX") runs on a GPU of this capability.
+
+    Machine code runs on GPUs of the same major version from its own minor version on, PTX on all
+    newer GPUs, and what is specific to an architecture ("9.0a") on that alone.
+    """
+    for entry in architectures.replace(" ", ";").split(";"):
+        number, _, ptx = entry.partition("+")
+        major, minor = (int(part) for part in number.rstrip("af").split("."))
+        if number[-1].isalpha():
+            fits = capability == (major, minor)
+        else:
+            newer = bool(ptx) and capability >= (major, minor)
+            fits = newer or (capability[0] == major and capability[1] >= minor)
+        if fits:
+            return True
+    return False
+
+
+@constant_when_compiled
+def gpu_memory(index: int) -> int:
+    """Bytes of memory that this GPU has."""
+    return _gpu_memory(index)
+
+
+@functools.cache
+def _gpu_memory(index: int) -> int:
+    return torch.cuda.get_device_properties(index).total_memory
 
 
 def build_info() -> dict[str, str]:
     """The state of the native libraries: "cpu" and "cuda" say whether each is loaded or why not.
 
-    Where the CPU library is loaded, "compiler" and "torch" say what it was built with.
+    Where the CPU library is loaded, "compiler" and "torch" say what it was built with; where the
+    CUDA library is, "architectures" says for which GPUs.
     """
     built = dict(_cpu_module.build_info()) if _cpu_module is not None else {}
+    if _cuda_architectures is not None:
+        built["architectures"] = _cuda_architectures
     return {"cpu": cpu_status, "cuda": cuda_status, **built}

@@ -3,6 +3,7 @@
 // of which only `shrunk` is kept for backward. Weight route: each task's W_t = W + s B_t A_t is
 // formed in turn and used as a plain weight.
 #include "../philox.h"
+#include "../problems.h"
 #include "aten.h"
 #include "merge_lora.h"
 #include "small_product.h"
@@ -11,72 +12,6 @@
 namespace metalora::cpu {
 namespace {
 
-struct Problem {
-  int64_t rows, in, out, tasks, rank;
-  Tensor pointers;
-  const int64_t* task_ptr;  // [tasks + 1], the data of `pointers`
-};
-
-Problem check_problem(const char* op, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
-                      const Tensor& lora_B, const Tensor& task_ptr) {
-  check_dim(op, "x", x, 2);
-  check_dim(op, "weight", weight, 2);
-  check_dim(op, "lora_A", lora_A, 3);
-  check_dtype(op, "task_ptr", task_ptr, ScalarType::Long);
-  const Tensor pointers = as_contiguous(task_ptr);
-  const Problem p{x.size(0),      x.size(1), weight.size(0),         lora_A.size(0),
-                  lora_A.size(1), pointers,  data<int64_t>(pointers)};
-  METALORA_CHECK(p.tasks > 0 && p.rank > 0, op,
-                 ": lora_A must have at least one task and a rank of at least 1, got ",
-                 shape_text(lora_A));
-  check_shape(op, "weight", weight, {p.out, p.in});
-  check_shape(op, "lora_A", lora_A, {p.tasks, p.rank, p.in});
-  check_shape(op, "lora_B", lora_B, {p.tasks, p.out, p.rank});
-  check_shape(op, "task_ptr", task_ptr, {p.tasks + 1});
-  check_dtype(op, "lora_A", lora_A, weight.scalar_type());
-  check_dtype(op, "lora_B", lora_B, weight.scalar_type());
-  check_float(op, "x", x);
-  check_float(op, "weight", weight);
-  METALORA_CHECK(p.task_ptr[0] == 0 && p.task_ptr[p.tasks] == p.rows, op,
-                 ": task_ptr must start at 0 and end at M=", p.rows, ", got ", p.task_ptr[0],
-                 " and ", p.task_ptr[p.tasks]);
-  for (int64_t t = 0; t < p.tasks; ++t)
-    METALORA_CHECK(p.task_ptr[t] <= p.task_ptr[t + 1], op, ": task_ptr must not decrease, but has ",
-                   p.task_ptr[t], " before ", p.task_ptr[t + 1]);
-  return p;
-}
-
-void check_bias(const char* op, const Problem& p, const Tensor& x,
-                const std::optional<Tensor>& bias) {
-  if (!bias.has_value()) return;
-  check_shape(op, "bias", *bias, {p.out});
-  check_dtype(op, "bias", *bias, x.scalar_type());
-}
-
-void check_grad(const char* op, const Problem& p, const Tensor& x, const Tensor& grad_y) {
-  check_shape(op, "grad_y", grad_y, {p.rows, p.out});
-  check_dtype(op, "grad_y", grad_y, x.scalar_type());
-}
-
-// The weights may be float where the rows are shorter, as under autocast: W_t is rounded once.
-void check_weight_route(const char* op, const Tensor& x, const Tensor& weight) {
-  const ScalarType dtype = x.scalar_type();
-  const bool is_short = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-  if (weight.scalar_type() != ScalarType::Float || !is_short)
-    check_dtype(op, "x", x, weight.scalar_type());
-}
-
-void check_token_route(const char* op, const Tensor& x, const Tensor& weight, double dropout_p,
-                       const std::optional<Tensor>& seed) {
-  check_dtype(op, "x", x, weight.scalar_type());
-  METALORA_CHECK(dropout_p >= 0 && dropout_p < 1, op, ": dropout_p must be in [0, 1), got ",
-                 dropout_p);
-  METALORA_CHECK(dropout_p == 0 || seed.has_value(), op, ": dropout needs a seed");
-  if (!seed.has_value()) return;
-  check_dim(op, "seed", *seed, 0);
-  check_dtype(op, "seed", *seed, ScalarType::Long);
-}
-
 std::optional<Dropout> make_dropout(double p, const std::optional<Tensor>& seed) {
   if (p == 0) return std::nullopt;
   return Dropout{static_cast<uint64_t>(*data<int64_t>(*seed)), dropout_threshold(p), 1 / (1 - p)};
@@ -84,7 +19,7 @@ std::optional<Dropout> make_dropout(double p, const std::optional<Tensor>& seed)
 
 // B [T, out, r] with every task's matrix transposed, so that rows of `out` values lie together.
 template <typename T>
-std::unique_ptr<T[]> transposed_B(const Tensor& lora_B, const Problem& p) {
+std::unique_ptr<T[]> transposed_B(const Tensor& lora_B, const LoraProblem& p) {
   auto result = scratch<T>(p.tasks * p.rank * p.out);
   for (int64_t t = 0; t < p.tasks; ++t)
     transpose(result.get() + t * p.rank * p.out, data<T>(lora_B) + t * p.out * p.rank, p.out,
@@ -94,7 +29,7 @@ std::unique_ptr<T[]> transposed_B(const Tensor& lora_B, const Problem& p) {
 
 // y [M, out] += s · drop(x) Aᵀ Bᵀ; shrunk [M, r] = drop(x) Aᵀ.
 template <typename T>
-void token_forward(const Problem& p, T* y, T* shrunk, const T* x, const T* lora_A,
+void token_forward(const LoraProblem& p, T* y, T* shrunk, const T* x, const T* lora_A,
                    const Tensor& lora_B, double scaling, const std::optional<Dropout>& dropout) {
   const auto chunks = row_chunks(p.task_ptr, p.tasks);
   const auto Bt = transposed_B<T>(lora_B, p);
@@ -119,19 +54,11 @@ void token_forward(const Problem& p, T* y, T* shrunk, const T* x, const T* lora_
   parallel(static_cast<int64_t>(chunks.size()), rows_each(chunks) * p.rank * (p.in + p.out), body);
 }
 
-struct Needs {
-  bool x, weight, bias, A, B;
-};
-
-struct Gradients {
-  Tensor x, weight, bias, A, B;
-};
-
 // One pass over dY and x: grad_x [M, in] += drop(dS A), and the gradients of bias, A and B, with
 // dS [M, r] = s dY B. Sums run over the rows of a chunk and then over the chunks of a task, in
 // order.
 template <typename T>
-void token_backward(const Problem& p, const Gradients& gradients, const T* grad_y, const T* x,
+void token_backward(const LoraProblem& p, const Gradients& gradients, const T* grad_y, const T* x,
                     const T* lora_A, const Tensor& lora_B, const T* shrunk, double scaling,
                     const std::optional<Dropout>& dropout, const Needs& need) {
   const auto chunks = row_chunks(p.task_ptr, p.tasks);
@@ -205,48 +132,48 @@ void token_backward(const Problem& p, const Gradients& gradients, const T* grad_
   }
 }
 
-Tensor rows_of(const Tensor& matrix, const Problem& p, int64_t task) {
-  Tensor whole = matrix;
-  return torch::stable::narrow(whole, 0, p.task_ptr[task], p.task_ptr[task + 1] - p.task_ptr[task]);
-}
-
-// Calls body(t, W_t in the dtype of x) for every task that has rows, one after the other.
+// Calls body(t, W_t in the dtype of x) for every task that has rows, one after the other; W_t comes
+// from `merged` [T, out, in] where that is given.
 template <typename T, typename Body>
-void for_each_merged(const Problem& p, ScalarType dtype, const Tensor& weight, const Tensor& lora_A,
-                     const Tensor& lora_B, double scaling, const Body& body) {
-  const Tensor merged = empty({p.out, p.in}, weight.scalar_type());
+void for_each_merged(const LoraProblem& p, ScalarType dtype, const Tensor& weight,
+                     const Tensor& lora_A, const Tensor& lora_B, double scaling,
+                     const std::optional<Tensor>& merged, const Body& body) {
+  const Tensor own = merged ? none(dtype) : empty({p.out, p.in}, weight.scalar_type());
   for (int64_t t = 0; t < p.tasks; ++t) {
     if (p.task_ptr[t] == p.task_ptr[t + 1]) continue;
-    merge_task(mutable_data<T>(merged), data<T>(weight), data<T>(lora_A) + t * p.rank * p.in,
+    if (merged) {
+      body(t, torch::stable::select(*merged, 0, t));
+      continue;
+    }
+    merge_task(mutable_data<T>(own), data<T>(weight), data<T>(lora_A) + t * p.rank * p.in,
                data<T>(lora_B) + t * p.out * p.rank, static_cast<T>(scaling), p.out, p.in, p.rank);
-    body(t, cast(merged, dtype));
+    body(t, cast(own, dtype));
   }
 }
 
 template <typename T>
-Tensor weight_forward(const Problem& p, const Tensor& x, const Tensor& weight,
+Tensor weight_forward(const LoraProblem& p, const Tensor& x, const Tensor& weight,
                       const std::optional<Tensor>& bias, const Tensor& lora_A, const Tensor& lora_B,
-                      double scaling) {
+                      double scaling, const std::optional<Tensor>& merged) {
   const Tensor y = empty({p.rows, p.out}, x.scalar_type());
-  for_each_merged<T>(p, x.scalar_type(), weight, lora_A, lora_B, scaling,
-                     [&](int64_t t, const Tensor& merged) {
-                       linear_out(rows_of(y, p, t), rows_of(x, p, t), merged, bias);
-                     });
+  for_each_merged<T>(
+      p, x.scalar_type(), weight, lora_A, lora_B, scaling, merged,
+      [&](int64_t t, const Tensor& W) { linear_out(rows_of(y, p, t), rows_of(x, p, t), W, bias); });
   return y;
 }
 
 template <typename T>
-Gradients weight_backward(const Problem& p, const Tensor& grad_y, const Tensor& x,
+Gradients weight_backward(const LoraProblem& p, const Tensor& grad_y, const Tensor& x,
                           const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                          double scaling, const Needs& need) {
+                          double scaling, const std::optional<Tensor>& merged, const Needs& need) {
   const ScalarType dtype = x.scalar_type(), work = weight.scalar_type();
   Gradients gradients{need.x ? empty({p.rows, p.in}, dtype) : none(dtype),
                       need.weight ? empty({p.out, p.in}, work) : none(work), none(dtype),
                       empty({p.tasks, p.rank, p.in}, work), empty({p.tasks, p.out, p.rank}, work)};
   if (need.x)
-    for_each_merged<T>(p, dtype, weight, lora_A, lora_B, scaling,
-                       [&](int64_t t, const Tensor& merged) {
-                         mm_out(rows_of(gradients.x, p, t), rows_of(grad_y, p, t), merged);
+    for_each_merged<T>(p, dtype, weight, lora_A, lora_B, scaling, merged,
+                       [&](int64_t t, const Tensor& W) {
+                         mm_out(rows_of(gradients.x, p, t), rows_of(grad_y, p, t), W);
                        });
   if (need.weight) std::fill_n(mutable_data<T>(gradients.weight), p.out * p.in, T(0));
   if (need.weight || need.A || need.B)
@@ -273,7 +200,7 @@ Gradients weight_backward(const Problem& p, const Tensor& grad_y, const Tensor& 
 
 // The weight route of small layers keeps W_t in registers instead of calling the BLAS.
 template <typename T>
-bool is_small(const Problem& p, const Tensor& x, const Tensor& weight) {
+bool is_small(const LoraProblem& p, const Tensor& x, const Tensor& weight) {
   return std::max(p.in, p.out) <= kSmall<T> && x.scalar_type() == weight.scalar_type();
 }
 
@@ -291,7 +218,7 @@ std::unique_ptr<T[]> padded_rows(const T* matrix, int64_t rows, int64_t columns)
 // merged [T, rows, padded(columns)] = matrix [rows, columns] + scaling · left_t right_t, for every
 // task: left_t [rows, r] with the given strides, right_t [r, columns].
 template <typename T>
-std::unique_ptr<T[]> merge_small(const Problem& p, const T* matrix, const T* left,
+std::unique_ptr<T[]> merge_small(const LoraProblem& p, const T* matrix, const T* left,
                                  int64_t row_stride, int64_t rank_stride, const T* right,
                                  double scaling, int64_t rows, int64_t columns) {
   const int64_t stride = padded<T>(columns);
@@ -313,7 +240,7 @@ std::unique_ptr<T[]> merge_small(const Problem& p, const T* matrix, const T* lef
 }
 
 template <typename T>
-Tensor small_forward(const Problem& p, const Tensor& x, const Tensor& weight,
+Tensor small_forward(const LoraProblem& p, const Tensor& x, const Tensor& weight,
                      const std::optional<Tensor>& bias, const Tensor& lora_A, const Tensor& lora_B,
                      double scaling) {
   const Tensor y = empty({p.rows, p.out}, x.scalar_type());
@@ -336,7 +263,7 @@ Tensor small_forward(const Problem& p, const Tensor& x, const Tensor& weight,
 }
 
 template <typename T>
-Gradients small_backward(const Problem& p, const Tensor& grad_y, const Tensor& x,
+Gradients small_backward(const LoraProblem& p, const Tensor& grad_y, const Tensor& x,
                          const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
                          double scaling, const Needs& need) {
   const ScalarType dtype = x.scalar_type();
@@ -385,41 +312,40 @@ Gradients small_backward(const Problem& p, const Tensor& grad_y, const Tensor& x
   return gradients;
 }
 
-using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 Tensor lora_linear_weight(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                           const Tensor& lora_A, const Tensor& lora_B, const Tensor& task_ptr,
-                          double scaling) {
+                          double scaling, const std::optional<Tensor>& merged, bool /*tf32*/) {
   const char* op = "lora_linear";
-  const Problem p = check_problem(op, x, weight, lora_A, lora_B, task_ptr);
+  const LoraProblem p = check_lora_linear(op, x, weight, lora_A, lora_B, task_ptr);
   check_bias(op, p, x, bias);
-  check_weight_route(op, x, weight);
+  check_weight_route(op, p, x, weight, merged);
   const ScalarType work = work_dtype(weight);
   const Tensor rows = as_contiguous(x);
   const Tensor w = cast(weight, work), a = cast(lora_A, work), b = cast(lora_B, work);
   const auto run = [&]<typename T>(T) {
     return is_small<T>(p, x, w) ? small_forward<T>(p, rows, w, bias, a, b, scaling)
-                                : weight_forward<T>(p, rows, w, bias, a, b, scaling);
+                                : weight_forward<T>(p, rows, w, bias, a, b, scaling, merged);
   };
   return work == ScalarType::Double ? run(double{}) : run(float{});
 }
 
 FiveTensors lora_linear_weight_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight,
                                         const Tensor& lora_A, const Tensor& lora_B,
-                                        const Tensor& task_ptr, double scaling, bool need_x,
-                                        bool need_weight, bool need_bias, bool need_A,
+                                        const Tensor& task_ptr, double scaling,
+                                        const std::optional<Tensor>& merged, bool /*tf32*/,
+                                        bool need_x, bool need_weight, bool need_bias, bool need_A,
                                         bool need_B) {
   const char* op = "lora_linear_weight_backward";
-  const Problem p = check_problem(op, x, weight, lora_A, lora_B, task_ptr);
+  const LoraProblem p = check_lora_linear(op, x, weight, lora_A, lora_B, task_ptr);
   check_grad(op, p, x, grad_y);
-  check_weight_route(op, x, weight);
+  check_weight_route(op, p, x, weight, merged);
   const Needs need{need_x, need_weight, need_bias, need_A, need_B};
   const ScalarType dtype = weight.scalar_type(), work = work_dtype(weight);
   const Tensor rows = as_contiguous(x), dy = as_contiguous(grad_y);
   const Tensor w = cast(weight, work), a = cast(lora_A, work), b = cast(lora_B, work);
   const auto run = [&]<typename T>(T) {
     return is_small<T>(p, x, w) ? small_backward<T>(p, dy, rows, w, a, b, scaling, need)
-                                : weight_backward<T>(p, dy, rows, w, a, b, scaling, need);
+                                : weight_backward<T>(p, dy, rows, w, a, b, scaling, merged, need);
   };
   const Gradients g = work == ScalarType::Double ? run(double{}) : run(float{});
   return {g.x, cast(g.weight, dtype), g.bias, need.A ? cast(g.A, dtype) : none(dtype),
@@ -432,7 +358,7 @@ std::tuple<Tensor, Tensor> lora_linear_token(const Tensor& x, const Tensor& weig
                                              const Tensor& task_ptr, double scaling,
                                              double dropout_p, const std::optional<Tensor>& seed) {
   const char* op = "lora_linear";
-  const Problem p = check_problem(op, x, weight, lora_A, lora_B, task_ptr);
+  const LoraProblem p = check_lora_linear(op, x, weight, lora_A, lora_B, task_ptr);
   check_bias(op, p, x, bias);
   check_token_route(op, x, weight, dropout_p, seed);
   const ScalarType work = work_dtype(x);
@@ -456,7 +382,7 @@ FiveTensors lora_linear_token_backward(const Tensor& grad_y, const Tensor& x, co
                                        bool need_x, bool need_weight, bool need_bias, bool need_A,
                                        bool need_B) {
   const char* op = "lora_linear_token_backward";
-  const Problem p = check_problem(op, x, weight, lora_A, lora_B, task_ptr);
+  const LoraProblem p = check_lora_linear(op, x, weight, lora_A, lora_B, task_ptr);
   check_grad(op, p, x, grad_y);
   check_token_route(op, x, weight, dropout_p, seed);
   const ScalarType dtype = x.scalar_type(), work = work_dtype(x);

@@ -1,5 +1,6 @@
 #include "merge_lora.h"
 
+#include "../problems.h"
 #include "aten.h"
 #include "vector_kernels.h"
 
@@ -71,18 +72,10 @@ void merge_all(const Tensor& merged, const Tensor& weight, const Tensor& A, cons
 }
 
 // weight [out, in], lora_A [T, r, in], lora_B [T, out, r] -> [T, out, in]
-Tensor merge_lora(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                  double scaling) {
-  const char* op = "merge_lora";
-  check_dim(op, "weight", weight, 2);
-  check_dim(op, "lora_A", lora_A, 3);
-  const int64_t tasks = lora_A.size(0), rank = lora_A.size(1);
-  const int64_t out = weight.size(0), in = weight.size(1);
-  check_shape(op, "lora_A", lora_A, {tasks, rank, in});
-  check_shape(op, "lora_B", lora_B, {tasks, out, rank});
-  check_dtype(op, "lora_A", lora_A, weight.scalar_type());
-  check_dtype(op, "lora_B", lora_B, weight.scalar_type());
-  const ScalarType dtype = weight.scalar_type();
+Tensor merge_lora(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+                  std::optional<ScalarType> dtype, bool /*tf32*/) {
+  const auto [tasks, out, in, rank] =
+      check_merge_lora("merge_lora", weight, lora_A, lora_B, dtype.value_or(weight.scalar_type()));
   const ScalarType work = work_dtype(weight);
   const Tensor w = cast(weight, work), a = cast(lora_A, work), b = cast(lora_B, work);
   const Tensor merged = empty({tasks, out, in}, work);
@@ -90,7 +83,7 @@ Tensor merge_lora(const Tensor& weight, const Tensor& lora_A, const Tensor& lora
     merge_all<double>(merged, w, a, b, scaling);
   else
     merge_all<float>(merged, w, a, b, scaling);
-  return cast(merged, dtype);
+  return cast(merged, dtype.value_or(weight.scalar_type()));
 }
 
 template <typename T>
@@ -107,17 +100,11 @@ void merge_backward_all(const Tensor& grad_weight, const Tensor& grad_A, const T
 
 // grad [T, out, in] -> (grad_weight [out, in], grad_A [T, r, in], grad_B [T, out, r])
 std::tuple<Tensor, Tensor, Tensor> merge_lora_backward(const Tensor& grad, const Tensor& lora_A,
-                                                       const Tensor& lora_B, double scaling) {
-  const char* op = "merge_lora_backward";
-  check_dim(op, "grad", grad, 3);
-  check_dim(op, "lora_A", lora_A, 3);
-  const int64_t tasks = grad.size(0), out = grad.size(1), in = grad.size(2), rank = lora_A.size(1);
-  check_shape(op, "lora_A", lora_A, {tasks, rank, in});
-  check_shape(op, "lora_B", lora_B, {tasks, out, rank});
-  check_dtype(op, "lora_A", lora_A, grad.scalar_type());
-  check_dtype(op, "lora_B", lora_B, grad.scalar_type());
-  const ScalarType dtype = grad.scalar_type();
-  const ScalarType work = work_dtype(grad);
+                                                       const Tensor& lora_B, double scaling,
+                                                       bool /*tf32*/) {
+  const auto [tasks, out, in, rank] =
+      check_merge_lora_backward("merge_lora_backward", grad, lora_A, lora_B);
+  const ScalarType dtype = lora_A.scalar_type(), work = work_dtype(lora_A);
   const Tensor p = cast(grad, work), a = cast(lora_A, work), b = cast(lora_B, work);
   const Tensor grad_weight = empty({out, in}, work);
   const Tensor grad_A = empty({tasks, rank, in}, work), grad_B = empty({tasks, out, rank}, work);
@@ -129,20 +116,22 @@ std::tuple<Tensor, Tensor, Tensor> merge_lora_backward(const Tensor& grad, const
 }
 
 // weight [d, d], lora_U [T, d, k] -> [T, d, d]
-Tensor merge_lora_symmetric(const Tensor& weight, const Tensor& lora_U) {
+Tensor merge_lora_symmetric(const Tensor& weight, const Tensor& lora_U,
+                            std::optional<ScalarType> dtype, bool tf32) {
   const char* op = "merge_lora_symmetric";
   check_dim(op, "lora_U", lora_U, 3);
   check_shape(op, "weight", weight, {lora_U.size(1), lora_U.size(1)});
-  return merge_lora(weight, torch::stable::transpose(lora_U, 1, 2), lora_U, 1.0);
+  return merge_lora(weight, torch::stable::transpose(lora_U, 1, 2), lora_U, 1.0, dtype, tf32);
 }
 
 // grad [T, d, d] -> (grad_weight [d, d], grad_U [T, d, k] = grad U + gradᵀ U)
-std::tuple<Tensor, Tensor> merge_lora_symmetric_backward(const Tensor& grad, const Tensor& lora_U) {
+std::tuple<Tensor, Tensor> merge_lora_symmetric_backward(const Tensor& grad, const Tensor& lora_U,
+                                                         bool tf32) {
   const char* op = "merge_lora_symmetric_backward";
   check_dim(op, "lora_U", lora_U, 3);
   check_shape(op, "grad", grad, {lora_U.size(0), lora_U.size(1), lora_U.size(1)});
   auto [grad_weight, grad_A, grad_B] =
-      merge_lora_backward(grad, torch::stable::transpose(lora_U, 1, 2), lora_U, 1.0);
+      merge_lora_backward(grad, torch::stable::transpose(lora_U, 1, 2), lora_U, 1.0, tf32);
   // U is both B and Aᵀ: its gradient is the sum of theirs (subtract has a scale, add has no shim).
   return {grad_weight,
           torch::stable::subtract(grad_B, torch::stable::transpose(grad_A, 1, 2), -1.0)};

@@ -1,47 +1,14 @@
 // y_t = x_t W_tᵀ for many small weights, or with W_t = W + U_t U_tᵀ that is never formed.
+#include "../problems.h"
 #include "aten.h"
 #include "vector_kernels.h"
 
 namespace metalora::cpu {
 namespace {
 
-struct Problem {
-  int64_t tasks, samples, in, out, rank;  // rank 0: one weight per task
-  std::vector<int64_t> task_ptr;
-
-  int64_t weight_offset(int64_t task) const { return rank ? 0 : task * out * in; }
-};
-
-Problem check_problem(const char* op, const Tensor& weight, const Tensor& x,
-                      const std::optional<Tensor>& lora_U) {
-  check_dim(op, "x", x, 3);
-  Problem p{x.size(0), x.size(1), x.size(2), 0, 0, {}};
-  check_dtype(op, "x", x, weight.scalar_type());
-  METALORA_CHECK(
-      weight.scalar_type() == ScalarType::Float || weight.scalar_type() == ScalarType::Double, op,
-      ": weight must be float32 or float64, got ",
-      torch::headeronly::toString(weight.scalar_type()));
-  if (lora_U.has_value()) {
-    check_dim(op, "lora_U", *lora_U, 3);
-    p.out = p.in;
-    p.rank = lora_U->size(2);
-    check_shape(op, "lora_U", *lora_U, {p.tasks, p.in, p.rank});
-    check_dtype(op, "lora_U", *lora_U, weight.scalar_type());
-    check_shape(op, "weight", weight, {p.in, p.in});
-    METALORA_CHECK(p.rank > 0, op, ": lora_U must have a rank of at least 1");
-  } else {
-    check_dim(op, "weight", weight, 3);
-    p.out = weight.size(1);
-    check_shape(op, "weight", weight, {p.tasks, p.out, p.in});
-  }
-  p.task_ptr.resize(static_cast<size_t>(p.tasks) + 1);
-  for (int64_t t = 0; t <= p.tasks; ++t) p.task_ptr[static_cast<size_t>(t)] = t * p.samples;
-  return p;
-}
-
 // U [T, d, k] with every task's matrix transposed.
 template <typename T>
-std::unique_ptr<T[]> transposed_U(const std::optional<Tensor>& lora_U, const Problem& p) {
+std::unique_ptr<T[]> transposed_U(const std::optional<Tensor>& lora_U, const MatvecProblem& p) {
   auto result = scratch<T>(p.tasks * p.in * p.rank);
   if (p.rank)
     for (int64_t t = 0; t < p.tasks; ++t)
@@ -51,7 +18,7 @@ std::unique_ptr<T[]> transposed_U(const std::optional<Tensor>& lora_U, const Pro
 }
 
 template <typename T>
-void forward(const Problem& p, T* y, const T* weight, const T* x,
+void forward(const MatvecProblem& p, T* y, const T* weight, const T* x,
              const std::optional<Tensor>& lora_U) {
   const auto chunks = row_chunks(p.task_ptr.data(), p.tasks);
   const auto Ut = transposed_U<T>(lora_U, p);
@@ -77,7 +44,7 @@ void forward(const Problem& p, T* y, const T* weight, const T* x,
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor> backward(const Problem& p, const Tensor& grad_y,
+std::tuple<Tensor, Tensor, Tensor> backward(const MatvecProblem& p, const Tensor& grad_y,
                                             const Tensor& weight, const Tensor& x,
                                             const std::optional<Tensor>& lora_U, bool need_weight,
                                             bool need_x, bool need_U) {
@@ -148,7 +115,7 @@ std::optional<Tensor> contiguous_if(const std::optional<Tensor>& tensor) {
 
 // weight [T, out, in], x [T, n, in] -> [T, n, out]; or weight [d, d] with lora_U [T, d, k]
 Tensor task_matvec(const Tensor& weight, const Tensor& x, const std::optional<Tensor>& lora_U) {
-  const Problem p = check_problem("task_matvec", weight, x, lora_U);
+  const MatvecProblem p = check_task_matvec("task_matvec", weight, x, lora_U);
   const Tensor w = as_contiguous(weight), xs = as_contiguous(x);
   const auto u = contiguous_if(lora_U);
   const Tensor y = empty({p.tasks, p.samples, p.out}, x.scalar_type());
@@ -165,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor> task_matvec_backward(const Tensor& grad_y, co
                                                         bool need_weight, bool need_x,
                                                         bool need_U) {
   const char* op = "task_matvec_backward";
-  const Problem p = check_problem(op, weight, x, lora_U);
+  const MatvecProblem p = check_task_matvec(op, weight, x, lora_U);
   check_shape(op, "grad_y", grad_y, {p.tasks, p.samples, p.out});
   check_dtype(op, "grad_y", grad_y, x.scalar_type());
   const Tensor dy = as_contiguous(grad_y), w = as_contiguous(weight), xs = as_contiguous(x);

@@ -29,7 +29,7 @@ class LoRAConfig:
         heads: names, in the same form, of the layers that exist once per task. Naming a module
             that holds linear layers makes heads of them all.
         symmetric: whether the adapters are U_t U_tᵀ instead of B_t A_t; for square layers.
-        route: how the layers compute, see `metalora.ops.lora_linear`.
+        route, keep_merged: how the layers compute, see `metalora.ops.lora_linear`.
 
     Raises:
         TypeError: if a field has a wrong type.
@@ -44,6 +44,7 @@ class LoRAConfig:
     heads: Sequence[str] = ()
     symmetric: bool = False
     route: str = "auto"
+    keep_merged: bool = False
 
     def __post_init__(self) -> None:
         check_count("LoRAConfig", "rank", self.rank)

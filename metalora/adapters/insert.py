@@ -61,18 +61,16 @@ def adapt(model: nn.Module, config: Any, num_tasks: int) -> nn.Module:
 
 
 def _adapted(linear: nn.Linear, name: str, config: LoRAConfig, num_tasks: int) -> TaskLayer:
+    how: dict[str, Any] = {
+        "alpha": config.alpha,
+        "route": config.route,
+        "keep_merged": config.keep_merged,
+        "name": name,
+    }
     if config.symmetric:
-        return SymmetricLoRALinear.from_linear(
-            linear, num_tasks, config.rank, alpha=config.alpha, route=config.route, name=name
-        )
+        return SymmetricLoRALinear.from_linear(linear, num_tasks, config.rank, **how)
     return MultiTaskLoRALinear.from_linear(
-        linear,
-        num_tasks,
-        config.rank,
-        alpha=config.alpha,
-        dropout=config.dropout,
-        route=config.route,
-        name=name,
+        linear, num_tasks, config.rank, dropout=config.dropout, **how
     )
 
 

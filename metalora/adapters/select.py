@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from metalora._checks import did_you_mean
+from metalora._warn import warn_user
 from metalora.adapters.config import LoRAConfig
 from metalora.nn import TaskLayer
-from metalora.nn.warn import warn_user
 
 
 @dataclass(frozen=True)

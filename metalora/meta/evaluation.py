@@ -51,7 +51,7 @@ def evaluate(
     try:
         with torch.no_grad():
             for batch in loader:
-                with tasks(batch.task_ids, is_sorted=None if batch.counts is None else True):
+                with tasks(batch.task_ids, counts=batch.counts):
                     values = metric(forward(model, batch.inputs), batch).double()
                 zeros = values.new_zeros(loader.num_tasks)
                 ids = batch.task_ids.to(values.device)

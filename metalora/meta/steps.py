@@ -85,7 +85,7 @@ class Objective:
 
     def backward(self, batch: Batch, scaler: torch.amp.GradScaler) -> Tensor:
         """Adds the batch's gradients, times the scaler's scale, to the parameters; its loss."""
-        context = tasks(batch.task_ids, is_sorted=None if batch.counts is None else True)
+        context = tasks(batch.task_ids, counts=batch.counts)
         autocast = torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None)
         with context:
             with autocast:

@@ -82,17 +82,17 @@ class TaskLayer(nn.Module):
         return batch
 
     def sort_rows(self, x: Tensor, batch: TaskBatch | None) -> tuple[Tensor, Tensor]:
-        """x [B, ..., in] → its rows [M, in] in task order, and their task_ptr [T + 1]."""
+        """x [B, ..., in] → its rows [M, in] in task order, and task_ptr [T + 1] on the CPU."""
         if batch is None:
             rows = x.reshape(-1, self.in_features)
-            return rows, torch.arange(2, device=x.device) * rows.shape[0]
+            return rows, torch.arange(2) * rows.shape[0]
         if batch.size == 0:
             rows = x.reshape(0, self.in_features)
-            return rows, torch.zeros(self.num_tasks + 1, dtype=torch.int64, device=x.device)
+            return rows, torch.zeros(self.num_tasks + 1, dtype=torch.int64)
         per_sample = rows_per_sample(x, batch)
         samples = x.reshape(batch.size, per_sample, self.in_features)
         rows = batch.sort(samples).reshape(-1, self.in_features)
-        return rows, batch.task_ptr(self.num_tasks, per_sample, x.device)
+        return rows, batch.task_ptr(self.num_tasks, per_sample)
 
     def restore_rows(self, rows: Tensor, x: Tensor, batch: TaskBatch | None) -> Tensor:
         """Rows [M, out] in task order → [B, ..., out] in the order of x [B, ..., in]."""

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from metalora import ops
 from metalora._checks import check_choice, check_count, check_nonnegative, check_positive
+from metalora._warn import warn_user
 from metalora.nn.layer import TaskLayer, as_linear, new_parameter, share_parameters
 from metalora.nn.task_batch import TaskBatch
-from metalora.nn.warn import warn_user
 
 
 class MultiTaskLoRALinear(TaskLayer):
@@ -30,6 +30,8 @@ class MultiTaskLoRALinear(TaskLayer):
         dropout: probability to drop an input of the adapters in training, 0 <= p < 1.
         bias: whether there is a bias.
         route: how it is computed, see `metalora.ops.lora_linear`.
+        keep_merged: whether the weight route keeps every task's merged weight for backward; faster
+            where memory is plenty.
         device: where the parameters live.
         dtype: what they are.
         name: what error messages call the layer.
@@ -53,6 +55,7 @@ class MultiTaskLoRALinear(TaskLayer):
         dropout: float = 0.0,
         bias: bool = True,
         route: str = "auto",
+        keep_merged: bool = False,
         device: Any = None,
         dtype: Any = None,
         name: str = "",
@@ -62,7 +65,7 @@ class MultiTaskLoRALinear(TaskLayer):
         check_count(type(self).__name__, "out_features", out_features)
         check_count(type(self).__name__, "rank", rank)
         linear = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._build(linear, rank, alpha, dropout, route)
+        self._build(linear, rank, alpha, dropout, route, keep_merged)
 
     @classmethod
     def from_linear(
@@ -74,16 +77,23 @@ class MultiTaskLoRALinear(TaskLayer):
         alpha: float | None = None,
         dropout: float = 0.0,
         route: str = "auto",
+        keep_merged: bool = False,
         name: str = "",
     ) -> MultiTaskLoRALinear:
         """Adapters on ``linear``, whose own Parameter objects become ``weight`` and ``bias``."""
         layer = cls.__new__(cls)
         TaskLayer.__init__(layer, num_tasks, name)
-        layer._build(linear, rank, alpha, dropout, route)
+        layer._build(linear, rank, alpha, dropout, route, keep_merged)
         return layer.train(linear.training)
 
     def _build(
-        self, linear: nn.Linear, rank: int, alpha: float | None, dropout: float, route: str
+        self,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float | None,
+        dropout: float,
+        route: str,
+        keep_merged: bool,
     ) -> None:
         function = type(self).__name__
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -94,6 +104,7 @@ class MultiTaskLoRALinear(TaskLayer):
         if self.dropout >= 1:
             raise ValueError(f"{function}: dropout must be >= 0 and < 1, got {dropout}")
         self.route = check_choice(function, "route", route, ops.ROUTES)
+        self.keep_merged = bool(keep_merged)
         note_rank(self._where(), rank, self.in_features, self.out_features)
         share_parameters(self, linear)
         self.lora_A = new_parameter(self.weight, self.num_tasks, rank, self.in_features)
@@ -129,6 +140,7 @@ class MultiTaskLoRALinear(TaskLayer):
             scaling=self.scaling,
             dropout_p=self.dropout if self.training else 0.0,
             route=self.route,
+            keep_merged=self.keep_merged,
         )
         return self.restore_rows(y, x, batch)
 

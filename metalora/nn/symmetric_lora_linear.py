@@ -28,6 +28,8 @@ class SymmetricLoRALinear(TaskLayer):
         alpha: scale of the adapters, s = alpha / rank; None means rank, so s = 1.
         bias: whether there is a bias.
         route: how it is computed, see `metalora.ops.lora_linear`.
+        keep_merged: whether the weight route keeps every task's merged weight for backward; faster
+            where memory is plenty.
         device: where the parameters live.
         dtype: what they are.
         name: what error messages call the layer.
@@ -49,6 +51,7 @@ class SymmetricLoRALinear(TaskLayer):
         alpha: float | None = None,
         bias: bool = True,
         route: str = "auto",
+        keep_merged: bool = False,
         device: Any = None,
         dtype: Any = None,
         name: str = "",
@@ -57,7 +60,7 @@ class SymmetricLoRALinear(TaskLayer):
         check_count(type(self).__name__, "features", features)
         check_count(type(self).__name__, "rank", rank)
         linear = nn.Linear(features, features, bias=bias, device=device, dtype=dtype)
-        self._build(linear, rank, alpha, route)
+        self._build(linear, rank, alpha, route, keep_merged)
 
     @classmethod
     def from_linear(
@@ -68,15 +71,23 @@ class SymmetricLoRALinear(TaskLayer):
         *,
         alpha: float | None = None,
         route: str = "auto",
+        keep_merged: bool = False,
         name: str = "",
     ) -> SymmetricLoRALinear:
         """Adapters on ``linear``, whose own Parameter objects become ``weight`` and ``bias``."""
         layer = cls.__new__(cls)
         TaskLayer.__init__(layer, num_tasks, name)
-        layer._build(linear, rank, alpha, route)
+        layer._build(linear, rank, alpha, route, keep_merged)
         return layer.train(linear.training)
 
-    def _build(self, linear: nn.Linear, rank: int, alpha: float | None, route: str) -> None:
+    def _build(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float | None,
+        route: str,
+        keep_merged: bool,
+    ) -> None:
         function = type(self).__name__
         self.in_features, self.out_features = linear.in_features, linear.out_features
         if self.in_features != self.out_features:
@@ -88,6 +99,7 @@ class SymmetricLoRALinear(TaskLayer):
         self.alpha = float(rank) if alpha is None else check_positive(function, "alpha", alpha)
         self.scaling = self.alpha / self.rank
         self.route = check_choice(function, "route", route, ops.ROUTES)
+        self.keep_merged = bool(keep_merged)
         note_rank(self._where(), rank, self.in_features, self.out_features)
         share_parameters(self, linear)
         self.lora_U = new_parameter(self.weight, self.num_tasks, self.in_features, rank)
@@ -110,6 +122,7 @@ class SymmetricLoRALinear(TaskLayer):
             task_ptr,
             scaling=self.scaling,
             route=self.route,
+            keep_merged=self.keep_merged,
         )
         return self.restore_rows(y, x, batch)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,23 +16,29 @@ from metalora._checks import check_count
 class TaskBatch:
     """The tasks of a batch's samples, in the form the layers need.
 
-    Built once per batch and shared by all layers. Nothing here waits for a device.
+    Built once per batch and shared by all layers. How many rows a task has must be known on the
+    host: from ``counts``, or from ``task_ids`` on the CPU. From ids on a GPU they are read back by
+    the first layer, the only time that anything here waits for a device.
 
     Args:
         task_ids: int64 [B], the task of each sample, in any order.
         num_tasks: number of tasks T; ids are then checked at once, else by the first layer.
-        is_sorted: whether ``task_ids`` ascend. None finds out on the CPU; on another device, where
-            finding out would mean waiting, it is taken as no. True is believed there and checked
-            on the CPU. A sorted batch costs its layers no permutation.
+        counts: the number of samples of each task, at most T numbers, for ids that ascend; they
+            are checked against ids on the CPU and believed elsewhere. A sorted batch costs its
+            layers no permutation.
 
     Raises:
         TypeError: if ``task_ids`` is no int64 tensor.
-        ValueError: if it is not one-dimensional, an id is outside 0..T-1, or ``is_sorted`` is
-            wrong.
+        ValueError: if it is not one-dimensional, an id is outside 0..T-1, or ``counts`` do not
+            fit the ids.
     """
 
     def __init__(
-        self, task_ids: Tensor, num_tasks: int | None = None, *, is_sorted: bool | None = None
+        self,
+        task_ids: Tensor,
+        num_tasks: int | None = None,
+        *,
+        counts: Sequence[int] | None = None,
     ) -> None:
         if not isinstance(task_ids, Tensor):
             got = type(task_ids).__name__
@@ -45,11 +51,12 @@ class TaskBatch:
             raise ValueError(f"tasks: task_ids must be [B], got shape {list(task_ids.shape)}")
         self.task_ids = task_ids
         on_host = task_ids.device.type == "cpu"
-        if on_host:
-            ascending = bool((task_ids[1:] >= task_ids[:-1]).all())
-            if is_sorted and not ascending:
-                raise ValueError("tasks: is_sorted=True, but task_ids do not ascend")
-            is_sorted = ascending
+        self._starts: Tensor | None = None  # int64 [number of counts + 1] on the host
+        if counts is not None:
+            self._starts = _starts(counts, task_ids)
+        is_sorted = counts is not None
+        if on_host and not is_sorted:
+            is_sorted = bool((task_ids[1:] >= task_ids[:-1]).all())
         self.order: Tensor | None = None  # int64 [B]; order[i] = sample that comes i-th
         self.inverse: Tensor | None = None  # int64 [B]; inverse[order] = 0..B-1
         self.sorted_ids = task_ids
@@ -60,7 +67,7 @@ class TaskBatch:
         if on_host and self.size:
             self._range = int(self.sorted_ids[0]), int(self.sorted_ids[-1])
         self._known: dict[int, None] = {}
-        self._pointers: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._pointers: dict[tuple[int, int], Tensor] = {}
         self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
         if num_tasks is not None:
             self.check_range(check_count("tasks", "num_tasks", num_tasks))
@@ -87,22 +94,30 @@ class TaskBatch:
             torch._assert_async(inside, f"tasks: task_ids must be in 0..{num_tasks - 1}")
         self._known[num_tasks] = None
 
-    def task_ptr(self, num_tasks: int, rows_per_sample: int, device: torch.device) -> Tensor:
-        """int64 [T + 1] on ``device``: sorted rows ``task_ptr[t]:task_ptr[t + 1]`` are task t's."""
+    def task_ptr(self, num_tasks: int, rows_per_sample: int) -> Tensor:
+        """int64 [T + 1] on the CPU: sorted rows ``task_ptr[t]:task_ptr[t + 1]`` are task t's."""
         if torch.compiler.is_compiling():  # a cache would be guarded on, and recompiled for
-            return self._make_ptr(num_tasks, device) * rows_per_sample
+            return self._make_ptr(num_tasks) * rows_per_sample
         self.check_range(num_tasks)
-        key = (num_tasks, rows_per_sample, device)
+        key = (num_tasks, rows_per_sample)
         if key not in self._pointers:
-            one = (num_tasks, 1, device)
+            one = (num_tasks, 1)
             if one not in self._pointers:
-                self._pointers[one] = self._make_ptr(num_tasks, device)
+                self._pointers[one] = self._make_ptr(num_tasks)
             self._pointers[key] = self._pointers[one] * rows_per_sample
         return self._pointers[key]
 
-    def _make_ptr(self, num_tasks: int, device: torch.device) -> Tensor:
+    def _make_ptr(self, num_tasks: int) -> Tensor:
+        if self._starts is not None:
+            missing = num_tasks + 1 - self._starts.shape[0]
+            if missing < 0:
+                raise ValueError(
+                    f"tasks: counts must be at most {num_tasks} numbers, as there are {num_tasks} "
+                    f"tasks, got {self._starts.shape[0] - 1}"
+                )
+            return torch.cat([self._starts, self._starts[-1:].expand(missing)])
         tasks = torch.arange(num_tasks + 1, device=self.sorted_ids.device)
-        return torch.searchsorted(self.sorted_ids, tasks).to(device, non_blocking=True)
+        return torch.searchsorted(self.sorted_ids, tasks).cpu()
 
     def sort(self, samples: Tensor) -> Tensor:
         """Brings ``samples`` [B, ...] into task order; as they are if they have it."""
@@ -124,6 +139,21 @@ class TaskBatch:
         if device not in self._moved:
             self._moved[device] = self.order.to(device), self.inverse.to(device)
         return self._moved[device]
+
+
+def _starts(counts: Sequence[int], task_ids: Tensor) -> Tensor:
+    """Where each task's samples start, int64 [number of counts + 1]."""
+    starts = torch.tensor([0, *counts], dtype=torch.int64).cumsum(0)
+    fits = min(counts, default=0) >= 0 and int(starts[-1]) == task_ids.shape[0]
+    if fits and task_ids.device.type == "cpu":
+        wanted = torch.repeat_interleave(torch.arange(len(counts)), starts.diff())
+        fits = torch.equal(task_ids, wanted)
+    if not fits:
+        raise ValueError(
+            f"tasks: counts must say how many of the [B={task_ids.shape[0]}] ascending task_ids "
+            f"belong to each task, got {list(counts)}; without counts any order is fine"
+        )
+    return starts
 
 
 class _Permute(torch.autograd.Function):
@@ -148,7 +178,10 @@ _owner: int | None = None
 
 @contextmanager
 def tasks(
-    task_ids: Tensor | TaskBatch, num_tasks: int | None = None, *, is_sorted: bool | None = None
+    task_ids: Tensor | TaskBatch,
+    num_tasks: int | None = None,
+    *,
+    counts: Sequence[int] | None = None,
 ) -> Iterator[TaskBatch]:
     """Says which task each sample belongs to, for every adapted layer called inside.
 
@@ -161,7 +194,7 @@ def tasks(
     Args:
         task_ids: int64 [B], the task of each sample, in any order; or a `TaskBatch`.
         num_tasks: see `TaskBatch`.
-        is_sorted: see `TaskBatch`.
+        counts: see `TaskBatch`.
 
     Raises:
         RuntimeError: if another thread is inside such a context.
@@ -170,7 +203,7 @@ def tasks(
     if isinstance(task_ids, TaskBatch):
         batch = task_ids
     else:
-        batch = TaskBatch(task_ids, num_tasks, is_sorted=is_sorted)
+        batch = TaskBatch(task_ids, num_tasks, counts=counts)
     _check_thread()
     before = _current, _owner
     _current, _owner = batch, _owner or threading.get_ident()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 _LARGEST = sys.float_info.max
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SHORT = (torch.bfloat16, torch.float16)
 
 
 def check_float(function: str, argument: str, tensor: Tensor) -> None:

@@ -8,15 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metalora._library import native_available
+from metalora._library import constant_when_compiled, gpu_problem, native_available
+from metalora._warn import warn_user
+from metalora.ops._arguments import SHORT
 
 _raw: dict[str, Any] = {}
+_warned: set[str] = set()
+
+
+def usable(tensor: Tensor) -> bool:
+    """Whether native kernels take tensors of this device; says once why a GPU goes without."""
+    if tensor.is_cpu:
+        return native_available()
+    if not tensor.is_cuda:
+        return False
+    problem = gpu_problem(tensor.get_device())
+    if problem is not None and problem not in _warned:
+        _warned.add(problem)
+        warn_user(f"CUDA tensors run on plain PyTorch: {problem}")
+    return problem is None
+
+
+@constant_when_compiled
+def tf32_allowed(dtype: torch.dtype) -> bool:
+    """Whether a GPU's products of this dtype may round their factors to TF32.
+
+    They may where the products around them are no more precise: in 16 bits, and in float32 where
+    torch is set to TF32.
+    """
+    if dtype == torch.float32:
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return dtype in SHORT
 
 
 def raw(name: str) -> Any:
-    """The raw operator ``torch.ops.metalora.<name>``, looked up once."""
-    if name not in _raw:
-        _raw[name] = getattr(torch.ops.metalora, name).default
+    """The raw operator ``torch.ops.metalora.<name>``, which `register` has looked up."""
     return _raw[name]
 
 
@@ -37,6 +63,7 @@ def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def decorate(fake: Callable[..., Any]) -> Callable[..., Any]:
         if native_available():
+            _raw[name] = getattr(torch.ops.metalora, name).default
             torch.library.register_fake(f"metalora::{name}", fake)
             torch.library.register_autograd(
                 f"metalora::{name}", _no_backward, setup_context=_refuse(name)

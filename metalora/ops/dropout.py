@@ -7,8 +7,7 @@ from torch import Tensor
 
 from metalora import reference
 from metalora._checks import check_count
-from metalora._library import native_available
-from metalora.ops._native import raw, register
+from metalora.ops._native import raw, register, usable
 
 
 def dropout_mask(seed: int | Tensor, p: float, rows: int, columns: int) -> Tensor:
@@ -33,7 +32,7 @@ def dropout_mask(seed: int | Tensor, p: float, rows: int, columns: int) -> Tenso
     p = check_probability("dropout_mask", "p", p)
     device = seed.device if isinstance(seed, Tensor) else torch.device("cpu")
     seed = seed_tensor("dropout_mask", seed, device)
-    if native_available(seed.device.type):
+    if usable(seed):
         return raw("dropout_mask")(seed, p, rows, columns)
     return reference.dropout_mask(seed, p, rows, columns)
 

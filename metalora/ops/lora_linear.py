@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,18 +10,29 @@ from torch import Tensor
 
 from metalora import reference
 from metalora._checks import check_choice
-from metalora._library import cpu_status, native_available
-from metalora.ops._arguments import FLOATS, check_float, check_like, check_scaling, check_shape
-from metalora.ops._native import call, register, where_needed
+from metalora._library import cpu_status, gpu_memory, gpu_problem
+from metalora.ops._arguments import (
+    FLOATS,
+    SHORT,
+    check_float,
+    check_like,
+    check_scaling,
+    check_shape,
+)
+from metalora.ops._native import call, register, tf32_allowed, usable, where_needed
 from metalora.ops.dropout import check_probability, seed_tensor
 
 ROUTES = ("auto", "weight", "token", "reference")
 
-# On a CPU the weight route wins once a task has more rows than this many times
-# in * out / (in + out): benchmarks/cpu_ops.py --routes measures where the two cross.
-_WEIGHT_ROUTE_FROM = 8.0
+# The weight route wins once a task has more rows than, on a CPU, this many times
+# in * out / (in + out), where the two were measured to cross (`python -m benchmarks.layers
+# --cases routes --baselines routes`); on a GPU, this many times sqrt(in * out), where their
+# memory traffic is equal.
+_CPU_WEIGHT_FROM = 8.0
+_CUDA_WEIGHT_FROM = 2.0
 _SMALL = {torch.float32: 64, torch.float64: 32}  # kSmall of csrc/cpu/small_product.h
-_SHORT = (torch.bfloat16, torch.float16)
+# Of a GPU's memory the weight route takes at most this part for the W_t and their gradients.
+_MEMORY_SHARE = 1 / 8
 
 
 class RouteChoice(NamedTuple):
@@ -42,6 +54,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     route: str = "auto",
+    keep_merged: bool = False,
 ) -> Tensor:
     """y_t = x_t Wᵀ + b + s · drop(x_t) A_tᵀ B_tᵀ for the rows x_t of every task t (paper, eq. 6).
 
@@ -56,7 +69,8 @@ def lora_linear(
         lora_A: [T, r, in].
         lora_B: [T, out, r].
         task_ptr: int64 [T + 1]; rows ``task_ptr[t]:task_ptr[t + 1]`` belong to task t. Starts at 0,
-            ends at M, never decreases; empty tasks are legal.
+            ends at M, never decreases; empty tasks are legal. On the CPU, also for x on a GPU: one
+            on the GPU is read back first, for which the host waits.
         scaling: s, usually alpha / r; finite.
         dropout_p: probability in [0, 1) to drop an element of x on its way into the LoRA branch.
         seed: int in [0, 2**63) or int64 scalar tensor that fixes the dropout mask (see
@@ -64,16 +78,22 @@ def lora_linear(
             runs repeat.
         route: "weight" forms every W_t = W + s B_t A_t (no dropout), "token" adds the LoRA branch
             row by row, "reference" is plain PyTorch, "auto" chooses (see `lora_linear_route`).
+        keep_merged: let the weight route keep every W_t for backward, [T, out, in] in the dtype of
+            x, rather than make it again.
 
     Returns:
         [M, out], in the dtype of x.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit together; nothing is computed then.
-        RuntimeError: if a native route is asked for that cannot be had here.
+        RuntimeError: if a native route is asked for that cannot be had here, or task_ptr is on
+            the GPU while a CUDA graph is captured.
     """
     try:
-        return _run(x, weight, bias, lora_A, lora_B, task_ptr, scaling, dropout_p, seed, route)
+        return _run(
+            *(x, weight, bias, lora_A, lora_B, task_ptr),
+            *(scaling, dropout_p, seed, route, keep_merged),
+        )
     except Exception:
         # The raw operator checks its arguments as well, so what is wrong with them is only put
         # into words once something is: in Python the checks would cost as much as a small layer.
@@ -94,6 +114,7 @@ def _run(
     dropout_p: float,
     seed: int | Tensor | None,
     route: str,
+    keep_merged: bool,
 ) -> Tensor:
     device_type = x.device.type
     if _autocasting(device_type):
@@ -106,14 +127,15 @@ def _run(
         dropout_p, seed = 0.0, None
     if route == "auto":
         out_features, in_features = weight.shape
+        rows, tasks, native = x.shape[0], lora_A.shape[0], usable(x)
         decision = _decide(
-            *(x.shape[0], lora_A.shape[0], out_features, in_features),
-            *(dropout_p, x.dtype, device_type),
+            *(rows, tasks, out_features, in_features, dropout_p),
+            *(x.dtype, weight.dtype, device_type, native, _memory(x) if native else None),
         )
         route = _ROUTE_OF[decision]
     elif route != "reference":
         _check_route(route, x, dropout_p)
-    if weight.dtype == torch.float32 and x.dtype in _SHORT and route != "weight":
+    if weight.dtype == torch.float32 and x.dtype in SHORT and route != "weight":
         # The weight route rounds once, after the update is in; the others need equal dtypes.
         weight, lora_A, lora_B = weight.to(x.dtype), lora_A.to(x.dtype), lora_B.to(x.dtype)
     if route == "reference":
@@ -121,13 +143,26 @@ def _run(
         return reference.lora_linear(
             x, weight, bias, lora_A, lora_B, task_ptr, scaling, dropout_p, seed
         )
-    # Among CPU tensors the dispatcher does not mind one without data, and calls the fake kernel.
-    on_cpu = weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and task_ptr.is_cpu
-    if not on_cpu or (bias is not None and not bias.is_cpu):
+    # The dispatcher does not mind tensors of other devices, nor the kernels addresses from there.
+    together = weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and task_ptr.is_cpu
+    if not together or (bias is not None and not bias.is_cpu):
         _check(x, weight, bias, lora_A, lora_B, task_ptr)
+    if not task_ptr.is_cpu:
+        task_ptr = _read_back(task_ptr)
     if route == "weight":
-        return _WeightRoute.apply(x, weight, bias, lora_A, lora_B, task_ptr, scaling)
+        return _WeightRoute.apply(
+            x, weight, bias, lora_A, lora_B, task_ptr, scaling, tf32_allowed(x.dtype), keep_merged
+        )
     return _TokenRoute.apply(x, weight, bias, lora_A, lora_B, task_ptr, scaling, dropout_p, seed)
+
+
+def _read_back(task_ptr: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"lora_linear: task_ptr must be on the CPU while a CUDA graph is captured, got it on "
+            f"{task_ptr.device}, from where it would have to be read back; make it on the CPU"
+        )
+    return task_ptr.cpu()
 
 
 def lora_linear_route(
@@ -152,8 +187,10 @@ def lora_linear_route(
         out_features=weight.shape[0],
         dropout_p=dropout_p,
         dtype=x.dtype,
+        weight_dtype=weight.dtype,
         device_type=device_type,
-        native=native_available(device_type),
+        problem=_problem_of_device(x),
+        memory=_memory(x),
     )
 
 
@@ -165,8 +202,10 @@ def choose_route(
     out_features: int,
     dropout_p: float,
     dtype: torch.dtype,
+    weight_dtype: torch.dtype | None = None,
     device_type: str,
-    native: bool,
+    problem: str | None = None,
+    memory: int | None = None,
 ) -> RouteChoice:
     """The choice behind route="auto": a pure function of what it is told.
 
@@ -176,18 +215,24 @@ def choose_route(
         in_features, out_features: of the layer.
         dropout_p: dropout on the LoRA branch.
         dtype: of x.
+        weight_dtype: of the parameters; None means that of x.
         device_type: "cpu", "cuda", ….
-        native: whether native kernels for that device are loaded.
+        problem: why there are no native kernels for that device; None if there are.
+        memory: bytes that the weight route may take on a GPU for all W_t and their gradients;
+            None for any number.
     """
+    weight_dtype = dtype if weight_dtype is None else weight_dtype
     decision = _decide(
-        rows, tasks, out_features, in_features, dropout_p, dtype, device_type, native
+        *(rows, tasks, out_features, in_features, dropout_p),
+        *(dtype, weight_dtype, device_type, problem is None, memory),
     )
-    limit = tasks * _weight_route_from(in_features, out_features)
+    limit = tasks * _weight_route_from(in_features, out_features, device_type)
+    needed = _weight_route_bytes(tasks, out_features, in_features, dtype, weight_dtype)
     reason = {
-        "device": f"there are no native kernels for {device_type} tensors",
-        "library": f"the native CPU library is {cpu_status}",
+        "device": problem or f"there are no native kernels for {device_type} tensors",
         "dropout": "dropout on the LoRA branch has no form in weight space",
         "short": f"a merged weight rounded to {dtype} would lose the adapter",
+        "memory": f"{tasks} merged weights and gradients would take {needed / 1e9:.1f} GB",
         "small": f"up to {_SMALL.get(dtype)} features a row stays in registers",
         "many rows": f"{rows} rows for {tasks} tasks are more than {limit:.0f}",
         "few rows": f"{rows} rows for {tasks} tasks are no more than {limit:.0f}",
@@ -197,9 +242,9 @@ def choose_route(
 
 _ROUTE_OF = {
     "device": "reference",
-    "library": "reference",
     "dropout": "token",
     "short": "token",
+    "memory": "token",
     "small": "weight",
     "many rows": "weight",
     "few rows": "token",
@@ -213,27 +258,63 @@ def _decide(
     in_features: int,
     dropout_p: float,
     dtype: torch.dtype,
+    weight_dtype: torch.dtype,
     device_type: str,
-    native: bool | None = None,
+    native: bool,
+    memory: int | None,
 ) -> str:
     """What settles the route, a key of _ROUTE_OF; quick, since every call asks."""
-    if device_type != "cpu":
+    if not native or device_type not in ("cpu", "cuda"):
         return "device"
-    if not (native_available() if native is None else native):
-        return "library"
     if dropout_p > 0:
         return "dropout"
-    if dtype in _SHORT:
+    if device_type == "cpu":
+        if dtype in SHORT:
+            return "short"
+        if max(in_features, out_features) <= _SMALL.get(dtype, 0):
+            return "small"
+    elif weight_dtype in SHORT:
         return "short"
-    if max(in_features, out_features) <= _SMALL.get(dtype, 0):
-        return "small"
-    many = rows > tasks * _weight_route_from(in_features, out_features)
+    elif memory is not None and memory < _weight_route_bytes(
+        tasks, out_features, in_features, dtype, weight_dtype
+    ):
+        return "memory"
+    many = rows > tasks * _weight_route_from(in_features, out_features, device_type)
     return "many rows" if many else "few rows"
 
 
-def _weight_route_from(in_features: int, out_features: int) -> float:
+def _weight_route_from(in_features: int, out_features: int, device_type: str) -> float:
     """Rows a task from which on forming W_t costs less than a LoRA branch for every row."""
-    return _WEIGHT_ROUTE_FROM * in_features * out_features / max(1, in_features + out_features)
+    area = in_features * out_features
+    if device_type == "cpu":
+        return _CPU_WEIGHT_FROM * area / max(1, in_features + out_features)
+    return _CUDA_WEIGHT_FROM * math.sqrt(area)
+
+
+def _weight_route_bytes(
+    tasks: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+) -> int:
+    """What the W_t, in the dtype of x, and their gradients, in that of W, take on a GPU."""
+    return tasks * out_features * in_features * (dtype.itemsize + weight_dtype.itemsize)
+
+
+def _memory(x: Tensor) -> int | None:
+    return int(gpu_memory(x.get_device()) * _MEMORY_SHARE) if x.is_cuda else None
+
+
+def _problem_of_device(x: Tensor) -> str | None:
+    """Why there are no native kernels for x; None if there are."""
+    if usable(x):
+        return None
+    if x.is_cuda:
+        return gpu_problem(x.get_device())
+    if x.is_cpu:
+        return f"the native CPU library is {cpu_status}"
+    return f"there are no native kernels for {x.device.type} tensors"
 
 
 class _WeightRoute(torch.autograd.Function):
@@ -247,20 +328,27 @@ class _WeightRoute(torch.autograd.Function):
         lora_B: Tensor,
         task_ptr: Tensor,
         scaling: float,
+        tf32: bool,
+        keep_merged: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, lora_A, lora_B, task_ptr)
-        ctx.scaling = scaling
-        return call("lora_linear_weight", x, weight, bias, lora_A, lora_B, task_ptr, scaling)
+        merged = None
+        if keep_merged:
+            merged = call("merge_lora", weight, lora_A, lora_B, scaling, x.dtype, tf32)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, task_ptr, merged)
+        ctx.scaling, ctx.tf32 = scaling, tf32
+        arguments = (x, weight, bias, lora_A, lora_B, task_ptr, scaling, merged, tf32)
+        return call("lora_linear_weight", *arguments)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         needed = ctx.needs_input_grad[:5]
-        arguments = (grad_y, *ctx.saved_tensors, ctx.scaling)
+        *tensors, merged = ctx.saved_tensors
+        arguments = (grad_y, *tensors, ctx.scaling)
         if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated
             gradients = _differentiable_gradients(*arguments)
         else:
-            gradients = call("lora_linear_weight_backward", *arguments, *needed)
-        return *where_needed(needed, gradients), None, None
+            gradients = call("lora_linear_weight_backward", *arguments, merged, ctx.tf32, *needed)
+        return *where_needed(needed, gradients), *[None] * 4
 
 
 class _TokenRoute(torch.autograd.Function):
@@ -330,6 +418,8 @@ def _weight_fake(
     lora_B: Tensor,
     task_ptr: Tensor,
     scaling: float,
+    merged: Tensor | None,
+    tf32: bool,
 ) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
@@ -346,9 +436,10 @@ def _token_fake(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    work = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = x.new_empty((x.shape[0], weight.shape[0]))
-    return y, x.new_empty((x.shape[0], lora_A.shape[1]), dtype=work)
+    # On the CPU what is kept for backward is no shorter than a float; on a GPU it is as x is.
+    wide = x.is_cpu and x.dtype in SHORT
+    return y, x.new_empty((x.shape[0], lora_A.shape[1]), dtype=torch.float32 if wide else x.dtype)
 
 
 @register("lora_linear_weight_backward")
@@ -360,6 +451,8 @@ def _weight_backward_fake(
     lora_B: Tensor,
     task_ptr: Tensor,
     scaling: float,
+    merged: Tensor | None,
+    tf32: bool,
     *needed: bool,
 ) -> tuple[Tensor, ...]:
     return _empty_gradients(x, weight, lora_A, lora_B, needed)
@@ -439,23 +532,25 @@ def _check(
             f"{got}{grad}; row counts become offsets with torch.cumsum"
         )
     check_shape(name, "task_ptr", task_ptr, ("T+1",), (tasks + 1,))
-    short = weight.dtype == torch.float32 and x.dtype in _SHORT  # as under autocast
+    short = weight.dtype == torch.float32 and x.dtype in SHORT  # as under autocast
     check_like(name, "weight", weight, "x", x, dtype=not short)
     check_like(name, "lora_A", lora_A, "weight", weight)
     check_like(name, "lora_B", lora_B, "weight", weight)
-    if task_ptr.device != x.device:
+    if not task_ptr.is_cpu and task_ptr.device != x.device:
         raise ValueError(
-            f"{name}: task_ptr must be on the device of x, {x.device}, got {task_ptr.device}; move "
-            f"it with .to({str(x.device)!r})"
+            f"{name}: task_ptr must be on the CPU, or on the device of x, {x.device}, got "
+            f"{task_ptr.device}; move it with .cpu()"
         )
     if not torch.compiler.is_compiling():
         _check_values(task_ptr, x.shape[0])
 
 
-def _problem(*arguments: Any) -> Exception | None:
-    """What `_check` finds."""
+def _problem(x: Any, weight: Any, bias: Any, *others: Any) -> Exception | None:
+    """What `_check` finds, of x and bias as they are under autocast."""
     try:
-        _check(*arguments)
+        if isinstance(x, Tensor) and _autocasting(x.device.type):
+            x, bias = _autocast(x), _autocast(bias) if isinstance(bias, Tensor) else bias
+        _check(x, weight, bias, *others)
     except (TypeError, ValueError) as error:
         return error
     return None
@@ -478,19 +573,10 @@ def _check_values(task_ptr: Tensor, rows: int) -> None:
 
 def _check_route(route: str, x: Tensor, dropout_p: float) -> None:
     check_choice("lora_linear", "route", route, ROUTES)
-    if not native_available(x.device.type) or x.device.type != "cpu":
-        reason = choose_route(
-            rows=0,
-            tasks=1,
-            in_features=1,
-            out_features=1,
-            dropout_p=0.0,
-            dtype=x.dtype,
-            device_type=x.device.type,
-            native=native_available(x.device.type),
-        ).reason
+    problem = _problem_of_device(x)
+    if problem is not None:
         raise RuntimeError(
-            f"lora_linear: route={route!r} cannot be had: {reason}; use route='auto'"
+            f"lora_linear: route={route!r} cannot be had: {problem}; or use route='auto'"
         )
     if route == "weight" and dropout_p > 0:
         raise ValueError(

@@ -8,18 +8,25 @@ import torch
 from torch import Tensor
 
 from metalora import reference
-from metalora._library import native_available
 from metalora.ops._arguments import (
+    SHORT,
     check_float,
     check_like,
     check_rank,
     check_scaling,
     check_shape,
 )
-from metalora.ops._native import call, register, where_needed
+from metalora.ops._native import call, register, tf32_allowed, usable, where_needed
 
 
-def merge_lora(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
+def merge_lora(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """W_t = W + s · B_t A_t for all tasks at once (paper, eq. 6).
 
     Differentiable any number of times.
@@ -29,9 +36,11 @@ def merge_lora(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 
         lora_A: [T, r, in].
         lora_B: [T, out, r].
         scaling: s, usually alpha / r.
+        dtype: of the result: that of ``weight`` (None), or bfloat16 or float16 where that is
+            float32, rounded once, with the update in.
 
     Returns:
-        [T, out, in], in the dtype of ``weight``.
+        [T, out, in].
 
     Raises:
         TypeError, ValueError: for shapes, dtypes or devices that do not fit together.
@@ -47,12 +56,15 @@ def merge_lora(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float = 
     check_like(function, "lora_B", lora_B, "weight", weight)
     check_rank(function, "lora_A", lora_A, rank)
     scaling = check_scaling(function, scaling)
-    if not native_available() or weight.device.type != "cpu":
-        return reference.merge_lora(weight, lora_A, lora_B, scaling)
-    return _MergeLora.apply(weight, lora_A, lora_B, scaling)
+    dtype = _check_dtype(function, dtype, weight)
+    if not usable(weight):
+        return reference.merge_lora(weight, lora_A, lora_B, scaling).to(dtype)
+    return _MergeLora.apply(weight, lora_A, lora_B, scaling, dtype)
 
 
-def merge_lora_symmetric(weight: Tensor, lora_U: Tensor) -> Tensor:
+def merge_lora_symmetric(
+    weight: Tensor, lora_U: Tensor, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """W_t = W + U_t U_tᵀ for all tasks at once (paper, eq. 14).
 
     Differentiable any number of times.
@@ -60,9 +72,10 @@ def merge_lora_symmetric(weight: Tensor, lora_U: Tensor) -> Tensor:
     Args:
         weight: [d, d].
         lora_U: [T, d, k].
+        dtype: of the result, see `merge_lora`.
 
     Returns:
-        [T, d, d], in the dtype of ``weight``.
+        [T, d, d].
 
     Raises:
         TypeError, ValueError: for shapes, dtypes or devices that do not fit together.
@@ -73,65 +86,96 @@ def merge_lora_symmetric(weight: Tensor, lora_U: Tensor) -> Tensor:
     check_shape(function, "weight", weight, ("d", "d"), (lora_U.shape[1], lora_U.shape[1]))
     check_like(function, "lora_U", lora_U, "weight", weight)
     check_rank(function, "lora_U", lora_U, lora_U.shape[2])
-    if not native_available() or weight.device.type != "cpu":
-        return reference.merge_lora_symmetric(weight, lora_U)
-    return _MergeLoraSymmetric.apply(weight, lora_U)
+    dtype = _check_dtype(function, dtype, weight)
+    if not usable(weight):
+        return reference.merge_lora_symmetric(weight, lora_U).to(dtype)
+    return _MergeLoraSymmetric.apply(weight, lora_U, dtype)
+
+
+def _check_dtype(function: str, dtype: torch.dtype | None, weight: Tensor) -> torch.dtype:
+    if dtype is None or dtype == weight.dtype:
+        return weight.dtype
+    if weight.dtype == torch.float32 and dtype in SHORT:
+        return dtype
+    raise TypeError(
+        f"{function}: dtype must be that of weight, {weight.dtype}, or torch.bfloat16 or "
+        f"torch.float16 where that is torch.float32, got {dtype}"
+    )
 
 
 class _MergeLora(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
         ctx.save_for_backward(lora_A, lora_B)
         ctx.scaling = scaling
-        return call("merge_lora", weight, lora_A, lora_B, scaling)
+        return call("merge_lora", weight, lora_A, lora_B, scaling, dtype, tf32_allowed(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        arguments = (grad, *ctx.saved_tensors, ctx.scaling)
+        lora_A, lora_B = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated
-            gradients = reference.merge_lora_backward(*arguments)
+            grad = grad.to(lora_A.dtype)
+            gradients = reference.merge_lora_backward(grad, lora_A, lora_B, ctx.scaling)
         else:
+            arguments = (grad, lora_A, lora_B, ctx.scaling, tf32_allowed(grad.dtype))
             gradients = call("merge_lora_backward", *arguments)
-        return *where_needed(ctx.needs_input_grad[:3], gradients), None
+        return *where_needed(ctx.needs_input_grad[:3], gradients), None, None
 
 
 class _MergeLoraSymmetric(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, lora_U: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, lora_U: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(lora_U)
-        return call("merge_lora_symmetric", weight, lora_U)
+        return call("merge_lora_symmetric", weight, lora_U, dtype, tf32_allowed(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (lora_U,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            gradients = reference.merge_lora_symmetric_backward(grad, lora_U)
+            gradients = reference.merge_lora_symmetric_backward(grad.to(lora_U.dtype), lora_U)
         else:
-            gradients = call("merge_lora_symmetric_backward", grad, lora_U)
-        return tuple(where_needed(ctx.needs_input_grad, gradients))
+            allowed = tf32_allowed(grad.dtype)
+            gradients = call("merge_lora_symmetric_backward", grad, lora_U, allowed)
+        return *where_needed(ctx.needs_input_grad[:2], gradients), None
 
 
 @register("merge_lora")
-def _merge_fake(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    return weight.new_empty((lora_A.shape[0], *weight.shape))
+def _merge_fake(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dtype: torch.dtype | None,
+    tf32: bool,
+) -> Tensor:
+    return weight.new_empty((lora_A.shape[0], *weight.shape), dtype=dtype)
 
 
 @register("merge_lora_backward")
 def _merge_backward_fake(
-    grad: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+    grad: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, tf32: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        grad.new_empty(grad.shape[1:]),
+        lora_A.new_empty(grad.shape[1:]),
         lora_A.new_empty(lora_A.shape),
         lora_B.new_empty(lora_B.shape),
     )
 
 
 @register("merge_lora_symmetric")
-def _symmetric_fake(weight: Tensor, lora_U: Tensor) -> Tensor:
-    return weight.new_empty((lora_U.shape[0], *weight.shape))
+def _symmetric_fake(
+    weight: Tensor, lora_U: Tensor, dtype: torch.dtype | None, tf32: bool
+) -> Tensor:
+    return weight.new_empty((lora_U.shape[0], *weight.shape), dtype=dtype)
 
 
 @register("merge_lora_symmetric_backward")
-def _symmetric_backward_fake(grad: Tensor, lora_U: Tensor) -> tuple[Tensor, Tensor]:
-    return grad.new_empty(grad.shape[1:]), lora_U.new_empty(lora_U.shape)
+def _symmetric_backward_fake(grad: Tensor, lora_U: Tensor, tf32: bool) -> tuple[Tensor, Tensor]:
+    return lora_U.new_empty(grad.shape[1:]), lora_U.new_empty(lora_U.shape)

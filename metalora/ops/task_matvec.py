@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from metalora import reference
-from metalora._library import native_available
 from metalora.ops._arguments import check_float, check_like, check_rank, check_shape
-from metalora.ops._native import call, register, where_needed
+from metalora.ops._native import call, register, usable, where_needed
 
 # Above this many features the BLAS behind torch.bmm is faster than loops that know the shapes.
 _SMALL = 64
@@ -48,7 +47,7 @@ def task_matvec(weight: Tensor, x: Tensor, lora_U: Tensor | None = None) -> Tens
     check_like(function, "x", x, "weight", weight)
     small = max(weight.shape[-1], weight.shape[-2]) <= _SMALL
     full_precision = weight.dtype in (torch.float32, torch.float64)
-    if small and full_precision and weight.device.type == "cpu" and native_available():
+    if small and full_precision and usable(weight):
         return _TaskMatvec.apply(weight, x, lora_U)
     return reference.task_matvec(weight, x, lora_U)
 

@@ -7,13 +7,11 @@ import torch
 
 from metalora.nn import MultiTaskLoRALinear, TaskBatch, current_tasks, tasks
 
-CPU = torch.device("cpu")
-
 
 def test_pointer_counts_the_rows_of_each_task_and_knows_empty_ones():
     batch = TaskBatch(torch.tensor([3, 0, 3, 1, 0, 0]))
-    assert batch.task_ptr(5, 1, CPU).tolist() == [0, 3, 4, 4, 6, 6]
-    assert batch.task_ptr(5, 7, CPU).tolist() == [0, 21, 28, 28, 42, 42]
+    assert batch.task_ptr(5, 1).tolist() == [0, 3, 4, 4, 6, 6]
+    assert batch.task_ptr(5, 7).tolist() == [0, 21, 28, 28, 42, 42]
 
 
 def test_sort_is_stable_and_unsort_undoes_it():
@@ -42,7 +40,7 @@ def test_sorted_batch_keeps_no_permutation():
 
 def test_pointer_is_made_once_per_batch():
     batch = TaskBatch(torch.tensor([0, 1]))
-    assert batch.task_ptr(2, 3, CPU) is batch.task_ptr(2, 3, CPU)
+    assert batch.task_ptr(2, 3) is batch.task_ptr(2, 3)
 
 
 @pytest.mark.parametrize(
@@ -73,9 +71,31 @@ def test_ids_out_of_range_are_refused_early_or_by_the_layer(ids, wrong):
         layer(torch.zeros(len(ids), 2), TaskBatch(torch.tensor(ids)))
 
 
-def test_wrong_claim_of_order_is_refused():
-    with pytest.raises(ValueError, match="do not ascend"):
-        TaskBatch(torch.tensor([1, 0]), is_sorted=True)
+def test_counts_say_the_same_as_sorted_ids():
+    ids = torch.tensor([0, 0, 2, 2, 2])
+    counted, found = TaskBatch(ids, counts=(2, 0, 3)), TaskBatch(ids)
+    assert counted.order is None
+    for num_tasks in (3, 5):
+        wanted = found.task_ptr(num_tasks, 4)
+        assert torch.equal(counted.task_ptr(num_tasks, 4), wanted)
+        assert wanted.device.type == "cpu"
+
+
+def test_ids_need_not_be_on_the_host_where_counts_are():
+    batch = TaskBatch(torch.empty(5, dtype=torch.int64, device="meta"), counts=(2, 3))
+    assert batch.task_ptr(2, 1).tolist() == [0, 2, 5]
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1), (1, 2), (2, 1), (4, -1), ()])
+def test_wrong_counts_are_refused(counts):
+    with pytest.raises(ValueError, match=r"counts must say how many of the \[B=3\] ascending"):
+        TaskBatch(torch.tensor([0, 1, 0]), counts=counts)
+
+
+def test_counts_of_more_tasks_than_there_are_are_refused():
+    batch = TaskBatch(torch.tensor([0, 1]), counts=(1, 1, 0))
+    with pytest.raises(ValueError, match=r"counts must be at most 2 numbers.*got 3"):
+        batch.task_ptr(2, 1)
 
 
 def test_contexts_nest_and_are_left_on_errors():

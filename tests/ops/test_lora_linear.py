@@ -257,6 +257,32 @@ def test_weight_route_keeps_small_adapters_of_float32_weights_under_autocast(nat
     assert errors["weight"] < 2 * errors["reference"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_kept_merged_weights_change_no_bit(dtype: torch.dtype) -> None:
+    """Kept or made again, W_t is the same; kept, it is made once."""
+    p = problem(
+        (9, 0, 20), (70, 40, 4), dtype=torch.float64 if dtype.itemsize > 4 else torch.float32
+    )
+    enabled = dtype == torch.bfloat16
+    results = []
+    for keep in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y = ops.lora_linear(*p.tensors, p.task_ptr, route="weight", keep_merged=keep)
+        results.append([y, *torch.autograd.grad(y, p.leaves, torch.ones_like(y))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_kept_merged_weights_are_used(native: None) -> None:
+    p = problem((9, 20), (70, 40, 4))
+    y = ops.lora_linear(*p.tensors, p.task_ptr, route="weight", keep_merged=True)
+    kept = y.grad_fn.saved_tensors[-1]
+    assert kept.shape == (2, 40, 70)
+    before = torch.autograd.grad(y.sum(), p.x, retain_graph=True)[0]
+    kept.data.mul_(2)
+    after = torch.autograd.grad(y.sum(), p.x)[0]
+    torch.testing.assert_close(after, 2 * before)
+
+
 def test_torch_compile_fullgraph_without_recompiling(native: None) -> None:
     recompiles = torch._dynamo.utils.counters["stats"]
     torch._dynamo.reset()
@@ -280,18 +306,21 @@ def test_opcheck(native: None, sizes: tuple[int, int, int]) -> None:
     x, weight, _, lora_A, lora_B = p.tensors
     inputs = (*p.tensors, p.task_ptr, 0.5)
     saved = (torch.randn(36, sizes[1]), x, weight, lora_A, lora_B, p.task_ptr)
-    check(raw.lora_linear_weight.default, inputs)
+    merged = ops.merge_lora(weight, lora_A, lora_B, 0.5)
+    check(raw.lora_linear_weight.default, (*inputs, None, False))
+    check(raw.lora_linear_weight.default, (*inputs, merged, False))
     check(raw.lora_linear_token.default, (*inputs, 0.0, None))
     check(raw.lora_linear_token.default, (*inputs, 0.3, torch.tensor(5)))
     _, shrunk = raw.lora_linear_token(*inputs, 0.0, None)
     for needs in ([True] * 5, [False, True, False, True, False], [False] * 5):
-        check(raw.lora_linear_weight_backward.default, (*saved, 0.5, *needs))
+        check(raw.lora_linear_weight_backward.default, (*saved, 0.5, None, False, *needs))
+        check(raw.lora_linear_weight_backward.default, (*saved, 0.5, merged, False, *needs))
         check(raw.lora_linear_token_backward.default, (*saved, shrunk, 0.5, 0.0, None, *needs))
 
 
 def test_raw_operators_refuse_tensors_that_need_grad(native: None) -> None:
     p = problem()
-    for name, rest in (("lora_linear_weight", ()), ("lora_linear_token", (0.0, None))):
+    for name, rest in (("lora_linear_weight", (None, False)), ("lora_linear_token", (0.0, None))):
         with pytest.raises(RuntimeError, match=r"has no autograd of its own; call .*metalora\.ops"):
             getattr(torch.ops.metalora, name)(*p.tensors, p.task_ptr, 1.0, *rest)
 
@@ -307,7 +336,7 @@ def test_raw_operators_check_the_seed(native: None) -> None:
 def test_raw_operators_never_read_outside(native: None, pointers: list[int]) -> None:
     p = problem((2, 3, 2), grad=False)
     with pytest.raises(RuntimeError, match=r"lora_linear: task_ptr must"):
-        torch.ops.metalora.lora_linear_weight(*p.tensors, torch.tensor(pointers), 1.0)
+        torch.ops.metalora.lora_linear_weight(*p.tensors, torch.tensor(pointers), 1.0, None, False)
 
 
 def test_switching_native_off_changes_what_runs(native: None, monkeypatch) -> None:
@@ -320,7 +349,7 @@ def test_switching_native_off_changes_what_runs(native: None, monkeypatch) -> No
     ops.lora_linear(*p.tensors, p.task_ptr).sum().backward()
     assert called == ["lora_linear_weight", "lora_linear_weight_backward"]
     called.clear()
-    monkeypatch.setattr(module, "native_available", lambda device="cpu": False)
+    monkeypatch.setattr(module, "usable", lambda tensor: False)
     ops.lora_linear(*p.tensors, p.task_ptr).sum().backward()
     assert called == []
 
@@ -335,7 +364,6 @@ class TestRoutes:
             "dropout_p": 0.0,
             "dtype": torch.float32,
             "device_type": "cpu",
-            "native": True,
         }
         return ops.choose_route(**(arguments | changes))
 
@@ -350,12 +378,32 @@ class TestRoutes:
             ({"dtype": torch.bfloat16}, "token", "rounded"),
             ({"rows": 8, "in_features": 64, "out_features": 64}, "weight", "registers"),
             ({"rows": 8, "in_features": 33, "dtype": torch.float64}, "token", "no more than"),
-            ({"native": False}, "reference", "library"),
-            ({"device_type": "cuda"}, "reference", "cuda"),
+            ({"problem": "the library is away"}, "reference", "the library is away"),
+            ({"device_type": "mps"}, "reference", "no native kernels for mps tensors"),
         ],
     )
     def test_each_argument_matters(self, change: dict, route: str, reason: str) -> None:
         choice = self.choose(**change)
+        assert choice.route == route
+        assert reason in choice.reason
+
+    @pytest.mark.parametrize(
+        ("change", "route", "reason"),
+        [
+            ({}, "weight", "4000 rows for 4 tasks are more than 768"),
+            ({"rows": 768}, "token", "768 rows for 4 tasks are no more than 768"),
+            ({"dropout_p": 0.1}, "token", "dropout"),
+            ({"dtype": torch.bfloat16}, "token", "rounded to torch.bfloat16"),
+            ({"dtype": torch.bfloat16, "weight_dtype": torch.float32}, "weight", "more than"),
+            ({"rows": 768, "in_features": 24}, "weight", "more than 384"),
+            ({"memory": 4 * 96 * 96 * 8}, "weight", "more than"),
+            ({"memory": 4 * 96 * 96 * 8 - 1}, "token", "4 merged weights and gradients"),
+            ({"tasks": 50000, "memory": 10**9}, "token", "would take 3.7 GB"),
+            ({"problem": "the library is away"}, "reference", "the library is away"),
+        ],
+    )
+    def test_each_argument_matters_on_a_gpu(self, change: dict, route: str, reason: str) -> None:
+        choice = self.choose(**({"device_type": "cuda"} | change))
         assert choice.route == route
         assert reason in choice.reason
 

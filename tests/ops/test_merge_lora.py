@@ -90,11 +90,38 @@ def test_strided_inputs() -> None:
 def test_opcheck(native: None) -> None:
     weight, lora_A, lora_B = (t.detach() for t in matrices((2, 6, 6, 2), torch.float32))
     raw = torch.ops.metalora
-    torch.library.opcheck(raw.merge_lora.default, (weight, lora_A, lora_B, 0.5))
-    grad = torch.randn(2, 6, 6)
-    torch.library.opcheck(raw.merge_lora_backward.default, (grad, lora_A, lora_B, 0.5))
-    torch.library.opcheck(raw.merge_lora_symmetric.default, (weight, lora_B))
-    torch.library.opcheck(raw.merge_lora_symmetric_backward.default, (grad, lora_B))
+    for dtype in (None, torch.bfloat16):
+        torch.library.opcheck(raw.merge_lora.default, (weight, lora_A, lora_B, 0.5, dtype, False))
+        torch.library.opcheck(raw.merge_lora_symmetric.default, (weight, lora_B, dtype, False))
+        grad = torch.randn(2, 6, 6, dtype=dtype)
+        torch.library.opcheck(raw.merge_lora_backward.default, (grad, lora_A, lora_B, 0.5, False))
+        torch.library.opcheck(raw.merge_lora_symmetric_backward.default, (grad, lora_B, False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float_weights_may_be_merged_into_a_short_dtype(dtype: torch.dtype) -> None:
+    leaves = matrices((3, 40, 50, 4), torch.float32)
+    got = ops.merge_lora(*leaves, 0.5, dtype=dtype)
+    assert got.dtype == dtype
+    assert torch.equal(got, ops.merge_lora(*leaves, 0.5).to(dtype))  # rounded once
+    grad = torch.randn_like(got)
+    gradients = torch.autograd.grad(got, leaves, grad)
+    wanted = torch.autograd.grad(ops.merge_lora(*leaves, 0.5), leaves, grad.float())
+    for a, b in zip(gradients, wanted, strict=True):
+        assert a.dtype == torch.float32
+        assert relative_error(a, b) < 1e-6
+    square = torch.randn(40, 40)
+    got = ops.merge_lora_symmetric(square, leaves[2].detach(), dtype=dtype)
+    assert torch.equal(got, ops.merge_lora_symmetric(square, leaves[2].detach()).to(dtype))
+
+
+def test_other_dtypes_are_refused() -> None:
+    weight, lora_A, lora_B = matrices((2, 6, 6, 2))
+    wanted = r"dtype must be that of weight, torch.float64, or .*, got torch.float16"
+    with pytest.raises(TypeError, match=r"merge_lora: " + wanted):
+        ops.merge_lora(weight, lora_A, lora_B, dtype=torch.float16)
+    with pytest.raises(TypeError, match=r"merge_lora_symmetric: " + wanted):
+        ops.merge_lora_symmetric(weight, lora_B, dtype=torch.float16)
 
 
 @pytest.mark.parametrize(
