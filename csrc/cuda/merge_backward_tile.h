@@ -1,0 +1,152 @@
+// What the two ways to multiply in merge_lora_backward.cu share: how the work is divided, and how a
+// tile of P and its factors come into shared memory.
+#pragma once
+
+#include <algorithm>
+
+#include "elements.h"
+#include "merge_lora.h"
+
+namespace metalora::cuda::merge_backward {
+
+constexpr int kThreads = 256;
+constexpr int kColumns = 128;     // of a tile
+constexpr int64_t kBlocks = 256;  // wanted: what the largest devices hold at once
+constexpr int64_t kMostStripTiles = 4;
+
+// How the work is divided, a strip being `strip_tiles` tiles beside each other, and what lies where
+// in the scratch memory, counted in elements:
+//   from 0               A_t [T, r, column_tiles · 128], zero beyond `in`
+//   from B               B_tᵀ [T, r, row_tiles · tile_rows], zero beyond `out`
+//   from A_addends       of grad_A, [T, row_tiles, column_tiles, r, 128]
+//   from B_addends       of grad_Bᵀ, [T, strips, row_tiles, r, tile_rows]
+//   from weight_addends  of grad_weight, [groups, out, in], where there are several groups of tasks
+struct Plan {
+  int64_t tile_rows, row_tiles, column_tiles, strip_tiles, strips, groups, group_tasks;
+  int64_t B, A_addends, B_addends, weight_addends, total;
+};
+
+inline Plan make_plan(const MergeShape& shape, int tile_rows) {
+  const auto [tasks, out, in, rank] = shape;
+  Plan plan{};
+  plan.tile_rows = tile_rows;
+  plan.row_tiles = ceil_div(out, tile_rows);
+  plan.column_tiles = ceil_div(in, kColumns);
+  const int64_t tiles = std::max<int64_t>(plan.row_tiles * plan.column_tiles, 1);
+  plan.strip_tiles = std::clamp<int64_t>(tiles / kBlocks, 1, kMostStripTiles);
+  plan.strips = ceil_div(plan.column_tiles, plan.strip_tiles);
+  plan.group_tasks = ceil_div(tasks, std::max<int64_t>(kBlocks / tiles, 1));
+  plan.groups = tasks ? ceil_div(tasks, plan.group_tasks) : 0;
+  const int64_t columns = tasks * rank * plan.column_tiles * kColumns;
+  const int64_t rows = tasks * rank * plan.row_tiles * tile_rows;
+  plan.B = columns;
+  plan.A_addends = plan.B + rows;
+  plan.B_addends = plan.A_addends + columns * plan.row_tiles;
+  plan.weight_addends = plan.B_addends + rows * plan.strips;
+  plan.total = plan.weight_addends + (plan.groups > 1 ? plan.groups * out * in : 0);
+  return plan;
+}
+
+struct Arguments {
+  void* grad_weight;  // [out, in], or null
+  void* scratch;      // see Plan
+  const void* P;      // [T, out, in]
+  Type type;          // of the factors and the gradients
+  MergeShape shape;
+  Plan plan;
+  bool P_aligned, weight_aligned;
+};
+
+// Where a block is.
+struct Step {
+  int task, row_tile, column_tile, strip, rank0;
+  bool first_of_strip;
+
+  template <typename S>
+  __device__ S* A_addend(const Arguments& a) const {
+    const Plan& plan = a.plan;
+    const int64_t tile = (int64_t{task} * plan.row_tiles + row_tile) * plan.column_tiles + column_tile;
+    return static_cast<S*>(a.scratch) + plan.A_addends + (tile * a.shape.rank + rank0) * kColumns;
+  }
+  template <int kTileRows, typename S>
+  __device__ S* B_addend(const Arguments& a) const {
+    const Plan& plan = a.plan;
+    const int64_t tile = (int64_t{task} * plan.strips + strip) * plan.row_tiles + row_tile;
+    return static_cast<S*>(a.scratch) + plan.B_addends + (tile * a.shape.rank + rank0) * kTileRows;
+  }
+  template <typename S>
+  __device__ void add_to_strip(S& addend, S value) const {
+    addend = first_of_strip ? value : addend + value;
+  }
+};
+
+// Shared memory holds a tile of P, [rows, 128], and chunks of factors, [ranks, lines], moved about
+// within a row by units of 16 bytes (of factors, four elements), so that lanes that read a column
+// do not meet in a bank: unit u of a row is found at u ^ (the row's swizzle).
+__device__ constexpr int P_swizzle(int row) { return row / 4 % 4 * 2 ^ row % 2 * 4; }
+__device__ constexpr int factor_swizzle(int rank) { return rank / 2 % 4 ^ rank % 2 * 5; }
+
+template <typename P>
+__device__ inline int P_place(int row, int column) {
+  return row * kColumns + (column / kPack<P> ^ P_swizzle(row)) * kPack<P> + column % kPack<P>;
+}
+
+template <int kLines>
+__device__ inline int factor_place(int rank, int line) {
+  return rank * kLines + (line / 4 ^ factor_swizzle(rank)) * 4 + line % 4;
+}
+
+// The place `units` units of kSize elements further along a row, where `units` is known when
+// compiling and has no bit in common with the number of the unit at `place`.
+template <int kSize>
+__device__ inline int further(int place, int units) {
+  return (place ^ units % 8 * kSize) + units / 8 * 8 * kSize;
+}
+
+// Starts to copy a tile of P_t, zero beyond its end.
+template <typename P, int kRows>
+__device__ inline void start_tile(P* tile, const Arguments& a, const Step& at) {
+  constexpr int kSize = kPack<P>, kUnits = kColumns / kSize, kStep = kThreads / kUnits;
+  int thread = static_cast<int>(threadIdx.x);
+  int64_t in = a.shape.in;
+  forget(thread);
+  forget(in);
+  const int row = thread / kUnits, column = thread % kUnits * kSize;
+  const int place = P_place<P>(row, column);
+  const int64_t o = int64_t{at.row_tile} * kRows + row;
+  const int64_t i = int64_t{at.column_tile} * kColumns + column;
+  const int columns = left_of(in, i, kSize), rows = columns ? left_of(a.shape.out, o, kRows) : 0;
+  const P* source = static_cast<const P*>(a.P) + (int64_t{at.task} * a.shape.out + o) * in + i;
+  // The swizzle of a sum of rows without a common bit is the one's ^ the other's.
+  if (a.P_aligned) {
+#pragma unroll
+    for (int step = 0; step < kRows; step += kStep, source += kStep * in) {
+      P* target = tile + (place ^ P_swizzle(step) * kSize) + step * kColumns;
+      if (step < rows)
+        copy_async_16(target, source);
+      else
+        store_pack(target, Pack<P, kSize>{});
+    }
+  } else {
+#pragma unroll 1
+    for (int step = 0; step < kRows; step += kStep, source += kStep * in)
+      store_pack(tile + (place ^ P_swizzle(step) * kSize) + step * kColumns,
+                 load_row<kSize>(source, step < rows ? columns : 0, false));
+  }
+}
+
+// Starts to copy a chunk of a factor [r, tiles · kLines] for one tile, from rank at.rank0 on. What
+// lies beyond the rank is left as it is: it is multiplied, and the product dropped.
+template <int kRanks, int kLines, typename S>
+__device__ inline void start_factor(S* chunk, const S* factor, int64_t tiles, int tile,
+                                    const Arguments& a, const Step& at) {
+  constexpr int kSize = kPack<S>, kUnits = kLines / kSize;
+  const int units = left_of(a.shape.rank, at.rank0, kRanks) * kUnits;
+  const S* source = factor + ((int64_t{at.task} * a.shape.rank + at.rank0) * tiles + tile) * kLines;
+  for (int i = static_cast<int>(threadIdx.x); i < units; i += kThreads) {
+    const int rank = i / kUnits, line = i % kUnits * kSize;
+    copy_async_16(chunk + factor_place<kLines>(rank, line), source + rank * tiles * kLines + line);
+  }
+}
+
+}  // namespace metalora::cuda::merge_backward

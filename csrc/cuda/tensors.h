@@ -1,0 +1,136 @@
+// What the CUDA operators need of torch: the stream, allocation, and products that the BLAS behind
+// torch does for all tasks at once. Under METALORA_SHIM (tests/shim) the same runs on the CPU.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "../aten.h"
+#include "types.h"
+
+#ifdef METALORA_SHIM
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#define METALORA_ATEN(function) aoti_torch_cpu_##function
+#else
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+#define METALORA_ATEN(function) aoti_torch_cuda_##function
+#endif
+
+namespace metalora::cuda {
+
+#ifdef METALORA_SHIM
+struct DeviceGuard {
+  explicit DeviceGuard(const Tensor&) {}
+};
+inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
+inline bool on_device(const Tensor& tensor) { return tensor.is_cpu(); }
+inline bool has_grouped_products(const Tensor&) { return true; }
+#else
+// Makes the tensor's GPU the current one.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(const Tensor& tensor) : guard_(tensor.get_device_index()) {}
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
+
+// Whether torch has grouped products for this GPU that do not read the offsets back.
+inline bool has_grouped_products(const Tensor& tensor) {
+  int major = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, tensor.get_device_index());
+  return major >= 9;
+}
+#endif
+
+inline void check_device(const char* op, const char* name, const Tensor& tensor,
+                         const Tensor& like) {
+  METALORA_CHECK(on_device(tensor) && tensor.get_device_index() == like.get_device_index(), op,
+                 ": ", name, " must be on the GPU of the other tensors");
+}
+
+inline Type type_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return Type::f64;
+    case ScalarType::BFloat16: return Type::bf16;
+    case ScalarType::Half: return Type::f16;
+    default: return Type::f32;
+  }
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+// Stands for a gradient that is not needed. One for each: results of an operator must not alias.
+inline Tensor none(const Tensor& like, ScalarType dtype) { return empty(like, {0}, dtype); }
+
+// A dense tensor seen with these sizes.
+inline Tensor viewed(const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+  return torch::stable::view(tensor, sizes);
+}
+
+// Each matrix of [T, m, n] transposed.
+inline Tensor batch_transposed(const Tensor& tensor) {
+  return torch::stable::transpose(tensor, 1, 2);
+}
+
+// result = beta · self + alpha · a b for [T, m, n] = [T, m, k] [T, k, n]; self may be [n], and is
+// not read where beta is 0.
+inline void baddbmm_out(const Tensor& result, const Tensor& self, const Tensor& a, const Tensor& b,
+                        double beta, double alpha) {
+  TORCH_ERROR_CODE_CHECK(
+      METALORA_ATEN(baddbmm_out)(result.get(), self.get(), a.get(), b.get(), beta, alpha));
+}
+
+// result = beta · self + alpha · a b for [m, n] = [m, k] [k, n].
+inline void addmm_out(const Tensor& result, const Tensor& self, const Tensor& a, const Tensor& b,
+                      double beta, double alpha) {
+  TORCH_ERROR_CODE_CHECK(
+      METALORA_ATEN(addmm_out)(result.get(), self.get(), a.get(), b.get(), beta, alpha));
+}
+
+// result = a b, matrices (op "aten::mm") or batches of them ("aten::bmm"). Sums of 16-bit factors
+// go into a float result as they are.
+inline void product_out(const char* op, const Tensor& result, const Tensor& a, const Tensor& b) {
+  using torch::stable::detail::from;
+  if (result.scalar_type() == a.scalar_type()) {
+    std::array<StableIValue, 3> stack{from(a), from(b), from(result)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);
+    return;
+  }
+#ifdef METALORA_SHIM  // the CPU has no such product
+  product_out(op, result, torch::stable::to(a, result.scalar_type()),
+              torch::stable::to(b, result.scalar_type()));
+#else
+  std::array<StableIValue, 4> stack{from(a), from(b), from(result.scalar_type()), from(result)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "dtype_out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+#endif
+}
+
+// The rows of x [M, k] times each task's own b [T, k, n]: -> [M, n]; ends int32 [T] on the GPU says
+// where each task's rows end.
+inline Tensor grouped_product(const Tensor& x, const Tensor& b, const Tensor& ends) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 5> stack{from(x), from(b), from(std::optional<Tensor>(ends)),
+                                    from(std::optional<Tensor>()),
+                                    from(std::optional<ScalarType>())};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::_grouped_mm", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace metalora::cuda
