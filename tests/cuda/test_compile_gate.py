@@ -1,0 +1,89 @@
+"""Every kernel compiles for every architecture of the build, without spilling registers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import kernel_resources as gate
+
+LOG = """
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN8metalora4cuda6kernelIfEEvPT_' for 'sm_80'
+ptxas info    : Function properties for _ZN8metalora4cuda6kernelIfEEvPT_
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 16 bytes cumulative stack size, 512 bytes smem
+ptxas info    : Compiling entry function 'other' for 'sm_90'
+ptxas info    : Function properties for other
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers, 384 bytes cmem[0]
+"""
+
+SPILLS = """
+__global__ void __launch_bounds__(1024, 2) planted(float* x) {
+  float kept[64];
+#pragma unroll
+  for (int i = 0; i < 64; ++i) kept[i] = x[i * 1024 + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 64; ++i) x[i * 1024 + threadIdx.x] = kept[63 - i] * kept[i];
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def nvcc() -> Path:
+    found, why = gate.find_nvcc()
+    if found is None:
+        pytest.skip(f"no nvcc: {why}")
+    return found
+
+
+@pytest.mark.slow
+def test_kernels_are_those_of_the_table_and_do_not_spill(nvcc: Path) -> None:
+    measured = gate.measure(nvcc, sorted((gate.ROOT / "csrc" / "cuda").glob("*.cu")))
+    assert {r.architecture for r in measured} == {"sm_80", "sm_90"}
+    errors, notes = gate.compare(measured, gate.read_recorded(gate.RESULTS))
+    print("\n".join(notes))
+    assert not errors, "\n".join(errors)
+
+
+def test_planted_spill_is_found(nvcc: Path, tmp_path: Path) -> None:
+    source = tmp_path / "planted.cu"
+    source.write_text(SPILLS)
+    measured = gate.measure(nvcc, [source])
+    errors, _ = gate.compare(measured, measured)
+    assert len(errors) == 2
+    assert all("planted on sm_" in error and "spills" in error for error in errors)
+
+
+def test_log_is_understood() -> None:
+    first, second = gate.parse(LOG)
+    assert first == gate.Resources("kernel<float>", "sm_80", 40, 512, 16, 12)
+    assert second == gate.Resources("other", "sm_90", 255, 0, 0, 0)
+    assert (first.warps, second.warps) == (48, 8)
+    with pytest.raises(ValueError, match="not understood"):
+        gate.parse("Compiling entry function '_Z1k' for 'sm_80'\nUsed 3 registers")
+
+
+def test_comparison() -> None:
+    a = gate.Resources("a", "sm_80", 40, 0, 0, 0)
+    assert gate.compare([a], [a]) == ([], [])
+    assert "spills 8 bytes" in gate.compare([replace(a, spills=8)], [a])[0][0]
+    assert "not in the table" in gate.compare([a], [])[0][0]
+    assert "no longer built" in gate.compare([], [a])[0][0]
+    errors, notes = gate.compare([replace(a, registers=41)], [a])
+    assert not errors
+    assert "a on sm_80: 41 registers" in notes[0]
+
+
+def test_table_is_read_as_written(tmp_path: Path) -> None:
+    rows = [gate.Resources("a<float, 2>", "sm_90", 40, 16, 0, 0)]
+    gate.write(tmp_path, rows, "nvcc 13.0")
+    assert gate.read_recorded(tmp_path) == rows
+    assert (
+        "| `a<float, 2>` | sm_90 | 40 | 48 | 16 | 0 | 0 |"
+        in (tmp_path / "kernel_resources.md").read_text()
+    )

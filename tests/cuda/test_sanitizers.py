@@ -1,0 +1,42 @@
+"""Every launcher on small problems, under the sanitizers; and what happens without a barrier."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.shim import build
+
+BARRIER = re.compile(r"__sync(threads|warp)\([^()]*\);")
+FEW_BLOCKS = 2  # to divide the work among
+
+
+def launchers(cache: Path, kernels: Path, sanitizer: str) -> Path:
+    sources = [build.SHIM / "launchers.cpp", *build.kernels(kernels)]
+    return build.program(cache, sources, sanitizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_launchers(cache: Path, tmp_path: Path, sanitizer: str) -> None:
+    done = build.run(launchers(cache, build.copy_of_kernels(tmp_path, FEW_BLOCKS), sanitizer))
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+def barriers() -> list[tuple[str, int]]:
+    """(file, n) for every barrier in csrc/cuda."""
+    files = [f for f in sorted(build.CUDA.iterdir()) if f.suffix in (".cu", ".h")]
+    return [(f.name, n) for f in files for n, _ in enumerate(BARRIER.finditer(f.read_text()))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "n"), barriers())
+def test_removed_barrier_is_found(cache: Path, tmp_path: Path, file: str, n: int) -> None:
+    kernels = build.copy_of_kernels(tmp_path, FEW_BLOCKS)
+    text = (kernels / file).read_text()
+    removed = list(BARRIER.finditer(text))[n]
+    (kernels / file).write_text(text[: removed.start()] + ";" + text[removed.end() :])
+    done = build.run(launchers(cache, kernels, "thread"))
+    assert done.returncode != 0
