@@ -27,7 +27,7 @@ format: setup
 	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 bench: setup
-	$(BIN)/python -m benchmarks.cpu_ops
+	$(BIN)/python -m benchmarks.layers
 	$(BIN)/python -m benchmarks.bench_linear
 
 setup: $(VENV)/installed

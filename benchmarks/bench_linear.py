@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import write_table
+from benchmarks.tables import write_table
 from experiments.runs import RunFolder
 from experiments.synthetic import linear, trials
 from experiments.synthetic.settings import LinearSettings, Point

@@ -2,7 +2,7 @@
 
 python -m pytest benchmarks/bench_lora_linear.py --benchmark-group-by=param:case
 
-`python -m benchmarks.cpu_ops` measures the same in turns and prints ratios.
+`python -m benchmarks.layers` measures the same in turns, and relative to the dense layer.
 """
 
 from __future__ import annotations
@@ -10,12 +10,25 @@ from __future__ import annotations
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.baselines import LAYERS, check, forward_backward
-from benchmarks.registry import CPU_CASES, Case
+from benchmarks.baselines import BASELINES, Setup
+from benchmarks.gate import SEED, Run, check, exact_results, wanted_gradients
+from benchmarks.registry import PRECISIONS, Case, select
+
+PRECISION = PRECISIONS["fp32"]
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.name)
-def test_forward_backward(benchmark: BenchmarkFixture, case: Case, layer: str) -> None:
-    check(case, layer)
-    benchmark(forward_backward, LAYERS[layer](case), case.tensors())
+@pytest.mark.parametrize("name", ["metalora", "loop", "bmm", "merged", "dense"])
+@pytest.mark.parametrize("case", select(["cpu"]), ids=lambda case: case.name)
+def test_forward_backward(benchmark: BenchmarkFixture, case: Case, name: str) -> None:
+    tensors, adapters = case.tensors(PRECISION), name != "dense"
+    wanted = wanted_gradients(adapters, frozen=False)
+    layer = BASELINES[name](Setup(case, PRECISION, "cpu", SEED))
+    run = Run(layer, tensors, wanted, PRECISION)
+
+    def step() -> None:
+        run.forward()
+        run.backward()
+
+    step()
+    check(case, run.results, exact_results(case, tensors, wanted, adapters), PRECISION.tolerance)
+    benchmark(step)

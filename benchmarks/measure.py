@@ -1,101 +1,185 @@
-"""Timing side by side, and the tables that come of it."""
+"""Timing in turns, on the CPU and on a GPU."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
+import contextlib
+import functools
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from itertools import pairwise
+from typing import Any, Protocol
 
 import torch
 
-import metalora
+Step = Callable[[], object]
+Steps = Mapping[str, Step]  # run one after the other and timed apart: {"forward": …, …}
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call: the median and the quartiles."""
+    """Seconds a call: median and quartiles of all samples, and how far two runs are apart.
+
+    ``spread`` is the difference between the two runs' medians, relative to the smaller.
+    """
 
     median: float
     low: float
     high: float
+    spread: float
+
+
+class Clock(Protocol):
+    """Marks moments on the device's own time line, without waiting for it."""
+
+    def mark(self) -> Any: ...
+
+    def seconds(self, marks: Sequence[Any]) -> list[float]:
+        """Waits for the device; the time between each mark and the next."""
+
+
+class CpuClock:
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, marks: Sequence[float]) -> list[float]:
+        return [later - earlier for earlier, later in pairwise(marks)]
+
+
+class CudaClock:
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, marks: Sequence[torch.cuda.Event]) -> list[float]:
+        torch.cuda.synchronize()
+        return [e.elapsed_time(later) * 1e-3 for e, later in pairwise(marks)]
+
+
+def clock(device: str) -> Clock:
+    return CudaClock() if device == "cuda" else CpuClock()
 
 
 def side_by_side(
-    candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 25, seconds_a_round: float = 0.02
-) -> dict[str, Timing]:
-    """Times the candidates in turns, so that whatever else the machine does meets all of them.
+    candidates: Mapping[str, Sequence[Steps]],
+    device: str = "cpu",
+    *,
+    rounds: int = 25,
+    seconds_a_turn: float = 0.02,
+) -> dict[str, dict[str, Timing]]:
+    """Times candidates in turns, so that whatever else the machine does meets all of them.
 
-    Every round times a block of calls of each candidate, as many as take about
-    ``seconds_a_round``; a round gives one sample.
+    Every candidate is a sequence of equal steps over different data, taken in rotation. A turn is
+    one call that is not counted and as many counted ones as take about ``seconds_a_turn``, and
+    gives one sample. Two runs of ``rounds`` turns are made.
+
+    Returns:
+        For each candidate the timing of every step, and of the sum as "total".
     """
+    timer = clock(device)
     repeats = {}
-    for name, call in candidates.items():
-        call()
-        start = time.perf_counter()
-        call()
-        once = time.perf_counter() - start
-        repeats[name] = max(1, int(seconds_a_round / once))
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, call in candidates.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            samples[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: _timing(values) for name, values in samples.items()}
+    for name, sets in candidates.items():
+        for steps in sets:
+            _turn(timer, [steps], 1)
+        once = sum(_turn(timer, sets, 1).values())
+        repeats[name] = max(1, int(seconds_a_turn / once))
+    runs: list[dict[str, list[dict[str, float]]]] = []
+    for _ in range(2):
+        runs.append({name: [] for name in candidates})
+        for _ in range(rounds):
+            for name, sets in candidates.items():
+                runs[-1][name].append(_turn(timer, sets, repeats[name]))
+    first, second = runs
+    return {name: _timings(first[name], second[name]) for name in candidates}
 
 
-def _timing(values: Sequence[float]) -> Timing:
-    low, median, high = statistics.quantiles(values, n=4)
-    return Timing(median, low, high)
+def _turn(timer: Clock, sets: Sequence[Steps], repeats: int) -> dict[str, float]:
+    """Seconds a call of every step."""
+    for step in sets[-1].values():
+        step()
+    marks = [timer.mark()]
+    for i in range(repeats):
+        for step in sets[i % len(sets)].values():
+            step()
+            marks.append(timer.mark())
+    seconds = timer.seconds(marks)
+    count = len(sets[0])
+    return {name: sum(seconds[i::count]) / repeats for i, name in enumerate(sets[0])}
 
 
-def machine() -> dict[str, str]:
-    """What a timing depends on."""
-    return {
-        "cpu": _cpu_name(),
-        "threads": str(torch.get_num_threads()),
-        "cores": str(os.cpu_count()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "metalora": metalora.__version__,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+def _timings(
+    first: Sequence[Mapping[str, float]], second: Sequence[Mapping[str, float]]
+) -> dict[str, Timing]:
+    """The timing of every step and of their sum, from the samples of two runs."""
+    found = {
+        step: _timing([sample[step] for sample in first], [sample[step] for sample in second])
+        for step in first[0]
     }
+    sums = ([sum(sample.values()) for sample in run] for run in (first, second))
+    return found | {"total": _timing(*sums)}
 
 
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def _timing(first: Sequence[float], second: Sequence[float]) -> Timing:
+    low, median, high = statistics.quantiles([*first, *second], n=4)
+    one, other = sorted((statistics.median(first), statistics.median(second)))
+    return Timing(median, low, high, other / one - 1)
 
 
-def write_table(
-    name: str,
-    title: str,
-    command: str,
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    data: Any,
-    folder: Path | None,
-) -> None:
-    """Prints the table as Markdown and, given a folder, writes it there as .md and .json."""
-    lines = [f"## {title}", ""]
-    lines += ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
-    lines += ["", "; ".join(f"{key} {value}" for key, value in machine().items())]
-    lines += ["", f"    {command}", ""]
-    text = "\n".join(lines)
-    print(text)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.md").write_text(text)
-        record = {"title": title, "command": command, "machine": machine(), "rows": data}
-        (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+def copies_past_the_cache(size: int, device: str) -> int:
+    """How many sets of ``size`` bytes to rotate, so that no call finds its data in the L2."""
+    if device == "cpu":
+        return 1
+    cache: int = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(16, math.ceil(1 + 2 * cache / size))
+
+
+@contextlib.contextmanager
+def beside_default_stream(device: str) -> Iterator[None]:
+    """What runs in here on a GPU runs on a stream of its own, between the work around it."""
+    if device == "cpu":
+        yield
+        return
+    stream = _side_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()  # one for all: memory freed on a stream serves that stream only
+
+
+def graphed(steps: Mapping[str, Step]) -> tuple[Steps, str]:
+    """The steps as replays of CUDA graphs that share their memory; else themselves, and why."""
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    try:
+        for name, step in steps.items():
+            graph = torch.cuda.CUDAGraph()
+            pool = next(iter(graphs.values())).pool() if graphs else None
+            with torch.cuda.graph(graph, pool=pool):
+                step()
+            graphs[name] = graph
+    except Exception as error:
+        torch.cuda.synchronize()
+        return steps, f"not captured: {first_line(error)}"
+    return {name: graph.replay for name, graph in graphs.items()}, ""
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class Budget:
+    """Seconds that a measurement may take; what would not fit is left out and named."""
+
+    def __init__(self, seconds: float = math.inf) -> None:
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    def allows(self, seconds: float) -> bool:
+        return time.monotonic() + seconds <= self._end

@@ -1,0 +1,236 @@
+"""Everything that is to be known of a GPU: builds, tests, sanitizes, measures, draws.
+
+python -m benchmarks.gpu_report --out DIR                  # all parts, about an hour
+python -m benchmarks.gpu_report --part build test --out DIR
+python -m benchmarks.gpu_report --device cpu --smoke       # the same commands on tiny shapes
+
+Every part is a process of its own and ends within ten minutes on 16 cores and one GPU. It leaves
+its tables, and what it printed as PART.log, in the folder; gpu_report.md says how each part ended.
+With --resume what was measured before is kept, and only what was left out is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BUDGET, LIMIT = 420, 570  # seconds that a part plans for, and after which it is ended
+FOUND_ERRORS = 86  # the sanitizer's exit code, none of pytest's
+# Compiling takes a minute or more for every case, so only the headlines are compiled.
+HEADLINES = {
+    "a": ("a 768→768 L40 T10 r8", "a 768→3072 L40 T10 r8"),
+    "c": ("c 512→256 16384 rows/task T4 r1", "c 64→256 131072 rows/task T4 r1"),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command; ``tests``: at least one test must have passed in it."""
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    tests: bool = False
+    missing: str = ""  # why the part cannot run here
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a part ended: "done", "failed" or "not run"."""
+
+    part: str
+    status: str
+    seconds: float
+    note: str = ""
+
+
+def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) -> list[Part]:
+    """All parts, in order."""
+    flags = ["--device", device, "--write", str(out)] + ["--smoke"] * smoke
+    goals, others = ("autocast", "tf32"), ("bf16", "fp32")
+    compiled = ("metalora", "merged", "compiled")
+
+    def layers(
+        name: str,
+        *cases: str,
+        precisions: Sequence[str] = goals,
+        baselines: Sequence[str] = ("eager",),
+        frozen: bool = False,
+    ) -> Part:
+        what = ["--cases", *cases, "--precisions", *precisions, "--baselines", *baselines]
+        what += ["--name", f"layers_{device}_{name}", "--budget-seconds", str(BUDGET)]
+        what += ["--frozen"] * frozen + ["--resume"] * resume
+        return Part(name, _module("layers", *what, *flags))
+
+    files = sorted(map(str, out.glob(f"layers_{device}*.json")))
+    missing = "" if importlib.util.find_spec("matplotlib") else "matplotlib is not installed"
+    return [
+        Part(
+            "build",
+            _python("setup.py", "build_ext", "--inplace"),
+            {"METALORA_BUILD": "none" if smoke else device},
+        ),
+        _test(device, smoke),
+        *(_sanitize(tool, device) for tool in ("memcheck", "racecheck", "initcheck")),
+        Part("ceilings", _module("ceilings", *flags)),
+        Part("merge", _module("merge", *flags)),
+        layers("registry-a", "a", baselines=("eager", "metalora-keep")),
+        layers("registry-a-other", "a", precisions=others),
+        layers("registry-b", "b", precisions=goals + others),
+        layers("registry-c", "c", precisions=goals + others, baselines=("eager", "metalora-keep")),
+        layers("registry-ragged", "ragged", precisions=goals + others),
+        layers("routes", "routes", baselines=("routes",)),
+        layers("frozen", "goal", "b", frozen=True),
+        *(
+            layers(f"compiled-{g}-{p}", *HEADLINES[g], precisions=(p,), baselines=compiled)
+            for g in HEADLINES
+            for p in goals
+        ),
+        Part("profile", _module("profile_layers", *flags)),
+        Part("plot", _module("plot", *files), missing=missing or _unless(files, "no results")),
+    ]
+
+
+def _test(device: str, smoke: bool) -> Part:
+    where = ["tests/test_readme.py"] if smoke else []
+    workers = ["-n", "8"] if not smoke and importlib.util.find_spec("xdist") else []
+    return Part("test", _python("-m", "pytest", "-q", *where, *workers), tests=True)
+
+
+def _sanitize(tool: str, device: str) -> Part:
+    """The GPU tests of the operators; every tensor has an allocation of its own."""
+    if device == "cpu":
+        missing = "there is nothing to sanitize on a CPU"
+    else:
+        hint = "compute-sanitizer is not on the PATH; it comes with the CUDA toolkit"
+        missing = _unless(shutil.which("compute-sanitizer"), hint)
+    # initcheck has to see the kernels of others write what ours read.
+    ours = [] if tool == "initcheck" else ["--kernel-name", "kernel_substring=metalora"]
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND_ERRORS), *ours]
+    # Nothing can be captured into a CUDA graph without the caching allocator.
+    pytest = _python("-m", "pytest", "tests/ops", "-m", "gpu", "-k", "not graph", "-x", "-q")
+    caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Part(f"sanitize-{tool}", [*command, *pytest], caching, tests=True, missing=missing)
+
+
+def _python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def _module(name: str, *arguments: str) -> list[str]:
+    return _python("-m", f"benchmarks.{name}", *arguments)
+
+
+def _unless(there: object, missing: str) -> str:
+    return "" if there else missing
+
+
+def run(part: Part, out: Path, limit: float = LIMIT) -> Outcome:
+    """Runs one part, with all it prints in PART.log; ended with its children at the limit."""
+    if part.missing:
+        return Outcome(part.name, "not run", 0.0, part.missing)
+    start = time.monotonic()
+    log = out / f"{part.name}.log"
+    with log.open("w", encoding="utf-8") as file:
+        file.write(shlex.join(part.command) + "\n")
+        file.flush()
+        process = subprocess.Popen(
+            part.command,
+            cwd=ROOT,
+            env=os.environ | part.environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(limit)
+            note = f"exit code {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            note = f"ended after {limit:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    text = log.read_text(encoding="utf-8", errors="replace")
+    counts = ""
+    if part.tests:
+        counts, problem = _test_counts(text)
+        note = note or problem
+    status = "failed" if note else "done"
+    note = "; ".join(filter(None, (note, counts)))
+    return Outcome(part.name, status, time.monotonic() - start, note)
+
+
+def _test_counts(text: str) -> tuple[str, str]:
+    """pytest's last line, and what is wrong with it: that nothing was run is no success."""
+    lines = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|skipped)", line)]
+    if not lines:
+        return "", "pytest counted no tests"
+    last = lines[-1].strip("= ")
+    return last, "" if re.search(r"[1-9]\d* passed", last) else "no test passed"
+
+
+def write_summary(outcomes: Sequence[Outcome], out: Path) -> str:
+    """Writes gpu_report.json and gpu_report.md, with what earlier calls did for other parts."""
+    path = out / "gpu_report.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    known = {one["part"]: one for one in before} | {o.part: asdict(o) for o in outcomes}
+    path.write_text(json.dumps(list(known.values()), indent=1) + "\n", encoding="utf-8")
+    lines = ["| part | | seconds | |", "| --- | --- | ---: | --- |"]
+    lines += [
+        f"| {one['part']} | {one['status']} | {one['seconds']:.0f} | {one['note']} |"
+        for one in known.values()
+    ]
+    text = "\n".join(lines) + "\n"
+    (out / "gpu_report.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [part.name for part in parts("cpu", Path())]
+    help_text = f"the parts to run, or how their names begin: {', '.join(names)}"
+    parser.add_argument("--part", nargs="+", metavar="PART", help=help_text)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, a few samples")
+    parser.add_argument("--resume", action="store_true", help="keep what was measured before")
+    arguments = parser.parse_args(argv)
+    wanted: set[str] = set()
+    for word in arguments.part or names:
+        found = [word] if word in names else [n for n in names if n.startswith(word)]
+        if not found:
+            parser.error(f"--part: there is no {word!r}; there are {', '.join(names)}")
+        wanted.update(found)
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    outcomes: list[Outcome] = []
+    for name in (n for n in names if n in wanted):
+        # Anew for every part: the last one draws what those before it have written.
+        again = parts(arguments.device, out, smoke=arguments.smoke, resume=arguments.resume)
+        part = next(p for p in again if p.name == name)
+        print(f"{name} …", flush=True)
+        outcomes.append(run(part, out))
+        print(f"  {outcomes[-1].status}, {outcomes[-1].seconds:.0f} s {outcomes[-1].note}")
+        text = write_summary(outcomes, out)
+    print(text)
+    return int(any(outcome.status == "failed" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

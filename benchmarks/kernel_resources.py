@@ -1,0 +1,214 @@
+"""What each CUDA kernel takes of a GPU, as the compiler says; a kernel that spills is an error.
+
+    python -m benchmarks.kernel_resources            compare with benchmarks/results
+    python -m benchmarks.kernel_resources --write    write the table there
+
+Needs nvcc and no GPU. Compilers differ in registers: a difference is told and is no error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+
+from benchmarks.tables import write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+NAME = "kernel_resources"
+
+# Of each of an SM's four parts, in compute capability 8.0 and 9.0. Warps get registers in units.
+_PARTS, _REGISTERS, _WARPS, _REGISTER_UNIT = 4, 16384, 16, 256
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one kernel on one architecture; sizes in bytes. Shared memory asked for at launch is not
+    in it."""
+
+    kernel: str
+    architecture: str
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+
+    @property
+    def warps(self) -> int:
+        """How many of an SM's 64 warps its registers allow."""
+        per_warp = -(-self.registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
+        return _PARTS * min(_WARPS, _REGISTERS // per_warp)
+
+
+def load_setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("metalora_setup", ROOT / "setup.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def find_nvcc() -> tuple[Path | None, str]:
+    """The compiler that the build would take, or None, and why."""
+    import torch
+
+    if torch.version.cuda is None:
+        return None, "this torch has no CUDA"
+    toolkit, why = load_setup().find_toolkit(torch.version.cuda)
+    return (toolkit / "bin" / "nvcc", why) if toolkit else (None, why)
+
+
+def measure(nvcc: Path, sources: Sequence[Path]) -> list[Resources]:
+    """Compiles the sources as the build does; kernels sorted by name, then architecture.
+
+    Raises:
+        subprocess.CalledProcessError: if one does not compile.
+    """
+    setup = load_setup()
+    numbers = [a.removesuffix("+PTX").replace(".", "") for a in setup.ARCHITECTURES.split(";")]
+    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+    flags = [*setup.NVCC_FLAGS, *targets, "-Xptxas=-v", "-c"]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def compiled(source: Path) -> list[Resources]:
+            target = Path(folder) / f"{source.stem}.o"
+            command = [nvcc, *flags, source, "-o", target]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.stderr.write(done.stderr)
+                done.check_returncode()
+            return parse(done.stderr)
+
+        found = [r for part in pool.map(compiled, sources) for r in part]
+    return sorted(found, key=lambda r: (r.kernel, r.architecture))
+
+
+def parse(log: str) -> list[Resources]:
+    """What ``ptxas -v`` says."""
+    found = []
+    for part in re.split(r"Compiling entry function ", log)[1:]:
+        entry = re.match(r"'(\w+)' for '(\w+)'", part)
+        stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", part)
+        used = re.search(r"Used (\d+) registers", part)
+        if not (entry and stack and used):
+            raise ValueError(f"what ptxas says of a kernel was not understood: {part[:300]!r}")
+        shared = re.search(r"(\d+) bytes smem", part)
+        found.append(
+            Resources(
+                kernel=readable(entry[1]),
+                architecture=entry[2],
+                registers=int(used[1]),
+                shared=int(shared[1]) if shared else 0,
+                stack=int(stack[1]),
+                spills=int(stack[2]) + int(stack[3]),
+            )
+        )
+    return found
+
+
+def readable(symbol: str) -> str:
+    """A kernel's name and template arguments."""
+    filt = shutil.which("c++filt")
+    if filt is None:
+        return symbol
+    text = subprocess.run([filt, symbol], capture_output=True, text=True, check=True).stdout.strip()
+    text = text.removeprefix("void ").replace("(anonymous namespace)::", "")
+    text = re.sub(r"\b(metalora|cuda)::", "", text)
+    text = text.replace("__nv_bfloat16", "bf16").replace("__half", "f16")
+    depth = 0
+    for i, character in enumerate(text):
+        depth += {"<": 1, ">": -1}.get(character, 0)
+        if character == "(" and depth == 0:
+            return text[:i]
+    return text
+
+
+def compare(
+    measured: Sequence[Resources], recorded: Sequence[Resources]
+) -> tuple[list[str], list[str]]:
+    """(errors, differences that are none)."""
+    errors, notes = [], []
+    before = {(r.kernel, r.architecture): r for r in recorded}
+    for r in measured:
+        place = f"{r.kernel} on {r.architecture}"
+        if r.spills:
+            errors.append(f"{place} spills {r.spills} bytes of registers into memory")
+        old = before.pop((r.kernel, r.architecture), None)
+        if old is None:
+            errors.append(f"{place} is not in the table; run with --write")
+        elif (old.registers, old.shared, old.stack) != (r.registers, r.shared, r.stack):
+            notes.append(
+                f"{place}: {r.registers} registers, {r.shared} bytes shared, {r.stack} of stack; "
+                f"recorded are {old.registers}, {old.shared}, {old.stack}"
+            )
+    errors += [f"{kernel} on {a} is in the table but no longer built" for kernel, a in before]
+    return errors, notes
+
+
+def read_recorded(folder: Path) -> list[Resources]:
+    path = folder / f"{NAME}.json"
+    if not path.exists():
+        return []
+    return [Resources(**row) for row in json.loads(path.read_text())["kernels"]]
+
+
+def write(folder: Path, measured: Sequence[Resources], compiler: str) -> None:
+    command = "python -m benchmarks.kernel_resources --write"
+    write_json(
+        folder / f"{NAME}.json",
+        {"command": command, "compiler": compiler, "kernels": [asdict(r) for r in measured]},
+    )
+    lines = [
+        "# What each CUDA kernel takes of a GPU",
+        "",
+        f"`{command}`, {compiler}. Shared memory is what kernels declare, without what launches "
+        "ask for; warps are those of an SM's 64 that registers leave room for.",
+        "",
+        "| kernel | architecture | registers | warps | shared, bytes | stack, bytes | spills |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| `{r.kernel}` | {r.architecture} | {r.registers} | {r.warps} | {r.shared} | {r.stack} "
+        f"| {r.spills} |"
+        for r in measured
+    ]
+    (folder / f"{NAME}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def compiler_version(nvcc: Path) -> str:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release [\d.]+, V([\d.]+)", text)
+    return f"nvcc {match[1]}" if match else "nvcc of an unknown version"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--write", action="store_true", help="write the table")
+    options = parser.parse_args(arguments)
+    nvcc, why = find_nvcc()
+    if nvcc is None:
+        sys.exit(f"kernel_resources needs nvcc: {why}")
+    measured = measure(nvcc, sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+    if options.write:
+        write(RESULTS, measured, compiler_version(nvcc))
+    errors, notes = compare(measured, read_recorded(RESULTS))
+    for line in [*notes, *errors]:
+        print(line)
+    print(f"{len(measured)} kernels, {len(errors)} errors")
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

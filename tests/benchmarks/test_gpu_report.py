@@ -1,0 +1,156 @@
+"""The report of a GPU, as far as it can be had without one."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import ceilings, cli, gpu_report, layers, merge, profile_layers
+from benchmarks.gpu_report import LIMIT, Part, parts, run
+from benchmarks.registry import select
+
+
+def python(code: str, **changes: object) -> Part:
+    return Part("part", [sys.executable, "-c", code], **changes)  # type: ignore[arg-type]
+
+
+def test_parts_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    call = ["--device", "cpu", "--smoke", "--out", str(tmp_path), "--part"]
+    assert gpu_report.main([*call, "routes", "sanitize-memcheck"]) == 0
+    table = tmp_path / "layers_cpu_routes.json"
+    record = json.loads(table.read_text())
+    rows = [row for one in record["rows"] for row in one["rows"].values()]
+    assert len(record["rows"]) == 4 and all(row["status"] == "timed" for row in rows)
+    page = table.with_suffix(".md").read_text()
+    assert page in (tmp_path / "routes.log").read_text()
+
+    assert gpu_report.main([*call, "plot"]) == 0
+    assert len(list(tmp_path.glob("layers_cpu_routes_*.png"))) == 2
+    summary = (tmp_path / "gpu_report.md").read_text()
+    assert "| sanitize-memcheck | not run | 0 | there is nothing to sanitize on a CPU |" in summary
+    assert "| routes | done |" in summary and "| plot | done |" in summary
+    assert summary in capsys.readouterr().out
+
+
+def test_every_part_that_measures_takes_its_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = 0
+    for part in parts("cuda", tmp_path, smoke=True, resume=True):
+        if "benchmarks.layers" in part.command:
+            arguments = layers.parser().parse_args(list(part.command[3:]))
+            assert select(arguments.cases) and arguments.resume and arguments.smoke
+            assert arguments.budget_seconds < LIMIT < 600
+            found += 1
+        elif part.name in ("merge", "ceilings", "profile"):
+            assert cli.parser("").parse_args(list(part.command[3:])).device == "cuda"
+            found += 1
+    assert found >= 14
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        merge.main(["--device", "cuda"])
+    assert capsys.readouterr().err.endswith("torch sees no GPU here; use --device cpu\n")
+
+
+def test_max_autotune_is_measured_beside_metalora_where_there_is_a_goal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    compiled = [p for p in parts("cuda", tmp_path) if p.name.startswith("compiled")]
+    names = {c.name for group in gpu_report.HEADLINES.values() for c in select(group)}
+    assert len(names) == 4 and len(compiled) == 4
+    for part in compiled:
+        arguments = layers.parser().parse_args(list(part.command[3:]))
+        assert arguments.baselines == ["metalora", "merged", "compiled"]
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_sanitizer(tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_report.shutil, "which", lambda name: None)
+    part = next(p for p in parts("cuda", tmp_path) if p.name == f"sanitize-{tool}")
+    outcome = run(part, tmp_path)
+    assert outcome.status == "not run"
+    assert "compute-sanitizer is not on the PATH" in outcome.note
+    monkeypatch.setattr(gpu_report.shutil, "which", lambda name: name)
+    part = next(p for p in parts("cuda", tmp_path) if p.name == f"sanitize-{tool}")
+    command = " ".join(part.command)
+    assert part.missing == "" and part.tests
+    assert f"--tool {tool} --error-exitcode {gpu_report.FOUND_ERRORS}" in command
+    assert "-m pytest tests/ops -m gpu" in command
+
+
+def test_a_part_that_fails_says_how(tmp_path: Path) -> None:
+    outcome = run(python("print('its output'); raise SystemExit(86)"), tmp_path)
+    assert (outcome.status, outcome.note) == ("failed", "exit code 86")
+    assert "its output" in (tmp_path / "part.log").read_text()
+
+
+def test_tests_that_are_all_skipped_are_no_success(tmp_path: Path) -> None:
+    skipped = python("print('== 7 skipped in 1.2s ==')", tests=True)
+    assert run(skipped, tmp_path).note == "no test passed; 7 skipped in 1.2s"
+    assert run(skipped, tmp_path).status == "failed"
+    assert run(python("print('hello')", tests=True), tmp_path).note == "pytest counted no tests"
+    passed = run(python("print('== 5 passed, 7 skipped in 1s ==')", tests=True), tmp_path)
+    assert (passed.status, passed.note) == ("done", "5 passed, 7 skipped in 1s")
+
+
+def test_a_part_is_ended_with_its_children(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(mark)!r}).touch()"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    outcome = run(python(code), tmp_path, limit=1)
+    assert (outcome.status, outcome.note) == ("failed", "ended after 1 s")
+    time.sleep(2)
+    assert not mark.exists()
+
+
+def test_the_whole_fails_where_a_part_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_report, "parts", lambda *a, **k: [python("raise SystemExit(1)")])
+    assert gpu_report.main(["--out", str(tmp_path)]) == 1
+
+
+def test_unknown_part(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_report.main(["--part", "nothing"])
+    assert "there is no 'nothing'; there are build, test, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [ceilings, merge, profile_layers])
+def test_the_other_tables(module, tmp_path: Path) -> None:
+    module.main(["--smoke", "--write", str(tmp_path)])
+    (table,) = tmp_path.glob("*.json")
+    record = json.loads(table.read_text())
+    assert record["rows"] and record["machine"]["torch"]
+    assert record["command"] in table.with_suffix(".md").read_text()
+
+
+def test_merging_moves_every_input_and_result_once() -> None:
+    one = merge.Merge((3, 5, 7, 2), merge.PRECISIONS["autocast"], "cpu", 0)
+    factors = 4 * 3 * 2 * (5 + 7)
+    assert one.traffic() == {
+        "forward": 4 * 35 + factors + 2 * 105,
+        "backward": 2 * 105 + 2 * factors + 4 * 35,
+    }
+
+
+def test_the_merge_gate_finds_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = merge.ops.merge_lora
+
+    def wrong(weight, lora_A, lora_B, scaling, dtype):
+        return right(weight, lora_A, lora_B, 1.1 * scaling, dtype=dtype)
+
+    monkeypatch.setattr(merge.ops, "merge_lora", wrong)
+    with pytest.raises(merge.GateError, match="relative error"):
+        merge.measure((2, 24, 16, 4), merge.PRECISIONS["fp32"], "cpu", 2)

@@ -1,0 +1,258 @@
+"""The layers side by side: all compute the same, what is wrong or missing is named, not timed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import baselines, layers, plot
+from benchmarks.baselines import BASELINES, COMPILED, EAGER, ROUTES, Layer, NotOfferedError, Setup
+from benchmarks.gate import SEED, GateError, Run, check, exact_results, wanted_gradients
+from benchmarks.layers import LEFT_OUT, Options, measure_case
+from benchmarks.measure import Budget
+from benchmarks.registry import INPUTS, PRECISIONS, Case, equal, ragged
+
+EQUAL, RAGGED = equal(3, 16, 24, 3, 8), ragged(16, 8, 2, (40, 0, 1, 13))
+CASES = [EQUAL, RAGGED, replace(RAGGED, name="dropout", dropout=0.25)]
+NO_DROPOUT = ("unsloth", "merged", "merged-grouped", "metalora-weight", "metalora-keep")
+# What torch.nn.functional.grouped_mm does not take.
+NO_GROUPS = {("grouped", "fp64"), ("merged-grouped", "fp64")}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def passes(case: Case, name: str, precision: str = "fp32", frozen: bool = False) -> set[str]:
+    """Raises where the version does not pass the gate; the names of its results."""
+    chosen, adapters = PRECISIONS[precision], not name.startswith("dense")
+    wanted = wanted_gradients(adapters, frozen)
+    tensors = case.tensors(chosen)
+    run = Run(BASELINES[name](Setup(case, chosen, "cpu", SEED)), tensors, wanted, chosen)
+    run.forward()
+    run.backward()
+    exact = exact_results(case, tensors, wanted, adapters)
+    check(case, run.results, exact, chosen.tolerance)
+    return set(run.results)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("case", CASES, ids=["equal", "ragged", "dropout"])
+@pytest.mark.parametrize("name", [*EAGER, *ROUTES])
+def test_every_version_passes_the_gate(name: str, case: Case, precision: str) -> None:
+    if (name, precision) in NO_GROUPS:
+        with pytest.raises((RuntimeError, NotOfferedError)):
+            passes(case, name, precision)
+        return
+    if case.dropout and name in NO_DROPOUT:
+        with pytest.raises(NotOfferedError, match="dropout"):
+            passes(case, name, precision)
+        return
+    if precision == "bf16" and name in ("merged", "merged-grouped"):
+        with pytest.raises(NotOfferedError, match="lose the adapter"):
+            passes(case, name, precision)
+        return
+    adapters = set() if name == "dense" else {"lora_A", "lora_B"}
+    assert passes(case, name, precision) == {"y", "x", "weight", "bias"} | adapters
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=["equal", "ragged"])
+@pytest.mark.parametrize("name", EAGER)
+def test_every_version_passes_with_frozen_weights(name: str, case: Case) -> None:
+    adapters = set() if name == "dense" else {"lora_A", "lora_B"}
+    assert passes(case, name, frozen=True) == {"y", "x"} | adapters
+
+
+@pytest.mark.slow
+def test_a_compiled_version_passes_the_gate() -> None:
+    passes(EQUAL, "merged+compile", "autocast")
+
+
+def test_compiled_versions_are_those_of_the_simple_ones() -> None:
+    simple, modes = ("dense", "loop", "bmm", "merged"), ("compile", "max-autotune")
+    assert set(COMPILED) == {f"{name}+{mode}" for name in simple for mode in modes}
+
+
+def planted(change: Callable[[list[Tensor]], list[Tensor]]) -> Callable[[Setup], Layer]:
+    """The loop over tasks, with its inputs changed."""
+
+    def make(setup: Setup) -> Layer:
+        right = baselines.loop(setup)
+        return lambda *inputs: right(*change(list(inputs)))
+
+    return make
+
+
+def no_weight_gradient(inputs: list[Tensor]) -> list[Tensor]:
+    return [inputs[0], inputs[1].detach(), *inputs[2:]]
+
+
+def one_percent(inputs: list[Tensor]) -> list[Tensor]:
+    return [*inputs[:4], 1.01 * inputs[4]]
+
+
+def wrong_task_of_one_row(inputs: list[Tensor]) -> list[Tensor]:
+    scale = torch.ones(len(inputs[3]), 1, 1)
+    scale[2] = 1.1
+    return [*inputs[:3], scale * inputs[3], inputs[4]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (no_weight_gradient, "there is no gradient of weight"),
+        (one_percent, "y has a relative error of .*, above 5e-05"),
+        (wrong_task_of_one_row, "y has a relative error"),
+    ],
+)
+def test_the_gate_finds(
+    change: Callable[[list[Tensor]], list[Tensor]], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes(RAGGED, "loop")
+    monkeypatch.setitem(BASELINES, "loop", planted(change))
+    with pytest.raises(GateError, match=message):
+        passes(RAGGED, "loop")
+
+
+@pytest.mark.parametrize("name", ["y", *INPUTS])
+def test_the_gate_looks_at_every_result_and_task(name: str) -> None:
+    tensors = RAGGED.tensors(PRECISIONS["fp64"])
+    exact = exact_results(RAGGED, tensors, INPUTS)
+    assert check(RAGGED, exact, exact, 0.0) == 0.0
+    for wrong in (torch.nan, 1.0):
+        changed = exact[name].clone()
+        last_row_or_task = changed[-1:] if name != "lora_A" else changed[1]  # the empty task
+        last_row_or_task.view(-1)[0] += wrong
+        with pytest.raises(GateError, match=f"^{name} has"):
+            check(RAGGED, exact | {name: changed}, exact, 1e-3)
+    with pytest.raises(GateError, match=r"is \[.*\], not"):
+        check(RAGGED, exact | {name: exact[name][:-1]}, exact, 1e-3)
+
+
+def quick(*names: str) -> Options:
+    return Options(("dense", *names), rounds=2, seconds_a_turn=0.0)
+
+
+def test_what_is_wrong_is_listed_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(setup: Setup) -> Layer:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setitem(BASELINES, "loop", planted(one_percent))
+    monkeypatch.setitem(BASELINES, "bmm", broken)
+    options = quick("loop", "bmm", "unsloth", "metalora")
+    record = measure_case(CASES[2], PRECISIONS["fp32"], options, Budget())
+    rows = record["rows"]
+    assert rows["loop"]["status"].startswith("wrong: y has a relative error of")
+    assert rows["bmm"]["status"] == "failed: RuntimeError: first line"
+    assert rows["unsloth"]["status"].startswith("not offered: ")
+    assert all("total" not in rows[name] for name in ("loop", "bmm", "unsloth"))
+    assert rows["dense"]["relative"] == 1.0
+    ours, floor = rows["metalora"]["total"]["median"], rows["dense"]["total"]["median"]
+    assert rows["metalora"]["relative"] == pytest.approx(ours / floor)
+    assert record["route"] == "token"
+
+
+def measured(folder: Path, seconds: float = 1e9, **changes: Any) -> list[dict[str, Any]]:
+    return layers.measure(
+        [EQUAL, RAGGED],
+        [PRECISIONS["fp32"]],
+        quick("metalora", "loop"),
+        title="A title",
+        command="python -m this",
+        name="table",
+        folder=folder,
+        budget=Budget(seconds),
+        **changes,
+    )
+
+
+def test_tables_and_resuming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = measured(tmp_path, seconds=0)
+    assert {row["status"] for record in out for row in record["rows"].values()} == {LEFT_OUT}
+    text = (tmp_path / "table.md").read_text()
+    assert f"- loop: {LEFT_OUT} ({EQUAL.name}, fp32; {RAGGED.name}, fp32)" in text
+
+    first = measured(tmp_path, resume=True)
+    record = json.loads((tmp_path / "table.json").read_text())
+    assert record["rows"] == json.loads(json.dumps(first))
+    assert {"cpu", "torch", "metalora", "date"} <= set(record["machine"])
+    text = (tmp_path / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    assert f"| {EQUAL.name} | fp32 | weight |" in text and "    python -m this" in text
+    ratio = first[0]["rows"]["loop"]["relative"]
+    assert f"| {EQUAL.name} | fp32 | loop |" in text and f"{ratio:.2f}" in text
+
+    again: list[Case] = []
+
+    def measure_again(case: Case, *arguments: Any) -> dict[str, Any]:
+        again.append(case)
+        return measure_case(case, *arguments)
+
+    monkeypatch.setattr(layers, "measure_case", measure_again)
+    assert measured(tmp_path, resume=True) == record["rows"] and not again
+    del record["rows"][1]["rows"]["loop"]
+    (tmp_path / "table.json").write_text(json.dumps(record))
+    assert measured(tmp_path, resume=True)[0] == record["rows"][0] and again == [RAGGED]
+    record["machine"]["cpu"] = "another"
+    (tmp_path / "table.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="another machine"):
+        measured(tmp_path, resume=True)
+
+
+def test_the_figure_has_every_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = {"median": 1e-3, "low": 1e-3, "high": 1e-3, "spread": 0.0}
+    rows = {name: {"status": "timed", "relative": 1.5, "total": timing} for name in BASELINES}
+    record = {"case": "c 512→256 16384 rows/task T4 r1", "precision": "tf32", "rows": rows}
+    page = {"title": "T", "machine": {"cpu": "C", "torch": "1", "date": "today"}, "rows": [record]}
+    (tmp_path / "one.json").write_text(json.dumps(page))
+    drawn: list[str] = []
+    dot = plot._dot
+
+    def noted(axes, name, ratio, y):
+        drawn.append(name)
+        dot(axes, name, ratio, y)
+
+    monkeypatch.setattr(plot, "_dot", noted)
+    assert plot.draw(tmp_path / "one.json", tmp_path) == [tmp_path / "one_tf32.png"]
+    assert set(drawn) == set(BASELINES) - {"dense"}
+    assert (tmp_path / "one_tf32.pdf").stat().st_size > 0
+
+
+def test_main_measures_tiny_shapes(tmp_path: Path) -> None:
+    arguments = "--cases a --smoke --baselines loop --frozen --name x --write"
+    layers.main([*arguments.split(), str(tmp_path)])
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert record["command"].endswith("--write benchmarks/results")
+    assert len(record["rows"]) == 2 and all(r["frozen"] for r in record["rows"])
+    assert "at most 24 features" in record["title"]
+
+
+def test_dropout_is_what_one_trains_with_when_it_is_timed() -> None:
+    setup = Setup(CASES[2], PRECISIONS["fp32"], "cpu")
+    torch.manual_seed(1)
+    dropped = setup.drop(torch.ones(4, 16))
+    torch.manual_seed(1)
+    assert dropped.equal(F.dropout(torch.ones(4, 16), 0.25))
+
+
+@pytest.mark.gpu
+def test_a_gpu_replays_graphs() -> None:
+    options = replace(quick("metalora", "loop"), device="cuda")
+    record = measure_case(EQUAL, PRECISIONS["fp32"], options, Budget())
+    for row in record["rows"].values():
+        assert row["status"] == "timed" and row["note"] == ""
+        assert row["peak_bytes"] > 0

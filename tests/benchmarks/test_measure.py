@@ -1,0 +1,70 @@
+"""Timing in turns."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from benchmarks.measure import Budget, graphed, side_by_side
+
+
+def test_steps_are_timed_apart() -> None:
+    def wait(seconds: float):
+        return lambda: time.sleep(seconds)
+
+    timings = side_by_side(
+        {
+            "short": [{"forward": wait(0.001), "backward": wait(0.003)}],
+            "long": [{"forward": wait(0.006)}],
+        },
+        rounds=4,
+        seconds_a_turn=0.008,
+    )
+    short, long = timings["short"], timings["long"]
+    assert 0.001 <= short["forward"].low <= short["forward"].median <= short["forward"].high
+    assert short["forward"].median < short["backward"].median < short["total"].median
+    assert short["total"].median < long["total"].median == long["forward"].median
+    assert short["total"].spread >= 0
+
+
+def test_data_are_taken_in_rotation() -> None:
+    calls: list[str] = []
+    sets = [{"step": lambda name=name: calls.append(name) or time.sleep(0.001)} for name in "abc"]
+    side_by_side({"": sets}, rounds=1, seconds_a_turn=0.01)
+    assert "abcabc" in "".join(calls)
+
+
+def test_the_spread_is_between_the_two_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = 0.0, 0
+
+    def step() -> None:
+        nonlocal now, calls
+        calls += 1
+        now += (
+            1.0 if calls <= 4 + 2 * 3 else 1.5
+        )  # 4 to warm up, then 3 turns of 2 in the first run
+
+    monkeypatch.setattr("benchmarks.measure.time.perf_counter", lambda: now)
+    timing = side_by_side({"": [{"step": step}]}, rounds=3, seconds_a_turn=0.0)[""]["step"]
+    assert timing.spread == pytest.approx(0.5)
+    assert timing.median == pytest.approx(1.25)
+
+
+def test_budget() -> None:
+    assert Budget().allows(1e9)
+    assert Budget(10).allows(5) and not Budget(10).allows(20)
+
+
+@pytest.mark.gpu
+def test_steps_become_graphs_or_say_why_not() -> None:
+    x = torch.zeros(3, device="cuda")
+    torch.cuda.synchronize()
+    steps, note = graphed({"add": lambda: x.add_(1)})
+    assert note == "" and x.tolist() == [0, 0, 0]
+    steps["add"]()
+    assert x.tolist() == [1, 1, 1]
+    steps, note = graphed({"wait": lambda: x.sum().item()})
+    assert note.startswith("not captured: ")
+    assert steps["wait"]() == 3
