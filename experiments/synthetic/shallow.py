@@ -70,7 +70,7 @@ def run(settings: ShallowSettings, folder: RunFolder) -> list[Path]:
                 if missing:
                     _run_unit(point, settings, missing, folder)
                 progress.update(len(trials))
-    summaries = summarise(points, folder)
+    summaries = summarise(folder)
     folder.path("tables.md").write_text(tables(points, summaries), encoding="utf-8")
     from experiments.synthetic import shallow_figures  # matplotlib takes a second to import
 
@@ -107,7 +107,7 @@ def _run_unit(
         folder.mark_done(f"{point.name} trial {trial}")
 
 
-def summarise(points: Sequence[Point], folder: RunFolder) -> dict[tuple[str, str, str], Summary]:
+def summarise(folder: RunFolder) -> dict[tuple[str, str, str], Summary]:
     """By the point's name, the method and the metric."""
     values: dict[tuple[str, str, str], list[float]] = {}
     for row in folder.rows():
