@@ -8,6 +8,7 @@
 // the number of threads.
 
 #include "shallow_jobs.h"
+#include "sigmoid.h"
 #include "simd.h"
 
 namespace metalora::shallow::METALORA_ISA {
@@ -16,66 +17,8 @@ using namespace metalora::METALORA_ISA;
 
 constexpr int64_t kRows = 5;  // hidden units at a time: with two vectors each, ten sums in flight
 
-// What the sigmoid needs of a format: the whole numbers are added to the exponent's bits.
-template <typename Real>
-struct Format;
-
-template <>
-struct Format<float> {
-  typedef int32_t Bits __attribute__((vector_size(METALORA_VECTOR_BYTES), may_alias));
-  static constexpr int mantissa_bits = 23;
-  static constexpr float round = 0x1.8p23f;  // adding it leaves a whole number in the last bits
-  static constexpr float largest = 126.f;    // keeps the exponent within the normal numbers
-  // 2^f for |f| <= 1/2, relative error 2e-9, lowest power first
-  static constexpr float exp2[] = {1.f,
-                                   0.693147206f,
-                                   0.240226469f,
-                                   0.0555032878f,
-                                   0.00961848896f,
-                                   0.00133999312f,
-                                   0.000153458122f};
-};
-
-template <>
-struct Format<double> {
-  typedef int64_t Bits __attribute__((vector_size(METALORA_VECTOR_BYTES), may_alias));
-  static constexpr int mantissa_bits = 52;
-  static constexpr double round = 0x1.8p52;
-  static constexpr double largest = 1022.;
-  // 2^f for |f| <= 1/2, relative error 2e-16
-  static constexpr double exp2[] = {1.,
-                                    0.6931471805599497,
-                                    0.24022650695908768,
-                                    0.05550410866445883,
-                                    0.009618129108034596,
-                                    0.0013333558228561767,
-                                    0.00015403529961127076,
-                                    1.5252658116409854e-05,
-                                    1.3215662835959238e-06,
-                                    1.0208537929657404e-07,
-                                    7.037278846726901e-09};
-};
-
-// 1 / (1 + 2^u), the sigmoid of −u ln 2; NaN stays NaN.
-template <typename Real>
-METALORA_INLINE Vector<Real> inverse_one_plus_exp2(Vector<Real> u) {
-  using V = Vector<Real>;
-  using F = Format<Real>;
-  using Bits = typename F::Bits;
-  u = clamp<Real>(u, F::largest);
-  const V shifted = u + F::round;
-  const V f = u - (shifted - F::round);
-  constexpr int terms = sizeof(F::exp2) / sizeof(Real);
-  V power = V{} + F::exp2[terms - 1];
-#pragma GCC unroll 16
-  for (int i = terms - 2; i >= 0; --i) power = power * f + F::exp2[i];
-  power = (V)((Bits)power + ((Bits)shifted << F::mantissa_bits));
-  return Real(1) / (power + Real(1));
-}
-
 // Sizes that do not change during a training.
 struct Layout {
-  int64_t dim;
   int64_t block_vectors;                     // vectors in a row of a block: even
   int64_t blocks;                            // of each task; the last one may be shorter
   int64_t last_vectors;                      // of a row of the last block: even
@@ -87,7 +30,6 @@ template <typename Real>
 Layout layout_of(const Job<Real>& job) {
   constexpr int64_t lanes = kLanes<Real>;
   Layout layout;
-  layout.dim = job.dim;
   const int64_t wanted = 320 / job.dim / 2 * 2;  // inputs and hidden units take 20 KiB with AVX2
   layout.block_vectors = wanted < 8 ? 8 : wanted > 64 ? 64 : wanted;
   const int64_t block_samples = layout.block_vectors * lanes;

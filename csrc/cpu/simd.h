@@ -11,9 +11,6 @@
 #endif
 
 #include <cstdint>
-#if METALORA_VECTOR_BYTES == 32
-#include <immintrin.h>
-#endif
 
 namespace metalora::METALORA_ISA {
 
@@ -43,23 +40,6 @@ METALORA_INLINE Real sum_lanes(const Vector<Real>& v) {
   } else {
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
   }
-}
-
-// v between -limit and limit; NaN stays NaN. The instructions return their second operand for NaN,
-// which the compiler cannot be made to choose without fast-math.
-template <typename Real>
-METALORA_INLINE Vector<Real> clamp(Vector<Real> v, Real limit) {
-  const Vector<Real> high = Vector<Real>{} + limit, low = -high;
-#if METALORA_VECTOR_BYTES == 32
-  if constexpr (sizeof(Real) == 4) {
-    return (Vector<Real>)_mm256_max_ps((__m256)low, _mm256_min_ps((__m256)high, (__m256)v));
-  } else {
-    return (Vector<Real>)_mm256_max_pd((__m256d)low, _mm256_min_pd((__m256d)high, (__m256d)v));
-  }
-#else
-  v = v > high ? high : v;
-  return v < low ? low : v;
-#endif
 }
 
 // Has a value loaded once, where the compiler would load it again for every use.
