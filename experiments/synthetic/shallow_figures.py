@@ -44,7 +44,7 @@ def draw(
             axis.set_xlabel(MEANINGS[vary])
         axes[0].set_ylabel("prediction error")
         _title(fig, "Shallow network: error on the test task in five sweeps", trials)
-        fig.subplots_adjust(left=0.055, right=0.99, top=0.86, bottom=0.25, wspace=0.1)
+        fig.subplots_adjust(left=0.055, right=0.99, top=0.86, bottom=0.27, wspace=0.18)
         paths.append(plotting.save(fig, folder, "shallow", _rows(points, summaries)))
     for vary, group in sweeps.items():
         fig, axis = plt.subplots(figsize=(10, 6))
@@ -52,7 +52,7 @@ def draw(
         axis.set_xlabel(MEANINGS[vary])
         axis.set_ylabel("prediction error")
         _title(fig, f"Shallow network: varying the {MEANINGS[vary]}", trials)
-        fig.subplots_adjust(left=0.11, right=0.97, top=0.89, bottom=0.26)
+        fig.subplots_adjust(left=0.11, right=0.97, top=0.9, bottom=0.22)
         paths.append(plotting.save(fig, folder, f"shallow-{vary}", _rows(group, summaries)))
     return paths
 
@@ -82,8 +82,9 @@ def _panel(axis: Axes, points: Sequence[Point], summaries: Summaries) -> None:
 def _title(fig: Figure, title: str, trials: int) -> None:
     fig.suptitle(title, fontsize=20)
     handles, labels = fig.axes[0].get_legend_handles_labels()
-    names = [f"{label}, median and central 60 % of {trials} trials" for label in labels]
-    fig.legend(handles, names, loc="lower center", ncols=len(names), fontsize=15)
+    central = f"median and central {trials - 2 * (trials // 5)} of {trials} trials"
+    labels[-1] += f"     ({central})"
+    fig.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=15)
 
 
 def _rows(points: Sequence[Point], summaries: Summaries) -> list[dict[str, Any]]:
