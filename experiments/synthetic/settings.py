@@ -151,7 +151,7 @@ class ShallowSettings:
         help="start of A and c: as in torch.nn.Linear, or N(0, 1) as the true ones",
     )
     noise: float = option(0.1, help="standard deviation of the noise in the data")
-    dtype: str = option("float32", choices=["float32", "float64"], help="precision; PyTorch's default is float32")
+    dtype: str = option("float32", choices=["float32", "float64"], help="precision, as torch's")
     smoke: bool = option(False, help="a run of seconds with few epochs; its numbers mean nothing")
     out: Path | None = option(None, run_only=True, help="folder to write (default: under runs/)")
     resume: bool = option(False, run_only=True, help="go on with the run in --out")
