@@ -57,6 +57,16 @@ void define_operators(Library& m) {
       "linear_finetune_lora(Tensor gram, Tensor cross, Tensor energy, Tensor weight, "
       "Tensor factor_u, Tensor factor_v, Tensor? truth, int count, int steps, float lr) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // The same for the shallow network, with AdamW on its samples.
+  m.def(
+      "shallow_retrain(Tensor x, Tensor y, Tensor weight, Tensor output, Tensor? lora_A, "
+      "Tensor? lora_B, int epochs, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "shallow_finetune(Tensor x, Tensor y, Tensor weight, Tensor output, Tensor lora_A, "
+      "Tensor lora_B, int epochs, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 }  // namespace metalora

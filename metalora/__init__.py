@@ -4,14 +4,14 @@
     with metalora.tasks(task_ids): model(x)     which sample belongs to which task
     metalora.meta                               LoRA-ML and its rivals, and fine-tuning after them
     metalora.nn, metalora.ops                   the layers and the operators under them
-    metalora.linear                             the paper's linear model
+    metalora.linear, metalora.shallow           the paper's linear model and shallow network
 
 The method is that of "Provable Meta-Learning with Low-Rank Adaptations" (NeurIPS 2025).
 """
 
 __version__ = "0.1.0"
 
-from metalora import linear, meta, nn, ops, reference
+from metalora import linear, meta, nn, ops, reference, shallow
 from metalora._library import build_info
 from metalora.adapters import (
     LoRAConfig,
@@ -42,6 +42,7 @@ __all__ = [
     "reference",
     "remove",
     "reset_adapters",
+    "shallow",
     "task_parameters",
     "task_state_dict",
     "tasks",

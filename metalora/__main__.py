@@ -21,6 +21,8 @@ OPERATORS = (
     "linear_retrain_lora_ml",
     "linear_retrain_standard",
     "linear_finetune_lora",
+    "shallow_retrain",
+    "shallow_finetune",
 )
 
 

@@ -46,11 +46,8 @@ struct FinetuneJob {
   Real* errors = nullptr;        // [steps + 1], or null
 };
 
-// Scratch memory of each job in bytes. Must be aligned to kScratchAlignment.
-constexpr int64_t kScratchAlignment = 64;
-
-// A kernel returns the first step (from 1) whose loss or result is not finite, or 0 if all went
-// well.
+// Scratch memory is in bytes, aligned to a cache line. A kernel returns the first step (from 1)
+// whose loss or result is not finite, or 0 if all went well.
 template <typename Real>
 struct Kernels {
   int64_t (*lora_ml_scratch)(const LoraMlJob<Real>&);

@@ -1,60 +1,15 @@
 // The linear model's trainers on sufficient statistics (paper, section 3 and D.1), one training a
 // call.
 //
-// Included once for every instruction set, each time with METALORA_ISA naming another namespace and
-// METALORA_VECTOR_BYTES its registers, so that one build is fast on every machine. For that reason
-// nothing of the standard library is instantiated here: the linker would merge the copies and could
-// keep the one an old CPU cannot run.
-//
 // Matrices live in scratch memory column by column, every column padded with zeros to whole
 // vectors. All sums run in one fixed order: results do not depend on the number of threads.
 
-#if !defined(METALORA_ISA) || !defined(METALORA_VECTOR_BYTES)
-#error "define METALORA_ISA and METALORA_VECTOR_BYTES before including linear_kernels.h"
-#endif
-
 #include "linear_jobs.h"
+#include "simd.h"
 
 namespace metalora::linear::METALORA_ISA {
 
-#define METALORA_INLINE inline __attribute__((always_inline))
-
-template <typename Real>
-struct VectorOf {
-  typedef Real type __attribute__((vector_size(METALORA_VECTOR_BYTES), may_alias));
-};
-template <typename Real>
-using Vector = typename VectorOf<Real>::type;
-
-template <typename Real>
-constexpr int64_t kLanes = METALORA_VECTOR_BYTES / static_cast<int64_t>(sizeof(Real));
-
-template <typename Real>
-METALORA_INLINE int64_t vectors_per_column(int64_t dim) {
-  return (dim + kLanes<Real> - 1) / kLanes<Real>;
-}
-
-template <typename Real>
-METALORA_INLINE Real sum_lanes(const Vector<Real>& v) {
-  if constexpr (kLanes<Real> == 2) {
-    return v[0] + v[1];
-  } else if constexpr (kLanes<Real> == 4) {
-    return (v[0] + v[2]) + (v[1] + v[3]);
-  } else {
-    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
-  }
-}
-
-template <typename Real>
-METALORA_INLINE bool is_finite(Real value) {
-  return value - value == 0;
-}
-
-// What a training that diverged has not got to.
-template <typename Real>
-void fill_nan(Real* values, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) values[i] = static_cast<Real>(__builtin_nan(""));
-}
+using namespace metalora::METALORA_ISA;
 
 // A column count known to the compiler (NV > 0) keeps whole columns in registers; NV == 0 is any
 // size.
@@ -126,11 +81,6 @@ METALORA_INLINE void add_product(Vector<Real>* gradient, const Vector<Real>* a, 
   }
 }
 
-template <typename Real>
-METALORA_INLINE void set_zero(Vector<Real>* matrix, int64_t vectors) {
-  for (int64_t v = 0; v < vectors; ++v) matrix[v] = Vector<Real>{};
-}
-
 // row-major [rows, columns] -> padded columns, and back
 template <typename Real>
 void load(const Real* source, int64_t rows, int64_t columns, Real scale, int64_t nv,
@@ -190,20 +140,6 @@ void add_transposed(const Vector<Real>* matrix, int64_t dim, int64_t nv, Vector<
     for (int64_t i = 0; i < dim; ++i) out[j * stride + i] = in[j * stride + i] + in[i * stride + j];
   }
 }
-
-// Scratch memory, handed out front to back.
-template <typename Real>
-struct Arena {
-  Vector<Real>* next;
-  METALORA_INLINE Vector<Real>* take(int64_t vectors) {
-    Vector<Real>* block = next;
-    next += vectors;
-    return block;
-  }
-  METALORA_INLINE Real* take_values(int64_t values) {
-    return reinterpret_cast<Real*>(take(vectors_per_column<Real>(values)));
-  }
-};
 
 // ---------------------------------------------------------------------------------------- LoRA-ML
 
@@ -561,6 +497,5 @@ const Kernels<Real>& kernels() {
 }
 
 #undef METALORA_BY_SIZE
-#undef METALORA_INLINE
 
 }  // namespace metalora::linear::METALORA_ISA

@@ -1,4 +1,4 @@
-"""Command line: python -m experiments.synthetic linear --vary {T,n,N,k,d,all} ..."""
+"""Command line: python -m experiments.synthetic {linear,shallow} --vary {T,n,N,k,d,all} ..."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import sys
 from collections.abc import Sequence
 
 from experiments import cli
-from experiments.synthetic import linear
+from experiments.synthetic import linear, shallow
 from metalora._checks import did_you_mean
 
 PROG = "python -m experiments.synthetic"
-MODELS = {"linear": linear.main}
+MODELS = {"linear": linear.main, "shallow": shallow.main}
 
 
 @cli.main_guard

@@ -1,13 +1,15 @@
-"""Settings of the linear model's experiment and the points of Figure 1's sweeps."""
+"""Settings of the synthetic experiments, and the points of their sweeps."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.cli import option
 from metalora._checks import check_choice, check_count, check_nonnegative, check_positive
+from metalora.shallow.network import INITIALIZATIONS
 
 # The varied parameter's values in each sweep of Figure 1; the others stay at BASE.
 SWEEPS = {
@@ -20,6 +22,15 @@ SWEEPS = {
 # N when k varies: Figure 1's 5000; the table in the paper's appendix D.1 prints 1000.
 BASE = {"T": 3, "n": 100, "N": 5000, "k": 1, "d": 10}
 FINETUNE_STEPS = {"T": 10000, "n": 1000, "N": 1000, "k": 10000, "d": 1400}
+# The same for the shallow network (paper, D.2).
+SHALLOW_SWEEPS = {
+    "T": (2, 3, 5),
+    "n": (100, 1000, 10000),
+    "N": (100, 1000, 10000),
+    "k": (1, 3, 5),
+    "d": (5, 10, 20),
+}
+SHALLOW_BASE = {"T": 3, "n": 100, "N": 1000, "k": 1, "d": 10}
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,7 @@ class Point:
         rank: k, of the true adapters and of those in retraining.
         dim: d.
         finetune_rank: r, of the adapter in fine-tuning.
-        finetune_steps: number of gradient steps in fine-tuning.
+        finetune_steps: number of steps in fine-tuning.
     """
 
     vary: str
@@ -51,6 +62,23 @@ class Point:
     @property
     def name(self) -> str:
         return f"{self.vary}={self.value}"
+
+    @classmethod
+    def at(cls, vary: str, value: int, base: Mapping[str, int], finetune_steps: int) -> Point:
+        """The point at which ``vary`` has this value and the others those of ``base``."""
+        sizes = {**base, vary: value}
+        return cls(
+            vary=vary,
+            value=value,
+            num_tasks=sizes["T"],
+            finetune_samples=sizes["n"],
+            retrain_samples=sizes["N"],
+            rank=sizes["k"],
+            dim=sizes["d"],
+            # Two tasks determine A* only up to rank 2k (paper, theorem 3.2 and corollary 1).
+            finetune_rank=3 * sizes["k"] if sizes["T"] == 2 else sizes["k"],
+            finetune_steps=finetune_steps,
+        )
 
 
 @dataclass(frozen=True)
@@ -99,19 +127,63 @@ class LinearSettings:
     def points(self) -> list[Point]:
         """The settings to run, sweep by sweep."""
         sweeps = list(SWEEPS) if self.vary == "all" else [self.vary]
-        return [self._point(vary, value) for vary in sweeps for value in SWEEPS[vary]]
+        return [
+            Point.at(vary, value, BASE, self.finetune_steps or FINETUNE_STEPS[vary])
+            for vary in sweeps
+            for value in SWEEPS[vary]
+        ]
 
-    def _point(self, vary: str, value: int) -> Point:
-        at = {**BASE, vary: value}
-        return Point(
-            vary=vary,
-            value=value,
-            num_tasks=at["T"],
-            finetune_samples=at["n"],
-            retrain_samples=at["N"],
-            rank=at["k"],
-            dim=at["d"],
-            # Two tasks determine A* only up to rank 2k (paper, theorem 3.2 and corollary 1).
-            finetune_rank=3 * at["k"] if at["T"] == 2 else at["k"],
-            finetune_steps=self.finetune_steps or FINETUNE_STEPS[vary],
+
+@dataclass(frozen=True)
+class ShallowSettings:
+    """Settings of ``shallow``; the defaults are those of the paper (D.2)."""
+
+    vary: str = option("all", choices=[*SHALLOW_SWEEPS, "all"], help="the sweep to run")
+    trials: int = option(10, help="random problems per setting")
+    seed: int = option(0, help="seed of everything random")
+    retrain_epochs: int = option(40000, help="retraining: epochs, each a step on all samples")
+    finetune_epochs: int = option(15000, help="fine-tuning: epochs")
+    lr: float = option(0.001, help="AdamW's learning rate, in retraining and fine-tuning")
+    weight_decay: float = option(0.01, help="AdamW's weight decay")
+    init: str = option(
+        "uniform",
+        choices=INITIALIZATIONS,
+        help="start of A and c: as in torch.nn.Linear, or N(0, 1) as the true ones",
+    )
+    noise: float = option(0.1, help="standard deviation of the noise in the data")
+    dtype: str = option("float32", choices=["float32", "float64"], help="precision, as torch's")
+    smoke: bool = option(False, help="a run of seconds with few epochs; its numbers mean nothing")
+    out: Path | None = option(None, run_only=True, help="folder to write (default: under runs/)")
+    resume: bool = option(False, run_only=True, help="go on with the run in --out")
+
+    def __post_init__(self) -> None:
+        check_choice("settings", "vary", self.vary, [*SHALLOW_SWEEPS, "all"])
+        check_choice("settings", "init", self.init, INITIALIZATIONS)
+        check_choice("settings", "dtype", self.dtype, ["float32", "float64"])
+        check_count("settings", "trials", self.trials)
+        check_count("settings", "seed", self.seed, minimum=0)
+        check_count("settings", "retrain_epochs", self.retrain_epochs)
+        check_count("settings", "finetune_epochs", self.finetune_epochs)
+        check_positive("settings", "lr", self.lr)
+        check_nonnegative("settings", "weight_decay", self.weight_decay)
+        check_nonnegative("settings", "noise", self.noise)
+
+    def shortened(self) -> ShallowSettings:
+        """These settings, cut down to a run of seconds if ``smoke`` is set."""
+        if not self.smoke:
+            return self
+        return dataclasses.replace(
+            self,
+            trials=min(self.trials, 2),
+            retrain_epochs=min(self.retrain_epochs, 20),
+            finetune_epochs=min(self.finetune_epochs, 20),
         )
+
+    def points(self) -> list[Point]:
+        """The settings to run, sweep by sweep."""
+        sweeps = list(SHALLOW_SWEEPS) if self.vary == "all" else [self.vary]
+        return [
+            Point.at(vary, value, SHALLOW_BASE, self.finetune_epochs)
+            for vary in sweeps
+            for value in SHALLOW_SWEEPS[vary]
+        ]

@@ -32,7 +32,7 @@ def run_point(point: Point, settings: LinearSettings) -> dict[str, Tensor]:
         For every method the prediction error on the test task before the first and after every
         step of fine-tuning, [trials, finetune_steps + 1].
     """
-    with _one_thread():
+    with one_thread():
         drawn = [_Trial(point, settings, trial) for trial in range(settings.trials)]
     retrain_stats = SufficientStatistics.stack([t.retrain_stats for t in drawn])
     test_stats = SufficientStatistics.stack([t.test_stats for t in drawn])
@@ -70,7 +70,7 @@ def run_point(point: Point, settings: LinearSettings) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """For tensors so small that waking a second thread takes longer than their arithmetic."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -80,13 +80,18 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def trial_generator(point: Point, seed: int, trial: int) -> torch.Generator:
+    """The source of all that one trial draws: the seed, the point and the trial alone decide."""
+    sweep = list(SWEEPS).index(point.vary)
+    entropy = np.random.SeedSequence([seed, sweep, point.value, trial])
+    return torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
+
+
 class _Trial:
-    """What one trial draws: a function of the seed, the point and the trial's number alone."""
+    """What one trial draws."""
 
     def __init__(self, point: Point, settings: LinearSettings, trial: int):
-        sweep = list(SWEEPS).index(point.vary)
-        entropy = np.random.SeedSequence([settings.seed, sweep, point.value, trial])
-        generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
+        generator = trial_generator(point, settings.seed, trial)
         problem = sample_problem(point.num_tasks, point.dim, point.rank, generator=generator)
         self.test_truth = problem.test_truth
         self.retrain_stats = sample_statistics(

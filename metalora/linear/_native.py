@@ -1,8 +1,4 @@
-"""The linear trainers' native kernels where they are built, else the reference.
-
-The native operators and their references take the same arguments and return the same tensors; the
-operators want exactly one batch dimension.
-"""
+"""The linear trainers' operators and their references."""
 
 from __future__ import annotations
 
@@ -11,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from metalora._library import native_available
-from metalora.ops._native import raw, register
+from metalora.ops._native import register
+from metalora.ops._trainings import run_trainings
 from metalora.reference import linear as reference
 
 _REFERENCE: dict[str, Callable[..., tuple[Tensor, ...]]] = {
@@ -26,15 +22,7 @@ def train(
     name: str, batch: torch.Size, tensors: Sequence[Tensor | None], *numbers: float
 ) -> tuple[Tensor, ...]:
     """Runs a trainer on tensors with leading dimensions ``batch``; so are the results."""
-    first = tensors[0]
-    assert first is not None
-    if first.device.type != "cpu" or not native_available():
-        return _REFERENCE[name](*tensors, *numbers)
-    trainings = batch.numel()
-    flat = [None if t is None else t.reshape((trainings, *t.shape[len(batch) :])) for t in tensors]
-    return tuple(
-        result.reshape((*batch, *result.shape[1:])) for result in raw(name)(*flat, *numbers)
-    )
+    return run_trainings(name, _REFERENCE[name], batch, tensors, *numbers)
 
 
 @register("linear_retrain_lora_ml")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metalora._checks import check_count, check_nonnegative
-from metalora.linear._inputs import DTYPES, check_generator, check_tensor, randn
+from metalora._inputs import DTYPES, check_generator, check_tensor, randn
 from metalora.linear.statistics import SufficientStatistics, sufficient_statistics
 
 _CHUNK = 8192  # samples drawn at a time; another value draws other samples from the same seed

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from metalora._checks import check_count
-from metalora.linear._inputs import check_finite, check_like, check_shape, check_tensor
+from metalora._inputs import check_finite, check_like, check_shape, check_tensor
 from metalora.reference import linear as reference
 
 _CHUNK = 8192  # samples a task at a time, so that a float64 copy of float32 data stays small

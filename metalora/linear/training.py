@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from metalora._checks import check_count, check_nonnegative
-from metalora.linear._inputs import check_finite, check_generator, check_like, check_shape, randn
+from metalora._inputs import check_finite, check_generator, check_like, check_shape, randn
 from metalora.linear._native import train
 from metalora.linear.statistics import SufficientStatistics
+from metalora.ops._trainings import check_converged
 
 INITIAL_STD = 0.1  # of the entries of U_t at the start, and of U and V in fine-tuning
 
@@ -102,7 +103,7 @@ def retrain_lora_ml(
         (stats.gram, stats.cross, stats.energy, weight, factors),
         *(stats.count, outer_steps, inner_steps, float(outer_lr), float(inner_lr)),
     )
-    _check_converging(name, diverged_at, outer_steps, "outer_lr or inner_lr")
+    check_converged(name, diverged_at, outer_steps, "outer_lr or inner_lr")
     return RetrainResult(weight, factors, losses)
 
 
@@ -141,7 +142,7 @@ def retrain_standard(
         ),
         *(stats.count, steps, float(lr)),
     )
-    _check_converging(name, diverged_at, steps, "lr")
+    check_converged(name, diverged_at, steps, "lr")
     return RetrainResult(weight, None, losses)
 
 
@@ -200,7 +201,7 @@ def finetune_lora(
         (stats.gram, stats.cross, stats.energy, weight, u, v, truth),
         *(stats.count, steps, float(lr)),
     )
-    _check_converging(name, diverged_at, steps, "lr")
+    check_converged(name, diverged_at, steps, "lr")
     return FinetuneResult((u, v), losses, None if truth is None else errors)
 
 
@@ -278,17 +279,3 @@ def _start(
     check_like(function, argument, given, stats.gram, "stats.gram")
     check_shape(function, argument, given, shape)
     return check_finite(function, argument, given)
-
-
-def _check_converging(function: str, diverged_at: Tensor, steps: int, rates: str) -> None:
-    if not bool(diverged_at.any()):
-        return
-    where = diverged_at.nonzero()
-    index = where[0].tolist()
-    step = int(diverged_at[tuple(index)])
-    training = f"training {index} of {list(diverged_at.shape)}: " if index else ""
-    others = f" ({len(where)} trainings diverged)" if len(where) > 1 else ""
-    raise RuntimeError(
-        f"{function}: {training}diverged, not finite at step {step} of {steps}{others}; "
-        f"lower {rates}"
-    )

@@ -77,7 +77,8 @@ def _refuse(name: str) -> Callable[..., None]:
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         raise RuntimeError(
             f"torch.ops.metalora.{name} was called on a tensor that requires grad, but has no "
-            f"autograd of its own; call the public function in metalora.ops or metalora.linear"
+            f"autograd of its own; call the public function in metalora.ops, metalora.linear or "
+            "metalora.shallow"
         )
 
     return setup_context

@@ -140,7 +140,7 @@ def test_an_existing_folder_is_refused_and_resumed(tmp_path: Path, capsys) -> No
         (["linear", "--trials", "0"], "trials must be an int >= 1, got 0"),
         (["linear", "--trials", "few"], "must be a whole number, got 'few'"),
         (["linear", "--inner-lr", "nan"], "inner_lr must be a finite number > 0, got nan"),
-        (["linaer"], "model must be one of {linear}, got 'linaer'; did you mean 'linear'?"),
+        (["linaer"], "model must be one of {linear,shallow}, got 'linaer'; did you mean 'linear'?"),
         ([], "which model?"),
     ],
 )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from metalora._library import native_available
-from metalora.linear import _native
+from metalora.ops import _trainings
 
 
 @pytest.fixture(params=["native", "reference"])
@@ -18,7 +18,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "native" and not native_available():
         pytest.skip("the native library is not built")
     if request.param == "reference":
-        monkeypatch.setattr(_native, "native_available", lambda: False)
+        monkeypatch.setattr(_trainings, "native_available", lambda: False)
     return request.param
 
 

@@ -1,4 +1,4 @@
-"""Checks of tensors that the linear model's functions share."""
+"""Checks of tensors that the functions of the linear model and the shallow network share."""
 
 from __future__ import annotations
 

@@ -1,0 +1,84 @@
+// Vectors and scratch memory of the trainers' kernels.
+//
+// The trainers' kernels are compiled once for every instruction set, each time with METALORA_ISA
+// naming another namespace and METALORA_VECTOR_BYTES its registers, so that one build is fast on
+// every machine. For that reason nothing of the standard library is instantiated in them: the
+// linker would merge the copies and could keep the one an old CPU cannot run.
+#pragma once
+
+#if !defined(METALORA_ISA) || !defined(METALORA_VECTOR_BYTES)
+#error "define METALORA_ISA and METALORA_VECTOR_BYTES before including simd.h"
+#endif
+
+#include <cstdint>
+
+namespace metalora::METALORA_ISA {
+
+#define METALORA_INLINE inline __attribute__((always_inline))
+
+template <typename Real>
+struct VectorOf {
+  typedef Real type __attribute__((vector_size(METALORA_VECTOR_BYTES), may_alias));
+};
+template <typename Real>
+using Vector = typename VectorOf<Real>::type;
+
+template <typename Real>
+constexpr int64_t kLanes = METALORA_VECTOR_BYTES / static_cast<int64_t>(sizeof(Real));
+
+template <typename Real>
+METALORA_INLINE int64_t vectors_per_column(int64_t dim) {
+  return (dim + kLanes<Real> - 1) / kLanes<Real>;
+}
+
+template <typename Real>
+METALORA_INLINE Real sum_lanes(const Vector<Real>& v) {
+  if constexpr (kLanes<Real> == 2) {
+    return v[0] + v[1];
+  } else if constexpr (kLanes<Real> == 4) {
+    return (v[0] + v[2]) + (v[1] + v[3]);
+  } else {
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+  }
+}
+
+// Has a value loaded once, where the compiler would load it again for every use.
+template <typename Real>
+METALORA_INLINE Vector<Real> in_register(Vector<Real> v) {
+#if METALORA_VECTOR_BYTES == 32
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
+template <typename Real>
+METALORA_INLINE bool is_finite(Real value) {
+  return value - value == 0;
+}
+
+// What a training that diverged has not got to.
+template <typename Real>
+void fill_nan(Real* values, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) values[i] = static_cast<Real>(__builtin_nan(""));
+}
+
+template <typename Real>
+METALORA_INLINE void set_zero(Vector<Real>* matrix, int64_t vectors) {
+  for (int64_t v = 0; v < vectors; ++v) matrix[v] = Vector<Real>{};
+}
+
+// Scratch memory, handed out front to back.
+template <typename Real>
+struct Arena {
+  Vector<Real>* next;
+  METALORA_INLINE Vector<Real>* take(int64_t vectors) {
+    Vector<Real>* block = next;
+    next += vectors;
+    return block;
+  }
+  METALORA_INLINE Real* take_values(int64_t values) {
+    return reinterpret_cast<Real*>(take(vectors_per_column<Real>(values)));
+  }
+};
+
+}  // namespace metalora::METALORA_ISA

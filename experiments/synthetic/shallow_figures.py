@@ -1,0 +1,103 @@
+"""The shallow network's figures: prediction error after fine-tuning, a panel per sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from experiments import plotting
+from experiments.runs import RunFolder
+from experiments.synthetic.figures import LINES, MEANINGS
+from experiments.synthetic.settings import Point
+from experiments.synthetic.trials import METHODS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from experiments.synthetic.shallow import Summary
+
+Summaries = Mapping[tuple[str, str, str], "Summary"]  # by point, method, metric
+METRIC = "prediction_error"
+
+
+def draw(
+    points: Sequence[Point], summaries: Summaries, trials: int, folder: RunFolder
+) -> list[Path]:
+    """Draws one figure per sweep and, if there are several sweeps, one with all of them.
+
+    Returns:
+        The paths of the PNG files; the figure with all sweeps comes first.
+    """
+    plotting.style()
+    plt.rcParams.update({"figure.constrained_layout.use": False})
+    sweeps = {v: [p for p in points if p.vary == v] for v in dict.fromkeys(p.vary for p in points)}
+    paths = []
+    if len(sweeps) > 1:
+        fig, axes = plt.subplots(1, len(sweeps), figsize=(18, 5.2), sharey=True)
+        for axis, (vary, group) in zip(axes, sweeps.items(), strict=True):
+            _panel(axis, group, summaries)
+            axis.set_xlabel(MEANINGS[vary])
+        axes[0].set_ylabel("prediction error")
+        _title(fig, "Shallow network: error on the test task in five sweeps", trials)
+        fig.subplots_adjust(left=0.055, right=0.99, top=0.86, bottom=0.27, wspace=0.18)
+        paths.append(plotting.save(fig, folder, "shallow", _rows(points, summaries)))
+    for vary, group in sweeps.items():
+        fig, axis = plt.subplots(figsize=(10, 6))
+        _panel(axis, group, summaries)
+        axis.set_xlabel(MEANINGS[vary])
+        axis.set_ylabel("prediction error")
+        _title(fig, f"Shallow network: varying the {MEANINGS[vary]}", trials)
+        fig.subplots_adjust(left=0.11, right=0.97, top=0.9, bottom=0.22)
+        paths.append(plotting.save(fig, folder, f"shallow-{vary}", _rows(group, summaries)))
+    return paths
+
+
+def _panel(axis: Axes, points: Sequence[Point], summaries: Summaries) -> None:
+    places = range(len(points))
+    for method in METHODS:
+        found = [summaries[point.name, method, METRIC] for point in points]
+        color = plotting.COLORS[method]
+        low, high = [s.low for s in found], [s.high for s in found]
+        axis.fill_between(places, low, high, color=color, alpha=0.25, linewidth=0)
+        axis.plot(
+            places,
+            [s.median for s in found],
+            color=color,
+            linestyle=LINES[method],
+            marker=plotting.MARKERS[method],
+            label=plotting.LABELS[method],
+        )
+    axis.set_yscale("log")
+    axis.set_xticks(places, [f"{point.value:,}" for point in points])
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _title(fig: Figure, title: str, trials: int) -> None:
+    fig.suptitle(title, fontsize=20)
+    handles, labels = fig.axes[0].get_legend_handles_labels()
+    central = f"median and central {trials - 2 * (trials // 5)} of {trials} trials"
+    labels[-1] += f"     ({central})"
+    fig.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=15)
+
+
+def _rows(points: Sequence[Point], summaries: Summaries) -> list[dict[str, Any]]:
+    return [
+        {
+            "vary": point.vary,
+            "setting": point.value,
+            "method": method,
+            "median": found.median,
+            "low": found.low,
+            "high": found.high,
+        }
+        for point in points
+        for method in METHODS
+        for found in [summaries[point.name, method, METRIC]]
+    ]
