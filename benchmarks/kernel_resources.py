@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -89,7 +89,8 @@ def measure(nvcc: Path, sources: Sequence[Path]) -> list[Resources]:
             if done.returncode:
                 sys.stderr.write(done.stderr)
                 done.check_returncode()
-            return parse(done.stderr)
+            found = parse(done.stderr)
+            return [replace(r, kernel=f"{source.stem}: {r.kernel}") for r in found]
 
         found = [r for part in pool.map(compiled, sources) for r in part]
     return sorted(found, key=lambda r: (r.kernel, r.architecture))

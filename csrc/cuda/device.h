@@ -64,12 +64,18 @@ __device__ inline void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Rounded to TF32 (10 bits after the point), to nearest with ties away from zero.
+// Rounded to TF32 (10 bits after the point), to nearest, ties either way.
 __device__ inline uint32_t to_tf32(float value) {
   uint32_t bits;
+#if __CUDA_ARCH__ >= 900
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));  // one instruction; the other is three
+#else
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+#endif
   return bits;
 }
+__device__ inline uint32_t to_tf32(bf16 value) { return __float_as_uint(to_float(value)); }
+__device__ inline uint32_t to_tf32(f16 value) { return __float_as_uint(to_float(value)); }
 
 // c [16, 8] += a [16, 8] b [8, 8] by one warp, in TF32 with float sums. With g = lane / 4 and
 // q = lane % 4, a lane holds
@@ -87,7 +93,10 @@ __device__ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uin
 // Makes the compiler take the value for a new one: what depends on it is computed where it is
 // needed, not ahead of a loop, where it would hold registers.
 __device__ inline void forget(int64_t& value) { asm volatile("" : "+l"(value)); }
-__device__ inline void forget(int& value) { asm volatile("" : "+r"(value)); }
+__device__ inline void forget(unsigned& value) { asm volatile("" : "+r"(value)); }
+
+// Keeps the loads that follow from being started earlier, where they would hold registers.
+__device__ inline void hold_loads() { asm volatile("bar.warp.sync 0xFFFFFFFF;" ::: "memory"); }
 
 inline void check_launch(const char* kernel) {
   const cudaError_t error = cudaGetLastError();

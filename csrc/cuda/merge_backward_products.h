@@ -142,19 +142,24 @@ struct MmaProducts {
   static constexpr bool kTf32 = true;
   static constexpr int kRanks = 8 * kRankBlocks;
   static constexpr int kTileRows = 128;
-  static constexpr int kRun = kPack<P>;
+  static constexpr int kRun = 4;                        // neighbouring columns of a lane
   static constexpr int kSpans = kColumns / (4 * kRun);  // of columns that four lanes read at once
   static constexpr int kWarpSums = 0;
   static constexpr int kBlocksPerSm = 2;
 
-  int thread;
   float weight[kSpans][2][kRun];
 
-  __device__ MmaProducts() : thread(static_cast<int>(threadIdx.x)) {}
+  struct Lane {
+    int warp, g, q;
 
-  __device__ int warp() const { return thread / 32; }
-  __device__ int g() const { return thread % 32 / 4; }
-  __device__ int q() const { return thread % 4; }
+    __device__ Lane() {
+      unsigned thread = threadIdx.x;
+      forget(thread);
+      warp = thread / 32;
+      g = thread % 32 / 4;
+      q = thread % 4;
+    }
+  };
 
   __device__ void clear_weight() {
 #pragma unroll
@@ -170,29 +175,27 @@ struct MmaProducts {
 
   // Of grad_B.
   __device__ void multiply_A(const Arguments& a, const Step& at, const P* tile, const S* A) {
-    forget(thread);
-    const int upper_place = P_place<P>(16 * warp() + g(), q() * kRun);
-    const int lower_place = P_place<P>(16 * warp() + g() + 8, q() * kRun);
-    const int A_place = factor_place<kColumns>(g(), q() * kRun);
+    const auto [warp, g, q] = Lane();
+    const int upper_place = P_place<P>(16 * warp + g, q * kRun);
+    const int lower_place = P_place<P>(16 * warp + g + 8, q * kRun);
+    const int A_place = factor_place<kColumns>(g, q * kRun);
+    constexpr int kStep = 4 * kRun / kPack<P>;
     float sum[kRankBlocks][4] = {};
 #pragma unroll
     for (int span = 0; span < kSpans; ++span) {
-      const auto upper = load_pack<kRun>(tile + further<kRun>(upper_place, 4 * span));
-      const auto lower = load_pack<kRun>(tile + further<kRun>(lower_place, 4 * span));
+      const auto upper = load_pack<kRun>(tile + further<kPack<P>>(upper_place, kStep * span));
+      const auto lower = load_pack<kRun>(tile + further<kPack<P>>(lower_place, kStep * span));
       if (at.rank0 == 0)
 #pragma unroll
         for (int e = 0; e < kRun; ++e) {
           weight[span][0][e] += widen(upper.lane[e]);
           weight[span][1][e] += widen(lower.lane[e]);
         }
-#pragma unroll
-      for (int e = 0; e < kRun; e += 4)
-        multiply_four(sum, A + further<4>(A_place, span * kRun + e / 4), [&](int k, int half) {
-          return widen(half ? lower.lane[e + k] : upper.lane[e + k]);
-        });
+      multiply_four(sum, A + further<4>(A_place, 4 * span),
+                    [&](int k, int half) { return half ? lower.lane[k] : upper.lane[k]; });
     }
-    float* addend = at.B_addend<kTileRows, float>(a) + 2 * q() * kTileRows + 16 * warp() + g();
-    const int ranks = left_of(a.shape.rank, at.rank0 + 2 * q(), kRanks);
+    float* addend = at.B_addend<kTileRows, float>(a) + 2 * q * kTileRows + 16 * warp + g;
+    const int ranks = left_of(a.shape.rank, at.rank0 + 2 * q, kRanks);
 #pragma unroll
     for (int i = 0; i < 4 * kRankBlocks; ++i) {
       const int rank = i / 4 * 8 + i % 2, row = i / 2 % 2 * 8;
@@ -202,21 +205,22 @@ struct MmaProducts {
 
   // Of grad_A, transposed.
   __device__ void multiply_B(const Arguments& a, const Step& at, const P* tile, const S* B) {
-    forget(thread);
-    const int column = 16 * warp() + 2 * g();
-    const int place = P_place<P>(4 * q(), column), B_place = factor_place<kTileRows>(g(), 4 * q());
+    const auto [warp, g, q] = Lane();
+    const int column = 16 * warp + 2 * g;
+    const int place = P_place<P>(4 * q, column), B_place = factor_place<kTileRows>(g, 4 * q);
     float sum[kRankBlocks][4] = {};
 #pragma unroll
     for (int span = 0; span < kTileRows / 16; ++span) {
       Pack<P, 2> p[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k)
-        p[k] = load_pack<2>(tile + further<kRun>(place, k % 2 * 4) + (16 * span + k) * kColumns);
+        p[k] = load_pack<2>(tile + further<kPack<P>>(place, P_swizzle(k)) +
+                            (16 * span + k) * kColumns);
       multiply_four(sum, B + further<4>(B_place, 4 * span),
-                    [&](int k, int half) { return widen(p[k].lane[half]); });
+                    [&](int k, int half) { return p[k].lane[half]; });
     }
-    float* addend = at.A_addend<float>(a) + 2 * q() * kColumns + column;
-    const int ranks = left_of(a.shape.rank, at.rank0 + 2 * q(), kRanks);
+    float* addend = at.A_addend<float>(a) + 2 * q * kColumns + column;
+    const int ranks = left_of(a.shape.rank, at.rank0 + 2 * q, kRanks);
 #pragma unroll
     for (int i = 0; i < 2 * kRankBlocks; ++i) {
       const int rank = i / 2 * 8 + i % 2;
@@ -226,7 +230,7 @@ struct MmaProducts {
   }
 
   // sum += p [16, 16] f [ranks, 16]ᵀ. Of p a lane gives p(k, half), row g + 8 · half and its k-th
-  // column; `factor` points at its four elements of rank g(), which stand for the same columns.
+  // column; `factor` points at its four elements of rank g, which stand for the same columns.
   template <typename Element4>
   __device__ static void multiply_four(float (&sum)[kRankBlocks][4], const S* factor, Element4 p) {
     const uint32_t first[4] = {to_tf32(p(0, 0)), to_tf32(p(0, 1)), to_tf32(p(1, 0)),
@@ -235,6 +239,7 @@ struct MmaProducts {
                                 to_tf32(p(3, 1))};
 #pragma unroll
     for (int block = 0; block < kRankBlocks; ++block) {
+      if (kRankBlocks > 2 && block % 2 == 0) hold_loads();
       const auto four =
           load_pack<4>(reinterpret_cast<const uint32_t*>(factor) + 8 * block * kColumns);
       mma_tf32(sum[block], first, {four.lane[0], four.lane[1]});
@@ -244,13 +249,13 @@ struct MmaProducts {
 
   template <int kDumped>
   __device__ void dump(S* target, int first) const {
-    const int row = 16 * warp() + g() - first;
+    const auto [warp, g, q] = Lane();
+    const int row = 16 * warp + g - first;
     if (row < 0 || row >= kDumped) return;
 #pragma unroll
-    for (int i = 0; i < kSpans * 2 * kRun; i += 4) {
-      const int span = i / kRun / 2, half = i / kRun % 2, e = i % kRun;
-      const float* four = weight[span][half] + e;
-      store_pack(target + P_place<S>(row + 8 * half, (4 * span + q()) * kRun + e),
+    for (int i = 0; i < kSpans * 2; ++i) {
+      const float* four = weight[i / 2][i % 2];
+      store_pack(target + P_place<S>(row + 8 * (i % 2), (4 * (i / 2) + q) * kRun),
                  Pack<S, 4>{{four[0], four[1], four[2], four[3]}});
     }
   }

@@ -57,33 +57,53 @@ struct Arguments {
   bool P_aligned, weight_aligned;
 };
 
-// Where a block is.
+// What a block works on. It lies in shared memory, where it holds no registers.
+struct Block {
+  int row_tile, strip, group, first_tile, last_tile, first_task, last_task;
+
+  __device__ Block(const Plan& plan, int64_t tasks, int64_t index)
+      : row_tile(static_cast<int>(index / plan.strips % plan.row_tiles)),
+        strip(static_cast<int>(index % plan.strips)),
+        group(static_cast<int>(index / (plan.strips * plan.row_tiles))),
+        first_tile(static_cast<int>(strip * plan.strip_tiles)),
+        last_tile(static_cast<int>(min(first_tile + plan.strip_tiles, plan.column_tiles))),
+        first_task(static_cast<int>(group * plan.group_tasks)),
+        last_task(static_cast<int>(min(first_task + plan.group_tasks, tasks))) {}
+};
+
+// Where a block is, and the addends that it leaves there.
 struct Step {
-  int task, row_tile, column_tile, strip, rank0;
-  bool first_of_strip;
+  const Block& block;
+  int column_tile, task, rank0;
 
   template <typename S>
   __device__ S* A_addend(const Arguments& a) const {
     const Plan& plan = a.plan;
-    const int64_t tile = (int64_t{task} * plan.row_tiles + row_tile) * plan.column_tiles + column_tile;
+    const int64_t row = int64_t{task} * plan.row_tiles + block.row_tile;
+    const int64_t tile = row * plan.column_tiles + column_tile;
     return static_cast<S*>(a.scratch) + plan.A_addends + (tile * a.shape.rank + rank0) * kColumns;
   }
   template <int kTileRows, typename S>
   __device__ S* B_addend(const Arguments& a) const {
     const Plan& plan = a.plan;
-    const int64_t tile = (int64_t{task} * plan.strips + strip) * plan.row_tiles + row_tile;
+    const int64_t strip = int64_t{task} * plan.strips + block.strip;
+    const int64_t tile = strip * plan.row_tiles + block.row_tile;
     return static_cast<S*>(a.scratch) + plan.B_addends + (tile * a.shape.rank + rank0) * kTileRows;
   }
   template <typename S>
   __device__ void add_to_strip(S& addend, S value) const {
-    addend = first_of_strip ? value : addend + value;
+    addend = column_tile == block.first_tile ? value : addend + value;
   }
 };
 
 // Shared memory holds a tile of P, [rows, 128], and chunks of factors, [ranks, lines], moved about
 // within a row by units of 16 bytes (of factors, four elements), so that lanes that read a column
-// do not meet in a bank: unit u of a row is found at u ^ (the row's swizzle).
-__device__ constexpr int P_swizzle(int row) { return row / 4 % 4 * 2 ^ row % 2 * 4; }
+// do not meet in a bank: unit u of a row is found at
+// u ^ (the row's swizzle). The swizzle of a sum of numbers without a common bit is the one's ^ the
+// other's.
+__device__ constexpr int P_swizzle(int row) {
+  return (row / 4 ^ row / 2 % 2) % 4 * 2 ^ row % 2 * 4;
+}
 __device__ constexpr int factor_swizzle(int rank) { return rank / 2 % 4 ^ rank % 2 * 5; }
 
 template <typename P>
@@ -107,19 +127,18 @@ __device__ inline int further(int place, int units) {
 template <typename P, int kRows>
 __device__ inline void start_tile(P* tile, const Arguments& a, const Step& at) {
   constexpr int kSize = kPack<P>, kUnits = kColumns / kSize, kStep = kThreads / kUnits;
-  int thread = static_cast<int>(threadIdx.x);
+  unsigned thread = threadIdx.x;
   int64_t in = a.shape.in;
   forget(thread);
   forget(in);
   const int row = thread / kUnits, column = thread % kUnits * kSize;
   const int place = P_place<P>(row, column);
-  const int64_t o = int64_t{at.row_tile} * kRows + row;
+  const int64_t o = int64_t{at.block.row_tile} * kRows + row;
   const int64_t i = int64_t{at.column_tile} * kColumns + column;
   const int columns = left_of(in, i, kSize), rows = columns ? left_of(a.shape.out, o, kRows) : 0;
   const P* source = static_cast<const P*>(a.P) + (int64_t{at.task} * a.shape.out + o) * in + i;
-  // The swizzle of a sum of rows without a common bit is the one's ^ the other's.
   if (a.P_aligned) {
-#pragma unroll
+#pragma unroll 4
     for (int step = 0; step < kRows; step += kStep, source += kStep * in) {
       P* target = tile + (place ^ P_swizzle(step) * kSize) + step * kColumns;
       if (step < rows)
@@ -140,13 +159,19 @@ __device__ inline void start_tile(P* tile, const Arguments& a, const Step& at) {
 template <int kRanks, int kLines, typename S>
 __device__ inline void start_factor(S* chunk, const S* factor, int64_t tiles, int tile,
                                     const Arguments& a, const Step& at) {
-  constexpr int kSize = kPack<S>, kUnits = kLines / kSize;
-  const int units = left_of(a.shape.rank, at.rank0, kRanks) * kUnits;
-  const S* source = factor + ((int64_t{at.task} * a.shape.rank + at.rank0) * tiles + tile) * kLines;
-  for (int i = static_cast<int>(threadIdx.x); i < units; i += kThreads) {
-    const int rank = i / kUnits, line = i % kUnits * kSize;
-    copy_async_16(chunk + factor_place<kLines>(rank, line), source + rank * tiles * kLines + line);
-  }
+  constexpr int kSize = kPack<S>, kUnits = kLines / kSize, kStep = kThreads / kUnits;
+  unsigned thread = threadIdx.x;
+  int64_t step = kLines * tiles;
+  forget(thread);
+  forget(step);
+  const int rank = thread / kUnits, line = thread % kUnits * kSize;
+  const int ranks = left_of(a.shape.rank, at.rank0 + rank, kRanks - rank);
+  const int place = factor_place<kLines>(rank, line);
+  const S* source =
+      factor + (at.task * a.shape.rank + at.rank0 + rank) * step + int64_t{tile} * kLines + line;
+#pragma unroll 1
+  for (int j = 0; j < kRanks; j += kStep, source += kStep * step)
+    if (j < ranks) copy_async_16(chunk + (place ^ factor_swizzle(j) * 4) + j * kLines, source);
 }
 
 }  // namespace metalora::cuda::merge_backward

@@ -54,14 +54,14 @@ struct Tile {
   static_assert(kRanks * kTileRows / kUnit <= kThreads);
 
   int64_t row0, column0;  // of the tile
-  int thread;
+  unsigned thread;
   S sum[kColumns / 2][kRows / 2][4];
   Pack<In, kUnit> A_next[kAUnits], B_next;
 
   __device__ Tile(int64_t tile, int64_t column_tiles)
       : row0(tile / column_tiles * kTileRows),
         column0(tile % column_tiles * kTileColumns),
-        thread(static_cast<int>(threadIdx.x)) {}
+        thread(threadIdx.x) {}
 
   __device__ int warp() const { return thread / 32; }
   __device__ int lane() const { return thread % 32; }
@@ -131,7 +131,7 @@ struct Tile {
 #pragma unroll
     for (int e = 0; e < kUnit; ++e)
       if constexpr (kTf32)
-        result.lane[e] = to_tf32(widen(pack.lane[e]));
+        result.lane[e] = to_tf32(pack.lane[e]);
       else
         result.lane[e] = widen(pack.lane[e]);
     return result;

@@ -2,14 +2,17 @@
 //   grad_weight = Σ_t P_t,  grad_B_t [out, r] = s P_t A_tᵀ,  grad_A_t [r, in] = s B_tᵀ P_t,
 // or symmetric, where A_tᵀ = B_t = U_t: grad_U_t = P_t U_t + P_tᵀ U_t.
 //
-// A block owns a strip of tiles of the weight, one beside the other, and for each of them goes
-// through its tasks. P_t's tile is copied into shared memory, and while the block multiplies,
-// another on the same processor waits for its own copy. The tile gives one addend of Σ P, which
-// stays in registers, one of grad_B, summed over the strip, and one of grad_A. A second kernel
-// sums the addends of different blocks in a fixed order.
+// prepare_kernel puts the factors into float, rank by rank and padded to whole tiles, so that the
+// main kernel copies them without looking at types, sizes or alignment. backward_kernel's blocks
+// own a strip of tiles of the weight, one beside the other, and for each of them go through their
+// tasks. P_t's tile is copied into shared memory, and while one block multiplies, another on the
+// same processor waits for its copy. A tile gives one addend of Σ P, which stays in registers, one
+// of grad_B, summed over the strip, and one of grad_A. sum_kernel sums the addends of different
+// blocks in a fixed order.
 //
 // Moved: P once, grad_weight once, and as addends r / tile rows of P for grad_A and
-// r / (128 · tiles of a strip) of P for grad_B, each written and read once.
+// r / (128 · tiles of a strip) of P for grad_B, each written and read once. Where there are too few
+// tiles to fill the device, tasks are split into groups, and each leaves an addend of grad_weight.
 #include "merge_backward_products.h"
 
 namespace metalora::cuda {
@@ -23,29 +26,31 @@ constexpr int kWriteBytes = 32 * 1024;  // of shared memory, through which grad_
 
 template <typename Products>
 constexpr size_t shared_bytes() {
-  return std::max<size_t>(
-      kWriteBytes, Products::kTileRows * kColumns * sizeof(typename Products::P) +
-                       (Products::kRanks * (kColumns + Products::kTileRows) + Products::kWarpSums) *
-                           sizeof(typename Products::S));
+  constexpr size_t kBuffers =
+      Products::kTileRows * kColumns * sizeof(typename Products::P) +
+      (Products::kRanks * (kColumns + Products::kTileRows) + Products::kWarpSums) *
+          sizeof(typename Products::S);
+  static_assert(kBuffers >= kWriteBytes);
+  return kBuffers + sizeof(Block);
 }
 
 // Writes the tile of grad_weight, or of this group's addend of it, in whole rows.
 template <typename Products>
 __device__ inline void write_weight(typename Products::S* shared, const Products& products,
-                                    const Arguments& a, const Step& at, int64_t group) {
+                                    const Arguments& a, const Step& at) {
   using S = typename Products::S;
   constexpr int kRows = kWriteBytes / kColumns / sizeof(S);
   const int64_t in = a.shape.in;
   const bool is_addend = a.plan.groups > 1;
-  void* target = is_addend
-                     ? static_cast<S*>(a.scratch) + a.plan.weight_addends + group * a.shape.out * in
-                     : a.grad_weight;
+  void* target = is_addend ? static_cast<S*>(a.scratch) + a.plan.weight_addends +
+                                 at.block.group * a.shape.out * in
+                           : a.grad_weight;
   const Type type = !is_addend ? a.type : sizeof(S) == 8 ? Type::f64 : Type::f32;
   for (int first = 0; first < Products::kTileRows; first += kRows) {
     __syncthreads();
     products.template dump<kRows>(shared, first);
     __syncthreads();
-    const int64_t row0 = int64_t{at.row_tile} * Products::kTileRows + first;
+    const int64_t row0 = int64_t{at.block.row_tile} * Products::kTileRows + first;
     const int64_t column0 = int64_t{at.column_tile} * kColumns;
     const int rows = left_of(a.shape.out, row0, kRows), columns = left_of(in, column0, kColumns);
     as_type<S>(target, type, [&](auto* elements) {
@@ -75,29 +80,21 @@ __global__ void __launch_bounds__(kThreads, Products::kBlocksPerSm)
   S* A = reinterpret_cast<S*>(tile + kTileRows * kColumns);
   S* B = A + kRanks * kColumns;
   S* warp_sums = B + kRanks * kTileRows;
-
-  const Plan& plan = a.plan;
-  const int64_t group = blockIdx.x / (plan.row_tiles * plan.strips);
-  const auto first_task = static_cast<int>(group * plan.group_tasks);
-  const auto last_task = static_cast<int>(min(first_task + plan.group_tasks, a.shape.tasks));
-  const auto rank = static_cast<int>(a.shape.rank);
-  Step at{};
-  at.row_tile = static_cast<int>(blockIdx.x / plan.strips % plan.row_tiles);
-  at.strip = static_cast<int>(blockIdx.x % plan.strips);
-  const auto first_tile = static_cast<int>(at.strip * plan.strip_tiles);
-  const auto last_tile = static_cast<int>(min(first_tile + plan.strip_tiles, plan.column_tiles));
+  auto& block = *reinterpret_cast<Block*>(warp_sums + Products::kWarpSums);
+  if (threadIdx.x == 0) block = Block(a.plan, a.shape.tasks, blockIdx.x);
+  __syncthreads();
+  Step at{block, 0, 0, 0};
   const auto start_factors = [&] {
     const S* factors = static_cast<const S*>(a.scratch);
-    start_factor<kRanks, kColumns>(A, factors, plan.column_tiles, at.column_tile, a, at);
-    start_factor<kRanks, kTileRows>(B, factors + plan.B, plan.row_tiles, at.row_tile, a, at);
+    start_factor<kRanks, kColumns>(A, factors, a.plan.column_tiles, at.column_tile, a, at);
+    start_factor<kRanks, kTileRows>(B, factors + a.plan.B, a.plan.row_tiles, block.row_tile, a, at);
     copy_async_commit();
   };
 
   Products products;
-  for (at.column_tile = first_tile; at.column_tile < last_tile; ++at.column_tile) {
-    at.first_of_strip = at.column_tile == first_tile;
+  for (at.column_tile = block.first_tile; at.column_tile < block.last_tile; ++at.column_tile) {
     products.clear_weight();
-    for (at.task = first_task; at.task < last_task; ++at.task) {
+    for (at.task = block.first_task; at.task < block.last_task; ++at.task) {
       start_tile<P, kTileRows>(tile, a, at);
       at.rank0 = 0;
       do {
@@ -106,9 +103,9 @@ __global__ void __launch_bounds__(kThreads, Products::kBlocksPerSm)
         __syncthreads();
         products.multiply(a, at, tile, A, B, warp_sums);  // ends with the last reader
         at.rank0 += kRanks;
-      } while (at.rank0 < rank);
+      } while (at.rank0 < a.shape.rank);
     }
-    if (a.grad_weight) write_weight(reinterpret_cast<S*>(tile), products, a, at, group);
+    if (a.grad_weight) write_weight(reinterpret_cast<S*>(tile), products, a, at);
   }
 }
 

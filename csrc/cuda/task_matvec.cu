@@ -1,6 +1,7 @@
 // y_t [n, out] = x_t [n, in] W_tᵀ, where W_t is one of T weights, or symmetric, W + U_t U_tᵀ. With
 // G_t = Σ_rows dy xᵀ [out, in], the backward is
-//   grad_x = dy W_t,  grad_weight_t = G_t (of a shared weight Σ_t G_t),  grad_U_t = (G_t + G_tᵀ) U_t.
+//   grad_x = dy W_t,  grad_weight_t = G_t (of a shared weight Σ_t G_t),  grad_U_t = (G_t + G_tᵀ)
+//   U_t.
 //
 // A block owns some rows of one task. Everything it needs is put into shared memory once: x and dy
 // are read once and y and grad_x written once. Rows are the k of G_t, which stays in registers; a
@@ -17,7 +18,7 @@ namespace metalora::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSide = 16;        // threads are 16 x 16 patches of 4 x 4 elements
+constexpr int kSide = 16;         // threads are 16 x 16 patches of 4 x 4 elements
 constexpr int64_t kBlocks = 512;  // wanted: about two for every place on the largest devices
 static_assert(kSide * 4 >= kMatvecFeatures);
 
@@ -175,16 +176,16 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Arguments<T> a
     dy.load(a.grad_y + (task * samples + row) * out, last - row);
     __syncthreads();
     if (a.addends)
-      G.add(dy.columns, x.columns, kRows<T>, [&](int o, int k) { return dy(k, o); },
-            [&](int i, int k) { return x(k, i); });
+      G.add(
+          dy.columns, x.columns, kRows<T>, [&](int o, int k) { return dy(k, o); },
+          [&](int i, int k) { return x(k, i); });
     if (a.grad_x)
       multiply(a.grad_x + (task * samples + row) * in, last - row, x.columns, dy, w, shrunk,
                [&](int i, int o) { return w.W(o, i); });
   }
   if (a.addends)
-    G.each(out, x.columns, [&](int o, int i, T sum) {
-      a.addends[blockIdx.x * out * in + o * in + i] = sum;
-    });
+    G.each(out, x.columns,
+           [&](int o, int i, T sum) { a.addends[blockIdx.x * out * in + o * in + i] = sum; });
 }
 
 // One block for each task: G_t [out, in], the sum of its addends, to grad_weight [T, out, in], and
@@ -259,9 +260,9 @@ void forward(void* y, const void* weight, const void* x, const void* U, const Ma
 }
 
 template <typename T>
-void backward(void* grad_weight, void* grad_x, void* grad_U, const void* grad_y,
-              const void* weight, const void* x, const void* U, const MatvecShape& shape,
-              void* scratch, cudaStream_t stream) {
+void backward(void* grad_weight, void* grad_x, void* grad_U, const void* grad_y, const void* weight,
+              const void* x, const void* U, const MatvecShape& shape, void* scratch,
+              cudaStream_t stream) {
   const auto [tasks, samples, out, in, rank] = shape;
   const Arguments<T> a{nullptr,
                        static_cast<T*>(grad_x),

@@ -214,6 +214,9 @@ inline uint32_t to_tf32(float value) {
   return (bits_as<uint32_t>(value) + 0x1000) & ~0x1FFFu;
 }
 
+inline uint32_t to_tf32(bf16 value) { return to_tf32(to_float(value)); }
+inline uint32_t to_tf32(f16 value) { return to_tf32(to_float(value)); }
+
 // As the hardware: what the factors hold beyond TF32 is cut off. Sums are rounded once.
 inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                      Place where = Place::current()) {
@@ -245,6 +248,8 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 
 template <typename T>
 void forget(T&) {}
+
+inline void hold_loads() {}
 
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 blocks, dim3 threads,

@@ -87,14 +87,16 @@ __global__ void shared_overrun(float* out, const float* in) {
   out[at] = shared[(thread + 1) % (kThreads + kWrong)];
 }
 
+// Beyond what the compiler knows of an array's bounds.
+__device__ __attribute__((noinline)) float read(const float* array, int i) { return array[i]; }
+
 template <bool kWrong>
 __global__ void static_overrun(float* out, const float* in) {
   __shared__ float shared[kThreads];
   const int thread = static_cast<int>(threadIdx.x), at = blockIdx.x * kThreads + thread;
-  const float* view = shared;  // of which the compiler's own check of bounds knows nothing
   shared[thread] = in[at];
   __syncthreads();
-  out[at] = view[(thread + 1) % (kThreads + kWrong)];
+  out[at] = read(shared, (thread + 1) % (kThreads + kWrong));
 }
 
 template <bool kWrong>
@@ -108,10 +110,9 @@ template <bool kWrong>
 __global__ void local_overrun(float* out, const float* in) {
   const int thread = static_cast<int>(threadIdx.x), at = blockIdx.x * kThreads + thread;
   float local[4];
-  const float* view = local;
   for (int i = 0; i < 4; ++i) local[i] = in[at];
   __syncthreads();
-  out[at] = view[thread % (4 + kWrong)];
+  out[at] = read(local, thread % (4 + kWrong));
 }
 
 template <bool kWrong>
