@@ -1,11 +1,12 @@
 # make demo   set up, then Figure 1 and the vision experiment on handwritten digits
 # make test   set up, then the whole test suite
 # make lint   format and type checks
-# make bench  operators and the linear trainer beside plain PyTorch
+# make bench  operators and trainers beside plain PyTorch
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+NATIVE := $(shell find csrc tests/shim -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .PHONY: demo test lint format bench setup clean
 
@@ -19,16 +20,17 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+	$(BIN)/clang-format -i $(NATIVE)
 
 bench: setup
 	$(BIN)/python -m benchmarks.layers
 	$(BIN)/python -m benchmarks.bench_linear
+	$(BIN)/python -m benchmarks.bench_shallow
 
 setup: $(VENV)/installed
 
