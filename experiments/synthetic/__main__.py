@@ -1,4 +1,4 @@
-"""Command line: python -m experiments.synthetic {linear,shallow} --vary {T,n,N,k,d,all} ..."""
+"""Command line: python -m experiments.synthetic {linear,shallow,phase} ..."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import sys
 from collections.abc import Sequence
 
 from experiments import cli
-from experiments.synthetic import linear, shallow
+from experiments.synthetic import linear, phase, shallow
 from metalora._checks import did_you_mean
 
 PROG = "python -m experiments.synthetic"
-MODELS = {"linear": linear.main, "shallow": shallow.main}
+EXPERIMENTS = {"linear": linear.main, "shallow": shallow.main, "phase": phase.main}
 
 
 @cli.main_guard
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the experiment named by the first argument."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    models = "{" + ",".join(MODELS) + "}"
+    names = "{" + ",".join(EXPERIMENTS) + "}"
     if not arguments:
-        raise ValueError(f"which model? {PROG} {models} ...")
-    model, *rest = arguments
-    if model in ("-h", "--help"):
-        print(f"usage: {PROG} {models} ...; {PROG} <model> --help lists its settings")
+        raise ValueError(f"which experiment? {PROG} {names} ...")
+    name, *rest = arguments
+    if name in ("-h", "--help"):
+        print(f"usage: {PROG} {names} ...; {PROG} <experiment> --help lists its settings")
         return
-    if model not in MODELS:
+    if name not in EXPERIMENTS:
         raise ValueError(
-            f"model must be one of {models}, got {model!r}{did_you_mean(model, MODELS)}"
+            f"experiment must be one of {names}, got {name!r}{did_you_mean(name, EXPERIMENTS)}"
         )
-    MODELS[model](rest, prog=f"{PROG} {model}")
+    EXPERIMENTS[name](rest, prog=f"{PROG} {name}")
 
 
 if __name__ == "__main__":

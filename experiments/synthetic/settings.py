@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from experiments.cli import option
 from metalora._checks import check_choice, check_count, check_nonnegative, check_positive
 from metalora.shallow.network import INITIALIZATIONS
@@ -31,6 +33,14 @@ SHALLOW_SWEEPS = {
     "d": (5, 10, 20),
 }
 SHALLOW_BASE = {"T": 3, "n": 100, "N": 1000, "k": 1, "d": 10}
+DEVICES = ("cpu", "cuda")
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError for a device that is unknown or not there."""
+    check_choice("settings", "device", device, DEVICES)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("settings: device must be cpu here, got 'cuda': torch finds no GPU")
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,7 @@ class LinearSettings:
     )
     noise: float = option(0.1, help="standard deviation of the noise in the data")
     smoke: bool = option(False, help="a run of seconds with few steps; its numbers mean nothing")
+    device: str = option("cpu", choices=DEVICES, run_only=True, help="where to train")
     out: Path | None = option(None, run_only=True, help="folder to write (default: under runs/)")
     resume: bool = option(False, run_only=True, help="go on with the run in --out")
 
@@ -112,6 +123,7 @@ class LinearSettings:
         for name in ("outer_lr", "inner_lr", "finetune_lr"):
             check_positive("settings", name, getattr(self, name))
         check_nonnegative("settings", "noise", self.noise)
+        check_device(self.device)
 
     def shortened(self) -> LinearSettings:
         """These settings, cut down to a run of seconds if ``smoke`` is set."""

@@ -34,8 +34,9 @@ def run_point(point: Point, settings: LinearSettings) -> dict[str, Tensor]:
     """
     with one_thread():
         drawn = [_Trial(point, settings, trial) for trial in range(settings.trials)]
-    retrain_stats = SufficientStatistics.stack([t.retrain_stats for t in drawn])
-    test_stats = SufficientStatistics.stack([t.test_stats for t in drawn])
+    device = torch.device(settings.device)
+    retrain_stats = SufficientStatistics.stack([t.retrain_stats for t in drawn]).to(device)
+    test_stats = SufficientStatistics.stack([t.test_stats for t in drawn]).to(device)
     weights = {
         "lora-ml": retrain_lora_ml(
             retrain_stats,
@@ -44,7 +45,7 @@ def run_point(point: Point, settings: LinearSettings) -> dict[str, Tensor]:
             inner_steps=settings.inner_steps,
             outer_lr=settings.outer_lr,
             inner_lr=settings.inner_lr,
-            initial_factors=torch.stack([t.adapters for t in drawn]),
+            initial_factors=torch.stack([t.adapters for t in drawn]).to(device),
         ).weight,
         "standard": retrain_standard(
             retrain_stats, steps=settings.outer_steps, lr=settings.outer_lr
@@ -59,13 +60,13 @@ def run_point(point: Point, settings: LinearSettings) -> dict[str, Tensor]:
             steps=point.finetune_steps,
             lr=settings.finetune_lr,
             initial_factors=(
-                torch.stack([t.factor_u for t in drawn]),
-                torch.stack([t.factor_v for t in drawn]),
+                torch.stack([t.factor_u for t in drawn]).to(device),
+                torch.stack([t.factor_v for t in drawn]).to(device),
             ),
-            truth=torch.stack([t.test_truth for t in drawn]),
+            truth=torch.stack([t.test_truth for t in drawn]).to(device),
         )
         assert result.errors is not None
-        errors[method] = result.errors
+        errors[method] = result.errors.cpu()
     return errors
 
 

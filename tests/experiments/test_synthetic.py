@@ -140,8 +140,11 @@ def test_an_existing_folder_is_refused_and_resumed(tmp_path: Path, capsys) -> No
         (["linear", "--trials", "0"], "trials must be an int >= 1, got 0"),
         (["linear", "--trials", "few"], "must be a whole number, got 'few'"),
         (["linear", "--inner-lr", "nan"], "inner_lr must be a finite number > 0, got nan"),
-        (["linaer"], "model must be one of {linear,shallow}, got 'linaer'; did you mean 'linear'?"),
-        ([], "which model?"),
+        (
+            ["linaer"],
+            "must be one of {linear,shallow,phase}, got 'linaer'; did you mean 'linear'?",
+        ),
+        ([], "which experiment?"),
     ],
 )
 def test_wrong_use_is_one_line(arguments: Sequence[str], message: str, capsys) -> None:  # type: ignore[no-untyped-def]

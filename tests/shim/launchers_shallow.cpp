@@ -133,7 +133,7 @@ void check(Type type, const ShallowShape& shape, bool train_network, const Shall
 // Two warps: chunks of 128 samples.
 void shallow_training() {
   const ShallowShape shapes[] = {
-      {2, 1, 1, 1, 1}, {1, 3, 300, 10, 1}, {1, 2, 70, 3, 2}, {1, 1, 130, 12, 0}};
+      {2, 1, 1, 1, 1}, {1, 3, 140, 10, 1}, {1, 2, 70, 3, 2}, {1, 1, 130, 12, 0}};
   for (Type type : {Type::f64, Type::f32})
     for (const ShallowShape& shape : shapes)
       for (bool samples_in_shared : {true, false})

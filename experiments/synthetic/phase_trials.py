@@ -1,0 +1,129 @@
+"""The trainings behind one cell of a phase diagram, all trials at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.synthetic.phase_settings import PhaseSettings
+from experiments.synthetic.trials import one_thread
+from metalora.linear import (
+    LinearProblem,
+    RetrainResult,
+    SufficientStatistics,
+    finetune_lora,
+    retrain_lora_ml,
+    sample_data,
+    sample_problem,
+    sufficient_statistics,
+)
+from metalora.linear.training import INITIAL_STD
+
+METRICS = ("relative_error", "remaining_loss", "late_progress")
+Outcome = Mapping[str, Tensor]  # by metric, [trials]
+
+
+def recover_base(num_tasks: int, rank: int, settings: PhaseSettings) -> Outcome:
+    """How far LoRA-ML on T tasks is from A*: ‖Â − A*‖_F / ‖A*‖_F."""
+    drawn = _draw(num_tasks, rank, settings)
+    retrained = _retrain(drawn, rank, settings)
+    return _outcome(retrained.weight, drawn.problem.base, retrained.losses)
+
+
+def recover_test_task(
+    num_tasks: int, samples: Sequence[int], rank: int, settings: PhaseSettings
+) -> dict[int, Outcome]:
+    """How far LoRA on n noiseless samples is from the test task, after LoRA-ML on T tasks.
+
+    Returns:
+        For every n ‖Â + U Vᵀ − M‖_F / ‖M‖_F; fewer samples are the first of more.
+    """
+    drawn = _draw(num_tasks, rank, settings)
+    truth = drawn.problem.test_truth
+    with one_thread():
+        draws = [
+            sample_data(truth[i], max(samples), noise=0.0, generator=generator)
+            for i, generator in enumerate(drawn.generators)
+        ]
+        starts = [_start(g, 2, settings.dim, rank) for g in drawn.generators]
+    x, y = (torch.stack(parts) for parts in zip(*draws, strict=True))
+    start = torch.stack(starts, 1).to(settings.device)
+    weight = _retrain(drawn, rank, settings).weight
+    outcomes = {}
+    for count in samples:
+        result = finetune_lora(
+            sufficient_statistics(x[:, :count], y[:, :count]).to(settings.device),
+            weight,
+            rank,
+            steps=settings.finetune_steps,
+            lr=settings.finetune_lr,
+            initial_factors=(start[0], start[1]),
+        )
+        u, v = result.factors
+        outcomes[count] = _outcome(weight + u @ v.mT, truth, result.losses)
+    return outcomes
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Problems of all trials, the starts of their U_t [trials, T, d, k], and what draws the rest.
+
+    A trial's numbers depend on the seed, T, k and the trial alone.
+    """
+
+    problem: LinearProblem
+    factors: Tensor
+    generators: Sequence[torch.Generator]
+
+
+def _draw(num_tasks: int, rank: int, settings: PhaseSettings) -> _Drawn:
+    generators = []
+    for trial in range(settings.trials):
+        entropy = np.random.SeedSequence([settings.seed, num_tasks, rank, trial])
+        generators.append(torch.Generator().manual_seed(int(entropy.generate_state(1)[0])))
+    with one_thread():
+        problems = [sample_problem(num_tasks, settings.dim, rank, generator=g) for g in generators]
+        factors = [_start(g, num_tasks, settings.dim, rank) for g in generators]
+    problem = LinearProblem(
+        torch.stack([p.base for p in problems]), torch.stack([p.factors for p in problems])
+    )
+    return _Drawn(problem, torch.stack(factors), generators)
+
+
+def _start(generator: torch.Generator, *shape: int) -> Tensor:
+    return INITIAL_STD * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _retrain(drawn: _Drawn, rank: int, settings: PhaseSettings) -> RetrainResult:
+    """LoRA-ML on the population loss (paper, eq. 14)."""
+    truths = drawn.problem.truths
+    identity = torch.eye(settings.dim, dtype=truths.dtype).expand(truths.shape)
+    population = SufficientStatistics(identity, truths, truths.square().sum((-2, -1)), count=1)
+    return retrain_lora_ml(
+        population.to(settings.device),
+        rank,
+        outer_steps=settings.outer_steps,
+        inner_steps=settings.inner_steps,
+        outer_lr=settings.outer_lr,
+        inner_lr=settings.inner_lr,
+        initial_factors=drawn.factors.to(settings.device),
+    )
+
+
+def _outcome(matrix: Tensor, truth: Tensor, losses: Tensor) -> Outcome:
+    """The error of matrix [trials, d, d], and what its training's losses [trials, steps] say.
+
+    ``remaining_loss`` is the last loss over the first, ``late_progress`` the part by which it fell
+    in the last tenth of the steps.
+    """
+    matrix, losses = matrix.cpu(), losses.cpu().clamp_min(0)  # rounding goes below zero
+    last, before = losses[:, -1], losses[:, -1 - losses.shape[1] // 10]
+    return {
+        "relative_error": (matrix - truth).norm(dim=(-2, -1)) / truth.norm(dim=(-2, -1)),
+        "remaining_loss": last / losses[:, 0],
+        "late_progress": torch.where(before > 0, 1 - last / before, 0),
+    }
