@@ -1,0 +1,246 @@
+"""Statements 7 and 11: no spurious local minima with two tasks, but with three."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from experiments.runs import RunError
+from experiments.theory.checks import (
+    Check,
+    Outcome,
+    all_of,
+    at_least,
+    at_most,
+    share_at_most,
+)
+from experiments.theory.settings import TheorySettings
+from metalora.linear import retrain_lora_ml
+from metalora.linear.theory import (
+    CriticalPoints,
+    best_weight,
+    find_critical_points,
+    gradient,
+    hessian,
+    local_minimum,
+    loss,
+    lowest_curvature,
+    population_statistics,
+    rise_on_net,
+)
+
+_CRITICAL = 1e-9  # relative gradient norm
+_POSITIVE = 1e-7  # relative loss above which a critical point is no global minimum
+_CURVED = 1e-9  # relative curvature below which it counts as negative
+SEARCHED, SEARCHES = 2000, 20  # truths per seed, seeds
+
+
+def saddles(
+    settings: TheorySettings,
+    statement: str = "7",
+    tasks: int = 2,
+    shapes: tuple[tuple[int, int], ...] = ((1, 2), (1, 4), (2, 4), (2, 6), (3, 6)),
+) -> Outcome:
+    """Statement 7 (theorem 3.4): with T = 2, only global minima have no negative curvature."""
+    generator = settings.generator(statement)
+    checks: list[Check] = []
+    for rank, dim in shapes:
+        for name, spread in (("random truths", None), ("nearly equal truths", 0.3)):
+            draws = 4000 if tasks > 2 else settings.draws(1600 if rank == 1 else 400)
+            factors, starts = _truths(tasks, dim, rank, draws, spread, generator)
+            truths = factors @ factors.mT
+            found = find_critical_points(truths, starts, max_steps=100)
+            chosen = _not_global(truths, found)
+            at = f"T={tasks} k={rank} d={dim} {name}"
+            checks += _certificates(truths[chosen], found.factors[chosen], at)
+    checks += _derivatives(tasks, generator)
+    return Outcome(checks)
+
+
+def wrong_saddles(settings: TheorySettings) -> Outcome:
+    """Control: theorem 3.4 with T = 3. Appendix F.2 says why not."""
+    return saddles(settings, "wrong-7", 3, ((1, 3),))
+
+
+def spurious_minimum(settings: TheorySettings) -> Outcome:
+    """Statement 11 (appendix F.2): with T = 3 spurious local minima exist, for adversarial truths.
+
+    The truths are searched: nearly equal adapters have them in about one case of 200.
+    """
+    searched, factors, found = find_spurious_minimum(settings.seed)
+    truths = factors @ factors.mT
+    certificate = local_minimum(truths, found)
+    generator = settings.generator("11")
+    least, epsilon = rise_on_net(truths, found, certificate.radius)
+    kept, moved, away = _descend_from_around(truths, found, certificate.radius, settings, generator)
+    best = retrain_lora_ml(
+        *(population_statistics(truths.expand(50, *truths.shape).contiguous()), 1),
+        outer_steps=40000,
+        inner_steps=1,
+        outer_lr=settings.outer_lr,
+        inner_lr=settings.inner_lr,
+        generator=generator,
+    )
+    assert best.factors is not None
+    reached = loss(truths.expand(50, *truths.shape), best.weight, best.factors)
+    size = float(truths.square().sum())
+    random_factors, starts = _truths(3, 6, 1, settings.draws(4000), None, generator)
+    random_truths = random_factors @ random_factors.mT
+    everywhere = find_critical_points(random_truths, starts, max_steps=100)
+    chosen = _not_global(random_truths, everywhere)
+    stable = lowest_curvature(random_truths[chosen], everywhere.factors[chosen]).value >= 0
+    checks = [
+        at_least(f"loss at the minimum found (seed {searched})", certificate.loss / size, 1e-6),
+        at_most("relative gradient norm there", certificate.gradient_norm / size**0.75, 1e-13),
+        at_least("smallest eigenvalue of the Hessian", certificate.curvature, 1e-3),
+        at_least("rise to the sphere around it that is proved", certificate.rise, 1e-12),
+        at_least(f"least rise over the ε-net of that sphere, ε = {epsilon:.2f} r", least, certificate.rise),
+        at_most("largest distance after descent from around it, in radii", away, 1e-3),
+        at_least("least distance before, in radii", moved, 0.99),
+        at_most("largest change of the loss there after descent", (kept - certificate.loss).abs().max(), 1e-12),
+        at_most("least relative loss of descent from random starts", reached.min() / size, 1e-12),
+        share_at_most("random truths, T=3 k=1 d=6: share of the critical points with L > 0", stable, 0.02),
+    ]
+    data = {
+        "seed": searched,
+        "true_factors": factors.tolist(),
+        "factors": found.tolist(),
+        "weight_minus_base": best_weight(truths, found).tolist(),
+        "certificate": asdict(certificate),
+        "global_loss": float(reached.min()),
+        "global_factors": best.factors[reached.argmin()].tolist(),
+    }
+    return Outcome(checks, data)
+
+
+def find_spurious_minimum(seed: int) -> tuple[int, Tensor, Tensor]:
+    """Searches seed by seed for a local minimum with T = 3, k = 1, d = 3 and a positive loss.
+
+    Args:
+        seed: the first of ``SEARCHES`` seeds.
+
+    Returns:
+        (the seed that found it, the truths' factors U_t* [3, 3, 1], the minimum's U_t [3, 3, 1]);
+        of the minima found with a seed the one with the highest barrier proved.
+
+    Raises:
+        RunError: none was found.
+    """
+    for tried in range(seed, seed + SEARCHES):
+        generator = torch.Generator().manual_seed(tried)
+        factors, starts = _truths(3, 3, 1, SEARCHED, 0.3, generator)
+        truths = factors @ factors.mT
+        found = find_critical_points(truths, starts, max_steps=100)
+        best = None
+        for index in _not_global(truths, found).nonzero().flatten().tolist():
+            rise = local_minimum(truths[index], found.factors[index]).rise
+            if rise > 1e-7 and (best is None or rise > best[0]):
+                best = rise, index
+        if best is not None:
+            index = best[1]
+            polished = find_critical_points(truths[index], found.factors[index], tolerance=1e-15)
+            return tried, factors[index], polished.factors
+    raise RunError(
+        f"statement 11: no spurious minimum found with the seeds {seed} to {seed + SEARCHES - 1}; "
+        "choose another --seed"
+    )
+
+
+def _certificates(truths: Tensor, factors: Tensor, at: str) -> list[Check]:
+    """That every point curves down somewhere, and that the loss falls there."""
+    size = truths.square().sum((-3, -2, -1)).sqrt()
+    down = lowest_curvature(truths, factors)
+    weight = best_weight(truths, factors)
+    before = loss(truths, weight, factors)
+    # With curvature −c, this far and in the better of both senses, the fall is c²/16 or more.
+    step = (down.value.abs().sqrt() / 2)[:, None, None]
+    after = [
+        loss(truths, weight + s * down.weight, factors + s.unsqueeze(-1) * down.factors)
+        for s in (step, -step)
+    ]
+    return [
+        all_of(f"critical points with L > 0 and negative curvature, {at}", down.value < -_CURVED * size, 10),
+        all_of(f"loss falls along the direction returned, {at}", after[0].minimum(after[1]) < before, 10),
+    ]
+
+
+def _derivatives(tasks: int, generator: torch.Generator) -> list[Check]:
+    """Gradient and Hessian of eq. 14 as written against autograd's."""
+    dim, rank = 4, 2
+    truths = torch.randn(tasks, dim, dim, generator=generator, dtype=torch.float64)
+    point = torch.randn(dim * (dim + tasks * rank), generator=generator, dtype=torch.float64)
+
+    def split(p: Tensor) -> tuple[Tensor, Tensor]:
+        return p[: dim * dim].view(dim, dim), p[dim * dim :].view(tasks, dim, rank)
+
+    def objective(p: Tensor) -> Tensor:
+        a, u = split(p)
+        return (truths - a - u @ u.mT).square().sum() / 2
+
+    by_hand = torch.cat([part.flatten() for part in gradient(truths, *split(point))])
+    slopes = torch.autograd.functional.jacobian(objective, point)
+    curves = torch.autograd.functional.hessian(objective, point)
+    return [
+        at_most("gradient of eq. 14 against autograd", (by_hand - slopes).abs().max(), 1e-12),
+        at_most(
+            "Hessian of eq. 14 against autograd",
+            *((hessian(truths, *split(point)) - curves).abs().max(), 1e-12),
+        ),
+    ]
+
+
+def _descend_from_around(
+    truths: Tensor,
+    factors: Tensor,
+    radius: float,
+    settings: TheorySettings,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Descent of eq. 14 from the sphere: (losses at the end, least distance before, most after)."""
+    starts = 50
+    moves = torch.randn(starts, *factors.shape, generator=generator, dtype=torch.float64)
+    moves *= radius / moves.flatten(1).norm(dim=-1)[:, None, None, None]
+    copies = truths.expand(starts, *truths.shape).contiguous()
+    begin = factors + moves
+    result = retrain_lora_ml(
+        *(population_statistics(copies), factors.shape[-1]),
+        outer_steps=40000,
+        inner_steps=1,
+        outer_lr=settings.outer_lr,
+        inner_lr=settings.inner_lr,
+        initial_weight=best_weight(copies, begin),
+        initial_factors=begin,
+    )
+    assert result.factors is not None
+    ends = loss(copies, result.weight, result.factors)
+    away = (result.factors - factors).flatten(1).norm(dim=-1) / radius
+    return ends, (moves.flatten(1).norm(dim=-1) / radius).min(), away.max()
+
+
+def _truths(
+    tasks: int,
+    dim: int,
+    rank: int,
+    draws: int,
+    spread: float | None,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Random U_t*, or with ``spread`` ones that differ by so much, and starts of their size."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    factors = normal(draws, tasks, dim, rank)
+    if spread is not None:
+        factors = normal(draws, 1, dim, rank) + spread * factors
+    size = factors.norm(dim=(-2, -1), keepdim=True) / (dim * rank) ** 0.5
+    return factors, size * normal(draws, tasks, dim, rank)
+
+
+def _not_global(truths: Tensor, found: CriticalPoints) -> Tensor:
+    """Which points are critical and have a positive loss, relative to the truths' size."""
+    size = truths.square().sum((-3, -2, -1))
+    critical = found.gradient_norms <= _CRITICAL * size**0.75
+    return critical & (found.losses > _POSITIVE * size)
