@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.runs import one_thread
 from experiments.synthetic.settings import SWEEPS, LinearSettings, Point
 from metalora.linear import (
     SufficientStatistics,
@@ -32,7 +30,7 @@ def run_point(point: Point, settings: LinearSettings) -> dict[str, Tensor]:
         For every method the prediction error on the test task before the first and after every
         step of fine-tuning, [trials, finetune_steps + 1].
     """
-    with _one_thread():
+    with one_thread():
         drawn = [_Trial(point, settings, trial) for trial in range(settings.trials)]
     retrain_stats = SufficientStatistics.stack([t.retrain_stats for t in drawn])
     test_stats = SufficientStatistics.stack([t.test_stats for t in drawn])
@@ -67,17 +65,6 @@ def run_point(point: Point, settings: LinearSettings) -> dict[str, Tensor]:
         assert result.errors is not None
         errors[method] = result.errors
     return errors
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """For tensors so small that waking a second thread takes longer than their arithmetic."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Trial:

@@ -158,7 +158,12 @@ def descent(settings: TheorySettings) -> Outcome:
     generator = settings.generator("12")
     checks: list[Check] = []
     curves = []
-    for tasks, rank, dim, steps in ((2, 1, 10, 3000), (3, 1, 10, 20000), (5, 1, 10, 3000), (5, 2, 12, 10000)):
+    for tasks, rank, dim, steps in (
+        (2, 1, 10, 3000),
+        (3, 1, 10, 20000),
+        (5, 1, 10, 3000),
+        (5, 2, 12, 10000),
+    ):
         at = f"T={tasks} k={rank} d={dim}"
         problem = sample_problem(
             tasks, dim, rank, batch_shape=(settings.draws(200),), generator=generator

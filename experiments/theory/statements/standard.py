@@ -42,7 +42,9 @@ def standard_retraining(settings: TheorySettings) -> Outcome:
         reached = retrain_standard(population_statistics(truths), initial_weight=start).weight
         at = f"T={tasks} k={rank} d={dim}"
         checks.append(
-            at_most(f"relative distance of descent from Â_SR, {at}", _far(reached, predicted), 1e-12)
+            at_most(
+                f"relative distance of descent from Â_SR, {at}", _far(reached, predicted), 1e-12
+            )
         )
     truths = sample_problem(3, 4, 1, generator=generator).truths
     weight = standard_minimum(truths)
@@ -161,7 +163,9 @@ def many_tasks(settings: TheorySettings) -> Outcome:
         ),
         mean_at_least(f"mean loss left by rank k at T={counts[-1]}, k=2 d=10", losses, bound),
         at_most(
-            "its relative distance from the limit's mean", _relative(losses.mean(), limit_loss), 0.02
+            "its relative distance from the limit's mean",
+            _relative(losses.mean(), limit_loss),
+            0.02,
         ),
     ]
     for d, k in ((10, 2), (10, 1), (20, 3)):
@@ -207,8 +211,10 @@ def asymmetric(settings: TheorySettings) -> Outcome:
             )
         )
         room = [
-            (best_finetune_loss(drawn[:, -1] - limit, r)
-             - many_task_loss_bound(dim, rank, r, rho)).min()
+            (
+                best_finetune_loss(drawn[:, -1] - limit, r)
+                - many_task_loss_bound(dim, rank, r, rho)
+            ).min()
             for r in range(dim + 1)
         ]
         checks.append(

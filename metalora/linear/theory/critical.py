@@ -199,8 +199,6 @@ def rise_on_net(truths: Tensor, factors: Tensor, radius: float) -> tuple[float, 
     return float(rises.min()), 2 * math.sin(math.acos(cosine) / 2)
 
 
-
-
 def _damped_step(truths: Tensor, factors: Tensor, gradient: Tensor, damping: Tensor) -> Tensor:
     """(H² + μ I)⁻¹ H ∇f with μ relative to the mean eigenvalue of H², [B, T, d, k]."""
     hessian = reduced_hessian(truths, factors)

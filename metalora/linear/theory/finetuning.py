@@ -46,7 +46,9 @@ def best_adapted_weight(stats: SufficientStatistics, weight: Tensor, rank: int) 
             f"{name}: stats must come from at least d = {stats.dim} independent samples, "
             f"got a singular gram ({stats.count} samples)"
         )
-    gap = torch.linalg.solve_triangular(lower.mT, stats.cross - weight @ stats.gram, upper=True, left=False)
+    gap = torch.linalg.solve_triangular(
+        lower.mT, stats.cross - weight @ stats.gram, upper=True, left=False
+    )
     left, values, right = torch.linalg.svd(gap)
     cut = (left[..., :rank] * values[..., None, :rank]) @ right[..., :rank, :]
     return weight + torch.linalg.solve_triangular(lower, cut, upper=False, left=False)

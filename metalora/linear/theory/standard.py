@@ -37,9 +37,7 @@ def standard_minimum(truths: Tensor) -> Tensor:
     return check_finite(name, "truths", truths).mean(-3)
 
 
-def expected_standard_loss(
-    num_tasks: int, dim: int, rank: int, correlation: float = 1.0
-) -> float:
+def expected_standard_loss(num_tasks: int, dim: int, rank: int, correlation: float = 1.0) -> float:
     """E[(1/T) Σ_t L*_t(Â_SR)] = ½ (1 − 1/T) k d (d + ρ²) (theorem 3.1; appendix C).
 
     It is (1 − 1/T) times half the total variance of an adapter's entries. For ρ = 1 the adapter is
