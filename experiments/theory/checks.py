@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import betaincinv, ndtri
 from torch import Tensor
 
 LEVEL = 0.9999
-_Z = float(stats.norm.ppf((1 + LEVEL) / 2))
+_Z = float(ndtri((1 + LEVEL) / 2))
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ def interval(samples: Tensor) -> tuple[float, float, float]:
 def share_interval(found: int, cases: int) -> tuple[float, float]:
     """Clopper and Pearson's exact interval of a binomial share."""
     tail = (1 - LEVEL) / 2
-    low = float(stats.beta.ppf(tail, found, cases - found + 1)) if found else 0.0
-    high = float(stats.beta.ppf(1 - tail, found + 1, cases - found)) if found < cases else 1.0
+    low = float(betaincinv(found, cases - found + 1, tail)) if found else 0.0
+    high = float(betaincinv(found + 1, cases - found, 1 - tail)) if found < cases else 1.0
     return low, high
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import NullLocator
 
 from experiments import plotting
 from experiments.runs import RunFolder
@@ -24,6 +25,7 @@ _SIZE = (13.3, 6)
 def draw(outcomes: Mapping[str, Outcome], folder: RunFolder) -> list[Path]:
     """Draws the figures of those statements that were checked; returns the paths of the PNGs."""
     plotting.style()
+    plt.rcParams["pdf.fonttype"] = 3  # embedding whole fonts takes longer than most statements
     drawn = []
     for name, figure in _FIGURES.items():
         if name in outcomes:
@@ -76,6 +78,9 @@ def _finetuning_error(data: dict[str, Any], folder: RunFolder) -> Path:
         if marker != "x":
             _theory(left, found, "samples", color)
     left.set(xscale="log", yscale="log", xlabel="fine-tuning samples n", ylabel="error ‖W − M‖²")
+    plotting.log_ticks(left.yaxis)
+    left.set_xticks([250, 1000, 4000], ["250", "1,000", "4,000"])
+    left.xaxis.set_minor_locator(NullLocator())
     left.set_title("exponent −1 in n, unless r is too small")
     left.legend(loc="center right", bbox_to_anchor=(1.0, 0.62))
     for method, label, color, marker in (
@@ -94,7 +99,7 @@ def _finetuning_error(data: dict[str, Any], folder: RunFolder) -> Path:
 
 
 def _hyperbola(data: dict[str, Any], folder: RunFolder) -> Path:
-    fig, axis = plt.subplots(figsize=(9, 7.5))
+    fig, axis = plt.subplots(figsize=(9, 9))
     starts, ends = np.array(data["starts"]), np.array(data["ends"])
     b = np.linspace(-1.8, 1.8, 200)
     for sign in (1, -1):
@@ -110,11 +115,11 @@ def _hyperbola(data: dict[str, Any], folder: RunFolder) -> Path:
     axis.scatter(*ends.T, s=36, color=_BLUE, label="where gradient descent ends", zorder=3)
     axis.scatter([1, -1], [0, 0], s=260, marker="*", color="black", label="truth ±e₁", zorder=4)
     axis.set(
-        xlim=(-3, 3), ylim=(-2.6, 2.6), xlabel="first entry of U₁", ylabel="second entry of U₁"
+        xlim=(-3, 3), ylim=(-2.6, 3.4), xlabel="first entry of U₁", ylabel="second entry of U₁"
     )
     axis.set_aspect("equal")
     axis.set_title("Two tasks do not determine the adapters (T = 2, k = 1)")
-    axis.legend(loc="upper center", ncols=2, frameon=True, framealpha=0.95, edgecolor="none")
+    axis.legend(loc="upper center", ncols=2)
     rows = [
         {"start_x": s[0], "start_y": s[1], "end_x": e[0], "end_y": e[1]}
         for s, e in zip(starts, ends, strict=True)
@@ -131,7 +136,7 @@ def _spurious(data: dict[str, Any], folder: RunFolder) -> Path:
     left.scatter([0], [floor], s=130, color=_ORANGE, zorder=3, label="spurious local minimum")
     left.scatter([1], [0], s=260, marker="*", color="black", zorder=3, label="truth: zero loss")
     left.axhline(floor, color=_ORANGE, linestyle=":", linewidth=1.5)
-    left.set(xlabel="position on the line from one to the other", ylabel="loss / Σ ‖M_t‖²")
+    left.set(xlabel="position on the line from one to the other", ylabel="loss / Σ ‖M‖²")
     left.set_title("a barrier on the straight way to the truth")
     left.legend(loc="upper left")
     rows = [{"series": "path", "x": x, "loss": y} for x, y in zip(share, along, strict=True)]
@@ -151,7 +156,8 @@ def _spurious(data: dict[str, Any], folder: RunFolder) -> Path:
                 for x, y in zip(steps, curve, strict=True)
             ]
     right.axhline(floor, color=_ORANGE, linestyle=":", linewidth=1.5)
-    right.set(xscale="log", yscale="log", xlabel="gradient step", ylabel="loss / Σ ‖M_t‖²")
+    right.set(xscale="log", yscale="log", xlabel="gradient step", ylabel="loss / Σ ‖M‖²")
+    plotting.log_ticks(right.xaxis, right.yaxis)
     right.set_title("descent from around it stays")
     right.legend(loc="lower left")
     fig.suptitle(
@@ -174,7 +180,8 @@ def _descent(data: dict[str, Any], folder: RunFolder) -> Path:
             for s, a, m, b in zip(steps, low, median, high, strict=True)
         ]
     axis.axhline(1e-12, color="black", linestyle=":", linewidth=1.5)
-    axis.set(xscale="log", yscale="log", xlabel="gradient step", ylabel="loss / Σ ‖M_t‖²")
+    axis.set(xscale="log", yscale="log", xlabel="gradient step", ylabel="loss / Σ ‖M‖²")
+    plotting.log_ticks(axis.xaxis, axis.yaxis)
     axis.set_title("Gradient descent from random starts reaches zero loss (median and full range)")
     axis.legend(loc="lower left")
     return plotting.save(fig, folder, "descent", rows)

@@ -120,7 +120,7 @@ def table(outcomes: dict[str, Outcome]) -> str:
             continue
         claim = max(len(s.claim) for s in _ALL.values())
         lines.append(
-            f"{title:<{claim + 22}}{'predicted':<24}{'measured':<30}{'checks':>7}  verdict"
+            f"{title:<{claim + 22}}{'predicted':<26}{'measured':<30}{'checks':>7}  verdict"
         )
         for name, statement in rows:
             outcome = outcomes[name]
@@ -128,7 +128,7 @@ def table(outcomes: dict[str, Outcome]) -> str:
             held = f"{sum(c.holds for c in outcome.checks)}/{len(outcome.checks)}"
             lines.append(
                 f"{name:<9}{statement.source:<11}{statement.claim:<{claim + 2}}"
-                f"{shown.predicted:<24}{shown.shown:<30}{held:>7}  {verdict(outcome)}"
+                f"{shown.predicted:<26}{shown.shown:<30}{held:>7}  {verdict(outcome)}"
             )
             lines.append(f"{'':<20}{shown.what}")
         lines.append("")

@@ -19,7 +19,6 @@ from experiments.theory.checks import (
 from experiments.theory.settings import TheorySettings
 from experiments.theory.statements.recovery import zero_losses
 from metalora.linear import (
-    LinearProblem,
     finetune_lora,
     prediction_error,
     sample_problem,
@@ -27,7 +26,6 @@ from metalora.linear import (
 )
 from metalora.linear.theory import best_adapted_weight, expected_finetune_error, standard_minimum
 
-_PROBLEMS = 20  # retrained by LoRA-ML per setting; each is fine-tuned on many sets of samples
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,7 @@ def finetuning_error(settings: TheorySettings) -> Outcome:
     σ² r (2d − r), the lemma's r d up to a factor; the exponents are compared with those of r d.
     """
     generator = settings.generator("8")
+    retrained = _Retrained(settings, generator)
     lora = _Setting("lora-ml", 5, 1, 10, 1000, settings.noise)
     two = dataclasses.replace(lora, tasks=2)
     standard = dataclasses.replace(lora, method="standard", tasks=3)
@@ -74,7 +73,7 @@ def finetuning_error(settings: TheorySettings) -> Outcome:
     wide = dataclasses.replace(lora, dim=20)
     # Two tasks' gap may have a small singular value; the first order in σ needs it above the noise.
     quiet = dataclasses.replace(two, dim=24, noise=settings.noise / 20)
-    samples, tasks = [500, 2000, 8000], [1, 2, 4, 8]
+    samples, tasks = [250, 1000, 4000], [1, 2, 4, 8]
     series = [
         ("n", "samples", lora, samples, -1.0, 0.08),
         ("n", "samples", two, samples, -1.0, 0.08),
@@ -94,7 +93,7 @@ def finetuning_error(settings: TheorySettings) -> Outcome:
         errors = []
         for value in values:
             at = dataclasses.replace(base, **{field: value})  # type: ignore[arg-type]
-            own, fresh = _errors(at, settings, generator)
+            own, fresh = _errors(at, retrained, generator)
             errors.append(fresh)
             mean, low, high = interval(fresh)
             points.append(
@@ -105,7 +104,7 @@ def finetuning_error(settings: TheorySettings) -> Outcome:
                 expected = expected_finetune_error(at.dim, at.needed, at.noise)
                 what = f"mean ‖X(W − M)ᵀ‖²/σ², {at.name} σ={at.noise:g}"
                 exact[what] = mean_equals(
-                    *(what, own / at.noise**2, expected / at.noise**2, settings.within(0.08))
+                    *(what, own / at.noise**2, expected / at.noise**2, settings.within(0.1))
                 )
         abscissa = [v + 1 for v in values] if name == "T + 1" else list(values)
         checks.append(
@@ -114,22 +113,46 @@ def finetuning_error(settings: TheorySettings) -> Outcome:
                 *(abscissa, errors, predicted, settings.within(within)),
             )
         )
-    checks += [*exact.values(), _descent(lora, generator, settings)]
+    checks += [*exact.values(), _descent(lora, retrained, generator)]
     return Outcome(checks, {"points": points})
 
 
+class _Retrained:
+    """Problems and what each method makes of their population losses, made once."""
+
+    def __init__(self, settings: TheorySettings, generator: torch.Generator):
+        self.settings = settings
+        self.draws = settings.draws(400)
+        self.generator = generator
+        self.made: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, at: _Setting) -> tuple[Tensor, Tensor]:
+        """The test tasks' truths and the retrained weights, [problems, d, d] each."""
+        key = at.method, at.tasks, at.rank, at.dim
+        if key not in self.made:
+            self.made[key] = self._make(at)
+        return self.made[key]
+
+    def _make(self, at: _Setting) -> tuple[Tensor, Tensor]:
+        # Standard retraining costs nothing: a problem per draw. LoRA-ML leaves a gap of exact rank
+        # on every problem, so that errors differ between its problems only as between samples.
+        count = self.draws if at.method == "standard" else self.settings.draws(24)
+        problem = sample_problem(
+            at.tasks, at.dim, at.rank, batch_shape=(count,), generator=self.generator
+        )
+        if at.method == "standard":
+            return problem.test_truth, standard_minimum(problem.truths)
+        weight, _, zero = zero_losses(problem, self.settings, self.generator)
+        return problem.test_truth[zero], weight[zero]
+
+
 def _errors(
-    at: _Setting, settings: TheorySettings, generator: torch.Generator
+    at: _Setting, retrained: _Retrained, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """‖X(W − M)ᵀ‖_F² on the samples' own inputs and ‖W − M‖_F², [draws] each."""
-    draws = settings.draws(400)
-    # Standard retraining costs nothing: a problem per draw. LoRA-ML leaves a gap of exact rank on
-    # every problem, so that its errors differ between problems only as between samples.
-    problem, weight = _retrained(
-        at, draws if at.method == "standard" else _PROBLEMS, settings, generator
-    )
-    repeats = draws // len(weight)
-    truth = problem.test_truth.expand(repeats, *weight.shape).contiguous()
+    truth, weight = retrained(at)
+    repeats = -(-retrained.draws // len(weight))
+    truth = truth.expand(repeats, *weight.shape).contiguous()
     start = weight.expand(truth.shape).contiguous()
     stats = sample_statistics(truth, at.samples, noise=at.noise, generator=generator)
     adapted = best_adapted_weight(stats, start, at.needed)
@@ -137,26 +160,13 @@ def _errors(
     return own.flatten(), (adapted - truth).square().sum((-2, -1)).flatten()
 
 
-def _retrained(
-    at: _Setting, count: int, settings: TheorySettings, generator: torch.Generator
-) -> tuple[LinearProblem, Tensor]:
-    """Problems and what the method makes of their population losses."""
-    problem = sample_problem(at.tasks, at.dim, at.rank, batch_shape=(count,), generator=generator)
-    if at.method == "standard":
-        return problem, standard_minimum(problem.truths)
-    weight, _, zero = zero_losses(problem, settings, generator)
-    return LinearProblem(problem.base[zero], problem.factors[zero]), weight[zero]
-
-
-def _descent(at: _Setting, generator: torch.Generator, settings: TheorySettings) -> Check:
+def _descent(at: _Setting, retrained: _Retrained, generator: torch.Generator) -> Check:
     """That gradient descent reaches the minimiser whose error is measured above."""
-    problem, weight = _retrained(at, _PROBLEMS, settings, generator)
-    stats = sample_statistics(problem.test_truth, at.samples, noise=at.noise, generator=generator)
-    best = prediction_error(
-        stats, best_adapted_weight(stats, weight, at.needed), problem.test_truth
-    )
+    truth, weight = retrained(at)
+    stats = sample_statistics(truth, at.samples, noise=at.noise, generator=generator)
+    best = prediction_error(stats, best_adapted_weight(stats, weight, at.needed), truth)
     tuned = finetune_lora(
-        *(stats, weight, at.needed), steps=20000, truth=problem.test_truth, generator=generator
+        *(stats, weight, at.needed), steps=20000, truth=truth, generator=generator
     )
     assert tuned.errors is not None
     off = (tuned.errors[:, -1] / best - 1).abs().max()

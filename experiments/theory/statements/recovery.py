@@ -124,7 +124,8 @@ def hyperbola(settings: TheorySettings) -> Outcome:
         outer_steps=20000,
         inner_steps=1,
         outer_lr=settings.outer_lr,
-        inner_lr=10 * settings.inner_lr,  # U_tU_tᵀ has norm 1 here, and about d elsewhere
+        inner_lr=inner_rate(settings, 1.0),
+        initial_weight=torch.randn(starts, 3, 3, generator=generator, dtype=torch.float64),
         initial_factors=begin,
     )
     assert tuned.factors is not None
@@ -192,11 +193,19 @@ def zero_losses(
     Returns:
         A, the U_t, and which of the problems ended with zero loss [...].
     """
-    _, factors, _ = _descend(problem, 5000, settings, generator)
-    factors = find_critical_points(problem.truths, factors, max_steps=30).factors
+    _, factors, _ = _descend(problem, 3000, settings, generator)
     size = problem.truths.square().sum((-3, -2, -1))
+    tolerance = 1e-12 * float(size.min()) ** 0.75
+    factors = find_critical_points(
+        problem.truths, factors, max_steps=30, tolerance=tolerance
+    ).factors
     zero = reduced_loss(problem.truths, factors) <= _ZERO * size
     return best_weight(problem.truths, factors), factors, zero
+
+
+def inner_rate(settings: TheorySettings, size: float) -> float:
+    """The step of the U_t where the true ‖U_t‖² are not about d, as random ones, but ``size``."""
+    return 5 * settings.inner_lr / size
 
 
 def _descend(

@@ -75,20 +75,16 @@ def standard_retraining(settings: TheorySettings) -> Outcome:
     return Outcome(checks)
 
 
-def standard_loss(settings: TheorySettings, *, factor: float = 1.0) -> Outcome:
-    """Statement 2 (theorem 3.1): the expected loss at Â_SR is ½ (1 − 1/T) k d (d + 1).
-
-    ``factor`` spoils the prediction: the control "wrong-2" claims ½ (1 − 1/T) k d².
-    """
-    generator = settings.generator("2" if factor == 1 else "wrong-2")
+def standard_loss(settings: TheorySettings) -> Outcome:
+    """Statement 2 (theorem 3.1): the expected loss at Â_SR is ½ (1 − 1/T) k d (d + 1)."""
+    generator = settings.generator("2")
+    grid = [(tasks, rank, 10) for rank in (1, 2) for tasks in (2, 3, 5, 10, 20)] + [(3, 3, 20)]
     checks, points = [], []
-    grid = [(tasks, 1, 10) for tasks in (2, 3, 5, 10, 20)]
-    grid += [(tasks, 2, 10) for tasks in (2, 3, 5, 10, 20)] + [(3, 3, 20)]
     for tasks, rank, dim in grid:
-        drawn = _standard_losses(tasks, dim, rank, settings.draws(30000), generator)
-        predicted = factor * expected_standard_loss(tasks, dim, rank)
+        drawn = _standard_losses(tasks, dim, rank, settings.draws(20000), generator)
+        predicted = expected_standard_loss(tasks, dim, rank)
         what = f"mean loss at Â_SR, T={tasks} k={rank} d={dim}"
-        checks.append(mean_equals(what, drawn, predicted, settings.within(0.025)))
+        checks.append(mean_equals(what, drawn, predicted, settings.within(0.03)))
         if dim == 10:
             mean, low, high = interval(drawn)
             points.append({"T": tasks, "k": rank, "d": dim, "mean": mean, "low": low, "high": high})
@@ -96,9 +92,12 @@ def standard_loss(settings: TheorySettings, *, factor: float = 1.0) -> Outcome:
 
 
 def wrong_standard_loss(settings: TheorySettings) -> Outcome:
-    """Control: theorem 3.1 without the diagonal's larger variance, ½ (1 − 1/T) k d², at d = 10."""
-    outcome = standard_loss(settings, factor=10 / 11)
-    return Outcome([c for c in outcome.checks if "d=10" in c.what])
+    """Control: theorem 3.1 without the diagonal's larger variance, ½ (1 − 1/T) k d²."""
+    generator = settings.generator("wrong-2")
+    drawn = _standard_losses(3, 10, 1, settings.draws(20000), generator)
+    predicted = 0.5 * (1 - 1 / 3) * 10**2
+    what = "mean loss at Â_SR, T=3 k=1 d=10"
+    return Outcome([mean_equals(what, drawn, predicted, settings.within(0.03))])
 
 
 def gap_rank(settings: TheorySettings) -> Outcome:
@@ -188,11 +187,11 @@ def asymmetric(settings: TheorySettings) -> Outcome:
     dim, rank, tasks = 10, 2, 3
     checks: list[Check] = []
     for rho in (0.0, 0.5, 1.0):
-        losses = _standard_losses(tasks, dim, rank, settings.draws(30000), generator, rho)
+        losses = _standard_losses(tasks, dim, rank, settings.draws(20000), generator, rho)
         predicted = expected_standard_loss(tasks, dim, rank, rho)
         at = f"ρ={rho:g}"
         checks.append(
-            mean_equals(f"mean loss at Â_SR, {at}", losses, predicted, settings.within(0.025))
+            mean_equals(f"mean loss at Â_SR, {at}", losses, predicted, settings.within(0.03))
         )
         drawn = _adapters(dim, rank, tasks + 1, settings.draws(2000), generator, rho)
         gap = drawn[:, -1] - standard_minimum(drawn[:, :-1])
