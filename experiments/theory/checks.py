@@ -1,12 +1,13 @@
 """Checks: a prediction beside a measurement, and a criterion that the measurement can fail.
 
-Intervals have the level 99.99 %, so that the hundred or so of a run rarely fail by chance. A check of
-an estimate also asks how narrow its interval is: what was measured too coarsely is not verified.
+Intervals have the level 99.99 %, so that the hundred or so of a run rarely fail by chance. A check
+of an estimate also asks how narrow its interval is: what was measured too coarsely is not verified.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What checking a statement gave: its checks, and the numbers behind its figure, if it has one."""
+    """A statement's checks, and the numbers behind its figure, if it has one."""
 
     checks: list[Check]
     data: dict[str, Any] | None = None
@@ -78,7 +79,7 @@ def mean_at_least(what: str, samples: Tensor, limit: float) -> Check:
 
 
 def exponent_equals(
-    what: str, x: list[float], samples: list[Tensor], predicted: float, within: float
+    what: str, x: Sequence[float], samples: Sequence[Tensor], predicted: float, within: float
 ) -> Check:
     """The interval of b in mean(samples) ~ x^b lies within ``within`` of the prediction.
 
@@ -150,8 +151,8 @@ def share_interval(found: int, cases: int) -> tuple[float, float]:
     return low, high
 
 
-def fit_exponent(x: list[float], samples: list[Tensor]) -> tuple[float, float]:
-    """(b, its standard error) of mean(samples) = a x^b by weighted least squares of the logarithms."""
+def fit_exponent(x: Sequence[float], samples: Sequence[Tensor]) -> tuple[float, float]:
+    """(b, its standard error) of mean(samples) = a x^b, by weighted least squares of logarithms."""
     means = np.array([float(s.mean()) for s in samples])
     errors = np.array([float(s.std()) / math.sqrt(s.numel()) for s in samples])
     weights = (means / errors) ** 2

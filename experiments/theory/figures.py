@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _ORANGE, _BLUE, _GREEN, _GREY = "#D55E00", "#0072B2", "#009E73", "#666666"
 _SIZE = (13.3, 6)
+_ROUNDING = 1e-15  # relative to the energy that the trainers' losses are differences of
 
 
 def draw(outcomes: Mapping[str, Outcome], folder: RunFolder) -> list[Path]:
@@ -48,7 +49,7 @@ def _standard_loss(data: dict[str, Any], folder: RunFolder) -> Path:
     axis.set(xlabel="retraining tasks T", ylabel="mean loss at the optimum", ylim=(0, None))
     axis.set_xticks([1, 2, 3, 5, 10, 15, 20])
     axis.set_title("Standard retraining's loss grows with the number of tasks (d = 10)")
-    axis.legend(loc="center right")
+    axis.legend(loc="lower right")
     return plotting.save(fig, folder, "standard-loss", data["points"])
 
 
@@ -73,11 +74,14 @@ def _finetuning_error(data: dict[str, Any], folder: RunFolder) -> Path:
         ),
     )
     for label, color, marker, chosen in groups:
-        found = [p for p in points if p["over"] == "samples" and chosen(p)]
+        found = [_in_units(p, p["noise"] ** 2) for p in points]
+        found = [p for p in found if p["over"] == "samples" and chosen(p)]
         _points(left, found, "samples", color, marker, label)
         if marker != "x":
             _theory(left, found, "samples", color)
-    left.set(xscale="log", yscale="log", xlabel="fine-tuning samples n", ylabel="error ‖W − M‖²")
+    left.set(
+        xscale="log", yscale="log", xlabel="fine-tuning samples n", ylabel="error ‖W − M‖² / σ²"
+    )
     plotting.log_ticks(left.yaxis)
     left.set_xticks([250, 1000, 4000], ["250", "1,000", "4,000"])
     left.xaxis.set_minor_locator(NullLocator())
@@ -88,7 +92,8 @@ def _finetuning_error(data: dict[str, Any], folder: RunFolder) -> Path:
         ("lora-ml", "LoRA-ML, r = k", _BLUE, "o"),
     ):
         found = [p for p in points if p["over"] == "tasks" and p["method"] == method]
-        scaled = [_per_dimension(p) for p in found]
+        # In units of σ² d / n, in which different d compare.
+        scaled = [_in_units(p, p["noise"] ** 2 * p["dim"] / p["samples"]) for p in found]
         _points(right, scaled, "tasks", color, marker, label)
         _theory(right, scaled, "tasks", color)
     right.set(xlabel="retraining tasks T", ylabel="error n ‖W − M‖² / (σ² d)", ylim=(0, None))
@@ -99,7 +104,7 @@ def _finetuning_error(data: dict[str, Any], folder: RunFolder) -> Path:
 
 
 def _hyperbola(data: dict[str, Any], folder: RunFolder) -> Path:
-    fig, axis = plt.subplots(figsize=(9, 9))
+    fig, axis = plt.subplots(figsize=(9, 9.5))
     starts, ends = np.array(data["starts"]), np.array(data["ends"])
     b = np.linspace(-1.8, 1.8, 200)
     for sign in (1, -1):
@@ -110,12 +115,15 @@ def _hyperbola(data: dict[str, Any], folder: RunFolder) -> Path:
             label="x² − y² = 1: zero loss" if sign == 1 else None,
         )
     for start, end in zip(starts, ends, strict=True):
-        axis.plot(*zip(start, end, strict=True), color="#bbbbbb", linewidth=0.5, zorder=0)
-    axis.scatter(*starts.T, s=8, color="#888888", label="random starts", zorder=2)
-    axis.scatter(*ends.T, s=36, color=_BLUE, label="where gradient descent ends", zorder=3)
+        way = np.stack([start, end])
+        axis.plot(way[:, 0], way[:, 1], color="#bbbbbb", linewidth=0.5, zorder=0)
+    axis.scatter(starts[:, 0], starts[:, 1], s=8, color="#888888", label="random starts", zorder=2)
+    axis.scatter(
+        ends[:, 0], ends[:, 1], s=36, color=_BLUE, label="where gradient descent ends", zorder=3
+    )
     axis.scatter([1, -1], [0, 0], s=260, marker="*", color="black", label="truth ±e₁", zorder=4)
     axis.set(
-        xlim=(-3, 3), ylim=(-2.6, 3.4), xlabel="first entry of U₁", ylabel="second entry of U₁"
+        xlim=(-3, 3), ylim=(-2.6, 3.9), xlabel="first entry of U₁", ylabel="second entry of U₁"
     )
     axis.set_aspect("equal")
     axis.set_title("Two tasks do not determine the adapters (T = 2, k = 1)")
@@ -138,7 +146,8 @@ def _spurious(data: dict[str, Any], folder: RunFolder) -> Path:
     left.axhline(floor, color=_ORANGE, linestyle=":", linewidth=1.5)
     left.set(xlabel="position on the line from one to the other", ylabel="loss / Σ ‖M‖²")
     left.set_title("a barrier on the straight way to the truth")
-    left.legend(loc="upper left")
+    left.set_ylim(top=1.3 * along.max())
+    left.legend(loc="upper right")
     rows = [{"series": "path", "x": x, "loss": y} for x, y in zip(share, along, strict=True)]
     steps = np.array(data["steps"])
     colors = {"from around it": _ORANGE, "from random starts": _GREY}
@@ -172,7 +181,7 @@ def _descent(data: dict[str, Any], folder: RunFolder) -> Path:
     rows = []
     for curve, color, line in zip(data["curves"], colors, ("-", "--", "-.", ":"), strict=True):
         steps = curve["step"]
-        low, median, high = (np.maximum(q, 1e-32) for q in curve["quantiles"])
+        low, median, high = (np.maximum(q, _ROUNDING) for q in curve["quantiles"])
         axis.fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
         axis.plot(steps, median, color=color, linestyle=line, label=curve["at"])
         rows += [
@@ -200,15 +209,13 @@ def _theory(axis: Axes, points: list[dict[str, Any]], over: str, color: str) -> 
     """The predicted error through the points' own settings."""
     predicted = [
         expected_finetune_error(p["dim"], p["finetune_rank"], p["noise"])
-        / (p["samples"] * p.get("unit", 1.0))
+        / (p["samples"] * p["unit"])
         for p in points
     ]
     axis.plot([p[over] for p in points], predicted, color=color, linewidth=1.6)
 
 
-def _per_dimension(point: dict[str, Any]) -> dict[str, Any]:
-    """The point with its error in units of σ² d / n, in which different d compare."""
-    unit = point["noise"] ** 2 * point["dim"] / point["samples"]
+def _in_units(point: dict[str, Any], unit: float) -> dict[str, Any]:
     return {**point, "unit": unit} | {k: point[k] / unit for k in ("mean", "low", "high")}
 
 

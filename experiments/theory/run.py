@@ -1,8 +1,8 @@
 """The command: checks the statements, writes the run folder, ends with a table of verdicts.
 
 A run folder holds, besides what every run folder holds: ``statement-<number>.json`` with the checks
-of a statement and the numbers behind its figure (that of 11 is the spurious minimum and the seed that
-found it), and the figures. A row of results.csv is one check.
+of a statement and the numbers behind its figure (in that of 11 are the spurious minimum and the
+seed that found it), and the figures. A row of results.csv is one check.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def verdict(outcome: Outcome) -> str:
 def table(outcomes: dict[str, Outcome]) -> str:
     """A line per statement: claim, prediction, measurement, verdict; the wrong ones come first.
 
-    Prediction and measurement are those of the statement's first check, or of the first that failed;
-    results.csv has all.
+    Prediction and measurement are those of the statement's first check, or of the first that
+    failed; results.csv has all.
     """
     lines = []
     for title, group in (("wrong on purpose", CONTROLS), ("statement", STATEMENTS)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,6 @@ from metalora.linear import (
     sample_statistics,
 )
 from metalora.linear.theory import best_adapted_weight, expected_finetune_error, standard_minimum
-
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,14 @@ def finetuning_error(settings: TheorySettings) -> Outcome:
     generator = settings.generator("8")
     retrained = _Retrained(settings, generator)
     lora = _Setting("lora-ml", 5, 1, 10, 1000, settings.noise)
-    two = dataclasses.replace(lora, tasks=2)
+    # Two tasks' gap may have a small singular value; the first order in σ needs it above the noise.
+    two = dataclasses.replace(lora, tasks=2, noise=settings.noise / 20)
     standard = dataclasses.replace(lora, method="standard", tasks=3)
     short = dataclasses.replace(standard, finetune_rank=1)
     many = dataclasses.replace(standard, dim=40)
     wide = dataclasses.replace(lora, dim=20)
-    # Two tasks' gap may have a small singular value; the first order in σ needs it above the noise.
-    quiet = dataclasses.replace(two, dim=24, noise=settings.noise / 20)
     samples, tasks = [250, 1000, 4000], [1, 2, 4, 8]
-    series = [
+    series: list[tuple[str, str, _Setting, Sequence[float], float, float]] = [
         ("n", "samples", lora, samples, -1.0, 0.08),
         ("n", "samples", two, samples, -1.0, 0.08),
         ("n", "samples", standard, samples, -1.0, 0.08),
@@ -82,7 +81,7 @@ def finetuning_error(settings: TheorySettings) -> Outcome:
         ("σ", "noise", lora, [settings.noise * f for f in (0.5, 1.0, 2.0)], 2.0, 0.12),
         ("d", "dim", lora, [8, 16, 32], 1.0, 0.15),
         ("r = k", "rank", wide, [1, 2, 4], 1.0, 0.12),
-        ("r = 3k", "rank", quiet, [1, 2, 3], 1.0, 0.2),
+        ("r = 3k", "rank", dataclasses.replace(two, dim=24), [1, 2, 3], 1.0, 0.2),
         ("T + 1", "tasks", many, tasks, 1.0, 0.12),
         ("T", "tasks", wide, [3, 5, 8], 0.0, 0.12),
     ]

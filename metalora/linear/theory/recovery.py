@@ -34,8 +34,8 @@ def base_gap_rank(num_tasks: int, dim: int, rank: int) -> int:
 def two_task_minima(factors: Tensor, boost: Tensor) -> Tensor:
     """Global minima of eq. 14 with two tasks: [U_1* U_2*] exp([[0, B], [Bᵀ, 0]]) (appendix F.1).
 
-    R_1 − R_2 does not change under O(k, k), of which these are the boosts. For k = 1, U_1* = e_1 and
-    U_2* = e_2 they are U_1 = (cosh b, sinh b) and U_2 = (sinh b, cosh b): U_1 runs along the
+    R_1 − R_2 does not change under O(k, k), of which these are the boosts. For k = 1, U_1* = e_1
+    and U_2* = e_2 they are U_1 = (cosh b, sinh b) and U_2 = (sinh b, cosh b): U_1 runs along the
     hyperbola x² − y² = 1.
 
     Args:
@@ -67,9 +67,9 @@ def two_task_minima(factors: Tensor, boost: Tensor) -> Tensor:
 def solution_dimension(truths: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     """Dimension of the set of global minima around one, the tasks' rotations not counted.
 
-    The flat directions of the Hessian, but for the T k(k−1)/2 of the rotations. On generic truths k²
-    with two tasks (appendix F.1: O(k, k) without its rotations), 0 with three or more and 3k <= d
-    (theorem 3.3).
+    The flat directions of the Hessian, but for the T k(k−1)/2 of the rotations. On generic truths
+    k² with two tasks (appendix F.1: O(k, k) without its rotations), 0 with three or more and
+    3k <= d (theorem 3.3).
 
     Args:
         truths: M_t, [..., T, d, d].

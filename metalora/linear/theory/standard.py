@@ -74,7 +74,7 @@ def many_task_loss_bound(
 ) -> float:
     """½ (d − k − r)⁺ (ρ k)²: no fine-tuning of rank r does better once T → ∞ (proposition 2).
 
-    Â_SR → A* + ρ k I then, so the gap U V ᵀ − ρ k I of the test task has at most k singular values
+    Â_SR → A* + ρ k I then, so the gap U Vᵀ − ρ k I of the test task has at most k singular values
     below |ρ| k, and an adapter of rank r removes r others.
 
     Args:
@@ -93,7 +93,7 @@ def many_task_loss_bound(
 
 
 def best_finetune_loss(gap: Tensor, rank: int) -> Tensor:
-    """min over U, V [d, r] of ½ ‖gap − U Vᵀ‖_F²: half the squared singular values from the (r+1)-th.
+    """min over U, V [d, r] of ½ ‖gap − U Vᵀ‖_F²: half of σ_{r+1}² + ... + σ_d².
 
     Args:
         gap: M_{T+1} − Â, [..., d, d].
