@@ -103,7 +103,7 @@ def load_outcome(name: str, folder: RunFolder) -> Outcome:
 
 
 def verdict(outcome: Outcome) -> str:
-    """ "verified" or "refuted"."""
+    """What an outcome says of its statement: verified or refuted."""
     return "verified" if outcome.holds else "refuted"
 
 

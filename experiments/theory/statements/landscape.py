@@ -36,7 +36,7 @@ from metalora.linear.theory import (
 _CRITICAL = 1e-9  # relative gradient norm
 _POSITIVE = 1e-7  # relative loss above which a critical point is no global minimum
 _CURVED = 1e-9  # relative curvature below which it counts as negative
-_STEPS = 20000
+_STEPS = 20000  # of gradient descent
 _SHOWN = torch.unique(torch.logspace(0, 4.5, 150).long().clamp_max(_STEPS))
 _LEAST, _BARRIER = 1e-4, 1e-8  # relative loss of a minimum worth showing, and rise around it
 SEARCHED, SEARCHES = 3000, 20  # truths per seed, seeds
@@ -104,14 +104,16 @@ def spurious_minimum(settings: TheorySettings) -> Outcome:
         at_most("relative gradient norm there", certificate.gradient_norm / size**0.75, 1e-13),
         at_least("smallest eigenvalue of the Hessian there", certificate.curvature, 1e-4),
         at_least(
-            "relative rise to a sphere around it that is proved", certificate.rise / size, 1e-9
+            "relative rise to a sphere around it that is proved", certificate.rise / size, _BARRIER
         ),
         at_least(
             f"rise on the ε-net of that sphere (ε = {epsilon:.2f} r) over that proved",
             *(least / certificate.rise, 1),
         ),
-        at_least("distance of descent's starts from it, in radii", apart(begin).min(), 0.99),
-        at_most("largest distance after descent, in radii", apart(kept_factors).max(), 1e-3),
+        at_most(
+            "largest distance after descent from that sphere, in radii",
+            *(apart(kept_factors).max(), 1e-3),
+        ),
         at_most(
             "largest change of the relative loss after descent",
             *(
@@ -176,17 +178,19 @@ def find_spurious_minimum(seed: int) -> tuple[int, Tensor, Tensor]:
 
 
 def _certificates(truths: Tensor, factors: Tensor, at: str) -> list[Check]:
-    """That every point curves down somewhere, and that the loss falls there."""
+    """That every point curves down somewhere, and that the loss falls as far as that makes it."""
     size = truths.square().sum((-3, -2, -1)).sqrt()
     down = lowest_curvature(truths, factors)
     weight = best_weight(truths, factors)
     before = loss(truths, weight, factors)
-    # With curvature −c, this far and in the better of both senses, the fall is c²/16 or more.
+    # With curvature −c, at the distance h = √c/2 in the better of both senses, the quadratic term
+    # is −c h²/2, the cubic one not positive, and the quartic one at most h⁴/2.
     step = (down.value.abs().sqrt() / 2)[:, None, None]
     after = [
         loss(truths, weight + s * down.weight, factors + s.unsqueeze(-1) * down.factors)
         for s in (step, -step)
     ]
+    fall = before - after[0].minimum(after[1])
     return [
         all_of(
             f"critical points with L > 0 and negative curvature, {at}",
@@ -194,8 +198,8 @@ def _certificates(truths: Tensor, factors: Tensor, at: str) -> list[Check]:
             10,
         ),
         all_of(
-            f"loss falls along the direction returned, {at}",
-            after[0].minimum(after[1]) < before,
+            f"loss falls by 3c²/32 or more along the direction returned, {at}",
+            (down.value < 0) & (fall >= 3 / 32 * down.value.square() - 1e-13 * size**2),
             10,
         ),
     ]

@@ -155,7 +155,10 @@ def hyperbola(settings: TheorySettings) -> Outcome:
 
 
 def descent(settings: TheorySettings) -> Outcome:
-    """Statement 12 (section 3.2.2): gradient descent from random starts reaches L = 0."""
+    """Statement 12 (section 3.2.2): gradient descent from random starts reaches L = 0.
+
+    One step on all U_t, then one on A, and so on.
+    """
     generator = settings.generator("12")
     checks: list[Check] = []
     curves = []
