@@ -74,7 +74,7 @@ def wrong_saddles(settings: TheorySettings) -> Outcome:
 def spurious_minimum(settings: TheorySettings) -> Outcome:
     """Statement 11 (appendix F.2): with T = 3 spurious local minima exist, for adversarial truths.
 
-    The truths are searched: nearly equal adapters have them in about one case of 200.
+    The truths are searched: with nearly equal adapters about one critical point of 300 is one.
     """
     searched, factors, found = find_spurious_minimum(settings.seed)
     truths = factors @ factors.mT
