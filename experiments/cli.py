@@ -118,8 +118,8 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: A
     if several:
         keywords["nargs"] = "+"
     if field.metadata.get("positional"):
-        if not required and not several:
-            keywords["nargs"] = "?"
+        if not required:
+            keywords["nargs"] = "*" if several else "?"
         if choices:
             keywords["metavar"] = f"{field.name}:{keywords['metavar']}"
         parser.add_argument(field.name, **keywords)

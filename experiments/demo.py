@@ -9,10 +9,15 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from experiments import cli
-from experiments.runs import MANIFEST, RunError, RunFolder, default_folder, standard_error
+from experiments.runs import (
+    MANIFEST,
+    RunError,
+    RunFolder,
+    default_folder,
+    one_thread,
+    standard_error,
+)
 from experiments.vision.settings import FINETUNES, METHODS
 
 NAMES = {"lora": "LoRA", "last-layer": "last layer"}
@@ -101,14 +106,8 @@ def run_vision(demo: Path, smoke: bool = False) -> RunFolder:
         out=out,
         resume=(out / MANIFEST).is_file(),
     )
-    threads = torch.get_num_threads()
-    # The matrices are too small to share. A second thread gains nothing on an idle machine, and
-    # costs up to ten times the time on a busy one, where each waits for the other at every step.
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return run(settings, go_on=f"--resume --out {demo}")
-    finally:
-        torch.set_num_threads(threads)
 
 
 def linear_table(rows: Sequence[Mapping[str, str]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
     from experiments.runs import RunFolder
@@ -33,6 +36,7 @@ LABELS = {
     "lora": "LoRA fine-tuning",
     "last-layer": "Last-layer fine-tuning",
 }
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def style() -> None:
@@ -61,6 +65,17 @@ def style() -> None:
     )
 
 
+def log_ticks(*parts: Axis) -> None:
+    """A few ticks per logarithmic axis, labelled 10ⁿ in plain text.
+
+    Laying out mathematical text takes longer than drawing everything else.
+    """
+    for part in parts:
+        part.set_major_locator(LogLocator(numticks=6))
+        part.set_minor_locator(NullLocator())
+        part.set_major_formatter(FuncFormatter(_power_of_ten))
+
+
 def save(fig: Figure, run: RunFolder, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Writes a figure as name.png and name.pdf, and the numbers behind it as name.csv.
 
@@ -78,3 +93,7 @@ def save(fig: Figure, run: RunFolder, name: str, rows: Sequence[Mapping[str, Any
         writer.writeheader()
         writer.writerows(rows)
     return run.path(f"{name}.png")
+
+
+def _power_of_ten(value: float, position: int | None = None) -> str:
+    return "10" + str(round(math.log10(value))).translate(_SUPERSCRIPTS)

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -300,6 +300,20 @@ def standard_error(values: Sequence[float]) -> float:
     if len(values) < 2:
         return math.nan
     return statistics.stdev(values) / math.sqrt(len(values))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For tensors so small that waking a second thread takes longer than their arithmetic.
+
+    On a busy machine it costs up to ten times the time: each waits for the other at every step.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Terminated(KeyboardInterrupt):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from experiments import plotting
 from experiments.runs import RunFolder
@@ -29,7 +27,6 @@ MEANINGS = {
     "k": "adapter rank, k",
     "d": "dimension, d",
 }
-SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 LINES = {"lora-ml": "-", "standard": "--"}
 FIRST_SHOWN, SHOWN_STEPS = 10, 200  # a log axis: the first ten steps change nothing one could see
 
@@ -103,14 +100,7 @@ def _panel(axis: Axes, curves: Mapping[str, np.ndarray]) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(FIRST_SHOWN, errors.shape[1] - 1)
-    for part in (axis.xaxis, axis.yaxis):
-        part.set_major_locator(LogLocator(numticks=6))
-        part.set_minor_locator(NullLocator())
-        part.set_major_formatter(FuncFormatter(_power_of_ten))
-
-
-def _power_of_ten(value: float, position: int | None = None) -> str:
-    return "10" + str(round(math.log10(value))).translate(SUPERSCRIPTS)
+    plotting.log_ticks(axis.xaxis, axis.yaxis)
 
 
 def _title(fig: Figure, title: str, curves: Curves) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.runs import one_thread
 from experiments.synthetic.phase_settings import PhaseSettings
-from experiments.synthetic.trials import one_thread
 from metalora.linear import (
     LinearProblem,
     RetrainResult,

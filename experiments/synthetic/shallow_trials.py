@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.runs import one_thread
 from experiments.synthetic.settings import Point, ShallowSettings
-from experiments.synthetic.trials import METHODS, one_thread, trial_generator
+from experiments.synthetic.trials import METHODS, trial_generator
 from metalora.shallow import (
     AdamW,
     Adapters,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.runs import one_thread
 from experiments.synthetic.settings import SWEEPS, LinearSettings, Point
 from metalora.linear import (
     SufficientStatistics,
@@ -68,17 +66,6 @@ def run_point(point: Point, settings: LinearSettings) -> dict[str, Tensor]:
         assert result.errors is not None
         errors[method] = result.errors.cpu()
     return errors
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """For tensors so small that waking a second thread takes longer than their arithmetic."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def trial_generator(point: Point, seed: int, trial: int) -> torch.Generator:

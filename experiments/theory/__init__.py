@@ -1,0 +1,1 @@
+"""The paper's theory, statement by statement: python -m experiments.theory [statement ...]."""

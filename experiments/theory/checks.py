@@ -1,0 +1,163 @@
+"""Checks: a prediction beside a measurement, and a criterion that the measurement can fail.
+
+Intervals have the level 99.99 %, so that the hundred or so of a run rarely fail by chance. A check
+of an estimate also asks how narrow its interval is: what was measured too coarsely is not verified.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.special import betaincinv, ndtri
+from torch import Tensor
+
+LEVEL = 0.9999
+_Z = float(ndtri((1 + LEVEL) / 2))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One criterion, met or not.
+
+    Attributes:
+        what: the quantity measured and where.
+        predicted: the prediction, with what the criterion allows, as text.
+        measured: the number.
+        low, high: its interval; both are ``measured`` where nothing random was averaged.
+        holds: whether the criterion is met.
+    """
+
+    what: str
+    predicted: str
+    measured: float
+    low: float
+    high: float
+    holds: bool
+
+    @property
+    def shown(self) -> str:
+        """The measurement and its interval as text."""
+        if self.low == self.high:
+            return f"{self.measured:.4g}"
+        return f"{self.measured:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A statement's checks, and the numbers behind its figure, if it has one."""
+
+    checks: list[Check]
+    data: dict[str, Any] | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the statement is verified: every check holds, and there is one."""
+        return bool(self.checks) and all(c.holds for c in self.checks)
+
+    @property
+    def headline(self) -> Check:
+        """The check to show: the first that failed, else the first."""
+        return next((c for c in self.checks if not c.holds), self.checks[0])
+
+
+def mean_equals(what: str, samples: Tensor, predicted: float, within: float) -> Check:
+    """The mean's interval holds the prediction, and is no wider than ± ``within`` times it."""
+    mean, low, high = interval(samples)
+    narrow = high - low <= 2 * within * abs(predicted)
+    text = f"{predicted:.5g} (±{within:.2g} relative)"
+    return Check(what, text, mean, low, high, low <= predicted <= high and narrow)
+
+
+def mean_at_least(what: str, samples: Tensor, limit: float) -> Check:
+    """The whole interval of the mean is above the limit."""
+    mean, low, high = interval(samples)
+    return Check(what, f">= {limit:.5g}", mean, low, high, low >= limit)
+
+
+def exponent_equals(
+    what: str, x: Sequence[float], samples: Sequence[Tensor], predicted: float, within: float
+) -> Check:
+    """The interval of b in mean(samples) ~ x^b lies within ``within`` of the prediction.
+
+    Args:
+        what: what the exponent is of.
+        x: the values of the abscissa.
+        samples: independent measurements at each of them.
+        predicted: b.
+        within: how far off b may be.
+    """
+    slope, error = fit_exponent(x, samples)
+    low, high = slope - _Z * error, slope + _Z * error
+    holds = predicted - within <= low and high <= predicted + within
+    return Check(what, f"{predicted:.3g} ± {within:.2g}", slope, low, high, holds)
+
+
+def at_most(what: str, measured: float | Tensor, limit: float) -> Check:
+    """A computed number is no larger than the limit (and is a number)."""
+    value = float(measured)
+    return Check(what, f"<= {limit:.3g}", value, value, value, value <= limit)
+
+
+def at_least(what: str, measured: float | Tensor, limit: float) -> Check:
+    """A computed number is no smaller than the limit (and is a number)."""
+    value = float(measured)
+    return Check(what, f">= {limit:.3g}", value, value, value, value >= limit)
+
+
+def all_of(what: str, hits: Tensor, at_least: int = 1) -> Check:
+    """Every one of the cases, and there were ``at_least`` so many."""
+    found, cases = int(hits.sum()), hits.numel()
+    text = f"all, of >= {at_least}" if at_least > 1 else "all"
+    share = found / cases if cases else math.nan
+    low, high = share_interval(found, cases)
+    holds = found == cases and cases >= at_least
+    return Check(f"{what} ({found} of {cases})", text, share, low, high, holds)
+
+
+def share_at_least(what: str, hits: Tensor, limit: float) -> Check:
+    """The whole interval of a share lies above the limit."""
+    found, cases = int(hits.sum()), hits.numel()
+    low, high = share_interval(found, cases)
+    return Check(
+        f"{what} ({found} of {cases})", f">= {limit:.3g}", found / cases, low, high, low >= limit
+    )
+
+
+def share_at_most(what: str, hits: Tensor, limit: float) -> Check:
+    """The whole interval of a share lies below the limit."""
+    found, cases = int(hits.sum()), hits.numel()
+    low, high = share_interval(found, cases)
+    return Check(
+        f"{what} ({found} of {cases})", f"<= {limit:.3g}", found / cases, low, high, high <= limit
+    )
+
+
+def interval(samples: Tensor) -> tuple[float, float, float]:
+    """(mean, low, high) of independent samples, by the normal approximation."""
+    mean = float(samples.mean())
+    error = _Z * float(samples.std()) / math.sqrt(samples.numel())
+    return mean, mean - error, mean + error
+
+
+def share_interval(found: int, cases: int) -> tuple[float, float]:
+    """Clopper and Pearson's exact interval of a binomial share."""
+    tail = (1 - LEVEL) / 2
+    low = float(betaincinv(found, cases - found + 1, tail)) if found else 0.0
+    high = float(betaincinv(found + 1, cases - found, 1 - tail)) if found < cases else 1.0
+    return low, high
+
+
+def fit_exponent(x: Sequence[float], samples: Sequence[Tensor]) -> tuple[float, float]:
+    """(b, its standard error) of mean(samples) = a x^b, by weighted least squares of logarithms."""
+    means = np.array([float(s.mean()) for s in samples])
+    errors = np.array([float(s.std()) / math.sqrt(s.numel()) for s in samples])
+    weights = (means / errors) ** 2
+    log_x = np.log(np.array(x))
+    centred = log_x - np.average(log_x, weights=weights)
+    information = float((weights * centred**2).sum())
+    slope = float((weights * centred * np.log(means)).sum()) / information
+    return slope, 1 / math.sqrt(information)
