@@ -5,7 +5,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../check.h"
+#include "../linear_problems.h"
 #include "linear_jobs.h"
 #include "trainings.h"
 
@@ -16,19 +16,6 @@ template <typename Real>
 const Kernels<Real>& best_kernels() {
   static const Kernels<Real>* avx2 = portable_wanted() ? nullptr : avx2_kernels<Real>();
   return avx2 ? *avx2 : portable_kernels<Real>();
-}
-
-void check_dtypes(const char* op, const Tensor& gram,
-                  std::initializer_list<std::pair<const char*, const Tensor*>> others) {
-  const ScalarType dtype = gram.scalar_type();
-  METALORA_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op,
-                 ": gram must be float32 or float64, got ", torch::headeronly::toString(dtype));
-  for (const auto& [name, tensor] : others) check_dtype(op, name, *tensor, dtype);
-}
-
-void check_counts(const char* op, int64_t count, int64_t steps) {
-  METALORA_CHECK(count > 0, op, ": count must be > 0, got ", count);
-  METALORA_CHECK(steps >= 0, op, ": the number of steps must be >= 0, got ", steps);
 }
 
 template <typename Real>
@@ -61,21 +48,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> retrain_lora_ml(const Tensor& gram, c
                                                            int64_t outer_steps, int64_t inner_steps,
                                                            double outer_lr, double inner_lr) {
   const char* op = "linear_retrain_lora_ml";
-  check_dim(op, "gram", gram, 4);
-  check_dim(op, "factors", factors, 4);
-  const int64_t B = gram.size(0), T = gram.size(1), d = gram.size(2), k = factors.size(3);
-  check_shape(op, "gram", gram, {B, T, d, d});
-  check_shape(op, "cross", cross, {B, T, d, d});
-  check_shape(op, "energy", energy, {B, T});
-  check_shape(op, "weight", weight, {B, d, d});
-  check_shape(op, "factors", factors, {B, T, d, k});
-  METALORA_CHECK(T > 0 && d > 0 && k > 0, op, ": T, d and the rank must be > 0, got gram ",
-                 shape_text(gram), " and factors ", shape_text(factors));
-  check_counts(op, count, outer_steps);
-  check_counts(op, count, inner_steps);
-  check_dtypes(
-      op, gram,
-      {{"cross", &cross}, {"energy", &energy}, {"weight", &weight}, {"factors", &factors}});
+  const auto [B, T, d, k] = check_retrain_lora_ml(op, gram, cross, energy, weight, factors, count,
+                                                  outer_steps, inner_steps);
 
   const Tensor g = torch::stable::contiguous(gram), c = torch::stable::contiguous(cross);
   const Tensor e = torch::stable::contiguous(energy);
@@ -118,15 +92,8 @@ std::tuple<Tensor, Tensor, Tensor> retrain_standard(const Tensor& gram, const Te
                                                     const Tensor& energy, const Tensor& weight,
                                                     int64_t count, int64_t steps, double lr) {
   const char* op = "linear_retrain_standard";
-  check_dim(op, "gram", gram, 4);
-  const int64_t B = gram.size(0), T = gram.size(1), d = gram.size(2);
-  check_shape(op, "gram", gram, {B, T, d, d});
-  check_shape(op, "cross", cross, {B, T, d, d});
-  check_shape(op, "energy", energy, {B, T});
-  check_shape(op, "weight", weight, {B, d, d});
-  METALORA_CHECK(T > 0 && d > 0, op, ": T and d must be > 0, got gram ", shape_text(gram));
-  check_counts(op, count, steps);
-  check_dtypes(op, gram, {{"cross", &cross}, {"energy", &energy}, {"weight", &weight}});
+  const auto [B, T, d, unused] =
+      check_retrain_standard(op, gram, cross, energy, weight, count, steps);
 
   const Tensor g = torch::stable::contiguous(gram), c = torch::stable::contiguous(cross);
   const Tensor e = torch::stable::contiguous(energy), new_weight = copy_of(weight);
@@ -172,30 +139,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> finetune_lora(
     const Tensor& factor_u, const Tensor& factor_v, const std::optional<Tensor>& truth,
     int64_t count, int64_t steps, double lr) {
   const char* op = "linear_finetune_lora";
-  check_dim(op, "gram", gram, 3);
-  check_dim(op, "factor_u", factor_u, 3);
-  const int64_t B = gram.size(0), d = gram.size(1), r = factor_u.size(2);
-  check_shape(op, "gram", gram, {B, d, d});
-  check_shape(op, "cross", cross, {B, d, d});
-  check_shape(op, "energy", energy, {B});
-  check_shape(op, "weight", weight, {B, d, d});
-  check_shape(op, "factor_u", factor_u, {B, d, r});
-  check_shape(op, "factor_v", factor_v, {B, d, r});
-  METALORA_CHECK(d > 0 && r > 0, op, ": d and the rank must be > 0, got factor_u ",
-                 shape_text(factor_u));
-  check_counts(op, count, steps);
-  check_dtypes(op, gram,
-               {{"cross", &cross},
-                {"energy", &energy},
-                {"weight", &weight},
-                {"factor_u", &factor_u},
-                {"factor_v", &factor_v}});
+  const auto [B, T, d, r] =
+      check_finetune_lora(op, gram, cross, energy, weight, factor_u, factor_v, truth, count, steps);
   std::optional<Tensor> m;
-  if (truth.has_value()) {
-    check_shape(op, "truth", *truth, {B, d, d});
-    check_dtype(op, "truth", *truth, gram.scalar_type());
-    m = torch::stable::contiguous(*truth);
-  }
+  if (truth.has_value()) m = torch::stable::contiguous(*truth);
 
   const Tensor g = torch::stable::contiguous(gram), c = torch::stable::contiguous(cross);
   const Tensor e = torch::stable::contiguous(energy), w = torch::stable::contiguous(weight);

@@ -5,7 +5,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../check.h"
+#include "../shallow_problems.h"
 #include "shallow_jobs.h"
 #include "trainings.h"
 
@@ -54,43 +54,28 @@ void run(const char* op, const Batch& batch, Job<Real> job) {
                     [&](int64_t b, void* scratch) { return kernels.train(job_of(b), scratch); });
 }
 
-// Checks what the kernels would read outside of, and trains.
-Batch train(const char* op, const Tensor& x, const Tensor& y, const Tensor& weight,
-            const Tensor& output, const Tensor& lora_a, const Tensor& lora_b, int64_t epochs,
-            bool train_network, const Optimizer& optimizer) {
-  const int64_t B = x.size(0), T = x.size(1), N = x.size(2), d = x.size(3), k = lora_a.size(2);
-  check_shape(op, "y", y, {B, T, N});
-  check_shape(op, "weight", weight, {B, d, d});
-  check_shape(op, "output", output, {B, d});
-  check_shape(op, "lora_A", lora_a, {B, T, k, d});
-  check_shape(op, "lora_B", lora_b, {B, T, d, k});
-  METALORA_CHECK(T > 0 && N > 0 && d > 0, op, ": x must have tasks, samples and inputs, got ",
-                 shape_text(x));
-  METALORA_CHECK(epochs >= 0, op, ": epochs must be >= 0, got ", epochs);
-  const ScalarType dtype = x.scalar_type();
-  METALORA_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op,
-                 ": x must be float32 or float64, got ", torch::headeronly::toString(dtype));
-  check_dtype(op, "y", y, dtype);
-  check_dtype(op, "weight", weight, dtype);
-  check_dtype(op, "output", output, dtype);
-  check_dtype(op, "lora_A", lora_a, dtype);
-  check_dtype(op, "lora_B", lora_b, dtype);
-
+// Fine-tuning's tensors lack the dimension of its one task.
+Batch train(const char* op, const ShallowProblem& p, const Tensor& x, const Tensor& y,
+            const Tensor& weight, const Tensor& output, const Tensor& lora_a, const Tensor& lora_b,
+            int64_t epochs, bool train_network, const Optimizer& optimizer) {
   const Batch batch{torch::stable::contiguous(x),
                     torch::stable::contiguous(y),
                     copy_of(weight),
                     copy_of(output),
                     copy_of(lora_a),
                     copy_of(lora_b),
-                    new_tensor(x, {B, epochs}),
-                    new_tensor(x, {B}, ScalarType::Long)};
-  const auto [lr, beta1, beta2, eps, weight_decay] = optimizer;
-  if (dtype == ScalarType::Double) {
-    run<double>(op, batch,
-                {T, N, d, epochs, k, train_network, lr, beta1, beta2, eps, weight_decay});
-  } else {
-    run<float>(op, batch, {T, N, d, epochs, k, train_network, lr, beta1, beta2, eps, weight_decay});
-  }
+                    new_tensor(x, {p.trainings, epochs}),
+                    new_tensor(x, {p.trainings}, ScalarType::Long)};
+  const auto run_as = [&](auto real) {
+    const auto [lr, beta1, beta2, eps, weight_decay] = optimizer;
+    run<decltype(real)>(op, batch,
+                        {p.tasks, p.samples, p.dim, epochs, p.rank, train_network, lr, beta1, beta2,
+                         eps, weight_decay});
+  };
+  if (x.scalar_type() == ScalarType::Double)
+    run_as(double{});
+  else
+    run_as(float{});
   return batch;
 }
 
@@ -102,19 +87,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> retrain(
     const std::optional<Tensor>& lora_A, const std::optional<Tensor>& lora_B, int64_t epochs,
     double lr, double beta1, double beta2, double eps, double weight_decay) {
   const char* op = "shallow_retrain";
-  check_dim(op, "x", x, 4);
-  METALORA_CHECK(lora_A.has_value() == lora_B.has_value(), op,
-                 ": lora_A and lora_B must be given together, or neither");
-  if (lora_A.has_value()) {
-    check_dim(op, "lora_A", *lora_A, 4);
-    METALORA_CHECK(lora_A->size(2) > 0, op, ": the rank must be > 0, got lora_A ",
-                   shape_text(*lora_A));
-  }
-  const int64_t B = x.size(0), T = x.size(1), d = x.size(3);
-  const Tensor a = lora_A.has_value() ? *lora_A : new_tensor(x, {B, T, 0, d});
-  const Tensor b = lora_B.has_value() ? *lora_B : new_tensor(x, {B, T, d, 0});
+  const ShallowProblem p = check_shallow_retrain(op, x, y, weight, output, lora_A, lora_B, epochs);
+  const Tensor a = lora_A.has_value() ? *lora_A : new_tensor(x, {p.trainings, p.tasks, 0, p.dim});
+  const Tensor b = lora_B.has_value() ? *lora_B : new_tensor(x, {p.trainings, p.tasks, p.dim, 0});
   const Batch result =
-      train(op, x, y, weight, output, a, b, epochs, true, {lr, beta1, beta2, eps, weight_decay});
+      train(op, p, x, y, weight, output, a, b, epochs, true, {lr, beta1, beta2, eps, weight_decay});
   return {result.weight, result.output, result.lora_a,
           result.lora_b, result.losses, result.diverged_at};
 }
@@ -127,17 +104,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> finetune(const Tensor& x, const Tenso
                                                     int64_t epochs, double lr, double beta1,
                                                     double beta2, double eps, double weight_decay) {
   const char* op = "shallow_finetune";
-  check_dim(op, "x", x, 3);
-  check_dim(op, "y", y, 2);
-  check_dim(op, "lora_A", lora_A, 3);
-  check_dim(op, "lora_B", lora_B, 3);
-  METALORA_CHECK(lora_A.size(1) > 0, op, ": the rank must be > 0, got lora_A ", shape_text(lora_A));
-  const auto one_task = [](const Tensor& t) { return torch::stable::unsqueeze(t, 1); };
-  const Batch result =
-      train(op, one_task(x), one_task(y), weight, output, one_task(lora_A), one_task(lora_B),
-            epochs, false, {lr, beta1, beta2, eps, weight_decay});
-  return {torch::stable::squeeze(result.lora_a, 1), torch::stable::squeeze(result.lora_b, 1),
-          result.losses, result.diverged_at};
+  const ShallowProblem p = check_shallow_finetune(op, x, y, weight, output, lora_A, lora_B, epochs);
+  const Batch result = train(op, p, x, y, weight, output, lora_A, lora_B, epochs, false,
+                             {lr, beta1, beta2, eps, weight_decay});
+  return {result.lora_a, result.lora_b, result.losses, result.diverged_at};
 }
 
 }  // namespace

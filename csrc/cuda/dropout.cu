@@ -9,9 +9,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kPerBlock = 4 * kThreads;  // a thread has the four words of one Philox block
 
-unsigned blocks_for(int64_t elements) {
-  return static_cast<unsigned>((elements + kPerBlock - 1) / kPerBlock);
-}
+unsigned blocks_for(int64_t elements) { return blocks_of((elements + kPerBlock - 1) / kPerBlock); }
 
 __device__ inline int64_t first_element() {
   return 4 * (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x);

@@ -9,18 +9,6 @@
 namespace metalora::cuda {
 namespace {
 
-// Bytes of shared memory that a block may have.
-#ifdef METALORA_SHIM
-int64_t most_shared_bytes(const Tensor&) { return 99 * 1024; }  // as the shim's launches
-#else
-int64_t most_shared_bytes(const Tensor& tensor) {
-  int bytes = 0;
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                         tensor.get_device_index());
-  return bytes;
-}
-#endif
-
 void check_fits(const char* op, const LinearShape& shape, const BlockSize& block,
                 const Tensor& gram) {
   const int64_t most = most_shared_bytes(gram);
@@ -32,11 +20,6 @@ void check_fits(const char* op, const LinearShape& shape, const BlockSize& block
 }
 
 LinearShape shape_of(const LinearProblem& p) { return {p.trainings, p.tasks, p.dim, p.rank}; }
-
-// What a trainer starts from and changes in place.
-Tensor copy_of(const Tensor& tensor) {
-  return torch::stable::clone(torch::stable::contiguous(tensor));
-}
 
 // gram, cross [B, T, d, d], energy [B, T], weight [B, d, d], factors [B, T, d, k] -> weight,
 // factors, losses [B, outer_steps], diverged_at int64 [B] (0: it did not).

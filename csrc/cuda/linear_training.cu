@@ -368,7 +368,7 @@ void launch_linear_retrain_lora_ml(const LoraMlArguments& arguments, Type type,
   if (shape.trainings == 0) return;
   const auto [threads, bytes] = linear_retrain_lora_ml_block(shape, type);
   by_rank(type, shape.rank, [&, threads = threads, bytes = bytes](auto real, auto rank) {
-    METALORA_LAUNCH((lora_ml_kernel<decltype(real), rank>), static_cast<unsigned>(shape.trainings),
+    METALORA_LAUNCH((lora_ml_kernel<decltype(real), rank>), blocks_of(shape.trainings),
                     static_cast<unsigned>(threads), static_cast<size_t>(bytes), stream, arguments,
                     shape);
   });
@@ -378,7 +378,7 @@ void launch_linear_retrain_standard(const StandardArguments& arguments, Type typ
                                     const LinearShape& shape, cudaStream_t stream) {
   if (shape.trainings == 0) return;
   const auto [threads, bytes] = linear_retrain_standard_block(shape, type);
-  const auto blocks = static_cast<unsigned>(shape.trainings);
+  const auto blocks = blocks_of(shape.trainings);
   if (type == Type::f64)
     METALORA_LAUNCH(standard_kernel<double>, blocks, static_cast<unsigned>(threads),
                     static_cast<size_t>(bytes), stream, arguments, shape);
@@ -392,7 +392,7 @@ void launch_linear_finetune_lora(const FinetuneArguments& arguments, Type type,
   if (shape.trainings == 0) return;
   const auto [threads, bytes] = linear_finetune_lora_block(shape, type);
   by_rank(type, shape.rank, [&, threads = threads, bytes = bytes](auto real, auto rank) {
-    METALORA_LAUNCH((finetune_kernel<decltype(real), rank>), static_cast<unsigned>(shape.trainings),
+    METALORA_LAUNCH((finetune_kernel<decltype(real), rank>), blocks_of(shape.trainings),
                     static_cast<unsigned>(threads), static_cast<size_t>(bytes), stream, arguments,
                     shape);
   });

@@ -302,7 +302,7 @@ void launch_kernel(void* merged, const void* weight, const MergeFactors& factors
       shape.in % T::kRun == 0 && aligned_16(weight) && aligned_16(merged),
       aligned(factors.A, factors.symmetric ? shape.rank : shape.in),
       aligned(factors.B, shape.rank)};
-  METALORA_LAUNCH((merge_kernel<In, Out, kTf32>), static_cast<unsigned>(tiles * groups), kThreads,
+  METALORA_LAUNCH((merge_kernel<In, Out, kTf32>), blocks_of(tiles * groups), kThreads,
                   T::kSharedBytes, stream, arguments);
 }
 

@@ -192,14 +192,14 @@ void launch_kernels(void* grad_A, void* grad_B, const MergeFactors& factors, Arg
   a.weight_aligned = in % 4 == 0 && aligned_16(a.grad_weight);
   const auto launch = [&](auto* kernel, int64_t threads, auto... arguments) {
     if (threads)
-      METALORA_LAUNCH(kernel, static_cast<unsigned>(ceil_div(threads, kThreads)), kThreads, 0,
-                      stream, arguments...);
+      METALORA_LAUNCH(kernel, blocks_of(ceil_div(threads, kThreads)), kThreads, 0, stream,
+                      arguments...);
   };
   const int64_t blocks = a.plan.groups * a.plan.row_tiles * a.plan.strips;
   if (blocks) {
     launch(prepare_kernel<S>, a.plan.A_addends, a, factors.A, factors.B, factors.symmetric,
            Products::kTf32);
-    METALORA_LAUNCH(backward_kernel<Products>, static_cast<unsigned>(blocks), kThreads,
+    METALORA_LAUNCH(backward_kernel<Products>, blocks_of(blocks), kThreads,
                     shared_bytes<Products>(), stream, a);
   }
   launch(sum_kernel<S>,

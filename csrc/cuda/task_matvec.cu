@@ -255,7 +255,7 @@ void forward(void* y, const void* weight, const void* x, const void* U, const Ma
                        static_cast<const T*>(U),
                        shape,
                        make_plan<T>(shape)};
-  const auto blocks = static_cast<unsigned>(shape.tasks * a.plan.blocks);
+  const auto blocks = blocks_of(shape.tasks * a.plan.blocks);
   METALORA_LAUNCH(forward_kernel<T>, blocks, kThreads, shared_bytes(a, false), stream, a);
 }
 
@@ -274,17 +274,17 @@ void backward(void* grad_weight, void* grad_x, void* grad_U, const void* grad_y,
                        shape,
                        make_plan<T>(shape)};
   const auto elements = static_cast<int>(out * in);
-  const auto blocks = static_cast<unsigned>(tasks * a.plan.blocks);
+  const auto blocks = blocks_of(tasks * a.plan.blocks);
   if (blocks && (a.addends || grad_x))
     METALORA_LAUNCH(backward_kernel<T>, blocks, kThreads, shared_bytes(a, true), stream, a);
   T* task_weight = rank ? nullptr : static_cast<T*>(grad_weight);
   if (tasks && (task_weight || grad_U))
-    METALORA_LAUNCH(task_kernel<T>, static_cast<unsigned>(tasks), kThreads,
+    METALORA_LAUNCH(task_kernel<T>, blocks_of(tasks), kThreads,
                     sizeof(T) * Matrix<T>::elements(static_cast<int>(out), static_cast<int>(in)),
                     stream, task_weight, static_cast<T*>(grad_U), a);
   if (rank && grad_weight && elements)
-    METALORA_LAUNCH(shared_weight_kernel<T>, static_cast<unsigned>(ceil_div(elements, 32)),
-                    kThreads, sizeof(T) * kThreads, stream, static_cast<T*>(grad_weight),
+    METALORA_LAUNCH(shared_weight_kernel<T>, blocks_of(ceil_div(elements, 32)), kThreads,
+                    sizeof(T) * kThreads, stream, static_cast<T*>(grad_weight),
                     static_cast<const T*>(scratch), tasks * a.plan.blocks, elements);
 }
 

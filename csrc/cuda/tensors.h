@@ -28,6 +28,7 @@ struct DeviceGuard {
 inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
 inline bool on_device(const Tensor& tensor) { return tensor.is_cpu(); }
 inline bool has_grouped_products(const Tensor&) { return true; }
+inline int64_t most_shared_bytes(const Tensor&) { return 99 * 1024; }  // as the shim's launches
 #else
 // Makes the tensor's GPU the current one.
 class DeviceGuard {
@@ -52,6 +53,14 @@ inline bool has_grouped_products(const Tensor& tensor) {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, tensor.get_device_index());
   return major >= 9;
 }
+
+// The most shared memory that a block of this GPU can have.
+inline int64_t most_shared_bytes(const Tensor& tensor) {
+  int bytes = 0;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                         tensor.get_device_index());
+  return bytes;
+}
 #endif
 
 inline void check_device(const char* op, const char* name, const Tensor& tensor,
@@ -75,6 +84,11 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
 
 // Stands for a gradient that is not needed. One for each: results of an operator must not alias.
 inline Tensor none(const Tensor& like, ScalarType dtype) { return empty(like, {0}, dtype); }
+
+// A dense copy, to be changed in place.
+inline Tensor copy_of(const Tensor& tensor) {
+  return torch::stable::clone(torch::stable::contiguous(tensor));
+}
 
 // A dense tensor seen with these sizes.
 inline Tensor viewed(const Tensor& tensor, std::initializer_list<int64_t> sizes) {

@@ -10,6 +10,9 @@ from metalora.ops import _native
 
 OPERATORS = (
     "dropout_mask",
+    "linear_finetune_lora",
+    "linear_retrain_lora_ml",
+    "linear_retrain_standard",
     "lora_linear_token",
     "lora_linear_token_backward",
     "lora_linear_weight",
@@ -18,6 +21,8 @@ OPERATORS = (
     "merge_lora_backward",
     "merge_lora_symmetric",
     "merge_lora_symmetric_backward",
+    "shallow_finetune",
+    "shallow_retrain",
     "task_matvec",
     "task_matvec_backward",
 )

@@ -74,9 +74,13 @@ struct Launcher {
 };
 
 const Launcher kLaunchers[] = {
-    {"dropout", dropout},       {"linear_training", linear_training},
-    {"merge_lora", merge_lora}, {"merge_lora_backward", merge_lora_backward},
-    {"task_ends", task_ends},   {"task_matvec", task_matvec},
+    {"dropout", dropout},
+    {"linear_training", linear_training},
+    {"merge_lora", merge_lora},
+    {"merge_lora_backward", merge_lora_backward},
+    {"shallow_training", shallow_training},
+    {"task_ends", task_ends},
+    {"task_matvec", task_matvec},
 };
 
 }  // namespace

@@ -110,6 +110,7 @@ inline int64_t place(int64_t matrix, int64_t rows, int64_t row, int64_t columns,
 void linear_training();
 void merge_lora();
 void merge_lora_backward();
+void shallow_training();
 void task_matvec();
 
 }  // namespace metalora::cuda
