@@ -28,6 +28,17 @@ void check_dropout_mask() {
   }
 }
 
+// Refused before anything is launched, so that no memory is needed.
+void check_too_many_blocks() {
+  try {
+    launch_dropout_mask(nullptr, nullptr, 0, int64_t{1} << 43, nullptr);
+  } catch (const std::runtime_error& error) {
+    if (std::string(error.what()).find("a launch holds at most 2147483647 blocks") == 0) return;
+  }
+  std::fprintf(stderr, "dropout_mask: 2^43 elements were not refused\n");
+  ++failures;
+}
+
 void check_dropout() {
   for (Type type : {Type::f64, Type::f32, Type::bf16, Type::f16})
     for (bool accumulate : {false, true})
@@ -50,6 +61,7 @@ void check_dropout() {
 }
 
 void dropout() {
+  check_too_many_blocks();
   check_dropout_mask();
   check_dropout();
 }
