@@ -88,7 +88,7 @@ def test_sanitizer(tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     command = " ".join(part.command)
     assert part.missing == "" and part.tests
     assert f"--tool {tool} --error-exitcode {gpu_report.FOUND_ERRORS}" in command
-    assert "-m pytest tests/ops -m gpu" in command
+    assert "-m pytest tests/ops tests/cuda -m gpu" in command
 
 
 def test_a_part_that_fails_says_how(tmp_path: Path) -> None:
