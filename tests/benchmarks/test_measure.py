@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.measure import Budget, graphed, side_by_side
+from benchmarks.measure import Budget, CpuClock, graphed, side_by_side
 
 
 def test_steps_are_timed_apart() -> None:
@@ -36,18 +36,18 @@ def test_data_are_taken_in_rotation() -> None:
     assert "abcabc" in "".join(calls)
 
 
-def test_the_spread_is_between_the_two_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_spread_is_between_the_two_runs() -> None:
     now, calls = 0.0, 0
 
     def step() -> None:
         nonlocal now, calls
         calls += 1
-        now += (
-            1.0 if calls <= 4 + 2 * 3 else 1.5
-        )  # 4 to warm up, then 3 turns of 2 in the first run
+        # 4 to warm up, then 3 turns of 2 in the first run
+        now += 1.0 if calls <= 4 + 2 * 3 else 1.5
 
-    monkeypatch.setattr("benchmarks.measure.time.perf_counter", lambda: now)
-    timing = side_by_side({"": [{"step": step}]}, rounds=3, seconds_a_turn=0.0)[""]["step"]
+    timer = CpuClock(lambda: now)
+    found = side_by_side({"": [{"step": step}]}, rounds=3, seconds_a_turn=0.0, timer=timer)
+    timing = found[""]["step"]
     assert timing.spread == pytest.approx(0.5)
     assert timing.median == pytest.approx(1.25)
 
