@@ -29,7 +29,8 @@ inline void mm_out(const Tensor& result, const Tensor& a, const Tensor& b) {
 }
 
 // result [m, out] = x [m, in] weight [out, in]ᵀ + bias [out].
-inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+inline Tensor dense_layer(const Tensor& x, const Tensor& weight,
+                          const std::optional<Tensor>& bias) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
                                     torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias)};
@@ -52,6 +53,11 @@ inline Tensor transposed(const Tensor& matrix) { return torch::stable::transpose
 
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// A dense copy, to be changed in place.
+inline Tensor copy_of(const Tensor& tensor) {
+  return torch::stable::clone(torch::stable::contiguous(tensor));
 }
 
 // The tensor in this dtype, contiguous; itself where it is so already.

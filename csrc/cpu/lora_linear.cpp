@@ -363,7 +363,7 @@ std::tuple<Tensor, Tensor> lora_linear_token(const Tensor& x, const Tensor& weig
   check_token_route(op, x, weight, dropout_p, seed);
   const ScalarType work = work_dtype(x);
   const Tensor rows = as_contiguous(x), rows_work = cast(rows, work);
-  const Tensor y = cast(linear(rows, weight, bias), work);
+  const Tensor y = cast(dense_layer(rows, weight, bias), work);
   const Tensor shrunk = empty({p.rows, p.rank}, work);
   const Tensor a = cast(lora_A, work), b = cast(lora_B, work);
   const auto dropout = make_dropout(dropout_p, seed);

@@ -11,7 +11,7 @@
 #include <optional>
 #include <string_view>
 
-#include "../check.h"
+#include "../aten.h"
 
 namespace metalora {
 
@@ -65,10 +65,6 @@ Real* out(const Tensor& tensor) {
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shape,
                          std::optional<ScalarType> dtype = std::nullopt) {
   return torch::stable::new_empty(like, shape, dtype);
-}
-
-inline Tensor copy_of(const Tensor& tensor) {
-  return torch::stable::clone(torch::stable::contiguous(tensor));
 }
 
 }  // namespace metalora

@@ -224,7 +224,7 @@ std::tuple<Tensor, Tensor> lora_linear_token(const Tensor& x, const Tensor& weig
   check_seed(op, seed, x);
   const DeviceGuard guard(x);
   const Tensor rows = as_contiguous(x);
-  const Tensor y = linear(rows, weight, bias);
+  const Tensor y = dense_layer(rows, weight, bias);
   const Tensor shrunk = empty(x, {p.rows, p.rank}, x.scalar_type());
   add_task_products(p, shrunk, branch_of(rows, dropout_p, seed), batch_transposed(lora_A), 0, 1);
   add_task_products(p, y, shrunk, batch_transposed(lora_B), 1, scaling);

@@ -85,11 +85,6 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
 // Stands for a gradient that is not needed. One for each: results of an operator must not alias.
 inline Tensor none(const Tensor& like, ScalarType dtype) { return empty(like, {0}, dtype); }
 
-// A dense copy, to be changed in place.
-inline Tensor copy_of(const Tensor& tensor) {
-  return torch::stable::clone(torch::stable::contiguous(tensor));
-}
-
 // A dense tensor seen with these sizes.
 inline Tensor viewed(const Tensor& tensor, std::initializer_list<int64_t> sizes) {
   return torch::stable::view(tensor, sizes);
