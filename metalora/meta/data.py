@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,17 +18,26 @@ class Batch:
     """Samples of one step.
 
     Attributes:
-        inputs: what the model is called with, [B, ...].
+        inputs: what the model is called with: a tensor [B, ...] or a mapping of such; after
+            ``collate`` whatever the model takes.
         targets: [B, ...].
         task_ids: int64 [B], the task of each sample.
         counts: samples of each task, T numbers; None where the host does not know them. Given,
             the samples are sorted by task.
+        lengths: rows of each sample, B numbers, where the inputs are packed, see `metalora.tasks`.
+        weights: [B], each sample's part in the loss; None leaves that to the training.
+        collate: makes of this batch what the model is called with, in one or several passes, each
+            with some of the samples (of `take`): for samples that have to be padded or packed
+            first, or batches too large for memory. None: ``inputs`` are ready.
     """
 
     inputs: Any
     targets: Tensor
     task_ids: Tensor
     counts: tuple[int, ...] | None = None
+    lengths: tuple[int, ...] | None = None
+    weights: Tensor | None = None
+    collate: Collate | None = None
 
     def tasks_present(self) -> list[int]:
         """The tasks that have samples here, ascending; waits for the device without ``counts``."""
@@ -46,10 +55,43 @@ class Batch:
             else:
                 start, count = sum(self.counts[:task]), self.counts[task]
                 rows = slice(start, start + count)
-            counts = (0,) * task + (count,)
-            part = Batch(self.inputs[rows], self.targets[rows], self.task_ids[rows], counts)
-            parts.append(part)
+            parts.append(self.take(rows, (0,) * task + (count,)))
         return parts
+
+    def take(self, rows: Tensor | slice, counts: tuple[int, ...] | None = None) -> Batch:
+        """The batch of some samples.
+
+        Args:
+            rows: int64 [n] or a slice.
+            counts: of each task among them, if they are sorted by task.
+
+        Raises:
+            ValueError: if the samples are packed already.
+        """
+        if self.lengths is not None:
+            raise ValueError("Batch.take: the samples are packed and cannot be taken apart")
+        return replace(
+            self,
+            inputs=take_rows(self.inputs, rows),
+            targets=self.targets[rows],
+            task_ids=self.task_ids[rows],
+            counts=counts,
+            weights=None if self.weights is None else self.weights[rows],
+        )
+
+    def passes(self) -> Iterable[Batch]:
+        """What the model is called with, one batch after the other."""
+        return (self,) if self.collate is None else self.collate(self)
+
+
+Collate = Callable[[Batch], Iterable[Batch]]
+
+
+def take_rows(inputs: Any, rows: Tensor | slice) -> Any:
+    """``rows`` of a tensor [B, ...], or of every tensor of a mapping."""
+    if isinstance(inputs, Mapping):
+        return {name: value[rows] for name, value in inputs.items()}
+    return inputs[rows]
 
 
 class Rounds(Protocol):
@@ -81,7 +123,7 @@ class RoundLoader:
     (seed, epoch).
 
     Args:
-        inputs: [N, ...]; on the device where they are wanted.
+        inputs: [N, ...], or a mapping of such tensors; on the device where they are wanted.
         targets: [N, ...], beside them.
         task_ids: int64 [N], tasks numbered 0..T-1 without gaps; -1 leaves a sample out.
         batch_size: samples per task and round; with ``pooled``, samples per batch.
@@ -90,6 +132,8 @@ class RoundLoader:
         pooled: draw batches from all tasks together, as if there were but one.
         max_rounds: end the epoch after so many batches.
         transform: ``transform(inputs, generator) -> inputs``, applied to each batch.
+        collate: see `Batch`. Where samples do not fit into tensors, ``inputs`` may be their
+            numbers, of which it makes what the model takes.
 
     Raises:
         TypeError: if an argument has a wrong type.
@@ -98,7 +142,7 @@ class RoundLoader:
 
     def __init__(
         self,
-        inputs: Tensor,
+        inputs: Tensor | Mapping[str, Tensor],
         targets: Tensor,
         task_ids: Tensor,
         *,
@@ -107,16 +151,17 @@ class RoundLoader:
         shuffle: bool = True,
         pooled: bool = False,
         max_rounds: int | None = None,
-        transform: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        transform: Callable[[Any, torch.Generator], Any] | None = None,
+        collate: Collate | None = None,
     ) -> None:
         check_count("RoundLoader", "batch_size", batch_size)
         check_count("RoundLoader", "seed", seed, minimum=0)
         if max_rounds is not None:
             check_count("RoundLoader", "max_rounds", max_rounds)
         ids = _checked_ids(inputs, targets, task_ids)
-        self.inputs, self.targets, self.task_ids = inputs, targets, task_ids.to(inputs.device)
+        self.inputs, self.targets, self.task_ids = inputs, targets, task_ids.to(targets.device)
         self.batch_size, self.seed, self.shuffle, self.pooled = batch_size, seed, shuffle, pooled
-        self.transform = transform
+        self.transform, self.collate = transform, collate
         self.num_tasks = int(ids.max()) + 1
         self._ids = ids
         self._of_task = [(ids == task).nonzero()[:, 0] for task in range(self.num_tasks)]
@@ -150,7 +195,7 @@ class RoundLoader:
         return [min(len(self), -(-len(samples) // self.batch_size)) for samples in self._of_task]
 
     def __iter__(self) -> Iterator[Batch]:
-        device = self.inputs.device
+        device = self.targets.device
         rounds = self._rounds()
         if not rounds:
             return
@@ -160,10 +205,11 @@ class RoundLoader:
         for samples, counts in rounds:
             chosen = order[start : start + len(samples)]
             start += len(samples)
-            inputs = self.inputs[chosen]
+            inputs = take_rows(self.inputs, chosen)
             if self.transform is not None:
                 inputs = self.transform(inputs, augment)
-            yield Batch(inputs, self.targets[chosen], self.task_ids[chosen], counts)
+            targets, task_ids = self.targets[chosen], self.task_ids[chosen]
+            yield Batch(inputs, targets, task_ids, counts, collate=self.collate)
 
     def _rounds(self) -> list[tuple[Tensor, tuple[int, ...]]]:
         """Per round the samples [B] in order, and how many each task has of them."""
@@ -190,23 +236,27 @@ class RoundLoader:
         return samples[torch.argsort(self._ids[samples], stable=True)]
 
 
-def _checked_ids(inputs: Tensor, targets: Tensor, task_ids: Tensor) -> Tensor:
-    for name, value in (("inputs", inputs), ("targets", targets), ("task_ids", task_ids)):
+def _checked_ids(inputs: Any, targets: Tensor, task_ids: Tensor) -> Tensor:
+    parts = {"inputs": inputs}
+    if isinstance(inputs, Mapping):
+        parts = {f"inputs[{name!r}]": value for name, value in inputs.items()}
+    for name, value in {**parts, "targets": targets, "task_ids": task_ids}.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"RoundLoader: {name} must be a tensor, got {type(value).__name__}")
     if task_ids.dtype != torch.int64 or task_ids.dim() != 1:
         got = f"{task_ids.dtype} {list(task_ids.shape)}"
         raise ValueError(f"RoundLoader: task_ids must be int64 [N], got {got}")
-    if not len(inputs) == len(targets) == len(task_ids):
-        raise ValueError(
-            "RoundLoader: inputs, targets and task_ids must have the same length, got "
-            f"{len(inputs)}, {len(targets)} and {len(task_ids)}"
-        )
-    if inputs.device != targets.device:
-        raise ValueError(
-            f"RoundLoader: inputs and targets must be on one device, got {inputs.device} "
-            f"and {targets.device}"
-        )
+    for name, value in parts.items():
+        if not len(value) == len(targets) == len(task_ids):
+            raise ValueError(
+                f"RoundLoader: {name}, targets and task_ids must have the same length, got "
+                f"{len(value)}, {len(targets)} and {len(task_ids)}"
+            )
+        if value.device != targets.device:
+            raise ValueError(
+                f"RoundLoader: {name} and targets must be on one device, got {value.device} "
+                f"and {targets.device}"
+            )
     ids = task_ids.cpu()
     if len(ids) == 0 or int(ids.max()) < 0:
         raise ValueError("RoundLoader: task_ids leave no sample to draw from")

@@ -50,8 +50,8 @@ def evaluate(
     sums = counts = torch.zeros(())
     try:
         with torch.no_grad():
-            for batch in loader:
-                with tasks(batch.task_ids, counts=batch.counts):
+            for batch in (part for whole in loader for part in whole.passes()):
+                with tasks(batch.task_ids, counts=batch.counts, lengths=batch.lengths):
                     values = metric(forward(model, batch.inputs), batch).double()
                 zeros = values.new_zeros(loader.num_tasks)
                 ids = batch.task_ids.to(values.device)

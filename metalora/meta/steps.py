@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -31,8 +32,9 @@ def cross_entropy(outputs: Tensor, batch: Batch) -> Tensor:
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """``model(inputs)``."""
-    return model(inputs)
+    """``model(inputs)``, of a mapping ``model(**inputs)``; of outputs with logits these."""
+    outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    return getattr(outputs, "logits", outputs)
 
 
 class Step(Protocol):
@@ -85,7 +87,13 @@ class Objective:
 
     def backward(self, batch: Batch, scaler: torch.amp.GradScaler) -> Tensor:
         """Adds the batch's gradients, times the scaler's scale, to the parameters; its loss."""
-        context = tasks(batch.task_ids, counts=batch.counts)
+        if batch.weights is None:
+            batch = replace(batch, weights=self._weights(batch))
+        values = [self._pass_backward(part, scaler) for part in batch.passes()]
+        return values[0] if len(values) == 1 else torch.stack(values).sum()
+
+    def _pass_backward(self, batch: Batch, scaler: torch.amp.GradScaler) -> Tensor:
+        context = tasks(batch.task_ids, counts=batch.counts, lengths=batch.lengths)
         autocast = torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None)
         with context:
             with autocast:
@@ -95,17 +103,19 @@ class Objective:
                     f"loss: must return one loss per sample, [{len(batch.task_ids)}], "
                     f"got {list(losses.shape)}"
                 )
-            value = losses.mean() if self.pooled else task_mean(losses, batch, self.num_tasks)
+            assert batch.weights is not None
+            value = (losses * batch.weights.to(losses)).sum()
             scaler.scale(value).backward()  # in the context: checkpointed layers run again
         return value.detach()
 
-
-def task_mean(losses: Tensor, batch: Batch, num_tasks: int) -> Tensor:
-    """The mean over the tasks in the batch of each task's mean of ``losses`` [B]."""
-    ids = batch.task_ids.to(losses.device)
-    counts = torch.zeros(num_tasks, dtype=losses.dtype, device=losses.device)
-    counts = counts.index_add(0, ids, torch.ones_like(losses).detach())
-    return (losses / (counts[ids] * (counts > 0).sum())).sum()
+    def _weights(self, batch: Batch) -> Tensor:
+        """[B]: 1 / B if pooled, else 1 / (number of tasks present · samples of the own task)."""
+        ids = batch.task_ids
+        if self.pooled:
+            return torch.full(ids.shape, 1 / len(ids), dtype=torch.float64, device=ids.device)
+        counts = torch.zeros(self.num_tasks, dtype=torch.float64, device=ids.device)
+        counts = counts.index_add(0, ids, torch.ones_like(ids, dtype=torch.float64))
+        return 1 / (counts[ids] * (counts > 0).sum())
 
 
 class GradientStep:

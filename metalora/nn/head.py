@@ -84,10 +84,12 @@ class MultiTaskHead(TaskLayer):
         every = F.linear(x, self.weight.flatten(0, 1), bias)  # [B, ..., T * out]
         if batch.size == 0:
             return every[..., : self.out_features]
-        every = every.reshape(
-            batch.size, rows_per_sample(x, batch), self.num_tasks, self.out_features
-        )
-        ids = batch.task_ids.to(x.device, non_blocking=True).view(-1, 1, 1, 1)
+        if batch.packs(x):
+            ids, rows = batch.packed_ids(x.device), 1
+        else:
+            ids, rows = batch.task_ids.to(x.device, non_blocking=True), rows_per_sample(x, batch)
+        every = every.reshape(ids.shape[0], rows, self.num_tasks, self.out_features)
+        ids = ids.view(-1, 1, 1, 1)
         own = every.gather(2, ids.expand(-1, every.shape[1], 1, self.out_features))
         return own.reshape(*x.shape[:-1], self.out_features)
 

@@ -73,10 +73,11 @@ class TaskLayer(nn.Module):
             got = type(batch).__name__
             raise TypeError(f"{self._where()}: tasks must be a TaskBatch, got {got}")
         fits = x.shape[0] == batch.size or (batch.size > 0 and x.shape[0] % batch.size == 0)
-        if not fits:
+        if not fits and not batch.packs(x):
+            packed = f" or packed [1, {batch.packed_rows}, in]" if batch.packed_rows else ""
             raise ValueError(
                 f"{self._where()}: x must have its samples first, [B={batch.size}, ..., in] or "
-                f"[B·n, ..., in] sample by sample, as task_ids are [{batch.size}]; "
+                f"[B·n, ..., in] sample by sample{packed}, as task_ids are [{batch.size}]; "
                 f"got {list(x.shape)}"
             )
         return batch
@@ -89,6 +90,8 @@ class TaskLayer(nn.Module):
         if batch.size == 0:
             rows = x.reshape(0, self.in_features)
             return rows, torch.zeros(self.num_tasks + 1, dtype=torch.int64)
+        if batch.packs(x):
+            return x.reshape(-1, self.in_features), batch.task_ptr(self.num_tasks, None)
         per_sample = rows_per_sample(x, batch)
         samples = x.reshape(batch.size, per_sample, self.in_features)
         rows = batch.sort(samples).reshape(-1, self.in_features)

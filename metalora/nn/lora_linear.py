@@ -122,7 +122,8 @@ class MultiTaskLoRALinear(TaskLayer):
 
         Args:
             x: inputs, the samples along the first dimension. It may also be [B·n, ..., in] with
-                the n parts of a sample one after the other, as when a model flattens its sequences.
+                the n parts of a sample one after the other, as when a model flattens its sequences,
+                or packed, see ``lengths`` of `metalora.tasks`.
             tasks: the samples' tasks; None takes those of the `metalora.tasks` context around.
 
         Raises:

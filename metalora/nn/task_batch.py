@@ -26,11 +26,14 @@ class TaskBatch:
         counts: the number of samples of each task, at most T numbers, for ids that ascend; they
             are checked against ids on the CPU and believed elsewhere. A sorted batch costs its
             layers no permutation.
+        lengths: the number of rows of each sample, B numbers, where samples of unequal length are
+            packed: layers then also take x [1, sum(lengths), in], one sample behind the other.
+            The ids must ascend, and be on the CPU or come with ``counts``.
 
     Raises:
         TypeError: if ``task_ids`` is no int64 tensor.
-        ValueError: if it is not one-dimensional, an id is outside 0..T-1, or ``counts`` do not
-            fit the ids.
+        ValueError: if it is not one-dimensional, an id is outside 0..T-1, or ``counts`` or
+            ``lengths`` do not fit the ids.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class TaskBatch:
         num_tasks: int | None = None,
         *,
         counts: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         if not isinstance(task_ids, Tensor):
             got = type(task_ids).__name__
@@ -63,11 +67,16 @@ class TaskBatch:
         if not is_sorted:
             self.sorted_ids, self.order = torch.sort(task_ids, stable=True)
             self.inverse = torch.argsort(self.order)
+        self.packed_rows: int | None = None  # number of rows of a packed x
+        if lengths is not None:
+            known = is_sorted and (on_host or counts is not None)
+            self._ends = _ends(lengths, self.size, known)  # int64 [B + 1] on the host
+            self.packed_rows = int(self._ends[-1])
         self._range: tuple[int, int] | None = None
         if on_host and self.size:
             self._range = int(self.sorted_ids[0]), int(self.sorted_ids[-1])
         self._known: dict[int, None] = {}
-        self._pointers: dict[tuple[int, int], Tensor] = {}
+        self._pointers: dict[tuple[int, int | None], Tensor] = {}
         self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
         if num_tasks is not None:
             self.check_range(check_count("tasks", "num_tasks", num_tasks))
@@ -76,6 +85,18 @@ class TaskBatch:
     def size(self) -> int:
         """Number of samples B."""
         return self.task_ids.shape[0]  # kept as an int, it would be compiled in as a constant
+
+    def packs(self, x: Tensor) -> bool:
+        """Whether x is [1, sum(lengths), in], its samples packed."""
+        if self.packed_rows is None or x.dim() != 3:
+            return False
+        return x.shape[0] == 1 and x.shape[1] == self.packed_rows
+
+    def packed_ids(self, device: torch.device) -> Tensor:
+        """int64 [sum(lengths)] on ``device``: the task of each row of a packed x."""
+        lengths = self._ends.diff().to(device, non_blocking=True)
+        ids = self.task_ids.to(device, non_blocking=True)
+        return torch.repeat_interleave(ids, lengths, output_size=self.packed_rows)
 
     def check_range(self, num_tasks: int) -> None:
         """Raises ValueError unless all ids are in 0..num_tasks-1 (on a GPU: a device assertion)."""
@@ -94,18 +115,26 @@ class TaskBatch:
             torch._assert_async(inside, f"tasks: task_ids must be in 0..{num_tasks - 1}")
         self._known[num_tasks] = None
 
-    def task_ptr(self, num_tasks: int, rows_per_sample: int) -> Tensor:
-        """int64 [T + 1] on the CPU: sorted rows ``task_ptr[t]:task_ptr[t + 1]`` are task t's."""
+    def task_ptr(self, num_tasks: int, rows_per_sample: int | None) -> Tensor:
+        """int64 [T + 1] on the CPU: sorted rows ``task_ptr[t]:task_ptr[t + 1]`` are task t's.
+
+        Args:
+            num_tasks: number of tasks T.
+            rows_per_sample: None for packed samples, whose rows differ in number.
+        """
         if torch.compiler.is_compiling():  # a cache would be guarded on, and recompiled for
-            return self._make_ptr(num_tasks) * rows_per_sample
+            return self._scaled(self._make_ptr(num_tasks), rows_per_sample)
         self.check_range(num_tasks)
         key = (num_tasks, rows_per_sample)
         if key not in self._pointers:
             one = (num_tasks, 1)
             if one not in self._pointers:
                 self._pointers[one] = self._make_ptr(num_tasks)
-            self._pointers[key] = self._pointers[one] * rows_per_sample
+            self._pointers[key] = self._scaled(self._pointers[one], rows_per_sample)
         return self._pointers[key]
+
+    def _scaled(self, ptr: Tensor, rows_per_sample: int | None) -> Tensor:
+        return self._ends[ptr] if rows_per_sample is None else ptr * rows_per_sample
 
     def _make_ptr(self, num_tasks: int) -> Tensor:
         if self._starts is not None:
@@ -156,6 +185,21 @@ def _starts(counts: Sequence[int], task_ids: Tensor) -> Tensor:
     return starts
 
 
+def _ends(lengths: Sequence[int], size: int, is_sorted: bool) -> Tensor:
+    """Where each packed sample starts, and the last one ends: int64 [B + 1]."""
+    if not is_sorted:
+        raise ValueError(
+            "tasks: lengths need task_ids that ascend, on the CPU or with counts: packed samples "
+            "are not sorted here"
+        )
+    if len(lengths) != size or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"tasks: lengths must be the rows of each sample, [B={size}] numbers >= 0, got "
+            f"{len(lengths)} numbers from {min(lengths, default=0)}"
+        )
+    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
+
+
 class _Permute(torch.autograd.Function):
     """samples[order], whose gradient is gathered by the inverse, where torch would scatter-add."""
 
@@ -182,6 +226,7 @@ def tasks(
     num_tasks: int | None = None,
     *,
     counts: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Iterator[TaskBatch]:
     """Says which task each sample belongs to, for every adapted layer called inside.
 
@@ -195,6 +240,7 @@ def tasks(
         task_ids: int64 [B], the task of each sample, in any order; or a `TaskBatch`.
         num_tasks: see `TaskBatch`.
         counts: see `TaskBatch`.
+        lengths: see `TaskBatch`.
 
     Raises:
         RuntimeError: if another thread is inside such a context.
@@ -203,7 +249,7 @@ def tasks(
     if isinstance(task_ids, TaskBatch):
         batch = task_ids
     else:
-        batch = TaskBatch(task_ids, num_tasks, counts=counts)
+        batch = TaskBatch(task_ids, num_tasks, counts=counts, lengths=lengths)
     _check_thread()
     before = _current, _owner
     _current, _owner = batch, _owner or threading.get_ident()
