@@ -92,14 +92,14 @@ class Corpus:
 
     Attributes:
         files: reports on the retraining and the test file; one report if they are the same.
-        other_sides: dialogues left out of the retraining tasks because a test task has the same
-            dialogue from the other side.
+        overlap: dialogues left out of the retraining tasks because a test task has them, as a
+            rule from the other side.
     """
 
     retraining: tuple[Task, ...]
     testing: tuple[Task, ...]
     files: tuple[FileReport, ...]
-    other_sides: int
+    overlap: int
 
 
 def load(
@@ -121,8 +121,8 @@ def load(
     With two files, the retraining tasks are the largest of one, the test tasks the largest of the
     other. With one file they are disjoint clusters of it: the ``tasks`` largest for retraining,
     the ``test_tasks`` next ones for testing. Among clusters of one size the smaller number comes
-    first. Such a file may have a dialogue twice, from both speakers' sides; what a test task has
-    from one side is left out of the retraining tasks.
+    first. A file may have a dialogue twice, from both speakers' sides: what a test task has from
+    either side is left out of the retraining tasks.
 
     Args:
         root: a folder, in which the first of ``RETRAIN_FILES`` and of ``TEST_FILES`` is taken (one
@@ -232,14 +232,15 @@ def _find(root: Path, retrain_file: str | None, test_file: str | None) -> tuple[
     """The file to retrain on and the one to test on."""
     if not root.exists():
         raise DataError(f"{root} does not exist; give the folder of the dialogues with --data")
-    if root.is_file() or (root / records.DATASET_STATE).is_file():
+    if root.is_file() or _is_dialogues(root):
         if retrain_file or test_file:
             raise DataError(
                 f"{root} is one file; give the folder it is in with --data to name files in it"
             )
-        return root, root
-    retrain = _named(root, retrain_file) or _first(root, RETRAIN_FILES)
-    test = _named(root, test_file) or _first(root, TEST_FILES)
+        only = _named(root.parent, root.name)
+        return only, only
+    retrain = _named(root, retrain_file) if retrain_file else _first(root, RETRAIN_FILES)
+    test = _named(root, test_file) if test_file else _first(root, TEST_FILES)
     found = [path for path in (retrain, test) if path is not None]
     if not found:
         wanted = ", ".join((*RETRAIN_FILES, *TEST_FILES))
@@ -250,11 +251,9 @@ def _find(root: Path, retrain_file: str | None, test_file: str | None) -> tuple[
     return found[0], found[-1]
 
 
-def _named(root: Path, name: str | None) -> Path | None:
-    if name is None:
-        return None
+def _named(root: Path, name: str) -> Path:
     path = root / name
-    if not _readable(path):
+    if not _is_dialogues(path):
         raise DataError(
             f"{path} is no file of dialogues: wanted a .txt or .jsonl file or a folder of the "
             "datasets library"
@@ -263,10 +262,10 @@ def _named(root: Path, name: str | None) -> Path | None:
 
 
 def _first(root: Path, names: Sequence[str]) -> Path | None:
-    return next((root / name for name in names if _readable(root / name)), None)
+    return next((root / name for name in names if _is_dialogues(root / name)), None)
 
 
-def _readable(path: Path) -> bool:
+def _is_dialogues(path: Path) -> bool:
     if path.is_dir():
         return (path / records.DATASET_STATE).is_file()
     return path.is_file() and path.suffix in (".txt", ".jsonl")

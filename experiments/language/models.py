@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from experiments.language.dialogues import DataError
@@ -27,7 +28,7 @@ def model_folder(name: str) -> Path:
     if path.is_dir():
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
-        raise DataError(f"--model {name}: no such folder")
+        raise DataError(f"--model {name}: no such folder; give a model's folder, or its name")
     import huggingface_hub
 
     with contextlib.suppress(Exception):  # not among the downloaded ones, whatever it raises
@@ -71,22 +72,38 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_model(name: str, tokenizer: Any) -> nn.Module:
-    """A sequence-classification model with two labels; a head that is not there is drawn anew.
+    """A sequence-classification model with two labels, in float32.
+
+    A head that is not there, or is for other labels, is drawn anew by torch's global generator.
 
     Raises:
-        DataError: there is no model, it is damaged, or it does not have the tokenizer's tokens.
+        DataError: there is no model, it is damaged, weights of its encoder are missing, or it does
+            not have the tokenizer's tokens.
     """
     from transformers import AutoModelForSequenceClassification
 
     folder = model_folder(name)
     try:
         with _quiet():
-            model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
-                folder, num_labels=2, local_files_only=True
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                num_labels=2,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # of the head; the encoder's are checked below
+                local_files_only=True,
+                output_loading_info=True,
             )
     except Exception as error:  # whatever missing or damaged files make it raise
         raise DataError(f"{folder} has no usable model ({_first_line(error)})") from None
-    known: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    unusable = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
+    encoder = [n for n in unusable if n.startswith(f"{model.base_model_prefix}.")]
+    encoder = sorted(n for n in encoder if ".pooler." not in n)
+    if encoder:
+        raise DataError(
+            f"{folder} has no usable model: {len(encoder)} of its encoder's weights are missing or "
+            f"of another size than its config.json says, such as {encoder[0]}"
+        )
+    known = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:
         raise DataError(
             f"{folder}: its tokenizer has {len(tokenizer)} tokens but its model only {known}; "
@@ -98,7 +115,7 @@ def load_model(name: str, tokenizer: Any) -> nn.Module:
 def max_length(model: Any) -> int:
     """The longest sequence that a model has positions for."""
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+        if name.endswith(".position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa's positions begin behind the one that stands for padding.
             unused = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - unused

@@ -75,10 +75,10 @@ def _dialogue(path: Path, block: Sequence[Line], fields: int, candidates: int) -
         else:
             turns.append(_turn(text, fields, candidates, f"{path}:{line}"))
     where = f"{path}:{block[0][0]}"
+    if partners and not own:
+        own, turns = partners, _other_side(turns)
     if not turns:
         raise DataError(f"{where}: the dialogue has no turns; is the file cut off?")
-    if partners and not own:
-        return Dialogue(where, tuple(partners), _other_side(turns))
     return Dialogue(where, tuple(own), tuple(turns))
 
 
@@ -95,8 +95,8 @@ def _turn(text: str, fields: int, candidates: int, where: str) -> Turn:
     return make_turn(parts[0], parts[1], given, candidates, where)
 
 
-def _other_side(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+def _other_side(turns: Sequence[Turn]) -> list[Turn]:
     """The same dialogue with the partner as the responder; candidate lists do not carry over."""
     said = [text for turn in turns for text in (turn.utterance, turn.response)]
-    said = said[1:] if said[0] == SILENCE else [SILENCE, *said]
-    return tuple(Turn(u, (r,), 0) for u, r in zip(said[::2], said[1::2], strict=False))
+    said = said[1:] if said[:1] == [SILENCE] else [SILENCE, *said]
+    return [Turn(u, (r,), 0) for u, r in zip(said[::2], said[1::2], strict=False)]

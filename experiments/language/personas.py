@@ -17,6 +17,7 @@ CONTRACTIONS = (
     ("won't", "will not"),
     ("can't", "can not"),
     ("cannot", "can not"),
+    ("cant", "can not"),  # also within longer words, on both sides of a comparison
     ("let's", "let us"),
     ("n't", " not"),
     ("'m", " am"),

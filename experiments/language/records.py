@@ -42,8 +42,9 @@ def read_json_lines(path: Path, candidates: int) -> list[Dialogue]:
         where = f"{path}:{line}"
         try:
             records.append((where, json.loads(text)))
-        except ValueError as error:
-            raise DataError(f"{where}: no JSON ({error}); is the line cut off?") from None
+        except json.JSONDecodeError as error:
+            reason = f"{error.msg} at column {error.colno}"
+            raise DataError(f"{where}: no JSON ({reason}); is the line cut off?") from None
     return _dialogues(records, candidates)
 
 

@@ -27,18 +27,17 @@ def read(folder: Path, key: str) -> dict[str, Tensor] | None:
     from safetensors import SafetensorError, safe_open
 
     path = _path(folder, key)
-    if not path.is_file():
-        return None
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError):
-        metadata = {}
-    if metadata != {"key": key, "sha256": _checksum(tensors) if metadata else ""}:
-        print(f"note: {path} is damaged; its sequences are made again", file=sys.stderr)
+            if file.metadata() == {"key": key, "sha256": _checksum(tensors)}:
+                return tensors
+    except FileNotFoundError:
         return None
-    return tensors
+    except (OSError, SafetensorError):
+        pass
+    print(f"note: {path} is damaged; its sequences are made again", file=sys.stderr)
+    return None
 
 
 def write(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
@@ -46,6 +45,7 @@ def write(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
 
     A folder that cannot be written to costs a note on stderr, no more.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     temporary = None
@@ -57,9 +57,9 @@ def write(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
         metadata = {"key": key, "sha256": _checksum(tensors)}
         save_file(dict(tensors), temporary, metadata=metadata)
         temporary.replace(_path(folder, key))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         print(
-            f"note: the sequences are not kept: cannot write to {folder} ({error.strerror}); "
+            f"note: the sequences are not kept: cannot write to {folder} ({error}); "
             f"set {FOLDER_VARIABLE} to another folder",
             file=sys.stderr,
         )

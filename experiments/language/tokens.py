@@ -121,21 +121,24 @@ class _Pieces:
         self, tasks: Sequence[Sequence[Dialogue]], tokenizer: Any, history: int | None
     ) -> None:
         texts: dict[str, int] = {}
-        spoken: list[int] = []
-        first: list[int] = []
-        last: list[int] = []
+        spoken: list[int] = []  # the utterances of all dialogues, by text
+        first: list[int] = []  # of each turn: where in ``spoken`` its history begins and ends
+        behind: list[int] = []
         candidates: list[list[int]] = []
         for dialogue in (d for dialogues in tasks for d in dialogues):
             begin = len(spoken)
+
+            def say(text: str, begin: int = begin) -> None:
+                spaced = text if len(spoken) == begin else f" {text}"
+                spoken.append(texts.setdefault(spaced, len(texts)))
+
             for turn in dialogue.turns:
-                for text in (turn.utterance, turn.response):
-                    if text == turn.utterance and text == SILENCE:
-                        continue
-                    spaced = text if len(spoken) == begin else f" {text}"
-                    spoken.append(texts.setdefault(spaced, len(texts)))
-                last.append(len(spoken) - 1)  # all but the response
-                first.append(begin if history is None else max(begin, last[-1] - history))
+                if turn.utterance != SILENCE:
+                    say(turn.utterance)
+                first.append(begin if history is None else max(begin, len(spoken) - history))
+                behind.append(len(spoken))
                 candidates.append([texts.setdefault(c, len(texts)) for c in turn.candidates])
+                say(turn.response)
         encoded = _encode(list(texts), tokenizer)
         self.text_length = np.array([len(ids) for ids in encoded], dtype=np.int64)
         self.text_start = np.cumsum(self.text_length) - self.text_length
@@ -143,7 +146,7 @@ class _Pieces:
         order = np.array(spoken, dtype=np.int64)
         self.stream = self.tokens[_ranges(self.text_start[order], self.text_length[order])]
         offsets = np.concatenate([[0], np.cumsum(self.text_length[order])])
-        self.history_start, self.history_end = offsets[first], offsets[last]
+        self.history_start, self.history_end = offsets[first], offsets[behind]
         self.candidates = np.array(candidates, dtype=np.int64)
 
 
@@ -216,5 +219,5 @@ def _key(tasks: Sequence[Sequence[Dialogue]], tokenizer: Any, settings: Sequence
         [[[t.utterance, t.response, t.candidates] for t in d.turns] for d in dialogues]
         for dialogues in tasks
     ]
-    described = json.dumps([settings, special, backend, texts], ensure_ascii=False)
-    return hashlib.sha256(described.encode("utf-8", "surrogatepass")).hexdigest()
+    described = json.dumps([settings, special, backend, texts])
+    return hashlib.sha256(described.encode()).hexdigest()
