@@ -106,7 +106,7 @@ def load_model(name: str, tokenizer: Any) -> nn.Module:
     known = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:
         raise DataError(
-            f"{folder}: its tokenizer has {len(tokenizer)} tokens but its model only {known}; "
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens but the model only {known}; "
             "they do not belong together"
         )
     return model

@@ -372,18 +372,22 @@ def test_folders_and_names_without_dialogues(tmp_path: Path) -> None:
         load(tmp_path / "valid.jsonl", test_file="valid.jsonl")
 
 
+@pytest.fixture(scope="module")
+def at_hand() -> Corpus:
+    return load(SHARED)
+
+
 @real_data
-def test_the_data_at_hand_have_the_known_numbers_of_dialogues() -> None:
-    corpus = load(SHARED)
-    (report,) = corpus.files
+def test_the_data_at_hand_have_the_known_numbers_of_dialogues(at_hand: Corpus) -> None:
+    (report,) = at_hand.files
     assert report.path.name == "valid_both_sides.jsonl" and report.distractors_drawn
     # 1,802 exact and 198 partial ones, of which 46 and 8 are of the catch-all cluster.
     assert report.counts() == {"exact": 1756, "partial": 190, "catch_all": 54, "unmatched": 0}
-    tested = {task.cluster for task in corpus.testing}
-    retrained = {task.cluster for task in corpus.retraining}
+    tested = {task.cluster for task in at_hand.testing}
+    retrained = {task.cluster for task in at_hand.retraining}
     assert len(tested) == len(retrained) == 10 and not tested & retrained
-    assert [len((*t.train, *t.held_out)) for t in corpus.testing] == [21] * 4 + [20] * 6
-    assert corpus.overlap == 19
+    assert [len((*t.train, *t.held_out)) for t in at_hand.testing] == [21] * 4 + [20] * 6
+    assert at_hand.overlap == 19
 
 
 @real_data
@@ -403,12 +407,11 @@ def test_matching_finds_the_clusters_that_the_json_lines_have() -> None:
 
 
 @real_data
-def test_json_lines_and_candidate_files_of_the_data_at_hand_are_the_same_dialogues() -> None:
-    drawn = load(SHARED)
+def test_json_lines_and_candidate_files_are_the_same_dialogues(at_hand: Corpus) -> None:
     given = load(SHARED, test_file="valid_both_sides_sampled_cands.txt")
     assert not given.files[0].distractors_drawn
     for one, other in zip(
-        (*drawn.retraining, *drawn.testing), (*given.retraining, *given.testing), strict=True
+        (*at_hand.retraining, *at_hand.testing), (*given.retraining, *given.testing), strict=True
     ):
         assert one.cluster == other.cluster
         assert said(one.train) == said(other.train) and said(one.held_out) == said(other.held_out)
