@@ -88,6 +88,7 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
         Part("ceilings", _module("ceilings", *flags)),
         Part("merge", _module("merge", *flags)),
         Part("trainers", _module("trainers", *flags)),
+        _language(flags),
         layers("registry-a", "a", baselines=("eager", "metalora-keep")),
         layers("registry-a-other", "a", precisions=others),
         layers("registry-b", "b", precisions=goals + others),
@@ -103,6 +104,16 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
         Part("profile", _module("profile_layers", *flags)),
         Part("plot", _module("plot", *files), missing=missing or _unless(files, "no results")),
     ]
+
+
+def _language(flags: Sequence[str]) -> Part:
+    """Rounds at the size of the paper's: 10 tasks with 8 turns of 20 candidates."""
+    what = ["--model", "roberta-base-size", "--tasks", "10", "--turns", "8", "--precision", "bf16"]
+    absent = [name for name in ("transformers", "peft") if not importlib.util.find_spec(name)]
+    missing = f"{' and '.join(absent)} not installed" if absent else ""
+    # The versions need memory in pieces of unlike sizes, which would not fit between each other.
+    memory = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    return Part("language", _module("language", *what, *flags), memory, missing=missing)
 
 
 def _test(device: str, smoke: bool) -> Part:

@@ -54,13 +54,13 @@ HEADER = [
 ]
 
 
-def new_model(size: str) -> nn.Module:
-    """A RoBERTa of this size with random weights."""
+def new_model(size: str, tokens: int = 0) -> nn.Module:
+    """A RoBERTa of this size with random weights, that knows at least so many tokens."""
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     layers, hidden, heads, intermediate, vocabulary = SIZES[size]
     config = RobertaConfig(
-        vocab_size=vocabulary,
+        vocab_size=max(vocabulary, tokens),
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -77,11 +77,14 @@ def new_model(size: str) -> nn.Module:
 def make_setting(arguments: argparse.Namespace) -> Setting:
     """The model and the dialogues that the arguments name."""
     name, device = arguments.model, arguments.device
-    torch.manual_seed(0)
     tokenizer: Any = None
     if arguments.data is not None or name not in SIZES:
         tokenizer = load_tokenizer(arguments.tokenizer or name)
-    model: Any = new_model(name) if name in SIZES else load_model(name, tokenizer)
+    model: Any
+    if name in SIZES:
+        model = new_model(name, 0 if tokenizer is None else len(tokenizer))
+    else:
+        model = load_model(name, tokenizer)
     if arguments.data is None:
         turns = drawn(arguments.tasks, model.config.vocab_size)
     else:
@@ -151,18 +154,27 @@ def parser() -> argparse.ArgumentParser:
     known.add_argument("--model", default="mini", help=f"{sizes}, or a model's folder")
     known.add_argument("--data", type=Path, metavar="DIR", help="of ConvAI2's dialogues")
     known.add_argument("--tokenizer", metavar="FOLDER", help="for --data; by default the model's")
-    known.add_argument("--tasks", type=int, default=4)
-    known.add_argument("--turns", type=int, default=2, help="of each task in a round")
-    known.add_argument("--rounds", type=int, default=3, help="to measure, each of them twice")
+    known.add_argument("--tasks", type=_count, default=4)
+    known.add_argument("--turns", type=_count, default=2, help="of each task in a round")
+    known.add_argument("--rounds", type=_count, default=3, help="to measure, each of them twice")
     known.add_argument("--precision", choices=TOLERANCE, default="fp32", help="bf16 adds a version")
-    known.add_argument("--max-tokens", type=int, help="in a pass of ours")
+    known.add_argument("--max-tokens", type=_count, help="in a pass of ours")
     known.add_argument("--name", help="of the files written; language_<device> by default")
     return known
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    arguments = parser().parse_args(argv)
+    known = parser()
+    arguments = known.parse_args(argv)
+    if arguments.data is not None and arguments.model in SIZES and arguments.tokenizer is None:
+        known.error("--data needs --tokenizer FOLDER with a model of a size")
     device = arguments.device
     if arguments.smoke:
         vars(arguments).update(model="tiny", data=None, tasks=2, turns=1, rounds=1)
@@ -172,7 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_table(
         arguments.name or f"language_{device}",
         f"Rounds of LoRA-ML on {where}: {arguments.model}, {arguments.tasks} tasks with "
-        f"{arguments.turns} turns of {CANDIDATES} candidates, {setting.turns.source}",
+        f"{arguments.turns} turn{'s' * (arguments.turns > 1)} of {CANDIDATES} candidates each, "
+        f"{setting.turns.source}",
         cli.command("language", argv),
         HEADER,
         [row(record) for record in records],

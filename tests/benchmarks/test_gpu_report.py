@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ceilings, cli, gpu_report, layers, merge, profile_layers
+from benchmarks import ceilings, cli, gpu_report, language, layers, merge, profile_layers
 from benchmarks.gpu_report import LIMIT, Part, parts, run
 from benchmarks.registry import select
 
@@ -54,7 +54,12 @@ def test_every_part_that_measures_takes_its_arguments(
         elif part.name in ("merge", "ceilings", "profile"):
             assert cli.parser("").parse_args(list(part.command[3:])).device == "cuda"
             found += 1
-    assert found >= 14
+        elif part.name == "language":
+            arguments = language.parser().parse_args(list(part.command[3:]))
+            assert (arguments.tasks, arguments.turns, arguments.precision) == (10, 8, "bf16")
+            assert arguments.model in language.SIZES and arguments.data is None
+            found += 1
+    assert found >= 15
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -7,7 +7,14 @@ import time
 import pytest
 import torch
 
-from benchmarks.measure import Budget, CpuClock, graphed, side_by_side
+from benchmarks.measure import (
+    Budget,
+    CpuClock,
+    graphed,
+    one_by_one,
+    peak_bytes,
+    side_by_side,
+)
 
 
 def test_steps_are_timed_apart() -> None:
@@ -50,6 +57,31 @@ def test_the_spread_is_between_the_two_runs() -> None:
     timing = found[""]["step"]
     assert timing.spread == pytest.approx(0.5)
     assert timing.median == pytest.approx(1.25)
+
+
+def test_long_steps_are_called_once_a_run_and_begin_in_turn() -> None:
+    now, calls = 0.0, []
+
+    def step(name: str, seconds: float) -> None:
+        nonlocal now
+        calls.append(name)
+        now += seconds + (len(calls) > 4)  # a second more in the second run
+
+    steps = {name: [lambda n=name: step(n, 1.0), lambda n=name: step(n, 2.0)] for name in "ab"}
+    found = one_by_one(steps, timer=CpuClock(lambda: now))
+    assert "".join(calls) == "abba" + "abba"
+    for timing in found.values():
+        assert timing.median == 2.0 and timing.spread == pytest.approx(2.5 / 1.5 - 1)
+
+
+def test_peak_memory_counts_what_is_alive_at_once() -> None:
+    def step() -> None:
+        a = torch.zeros(1000)
+        b = a + 1
+        del a
+        (b * 2).sum()
+
+    assert 8000 <= peak_bytes(step, "cpu") < 9000
 
 
 def test_budget() -> None:

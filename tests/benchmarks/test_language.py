@@ -1,0 +1,210 @@
+"""Rounds of the language experiment: every version computes the same, and is told apart from
+those that do not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import language, language_versions
+from benchmarks.dialogues import AT, CANDIDATES, UTTERANCE, Turns, drawn
+from benchmarks.gate import GateError
+from benchmarks.language_versions import (
+    AUTHORS,
+    PEFT,
+    TOLERANCE,
+    Setting,
+    check,
+    exact,
+    gate_batch,
+    results,
+    versions,
+)
+from metalora.hf import Sequences
+from metalora.meta import RoundLoader
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+BATCH, AT_ONCE = "authors', padded to the batch", "metalora, all tasks at once"
+# Two tasks with three turns of four candidates.
+LENGTHS = torch.tensor([[3, 5], [4, 4], [8, 2], [6, 6], [2, 2], [3, 4]]).repeat(1, 2)
+
+
+@pytest.fixture
+def turns() -> Turns:
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), LENGTHS.flatten().cumsum(0)])
+    tokens = torch.randint(5, 100, (int(starts[-1]),))
+    task_ids = torch.tensor([0, 0, 0, 1, 1, 1])
+    answers = torch.tensor([0, 3, 1, 2, 2, 1])
+    return Turns(Sequences({"input_ids": tokens}, starts, 4), answers, task_ids, "made up")
+
+
+@pytest.fixture
+def setting(turns: Turns) -> Setting:
+    rounds = RoundLoader(
+        torch.arange(6), turns.answers, turns.task_ids, batch_size=2, shuffle=False, max_rounds=1
+    )
+    return Setting(language.new_model("tiny"), turns, rounds, 48, "cpu")
+
+
+def test_all_versions_pass_the_gate_and_have_all_columns(setting: Setting) -> None:
+    records = {record["version"]: record for record in language.measure(setting, "bf16")}
+    assert list(records) == list(versions(setting, "bf16")) and len(records) == 8
+    for name, record in records.items():
+        short = name == "+ bf16"
+        assert 0 < record["error"] < (TOLERANCE["bf16"] if short else 1e-5)
+        assert short == (record["error"] > 1e-4)
+        assert record["low"] <= record["median"] <= record["high"]
+        assert record["peak_bytes"] > 2**16
+        assert record["epoch"] == pytest.approx(6 / 4 * record["median"])
+        assert record["tokens_a_second"] == pytest.approx(64 / record["median"])
+        assert record["speedup"] == records[AUTHORS]["median"] / record["median"]
+        assert len(language.row(record)) == len(language.HEADER)
+    for name, before in ((PEFT, AUTHORS), (BATCH, AUTHORS), (AT_ONCE, BATCH)):
+        steps = records[before]["median"] / records[name]["median"]
+        assert records[name]["step"] == pytest.approx(steps)
+    # Of the round's 64 tokens: the longest are 8 and 6 in the tasks, 5 and 6 in the round.
+    places = {
+        AUTHORS: 8 * 8 + 8 * 6,
+        PEFT: 8 * 8 + 8 * 6,
+        BATCH: 8 * 5 + 8 * 6,
+        AT_ONCE: 16 * 6,
+        "+ sorted by length": 8 * 6 + 8 * 4,
+        "+ packed": 64,
+    }
+    for name, count in places.items():
+        assert records[name]["padding"] == pytest.approx(1 - 64 / count)
+
+
+def other_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language_versions, "ALPHA", 17)
+
+
+def no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = language_versions.padded
+
+    def wrong(*arguments: object) -> dict[str, torch.Tensor]:
+        inputs = right(*arguments)
+        return inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])}
+
+    monkeypatch.setattr(language_versions, "padded", wrong)
+
+
+def one_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = language_versions.peft
+    monkeypatch.setattr(
+        language_versions, "peft", lambda *a: replace(right(*a), select=lambda task: None)
+    )
+
+
+def frozen_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = language_versions.peft
+
+    def wrong(model, num_tasks):
+        what = right(model, num_tasks)
+        for name, parameters in what.parameters.items():
+            for parameter in parameters:
+                parameter.requires_grad_("lora" in name or "classifier" in name)
+        return what
+
+    monkeypatch.setattr(language_versions, "peft", wrong)
+
+
+def head_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = language_versions.peft
+
+    def wrong(model, num_tasks):
+        what = right(model, num_tasks)
+        kept = {n: p for n, p in what.parameters.items() if "classifier" not in n}
+        return replace(what, parameters=kept)
+
+    monkeypatch.setattr(language_versions, "peft", wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "plant", "message"),
+    [
+        ("+ packed", other_alpha, "has a relative error"),
+        (AT_ONCE, no_mask, "has a relative error"),
+        (PEFT, one_adapter, "has a relative error"),
+        (PEFT, frozen_weights, r"weight has a relative error of 1\.0e\+00"),
+        (PEFT, head_left_out, "not the same parameters: classifier"),
+    ],
+)
+def test_a_wrong_version_does_not_pass_the_gate(
+    name: str,
+    plant: Callable[[pytest.MonkeyPatch], None],
+    message: str,
+    setting: Setting,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = gate_batch(setting)
+    wanted = exact(setting, few)
+    plant(monkeypatch)
+    version = versions(setting)[name]()
+    with pytest.raises(GateError, match=message):
+        check(name, results(version, setting, few), wanted, TOLERANCE[version.precision])
+
+
+def test_drawn_lengths_are_like_those_of_the_dialogues() -> None:
+    turns = drawn(10, 30522)
+    again, other = drawn(10, 30522), drawn(10, 30522, seed=1)
+    lengths = turns.sequences.lengths
+    assert torch.equal(lengths, again.sequences.lengths)
+    assert lengths.shape[1] == CANDIDATES and lengths.shape != other.sequences.lengths.shape
+    # Measured on the 20 largest tasks of ConvAI2's validation split: 109 tokens on average, 252 at
+    # most in a task.
+    assert 100 < lengths.double().mean() < 120
+    assert 215 < sum(turns.longest) / 10 < 290
+    candidates = lengths - lengths.amin(1, keepdim=True)
+    assert candidates.max() <= UTTERANCE[-1] - UTTERANCE[0] and len(AT) == len(UTTERANCE)
+    assert turns.answers.min() >= 0 and turns.answers.max() == CANDIDATES - 1
+    assert torch.bincount(turns.task_ids).min() >= 20 * 7
+
+
+def test_the_command_writes_its_table(
+    turns: Turns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language, "drawn", lambda tasks, vocabulary: turns)
+    language.main(["--smoke", "--write", str(tmp_path), "--name", "rounds"])
+    record = json.loads((tmp_path / "rounds.json").read_text())
+    assert len(record["rows"]) == 7 and record["machine"]["torch"]
+    assert record["command"] == (
+        "python -m benchmarks.language --smoke --write benchmarks/results --name rounds"
+    )
+    page = (tmp_path / "rounds.md").read_text()
+    assert " | ".join(language.HEADER) in page and "tiny, 2 tasks with 1 turn" in page
+
+
+def test_real_dialogues_are_read(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METALORA_CACHE", str(tmp_path))
+    files = [shared_data / "convai2", shared_data / "roberta_tokenizer"]
+    call = ["--model", "tiny", "--tasks", "2", "--turns", "1", "--rounds", "1"]
+    call += ["--data", str(files[0]), "--tokenizer", str(files[1])]
+    setting = language.make_setting(language.parser().parse_args(call))
+    assert setting.num_tasks == 2 and setting.turns.sequences.per_sample == CANDIDATES
+    assert 60 < setting.turns.sequences.lengths.double().mean() < 140
+    assert setting.model.config.vocab_size == 50265
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "somewhere"], "--data needs --tokenizer FOLDER with a model of a size"),
+        (["--turns", "0"], "--turns: must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_one_line(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        language.main(flags)
+    assert message in capsys.readouterr().err
