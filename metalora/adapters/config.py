@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from typing import Any
@@ -89,9 +89,16 @@ _DESCRIPTIVE = {
 }  # fmt: skip
 
 
-def _from_peft(config: Any) -> LoRAConfig:
+def check_peft_config(where: str, config: Any, ignored: Collection[str] = ()) -> None:
+    """Raises ValueError, naming the field, if a ``peft.LoraConfig`` wants what metalora lacks.
+
+    Args:
+        where: what the error message starts with.
+        config: the ``peft.LoraConfig``.
+        ignored: names of fields that may have any value.
+    """
     for field in fields(config):
-        if field.name in _CONVERTED or field.name in _DESCRIPTIVE:
+        if field.name in _CONVERTED or field.name in _DESCRIPTIVE or field.name in ignored:
             continue
         default = field.default
         if field.default_factory is not MISSING:
@@ -99,9 +106,13 @@ def _from_peft(config: Any) -> LoRAConfig:
         value = getattr(config, field.name)
         if value != default:
             raise ValueError(
-                f"adapt: peft.LoraConfig field {field.name}={value!r} is not supported by "
+                f"{where}: peft.LoraConfig field {field.name}={value!r} is not supported by "
                 f"metalora; leave it at {default!r}"
             )
+
+
+def _from_peft(config: Any) -> LoRAConfig:
+    check_peft_config("adapt", config)
     if config.target_modules is None:
         raise ValueError(
             "adapt: peft.LoraConfig field target_modules=None leaves the choice to peft; "
