@@ -87,6 +87,8 @@ _DESCRIPTIVE = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "megatron_core",
 }  # fmt: skip
+# What peft trains without being told to.
+_HEADS = {"SEQ_CLS": "classifier", "TOKEN_CLS": "classifier", "QUESTION_ANS": "qa_outputs"}
 
 
 def check_peft_config(where: str, config: Any, ignored: Collection[str] = ()) -> None:
@@ -120,10 +122,10 @@ def _from_peft(config: Any) -> LoRAConfig:
         )
     heads = config.modules_to_save or ()
     task_type = config.task_type.value if isinstance(config.task_type, Enum) else config.task_type
-    if task_type in ("SEQ_CLS", "TOKEN_CLS") and not heads:
+    if task_type in _HEADS and not heads:
         raise ValueError(
-            f"adapt: with peft.LoraConfig field task_type={task_type!r} peft trains the classifier "
-            "too; name it, as in modules_to_save=['classifier']"
+            f"adapt: with peft.LoraConfig field task_type={task_type!r} peft trains the last layer "
+            f"too; name it, as in modules_to_save=[{_HEADS[task_type]!r}]"
         )
     alpha = config.lora_alpha * (math.sqrt(config.r) if config.use_rslora else 1.0)
     targets = config.target_modules

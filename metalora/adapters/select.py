@@ -49,7 +49,7 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
 def _check_not_quantised(modules: dict[str, nn.Module]) -> None:
     """A base whose weights are integers has no gradient, so it cannot be retrained."""
     for name, module in modules.items():
-        integers = isinstance(module, nn.Linear) and not module.weight.is_floating_point()
+        integers = isinstance(module, nn.Linear) and not module.weight.dtype.is_floating_point
         if integers or getattr(module, "hf_quantizer", None) is not None:
             what = f"{name!r}, a {type(module).__name__}," if name else "the model"
             raise ValueError(

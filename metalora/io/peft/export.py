@@ -227,7 +227,8 @@ def _tensor(
     key: str, task: int, layers: dict[str, TaskLayer], shared: Mapping[str, Tensor]
 ) -> Tensor:
     """The task's tensor of that name in PEFT: a factor, a head's parameter, or a shared one."""
-    module, _, last = key.removeprefix(PREFIX).rpartition(".")
+    name = key.removeprefix(PREFIX)
+    module, _, parameter = name.rpartition(".")
     owner, _, factor = module.rpartition(".")
     if factor in ("lora_A", "lora_B"):
         layer = layers[owner]
@@ -236,8 +237,8 @@ def _tensor(
             return u.T if factor == "lora_A" else u
         return getattr(layer, factor).detach()[task]
     if module in layers:
-        return getattr(layers[module].to_linear(task), last).detach()
-    return shared[f"{module}.{last}" if module else last]
+        return getattr(layers[module].to_linear(task), parameter).detach()
+    return shared[name]
 
 
 def _as_json(settings: Any, model: nn.Module) -> str:

@@ -40,8 +40,7 @@ def check_target(folder: Path, overwrite: bool) -> None:
             f"export_peft: {folder} is not empty; name another folder, or say overwrite=True"
         )
     for entry in entries:
-        ours = (entry / ("config.json" if entry.name == BASE else CONFIG)).is_file()
-        if not ours:
+        if not (entry / ("config.json" if entry.name == BASE else CONFIG)).is_file():
             raise PeftFolderError(
                 f"export_peft: {folder} holds {entry.name!r}, which is no part of an export; "
                 "name another folder"
@@ -64,16 +63,13 @@ def replacing(folder: Path) -> Iterator[Path]:
         yield partial
         if folder.exists():
             folder.replace(old)
-        try:
-            partial.replace(folder)
-        except OSError:
-            if old.exists():
-                old.replace(folder)
-            raise
+        partial.replace(folder)
     except (OSError, SafetensorError) as error:
         raise PeftFolderError(
             f"export_peft: {folder} could not be written ({error}); what was there is unchanged"
         ) from error
     finally:
+        if old.exists() and not folder.exists():
+            old.replace(folder)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -20,7 +20,7 @@ from metalora.io.peft.twin import twin_of
 
 # The tensors' names tell which layers have an adapter; patterns are read here.
 _READ_HERE = {"rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern"}
-_INITS = (True, False, "gaussian", "orthogonal")  # the others change the base too
+_INITS = (True, False, "gaussian", "orthogonal")  # others may change the base too
 
 
 @dataclass(frozen=True)
