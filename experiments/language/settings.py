@@ -44,6 +44,10 @@ class Settings:
     data: Path | None = option(
         None, help="folder of the ConvAI2 dialogues; --smoke makes some up without", run_only=True
     )
+    retrain_file: str | None = option(None, help="in --data (default: the first that is known)")
+    test_file: str | None = option(None, help="in --data; may be the same, for tasks of one file")
+    strict: bool = option(True, help="leave out personas that match their cluster only in part")
+    candidates: int = option(20, help="of each turn; they are drawn where a file has no lists")
     model: str | None = option(
         None,
         help="name or folder of a sequence-classification model; minilm: that of the package "
@@ -69,8 +73,8 @@ class Settings:
     dropout: float = option(0.1, help="on the inputs of LoRA")
     tasks: int | None = option(None, help="retraining tasks, the largest first (default: 10)")
     test_tasks: int | None = option(None, help="test tasks, the largest first (default: 10)")
-    dialogues: int | None = option(None, help="use only so many dialogues a task")
-    turns: int | None = option(None, help="use only so many turns a dialogue")
+    dialogues: int | None = option(None, help="train on only so many dialogues a task")
+    turns: int | None = option(None, help="use only the first so many turns of a dialogue")
     history: int | None = option(None, help="show only so many of the last utterances")
     max_length: int | None = option(
         None, help="tokens of a sequence; the oldest are cut (default: what the model takes)"
@@ -127,6 +131,8 @@ class Settings:
         set_field(self, "retrain", METHODS if ALL in self.retrain else unique(self.retrain))
         set_field(self, "finetune", unique(self.finetune))
         set_field(self, "rank", unique(self.rank))
+        if self.candidates == 1:
+            raise ValueError("argument --candidates: must be at least 2, got 1")
         check_numbers("language", self, zero=("first_seed", "weight_decay", "dropout", "warmup"))
 
     def resolved(self, device_type: str) -> Settings:
