@@ -1,6 +1,7 @@
 """Rounds of samples."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,13 +104,37 @@ def test_split_by_task(known):
     assert [part.tasks_present() for part in parts] == [[0], [2]]
 
 
+def test_inputs_may_be_a_mapping_of_tensors():
+    source = RoundLoader({"x": X, "twice": 2 * X}, Y, IDS, batch_size=3, seed=5)
+    for batch, alone in zip(source, loader(), strict=True):
+        assert torch.equal(batch.inputs["x"], alone.inputs)
+        assert torch.equal(batch.inputs["twice"], 2 * alone.inputs)
+    assert [p.inputs["x"].tolist() for p in batch.by_task()] == [batch.inputs["x"].tolist()]
+
+
+def test_taking_samples_keeps_what_belongs_to_them():
+    (batch, *_) = loader()
+    batch = replace(batch, weights=torch.arange(7.0), collate=lambda whole: [whole])
+    part = batch.take(torch.tensor([5, 1]))
+    assert torch.equal(part.inputs, batch.inputs[[5, 1]])
+    assert torch.equal(part.targets, batch.targets[[5, 1]])
+    assert part.task_ids.tolist() == [2, 0]
+    assert part.weights.tolist() == [5, 1]
+    assert part.counts is None
+    assert part.collate is batch.collate
+    with pytest.raises(ValueError, match="packed and cannot be taken apart"):
+        replace(batch, lengths=(1,) * 7).take(slice(2))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"batch_size": 0}, ValueError, "batch_size must be an int >= 1, got 0"),
         ({"max_rounds": 0}, ValueError, "max_rounds must be an int >= 1"),
         ({"inputs": [1]}, TypeError, "inputs must be a tensor, got list"),
+        ({"inputs": {"x": X, "y": 1}}, TypeError, "inputs['y'] must be a tensor, got int"),
         ({"targets": Y[:3]}, ValueError, "must have the same length, got 13, 3 and 13"),
+        ({"inputs": {"x": X, "y": X[:2]}}, ValueError, "inputs['y'], targets and task_ids must"),
         ({"task_ids": IDS.float()}, ValueError, "task_ids must be int64 [N], got torch.float32"),
         ({"task_ids": IDS - 1}, ValueError, "task_ids must be >= -1, got -2"),
         ({"task_ids": torch.full((13,), -1)}, ValueError, "leave no sample to draw from"),

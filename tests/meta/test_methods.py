@@ -3,6 +3,8 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -231,6 +233,46 @@ def test_all_tasks_of_a_round_go_through_the_model_at_once(step_per, sizes):
     model = Watch()
     lora_ml(model, rounds(), TrainConfig(epochs=1, lr=0.01, step_per=step_per), LORA)
     assert model.sizes == sizes
+
+
+def in_passes(batch):
+    """Seven samples at a time, those of all tasks mixed."""
+    for rows in torch.arange(len(batch.targets)).flip(0).split(7):
+        yield replace(batch.take(rows), collate=None)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_passes_add_up_to_the_batch(method, precision):
+    def weights(collate):
+        source = rounds(collate=collate, pooled=method == "standard")
+        kind = torch.float64 if precision == "fp32" else torch.float32
+        source.inputs = source.inputs.to(kind)
+        model = network(0.0).to(kind)
+        return weights_after(method, source, model, precision=precision, optimizer="sgd")
+
+    tolerance = 1e-12 if precision == "fp32" else 1e-3
+    torch.testing.assert_close(weights(in_passes), weights(None), rtol=0, atol=tolerance)
+
+
+def test_validation_runs_in_passes():
+    model, whole = network(0.0), validation()
+    parts = RoundLoader(*data(60, seed=1), batch_size=20, shuffle=False, collate=in_passes)
+    assert evaluate(model, parts) == evaluate(model, whole)
+
+
+def test_mappings_are_keywords_and_logits_are_taken():
+    class Named(Network):
+        def forward(self, *, values):
+            return SimpleNamespace(logits=super().forward(values))
+
+    inputs, labels, ids = data()
+    torch.manual_seed(0)
+    model = Named(0.1)
+    weights = weights_after(
+        "lora-ml", RoundLoader({"values": inputs}, labels, ids, batch_size=10, seed=1), model
+    )
+    assert torch.equal(weights, weights_after("lora-ml"))
 
 
 def test_own_loss_and_forward():

@@ -71,6 +71,33 @@ def test_context_and_argument_say_the_same(make):
     assert not torch.equal(ambient, layer(x, TaskBatch(IDS.flip(0))))
 
 
+@pytest.mark.parametrize("counts", [None, (2, 0, 1, 1)])
+@pytest.mark.parametrize("make", LAYERS)
+def test_samples_of_unequal_length_may_be_packed(make, counts):
+    torch.manual_seed(0)
+    layer, ids, lengths = make(), torch.tensor([0, 0, 2, 3]), [3, 1, 0, 4]
+    batch = TaskBatch(ids, counts=counts, lengths=lengths)
+    parts = [torch.randn(1, n, 5, dtype=torch.float64, requires_grad=True) for n in lengths]
+    y = layer(torch.cat(parts, 1), batch)
+    want = [layer(part, TaskBatch(task)) for part, task in zip(parts, ids.split(1), strict=True)]
+    torch.testing.assert_close(y, torch.cat(want, 1), rtol=0, atol=1e-12)
+    probe, inputs = torch.randn_like(y), [*parts, *layer.parameters()]
+    wanted = torch.autograd.grad(torch.cat(want, 1), inputs, probe)
+    for got, gradient in zip(torch.autograd.grad(y, inputs, probe), wanted, strict=True):
+        torch.testing.assert_close(got, gradient, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_packed_and_plain_inputs_share_a_context(make):
+    layer, packed = make(), TaskBatch(torch.tensor([0, 0, 2]), lengths=[3, 1, 2])
+    for shape in [(3, 5), (6, 5), (3, 2, 5)]:  # (6, 5): two parts of every sample
+        x = torch.randn(shape, dtype=torch.float64)
+        assert torch.equal(layer(x, packed), layer(x, TaskBatch(packed.task_ids)))
+    message = "or packed [1, 6, in], as task_ids are [3]; got [1, 5, 5]"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layer(torch.randn(1, 5, 5, dtype=torch.float64), packed)
+
+
 @pytest.mark.parametrize("make", LAYERS)
 def test_samples_may_be_flattened_with_their_parts(make):
     layer, x = make(), torch.randn(6, 4, 5, dtype=torch.float64)

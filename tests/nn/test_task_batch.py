@@ -1,5 +1,6 @@
 """Which sample belongs to which task: ids of any order, pointers, ranges, and the context."""
 
+import re
 import threading
 
 import pytest
@@ -36,6 +37,25 @@ def test_sorted_batch_keeps_no_permutation():
     assert batch.order is None
     assert batch.sort(samples) is samples
     assert TaskBatch(torch.tensor([1, 0])).order is not None
+
+
+def test_pointer_of_packed_samples_counts_their_rows():
+    batch = TaskBatch(torch.tensor([0, 0, 2, 3]), lengths=[3, 1, 0, 4])
+    assert batch.task_ptr(5, None).tolist() == [0, 4, 4, 4, 8, 8]
+    assert batch.packed_ids(torch.device("cpu")).tolist() == [0, 0, 0, 0, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("ids", "lengths", "message"),
+    [
+        ([1, 0], [2, 2], "lengths need task_ids that ascend, on the CPU or with counts"),
+        ([0, 1], [2], "[B=2] numbers >= 0, got 1 numbers from 2"),
+        ([0, 1], [2, -1], "[B=2] numbers >= 0, got 2 numbers from -1"),
+    ],
+)
+def test_bad_lengths_are_refused(ids, lengths, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TaskBatch(torch.tensor(ids), lengths=lengths)
 
 
 def test_pointer_is_made_once_per_batch():
