@@ -1,0 +1,196 @@
+"""Attention in packed sequences: every token sees its own sequence, and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NAME = "metalora"
+"""What transformers calls `attention`."""
+
+_SHORT = (torch.bfloat16, torch.float16)
+_BLOCKS = 4  # kernels are launched per block; this many leave about an eighth of padding
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Where the sequences lie that are packed one behind the other into one row of tokens.
+
+    Attributes:
+        ends: int32 [S + 1]: tokens ``ends[i]:ends[i + 1]`` are sequence i.
+        longest: how many tokens the longest has.
+        blocks: attention without a kernel for packed sequences runs block by block. Of each: its
+            sequences b, their common length L, and which of the [b, 1, 1, L] tokens are none but
+            padding (False); None if all are real.
+        places: int64 [N], where in the blocks each token lies; None if they have its order.
+    """
+
+    ends: Tensor
+    longest: int
+    blocks: tuple[tuple[int, int, Tensor | None], ...]
+    places: Tensor | None
+
+    @classmethod
+    def of(
+        cls, lengths: Sequence[int], device: torch.device, *, padded: bool | None = None
+    ) -> Packing:
+        """The packing of sequences that have these ``lengths``, none 0.
+
+        Args:
+            lengths: S numbers, at least one.
+            device: where the tokens are.
+            padded: whether blocks have several sequences, padded to one length: fewer and larger
+                pieces. None: they have on a GPU, where it is the launches that cost.
+        """
+        if padded is None:
+            padded = device.type != "cpu"
+        host = torch.tensor(lengths)
+        ends = torch.cat([host.new_zeros(1), host.cumsum(0)])
+        if not padded:
+            single = tuple((1, length, None) for length in lengths)
+            return cls(to_device(ends.int(), device), max(lengths), single, None)
+        order = host.argsort(descending=True, stable=True)
+        ordered = host[order]
+        before = ordered.cumsum(0) - ordered  # a block for each equal share of the tokens
+        sizes = torch.bincount(before * _BLOCKS // int(ends[-1])).tolist()
+        parts = [part for part in ordered.split(sizes) if len(part)]
+        blocks, place = [], 0
+        first = torch.empty_like(host)  # where in the blocks each sequence starts
+        for part, sequences in zip(parts, order.split([len(part) for part in parts]), strict=True):
+            size, length = len(part), int(part[0])
+            first[sequences] = place + torch.arange(size) * length
+            place += size * length
+            mask = None
+            if int(part[-1]) < length:
+                tokens = torch.arange(length, device=device)
+                mask = (tokens < to_device(part, device)[:, None])[:, None, None]
+            blocks.append((size, length, mask))
+        shift, counts = to_device(torch.stack([first - ends[:-1], host]), device)
+        tokens = torch.arange(int(ends[-1]), device=device)
+        shift = torch.repeat_interleave(shift, counts, output_size=len(tokens))
+        return cls(to_device(ends.int(), device), max(lengths), tuple(blocks), tokens + shift)
+
+    @property
+    def firsts(self) -> Tensor:
+        """int32 [S]: where each sequence has its first token."""
+        return self.ends[:-1]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on ``device`` for which the host does not wait."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    *,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(s · q kᵀ) v within each sequence.
+
+    On a GPU in bf16 or fp16 without dropout, one kernel for all sequences. Otherwise torch's
+    attention, block by block.
+
+    Args:
+        query, key, value: [1, heads, N, d].
+        packing: of the N tokens.
+        dropout: probability to drop an attention weight.
+        scale: s; None means 1 / sqrt(d).
+
+    Returns:
+        [1, N, heads, d].
+    """
+    rows = [part[0].transpose(0, 1) for part in (query, key, value)]  # [N, heads, d]
+    if query.is_cuda and query.dtype in _SHORT and dropout == 0 and query.shape[-1] % 8 == 0:
+        from torch.nn.attention.varlen import varlen_attn
+
+        ends, longest = packing.ends, packing.longest
+        return varlen_attn(*rows, ends, ends, longest, longest, scale=scale)[None]
+    sizes = [size * length for size, length, _ in packing.blocks]
+    places = packing.places
+    if places is not None:
+        rows = [p.new_zeros(sum(sizes), *p.shape[1:]).index_copy(0, places, p) for p in rows]
+    parts = zip(*(part.split(sizes) for part in rows), strict=True)
+    outputs = []
+    for (size, length, mask), of_block in zip(packing.blocks, parts, strict=True):
+        q, k, v = (part.unflatten(0, (size, length)).transpose(1, 2) for part in of_block)
+        output = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scale)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    joined = torch.cat(outputs)
+    return (joined if places is None else _Pick.apply(joined, places))[None]
+
+
+class _Pick(torch.autograd.Function):
+    """rows[places], whose gradient is copied to the places, where torch would scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.count = rows.shape[0]
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (places,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.count, *grad.shape[1:]).index_copy(0, places, grad), None
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    packing: Packing | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' "sdpa" attention, or with ``packing`` that of packed sequences."""
+    if packing is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    special = [
+        name
+        for name in ("sliding_window", "softcap", "position_bias", "s_aux", "past_key_values")
+        if kwargs.get(name) is not None
+    ]
+    if kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        special.append("is_causal")
+    if special:
+        raise ValueError(
+            f"attention: packed sequences are for full attention alone, but "
+            f"{type(module).__name__} asks for {', '.join(special)}"
+        )
+    return packed_attention(query, key, value, packing, dropout=dropout, scale=scaling), None
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' "sdpa" mask, without its look whether anything is masked: it waits for that."""
+    from transformers.masking_utils import sdpa_mask
+
+    if kwargs.get("attention_mask") is not None:
+        kwargs["allow_is_bidirectional_skip"] = False
+    return sdpa_mask(*args, **kwargs)
+
+
+def register() -> None:
+    """Makes `attention` known to transformers as `NAME`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, _mask)

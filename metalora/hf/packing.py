@@ -1,0 +1,162 @@
+"""Models of transformers that take packed sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metalora.hf.attention import NAME, Packing, register
+from metalora.meta.steps import call_model
+from metalora.nn import tasks
+
+_HANDLES = "_metalora_packing"
+_LENGTHS = (3, 5)  # of the two sequences that a model is tried with
+
+
+def enable_packing(model: nn.Module) -> nn.Module:
+    """Makes a model of transformers take packed sequences, in place; others it takes as before.
+
+    Packed inputs are "input_ids" and "position_ids" [1, N], of sequences one behind the other, and
+    "packing", their `Packing`, as `SequencePasses` makes them. Behind the encoder the model goes on
+    with the first token of each sequence alone, so that its logits are [S, classes]. It is tried
+    at once: two packed sequences must give what they give padded.
+
+    Works before and after `metalora.adapt`, and saves as the plain model does.
+
+    Args:
+        model: a model of transformers, or one around it.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: if it cannot; `packing_problem` says why beforehand.
+    """
+    _enable(model)
+    problem = _difference(model)
+    if problem is not None:
+        disable_packing(model)
+        raise ValueError(f"enable_packing: {problem}; pad its sequences instead")
+    return model
+
+
+def disable_packing(model: nn.Module) -> nn.Module:
+    """Undoes `enable_packing`."""
+    inner = _transformer(model)
+    if inner is not None and _HANDLES in inner.__dict__:
+        before, handles = inner.__dict__.pop(_HANDLES)
+        for handle in handles:
+            handle.remove()
+        inner.set_attn_implementation(before)
+    return model
+
+
+def packing_problem(model: nn.Module) -> str | None:
+    """Why `enable_packing` would refuse this model; None if it would not."""
+    inner = _transformer(model)
+    enabled = inner is not None and _HANDLES in inner.__dict__
+    try:
+        _enable(model)
+        return _difference(model)
+    except ValueError as problem:
+        return str(problem).removeprefix("enable_packing: ")
+    finally:
+        if not enabled:
+            disable_packing(model)
+
+
+def position_offset(model: nn.Module) -> int:
+    """The position of a sequence's first token: RoBERTa's follow the padding token's, others' 0."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
+
+
+def _transformer(model: nn.Module) -> Any:
+    """The model of transformers that ``model`` is or has inside."""
+    from transformers import PreTrainedModel
+
+    return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+
+
+def _enable(model: nn.Module) -> None:
+    inner = _transformer(model)
+    if inner is None:
+        raise ValueError(
+            f"enable_packing: model must be one of transformers, got {type(model).__name__}"
+        )
+    if _HANDLES in inner.__dict__:
+        return
+    if not inner._can_set_attn_implementation():
+        raise ValueError(
+            f"enable_packing: {type(inner).__name__} has an attention of its own, not transformers'"
+        )
+    register()
+    base = inner.base_model
+    encoder = next((m for n in ("encoder", "transformer") if (m := getattr(base, n, None))), base)
+    handle = encoder.register_forward_hook(_first_tokens, with_kwargs=True)
+    inner.__dict__[_HANDLES] = inner.config._attn_implementation, [handle]
+    inner.set_attn_implementation(NAME)
+
+
+def _first_tokens(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Replaces an encoder's [1, N, H] by the first tokens [S, 1, H] of the packed sequences."""
+    packing = kwargs.get("packing")
+    if packing is not None:
+        hidden = output.last_hidden_state
+        output.last_hidden_state = hidden[0].index_select(0, packing.firsts)[:, None]
+    return output
+
+
+@torch.no_grad()
+def _difference(model: nn.Module) -> str | None:
+    """What is wrong with the model's outputs for packed sequences; None if nothing is."""
+    inner = _transformer(model)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for part in dict.fromkeys((inner.base_model, model)):
+            packed, padded = _outputs(part, inner)
+            if packed.shape != padded.shape:
+                shapes = f"{list(packed.shape)} instead of {list(padded.shape)}"
+                return f"{type(inner).__name__} gives {shapes} for packed sequences"
+            short = padded.dtype in (torch.bfloat16, torch.float16)
+            limit = (5e-2 if short else 5e-3) * padded.abs().max()
+            if not bool(((packed - padded).abs() <= limit).all()):
+                return f"{type(inner).__name__} gives other outputs for packed sequences"
+    except Exception as problem:
+        first = str(problem).strip().partition("\n")[0]
+        return f"{type(inner).__name__} does not take packed sequences: {first}"
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return None
+
+
+def _outputs(model: nn.Module, inner: Any) -> tuple[Tensor, Tensor]:
+    """The logits, or each first token's last hidden state, of two sequences packed and padded."""
+    device = next(model.parameters()).device
+    pad = getattr(inner.config, "pad_token_id", None) or 0
+    tokens = torch.arange(sum(_LENGTHS)) % (inner.config.vocab_size - 1)
+    ids = (tokens + (tokens >= pad)).to(device)
+    start = position_offset(inner)
+    positions = torch.cat([torch.arange(n) for n in _LENGTHS]).to(device) + start
+    packed = {
+        "input_ids": ids[None],
+        "position_ids": positions[None],
+        "packing": Packing.of(_LENGTHS, device),
+    }
+    parts = ids.split(_LENGTHS)
+    padded = {
+        "input_ids": nn.utils.rnn.pad_sequence(parts, True, pad),
+        "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(p) for p in parts], True),
+    }
+    results = []
+    for inputs in (packed, padded):
+        with tasks(torch.tensor([0, 0]), lengths=_LENGTHS):
+            output = call_model(model, inputs)
+        results.append(output if isinstance(output, Tensor) else output.last_hidden_state[:, 0])
+    return results[0], results[1]
