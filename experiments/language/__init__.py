@@ -1,1 +1,1 @@
-"""Language (paper, section 4 and appendix E.2): choosing the next utterance of a dialogue."""
+"""Language (paper, section 4 and appendix E.2): choose the true next utterance of a dialogue."""
