@@ -96,7 +96,7 @@ def _enable(model: nn.Module) -> None:
         )
     register()
     base = inner.base_model
-    encoder = next((m for n in ("encoder", "transformer") if (m := getattr(base, n, None))), base)
+    encoder = getattr(base, "encoder", None) or getattr(base, "transformer", None) or base
     handles = _FirstTokens().hook(encoder)
     inner.__dict__[_HANDLES] = inner.config._attn_implementation, handles
     inner.set_attn_implementation(NAME)

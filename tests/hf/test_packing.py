@@ -216,6 +216,8 @@ def test_models_it_leaves_as_they_were(tmp_path):
     assert "metalora" not in (tmp_path / "config.json").read_text()
     again = type(plain).from_pretrained(tmp_path)
     assert again.config._attn_implementation == plain.config._attn_implementation == "sdpa"
+    disable_packing(twin)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in twin.modules())
     assert disable_packing(again) is again
 
 
