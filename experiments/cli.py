@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from experiments.runs import INTERRUPTED, RunError
-from metalora._checks import did_you_mean
+from metalora._checks import check_count, check_nonnegative, check_positive, did_you_mean
 
 Settings = TypeVar("Settings")
+Value = TypeVar("Value")
 WRONG_USE = 2
 
 
@@ -71,6 +72,29 @@ def parse(
         return settings(**given)
     except (ValueError, TypeError) as error:
         parser.error(str(error))
+
+
+def check_numbers(command: str, settings: Any, zero: Sequence[str] = ()) -> None:
+    """Refuses numbers that are not above zero, or, of the fields named in ``zero``, below it.
+
+    Raises:
+        ValueError: which names the command, the flag and the number.
+    """
+    for field in dataclasses.fields(settings):
+        given = getattr(settings, field.name)
+        flag = "--" + field.name.replace("_", "-")
+        for value in given if isinstance(given, tuple) else (given,):
+            if isinstance(value, bool):
+                continue
+            if isinstance(value, int):
+                check_count(command, flag, value, minimum=0 if field.name in zero else 1)
+            elif isinstance(value, float):
+                (check_nonnegative if field.name in zero else check_positive)(command, flag, value)
+
+
+def unique(values: tuple[Value, ...]) -> tuple[Value, ...]:
+    """Each value once, where it came first."""
+    return tuple(dict.fromkeys(values))
 
 
 def main_guard(main: Callable[..., int | None]) -> Callable[..., NoReturn]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from experiments.runs import (
     default_folder,
     one_thread,
     standard_error,
+    with_error,
 )
 from experiments.vision.settings import FINETUNES, METHODS
 
@@ -146,9 +146,7 @@ def vision_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def _mean(values: Sequence[float], form: str) -> str:
-    error = standard_error(values)
-    shown = "n/a" if math.isnan(error) else format(error, form)
-    return f"{format(statistics.fmean(values), form)} ({shown})"
+    return with_error(statistics.fmean(values), standard_error(values), form)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
@@ -26,13 +27,15 @@ COLORS = {
     "last-layer-ml": "#009E73",
     "standard": "#D55E00",
     "reptile": "#CC79A7",
+    "none": "#666666",
 }
-MARKERS = {"lora-ml": "o", "last-layer-ml": "s", "standard": "^", "reptile": "D"}
+MARKERS = {"lora-ml": "o", "last-layer-ml": "s", "standard": "^", "reptile": "D", "none": "v"}
 LABELS = {
     "lora-ml": "LoRA-ML",
     "last-layer-ml": "Last-Layer-ML",
     "standard": "Standard",
     "reptile": "Reptile",
+    "none": "Not retrained",
     "lora": "LoRA fine-tuning",
     "last-layer": "Last-layer fine-tuning",
 }
@@ -74,6 +77,12 @@ def log_ticks(*parts: Axis) -> None:
         part.set_major_locator(LogLocator(numticks=6))
         part.set_minor_locator(NullLocator())
         part.set_major_formatter(FuncFormatter(_power_of_ten))
+
+
+def legend_below(fig: Figure, ax: Axes) -> None:
+    """One legend, of ``ax``, for all panels, below them, where it hides nothing."""
+    handles, labels = ax.get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=len(labels))
 
 
 def save(fig: Figure, run: RunFolder, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -302,6 +302,11 @@ def standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
+def with_error(mean: float, error: float, form: str = ".2f") -> str:
+    """``mean (error)`` in the format ``form``; n/a for an error that is NaN."""
+    return f"{mean:{form}} ({'n/a' if math.isnan(error) else format(error, form)})"
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """For tensors so small that waking a second thread takes longer than their arithmetic.

@@ -5,6 +5,7 @@
 #include "../philox.h"
 #include "../problems.h"
 #include "aten.h"
+#include "dropout.h"
 #include "merge_lora.h"
 #include "small_product.h"
 #include "vector_kernels.h"

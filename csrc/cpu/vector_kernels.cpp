@@ -1,6 +1,5 @@
 #include "vector_kernels.h"
 
-#include "../philox.h"
 #include "clones.h"
 
 namespace metalora::cpu {
@@ -60,47 +59,6 @@ METALORA_INLINE void dot_rows_loop(T* __restrict result, const T* __restrict vec
   }
 }
 
-// Eight Philox counters side by side, so that the compiler can put them in vector lanes.
-constexpr int64_t kLanes = 8;
-constexpr int64_t kWords = 4 * kLanes;
-
-METALORA_INLINE void philox_words(uint32_t* __restrict words, uint64_t key, uint64_t counter) {
-  uint32_t lane_words[4][kLanes];
-#pragma omp simd
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    const Philox4 block = philox(key, counter + static_cast<uint64_t>(lane));
-    lane_words[0][lane] = block.word[0];
-    lane_words[1][lane] = block.word[1];
-    lane_words[2][lane] = block.word[2];
-    lane_words[3][lane] = block.word[3];
-  }
-  for (int64_t lane = 0; lane < kLanes; ++lane)
-    for (int64_t w = 0; w < 4; ++w) words[4 * lane + w] = lane_words[w][lane];
-}
-
-// Calls consume(i, word) for the words of elements first .. first + n - 1, in runs of kWords.
-template <typename Consume>
-METALORA_INLINE void for_each_word(const Dropout& dropout, int64_t first, int64_t n,
-                                   Consume consume) {
-  uint32_t words[kWords];
-  const int64_t aligned = first - first % 4;
-  for (int64_t start = aligned; start < first + n; start += kWords) {
-    philox_words(words, dropout.seed, static_cast<uint64_t>(start / 4));
-    const int64_t from = start < first ? first - start : 0;
-    const int64_t to = start + kWords < first + n ? kWords : first + n - start;
-    for (int64_t w = from; w < to; ++w) consume(start + w - first, words[w]);
-  }
-}
-
-template <typename T>
-METALORA_INLINE void drop_loop(T* destination, const T* source, const Dropout& dropout,
-                               int64_t first, int64_t n) {
-  const T scale = static_cast<T>(dropout.scale);
-  for_each_word(dropout, first, n, [&](int64_t i, uint32_t word) __attribute__((always_inline)) {
-    destination[i] = word >= dropout.threshold ? scale * source[i] : T(0);
-  });
-}
-
 }  // namespace
 
 METALORA_CLONES void add_scaled(float* destination, const float* coefficient, const float* source,
@@ -121,22 +79,6 @@ METALORA_CLONES void dot_rows(float* result, const float* vector, const float* r
 METALORA_CLONES void dot_rows(double* result, const double* vector, const double* rows,
                               int64_t stride, int64_t groups, int64_t n) {
   dot_rows_loop(result, vector, rows, stride, groups, n);
-}
-
-METALORA_CLONES void drop(float* destination, const float* source, const Dropout& dropout,
-                          int64_t first, int64_t n) {
-  drop_loop(destination, source, dropout, first, n);
-}
-
-METALORA_CLONES void drop(double* destination, const double* source, const Dropout& dropout,
-                          int64_t first, int64_t n) {
-  drop_loop(destination, source, dropout, first, n);
-}
-
-METALORA_CLONES void keep(bool* kept, const Dropout& dropout, int64_t first, int64_t n) {
-  for_each_word(dropout, first, n, [&](int64_t i, uint32_t word) __attribute__((always_inline)) {
-    kept[i] = word >= dropout.threshold;
-  });
 }
 
 }  // namespace metalora::cpu

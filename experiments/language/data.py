@@ -92,14 +92,14 @@ class Corpus:
 
     Attributes:
         files: reports on the retraining and the test file; one report if they are the same.
-        overlap: dialogues left out of the retraining tasks because a test task has them, as a
+        other_sides: dialogues left out of the retraining tasks because a test task has them, as a
             rule from the other side.
     """
 
     retraining: tuple[Task, ...]
     testing: tuple[Task, ...]
     files: tuple[FileReport, ...]
-    overlap: int
+    other_sides: int
 
 
 def load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from experiments.runs import RunError
 SILENCE = "__SILENCE__"  # what ConvAI2 has the other one "say" before somebody opens a dialogue
 CATCH_ALL = 0  # the cluster under which the persona maps file personas that are unlike each other
 EXACT, PARTIAL, UNMATCHED = "exact", "partial", "unmatched"
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 class DataError(RunError):
@@ -60,15 +62,23 @@ def make_turn(
     """A turn with its texts stripped; None stands for a file without candidate lists.
 
     Raises:
-        DataError: a text is empty, there are not ``wanted`` candidates, or none of them is the
-            response.
+        DataError: a text is empty or not Unicode, there are not ``wanted`` candidates, or none of
+            them is the response.
     """
     utterance, response = utterance.strip(), response.strip()
-    if not utterance or not response:
-        raise DataError(f"{where}: the {'response' if utterance else 'utterance'} is empty")
+    stripped = tuple(c.strip() for c in candidates or ())
+    named = (
+        ("utterance", utterance),
+        ("response", response),
+        *(("candidate", c) for c in stripped),
+    )
+    for name, text in named:
+        if not text:
+            raise DataError(f"{where}: the {name} is empty; is the line cut off?")
+        if _SURROGATES.search(text):  # JSON can write half a character, which no tokenizer takes
+            raise DataError(f"{where}: the {name} has half a UTF-16 pair; repair its \\u escape")
     if candidates is None:
         return Turn(utterance, (response,), 0)
-    stripped = tuple(c.strip() for c in candidates)
     if len(stripped) != wanted:
         raise DataError(
             f"{where}: wanted {wanted} candidates, got {len(stripped)}; "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from experiments.training import known
 from experiments.vision.augment import Normalize, frozen
 from experiments.vision.data import Dataset, Images
 from experiments.vision.mixer import Mixer
@@ -97,10 +97,10 @@ class Protocol:
             max_rounds=self._max_rounds(method),
         )
         config = TrainConfig(
-            epochs=_known(s.reptile_epochs if is_reptile else s.epochs),
-            lr=_known(s.reptile_lr if is_reptile else s.lr),
-            optimizer=_known(s.reptile_optimizer) if is_reptile else "adam",
-            weight_decay=_known(s.weight_decay),
+            epochs=known(s.reptile_epochs if is_reptile else s.epochs),
+            lr=known(s.reptile_lr if is_reptile else s.lr),
+            optimizer=known(s.reptile_optimizer) if is_reptile else "adam",
+            weight_decay=known(s.weight_decay),
             schedule="cosine",
             precision=s.precision,
             step_per=s.step_per if method in ("lora-ml", "last-layer-ml") else "round",
@@ -121,9 +121,9 @@ class Protocol:
                 model,
                 loader,
                 config,
-                inner_steps=_known(s.reptile_inner_steps),
-                inner_lr=_known(s.reptile_inner_lr),
-                inner_optimizer=_known(s.reptile_inner_optimizer),
+                inner_steps=known(s.reptile_inner_steps),
+                inner_lr=known(s.reptile_inner_lr),
+                inner_optimizer=known(s.reptile_inner_optimizer),
                 outer_sign=s.reptile_sign,
                 **common,
             )
@@ -135,7 +135,7 @@ class Protocol:
         if rounds is None:
             return len(self.retraining.images)
         counts = torch.bincount(self.retraining.ids).clamp_max(
-            rounds * _known(self.settings.batch_size)
+            rounds * known(self.settings.batch_size)
         )
         return int(counts.sum())
 
@@ -155,9 +155,9 @@ class Protocol:
             batch_size=s.finetune_batch_size,
         )
         config = TrainConfig(
-            epochs=_known(s.finetune_epochs),
-            lr=_known(s.finetune_lr),
-            weight_decay=_known(s.weight_decay),
+            epochs=known(s.finetune_epochs),
+            lr=known(s.finetune_lr),
+            weight_decay=known(s.weight_decay),
             schedule="cosine",
             precision=s.precision,
             seed=derive_seed("finetuning", seed),
@@ -188,7 +188,7 @@ class Protocol:
             pixels,
             tasks.images.labels,
             tasks.ids,
-            batch_size=_known(batch_size),
+            batch_size=known(batch_size),
             seed=seed,
             transform=self._train,
             **kw,
@@ -203,26 +203,3 @@ class Protocol:
             shuffle=False,
             transform=self._evaluate,
         )
-
-
-class EpochLog(Callback):
-    """Writes every epoch to the run's metrics, and measures the throughput."""
-
-    def __init__(self, run: Any, **labels: Any):
-        self._run, self._labels = run, labels
-        self.seconds = 0.0
-
-    def on_start(self, training: Any) -> None:
-        self._since = time.monotonic()
-
-    def on_epoch(self, training: Any, record: dict[str, Any]) -> None:
-        now = time.monotonic()
-        self.seconds += now - self._since
-        self._run.log(**self._labels, **record, seconds=round(now - self._since, 4))
-        self._since = now
-
-
-def _known(value: Any) -> Any:
-    """A setting that `Settings.resolved` has filled in."""
-    assert value is not None
-    return value

@@ -8,11 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.runs import RunFolder, standard_error
+from experiments.runs import RunFolder, standard_error, with_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 BEST, LAST = "accuracy_best", "accuracy_last"
 
@@ -62,17 +61,13 @@ def table(lines: Iterable[Mapping[str, Any]]) -> str:
         f"{'best epoch':>14} {'last epoch':>14}"
     ]
     for line in lines:
-        best, last = (f"{line[m]:.2f} ({_error(line[f'{m}_se'])})" for m in (BEST, LAST))
+        best, last = (with_error(line[m], line[f"{m}_se"]) for m in (BEST, LAST))
         text.append(
             f"{line['method']:<14} {line['finetune']:<11} {line['shots']:>5} {line['trials']:>6} "
             f"{best:>14} {last:>14}"
         )
     text.append("held-out accuracy of the test task in %, mean (standard error) over trials")
     return "\n".join(text)
-
-
-def _error(value: float) -> str:
-    return "n/a" if math.isnan(value) else f"{value:.2f}"
 
 
 def figures(run: RunFolder) -> list[Path]:
@@ -104,7 +99,7 @@ def _accuracy(run: RunFolder, lines: Sequence[Mapping[str, Any]]) -> Path:
             _dots(ax, of_kind)
         ax.set_title(plotting.LABELS[kind])
     if len(shots) > 1:
-        _legend_below(fig, axes[0][0])
+        plotting.legend_below(fig, axes[0][0])
     axes[0][0].set_ylabel("held-out accuracy (%)")
     trials = max(line["trials"] for line in lines)
     data = run.manifest["settings"]["data"]
@@ -177,12 +172,6 @@ def _lines_over_shots(ax: Axes, lines: Sequence[Mapping[str, Any]], shots: Seque
     ax.grid(axis="x", visible=False)
 
 
-def _legend_below(fig: Figure, ax: Axes) -> None:
-    """One legend for all panels, below them, where it hides nothing."""
-    handles, labels = ax.get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-
-
 def _curves(run: RunFolder) -> Path:
     """Accuracy during fine-tuning, mean over trials, a row of panels for each number of shots."""
     import matplotlib.pyplot as plt
@@ -230,7 +219,7 @@ def _curves(run: RunFolder) -> Path:
         line[0].set_ylabel("held-out accuracy (%)")
     for ax in axes[-1]:
         ax.set_xlabel("epoch of fine-tuning")
-    _legend_below(fig, axes[0][0])
+    plotting.legend_below(fig, axes[0][0])
     return plotting.save(fig, run, "curves", numbers)
 
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from experiments import cli
-from experiments.runs import RunError, RunFolder
+from experiments.runs import RunFolder
+from experiments.training import (
+    EpochLog,
+    choose_device,
+    divergence,
+    keep_freed_memory,
+    load_weights,
+    save_weights,
+)
 from experiments.vision import report
 from experiments.vision.data import load
 from experiments.vision.mixer import Mixer
-from experiments.vision.protocol import EpochLog, Protocol
+from experiments.vision.protocol import Protocol
 from experiments.vision.settings import Settings
 
 NAME = "vision"
@@ -74,35 +78,6 @@ def run(settings: Settings, *, go_on: str = "") -> RunFolder:
     return folder
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" is the accelerator, if there is one.
-
-    Raises:
-        RunError: there is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise RunError(f"--device {name} cannot be used here; try auto or cpu") from None
-    return device
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep freed memory instead of returning it to the system.
-
-    Every step frees and asks again for the same few hundred MB. Getting them from the system anew
-    costs a page fault per 4 kB, which took a third to a half of the training time on a CPU.
-    """
-    trim_threshold, mmap_max = -1, -4  # malloc.h
-    with contextlib.suppress(AttributeError, OSError):  # another C library: nothing to tune
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-
-
 def _progress(settings: Settings) -> Iterable[tuple[int, str]]:
     first = settings.first_seed
     work = [
@@ -118,11 +93,11 @@ def _retrained(folder: RunFolder, protocol: Protocol, method: str, trial: int) -
     weights = folder.path("weights") / f"{method}-{trial}.safetensors"
     if folder.done(unit):
         model = protocol.new_model(trial)
-        _load(model, weights)
+        load_weights(model, weights)
         return model
     log = EpochLog(folder, phase="retrain", method=method, trial=trial)
     rates = "--reptile-lr or --reptile-inner-lr" if method == "reptile" else "--lr"
-    with _divergence(unit, rates):
+    with divergence(unit, rates):
         model, result = protocol.retrain(method, trial, log)
     images = protocol.images_per_epoch(method) * len(result.history)
     folder.log(
@@ -141,7 +116,7 @@ def _retrained(folder: RunFolder, protocol: Protocol, method: str, trial: int) -
             )
         ]
     )
-    _save(model, weights)
+    save_weights(model, weights)
     folder.mark_done(unit)
     return model
 
@@ -160,7 +135,7 @@ def _finetuned(
         return
     labels = {"method": method, "finetune": kind, "shots": shots, "trial": trial}
     log = EpochLog(folder, phase="finetune", **labels)
-    with _divergence(unit, "--finetune-lr"):
+    with divergence(unit, "--finetune-lr"):
         result = protocol.finetune(copy.deepcopy(retrained), kind, shots, trial, log)
     folder.add_rows(
         [
@@ -172,31 +147,3 @@ def _finetuned(
         ]
     )
     folder.mark_done(unit)
-
-
-@contextlib.contextmanager
-def _divergence(unit: str, rates: str) -> Iterator[None]:
-    """Divergence is for the user to put right: says of which training, and with which flag."""
-    try:
-        yield
-    except FloatingPointError as error:
-        raise RunError(f"{unit} diverged; lower {rates} ({error})") from error
-
-
-def _save(model: nn.Module, path: Path) -> None:
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(model.state_dict(), temporary)
-    temporary.replace(path)
-
-
-def _load(model: nn.Module, path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        model.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError):
-        raise RunError(f"--resume: {path} is missing or damaged; start a new run") from None

@@ -14,11 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.cli import option
+from experiments.cli import check_numbers, option, unique
 from experiments.vision.augment import Augmentation
 from experiments.vision.mixer import MixerConfig
 from experiments.vision.tasks import Pair
-from metalora._checks import check_count, check_nonnegative, check_positive
 
 METHODS = ("lora-ml", "last-layer-ml", "standard", "reptile")
 FINETUNES = ("lora", "last-layer")
@@ -162,26 +161,16 @@ class Settings:
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__
-        set_field(self, "retrain", METHODS if ALL in self.retrain else _unique(self.retrain))
-        set_field(self, "finetune", FINETUNES if ALL in self.finetune else _unique(self.finetune))
-        set_field(self, "shots", _unique(self.shots))
+        set_field(self, "retrain", METHODS if ALL in self.retrain else unique(self.retrain))
+        set_field(self, "finetune", FINETUNES if ALL in self.finetune else unique(self.finetune))
+        set_field(self, "shots", unique(self.shots))
         for shots in self.shots:
             if shots != ALL and not (shots.isdecimal() and int(shots) >= 2):
                 raise ValueError(f"argument --shots: must be numbers >= 2 or all, got {shots!r}")
         if len(self.tasks) < 2:
             raise ValueError("argument --tasks: needs a retraining task and the test task")
         self.pairs()
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is None:
-                continue
-            flag = "--" + field.name.replace("_", "-")
-            if field.name == "weight_decay":
-                check_nonnegative("vision", flag, value)
-            elif field.name.endswith("lr"):
-                check_positive("vision", flag, value)
-            elif isinstance(value, int) and not isinstance(value, bool):
-                check_count("vision", flag, value, minimum=0 if field.name == "first_seed" else 1)
+        check_numbers("vision", self, zero=("first_seed", "weight_decay"))
 
     def pairs(self) -> list[Pair]:
         """The tasks' classes; the last pair is the test task's."""
@@ -210,7 +199,3 @@ class Settings:
         if self.precision == "auto":
             missing["precision"] = "fp32" if device_type == "cpu" else "bf16"
         return dataclasses.replace(self, **missing)
-
-
-def _unique(values: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(values))

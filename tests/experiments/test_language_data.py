@@ -159,7 +159,7 @@ def test_dialogues_of_a_test_task_from_the_other_side_are_not_retrained_on(tmp_p
         for cluster, heard in ((3, other), (3, turns(3, 9)), (9, other)):
             out.write(json.dumps({"cluster": cluster, "turns": heard}) + "\n")
     corpus = load(tmp_path, **OPTIONS | {"tasks": 2, "test_tasks": 1})
-    assert shape(corpus) == [(3, 5, 1), (9, 3, 1), (7, 3, 1)] and corpus.overlap == 2
+    assert shape(corpus) == [(3, 5, 1), (9, 3, 1), (7, 3, 1)] and corpus.other_sides == 2
 
 
 def test_twenty_candidates_the_right_one_once_others_of_other_dialogues(tmp_path: Path) -> None:
@@ -214,6 +214,7 @@ DAMAGE = [
     (4, "4 u\tr\t\ta|b|c|d", r":4: the response 'r' is not among its 4 candidates"),
     (4, "4 u\t \t\ta|b|c|d", r":4: the response is empty"),
     (4, "4 \tr\t\ta|b|c|r", r":4: the utterance is empty"),
+    (4, "4 u\tr\t\ta||c|r", r":4: the candidate is empty"),
     (7, "3 your persona: i'm 30.", r":7: wanted line number 2 .* got 3; lines are missing"),
     (8, "2 u\tr\t\ta|b|c|r", r":8: wanted line number 3 .* got 2; lines are missing or repeated"),
     (1, "2 your persona: i am a cook.", r":1: wanted line number 1 .* got 2"),
@@ -336,6 +337,7 @@ RECORDS = [
     (GOOD | {"turns": [["a", "b"]] * 2}, "field candidates must be a list of 2 lists"),
     (GOOD | {"candidates": [["b", "x"]]}, "turn 1: wanted 4 candidates, got 2"),
     (GOOD | {"candidates": [["w", "x", "y", "z"]]}, "turn 1: the response 'b' is not among"),
+    (GOOD | {"turns": [["a\ud83d", "b"]]}, r"turn 1: the utterance has half a UTF-16 pair"),
     (GOOD | {"candidates": ["bxyz"]}, "the candidates of turn 1 must be a list of texts"),
     ({"cluster": 3, "turns": [["a", "b"]]}, "field candidates must be in all dialogues .* or in"),
 ]
@@ -387,7 +389,7 @@ def test_the_data_at_hand_have_the_known_numbers_of_dialogues(at_hand: Corpus) -
     retrained = {task.cluster for task in at_hand.retraining}
     assert len(tested) == len(retrained) == 10 and not tested & retrained
     assert [len((*t.train, *t.held_out)) for t in at_hand.testing] == [21] * 4 + [20] * 6
-    assert at_hand.overlap == 19
+    assert at_hand.other_sides == 19
 
 
 @real_data
@@ -426,4 +428,4 @@ def test_the_training_subset_can_be_named() -> None:
         "catch_all": 0,
         "unmatched": 0,
     }
-    assert shape(corpus)[:2] == [(3, 9, 1), (291, 6, 1)] and corpus.overlap == 0
+    assert shape(corpus)[:2] == [(3, 9, 1), (291, 6, 1)] and corpus.other_sides == 0

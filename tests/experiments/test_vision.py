@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from experiments.runs import RunError
+from experiments.training import choose_device
 from experiments.vision import report
 from experiments.vision.data import load_digits
 from experiments.vision.protocol import Protocol
-from experiments.vision.run import choose_device, run
+from experiments.vision.run import run
 from experiments.vision.settings import METHODS, PAIRS, Settings
 
 ROOT = Path(__file__).resolve().parents[2]

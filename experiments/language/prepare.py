@@ -1,0 +1,103 @@
+"""From a folder of dialogues and the name of a model to the turns of all tasks."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.language import templates
+from experiments.language.data import Corpus, load
+from experiments.language.encoders import Encoders
+from experiments.language.models import has_token_types, max_length
+from experiments.language.protocol import Protocol
+from experiments.language.settings import Settings
+from experiments.language.tokens import TokenizedTurns, tokenize
+from experiments.training import known
+
+
+def load_corpus(settings: Settings) -> Corpus:
+    """The dialogues, or for a smoke run without data made-up ones.
+
+    Raises:
+        RunError: no data were given, or they are missing, damaged or too few.
+    """
+    with tempfile.TemporaryDirectory() as made_up:
+        root = settings.data
+        if root is None:
+            if not settings.smoke:
+                raise ValueError(
+                    "argument --data: give the folder of the ConvAI2 dialogues; "
+                    "--smoke runs without"
+                )
+            root = Path(made_up)
+            templates.write(root)
+        return load(
+            root,
+            retrain_file=settings.retrain_file,
+            test_file=settings.test_file,
+            tasks=known(settings.tasks),
+            test_tasks=known(settings.test_tasks),
+            held_out=settings.validation_dialogues,
+            test_held_out=settings.held_out_dialogues,
+            strict=settings.strict,
+            candidates=settings.candidates,
+            turns=settings.turns,
+        )
+
+
+def prepare(settings: Settings, corpus: Corpus, device: torch.device) -> Protocol:
+    """The protocol, with the turns of all tasks as token sequences.
+
+    Raises:
+        RunError: the model or its tokenizer is missing or damaged.
+    """
+    every = [d for task in (*corpus.retraining, *corpus.testing) for d in task.train]
+    texts = (c for d in every for turn in d.turns for c in (turn.utterance, *turn.candidates))
+    encoders = Encoders(known(settings.model), settings.tokenizer, settings.as_roberta, texts)
+    model = encoders.new(0)
+    longest = max_length(model)
+    if settings.max_length is not None:
+        longest = min(longest, settings.max_length)
+
+    def turns(tasks: Sequence[Sequence[Any]]) -> TokenizedTurns:
+        return tokenize(
+            tasks,
+            encoders.tokenizer,
+            max_length=longest,
+            token_types=has_token_types(model, encoders.tokenizer),
+            history=settings.history,
+        )
+
+    return Protocol(
+        settings,
+        turns([task.train[: settings.dialogues] for task in corpus.retraining]),
+        turns([task.held_out for task in corpus.retraining]),
+        turns([task.train[: settings.dialogues] for task in corpus.testing]),
+        turns([task.held_out for task in corpus.testing]),
+        encoders,
+        device,
+    )
+
+
+def facts(corpus: Corpus, protocol: Protocol) -> dict[str, Any]:
+    """What the data turned out to be, for the manifest."""
+    parts = {
+        "retraining": protocol.retraining,
+        "validation": protocol.validation,
+        "test": protocol.test,
+        "held_out": protocol.held_out,
+    }
+    return {
+        "retraining_clusters": [task.cluster for task in corpus.retraining],
+        "test_clusters": [task.cluster for task in corpus.testing],
+        "turns": {name: torch.bincount(turns.task_ids) for name, turns in parts.items()},
+        "tokens": {name: int(turns.starts[-1]) for name, turns in parts.items()},
+        "turns_cut_short": {name: turns.truncated for name, turns in parts.items()},
+        "dialogues": {str(file.path): file.counts() for file in corpus.files},
+        "other_sides_left_out": corpus.other_sides,
+        "packed": protocol.packed,
+    }

@@ -1,0 +1,42 @@
+"""Lines that say how far a run is, for runs of hours whose stderr may be a file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+from metalora.meta import Callback, Training
+
+
+class Clock:
+    """How long the run goes on: by the work done since it began or was resumed."""
+
+    def __init__(self, total: float) -> None:
+        self._total, self._done, self._since = total, 0.0, time.monotonic()
+
+    def left(self, done: float) -> str:
+        """The time left in words, after ``done`` more work."""
+        self._done += done
+        seconds = (time.monotonic() - self._since) * (self._total / self._done - 1)
+        if seconds < 60:
+            return f"{seconds:.0f} s"
+        minutes = round(seconds / 60)
+        return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class EpochLine(Callback):
+    """A line on stderr after every epoch."""
+
+    def __init__(self, clock: Clock, unit: str, work: float) -> None:
+        self._clock, self._unit, self._work = clock, unit, work
+
+    def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
+        left = self._clock.left(self._work)
+        tqdm.write(
+            f"{self._unit}: epoch {record['epoch'] + 1} of {training.config.epochs}, loss "
+            f"{record['loss']:.4f}, accuracy {100 * record['validation']:.1f} %; {left} left",
+            file=sys.stderr,
+        )
