@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.dialogues import Turns
@@ -26,6 +25,7 @@ from benchmarks.task_by_task import (
     peft,
     plain,
 )
+from experiments.language.protocol import choice_loss
 from metalora.adapters import LoRAConfig, adapt, task_parameters
 from metalora.hf import SequencePasses, enable_packing, position_offset
 from metalora.meta import Batch, GradientStep, RoundLoader, TrainConfig
@@ -95,7 +95,7 @@ class AllTasks:
         self.parameters = {name: [p] for name, p in self.model.named_parameters()}
         self.collate = collate
         config = TrainConfig(1, RATE, 0.01, optimizer="adamw", precision=precision)
-        self.step = GradientStep(self.model, setting.rounds, config, loss=candidates_loss)
+        self.step = GradientStep(self.model, setting.rounds, config, loss=choice_loss)
         if not fused:
             self.step.optimizer = torch.optim.AdamW(self.step.parameters, lr=RATE)
 
@@ -108,16 +108,6 @@ class AllTasks:
 
     def round(self, batch: Batch) -> None:
         self.step([replace(batch, collate=self.collate)])
-
-
-def candidates_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """[turns]: the mean over a turn's candidates of the cross-entropy of "is this the true one"."""
-    answers = batch.targets.to(logits.device)
-    candidates = torch.arange(len(logits) // len(answers), device=logits.device)
-    truth = (candidates == answers[:, None]).long().flatten()
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(logits, truth, reduction="none")
-    return losses.view(len(answers), -1).mean(1)
 
 
 def adapted(setting: Setting) -> nn.Module:
@@ -155,7 +145,7 @@ def versions(setting: Setting, precision: str = "fp32") -> dict[str, Callable[[]
         make: Callable[[nn.Module, int], Selectable], lengths: Sequence[int] | None
     ) -> Version:
         what = make(deepcopy(setting.model), setting.num_tasks)
-        return TaskByTask(what, sequences, pad, candidates_loss, lengths)
+        return TaskByTask(what, sequences, pad, choice_loss, lengths)
 
     def ours(packed: bool, *, fused: bool = False, precision: str = "fp32") -> Version:
         collate = SequencePasses(
@@ -192,7 +182,7 @@ def gate_batch(setting: Setting) -> Batch:
 def exact(setting: Setting, batch: Batch) -> dict[str, Tensor]:
     """The loss and all gradients of a round in float64, [1 or T, ...] each, without dropout."""
     what = plain(deepcopy(setting.model).double(), setting.num_tasks)
-    version = TaskByTask(what, setting.turns.sequences, setting.pad_token_id, candidates_loss)
+    version = TaskByTask(what, setting.turns.sequences, setting.pad_token_id, choice_loss)
     return results(version, setting, batch)
 
 
