@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,8 +15,8 @@ from experiments.language import report
 from experiments.language.prepare import facts, load_corpus, prepare
 from experiments.language.progress import Clock, EpochLine
 from experiments.language.protocol import Protocol
-from experiments.language.settings import Settings
-from experiments.runs import RunFolder
+from experiments.language.settings import TINY, Settings
+from experiments.runs import RunFolder, one_thread
 from experiments.training import (
     EpochLog,
     choose_device,
@@ -70,7 +71,9 @@ def run(settings: Settings) -> RunFolder:
             for part, sha256 in file.sha256.items():
                 folder.add_data(part, sha256)
         folder.note(**facts(corpus, protocol))
-        _Run(folder, protocol, name, [str(task.cluster) for task in corpus.testing]).everything()
+        clusters = [str(task.cluster) for task in corpus.testing]
+        with one_thread() if settings.model == TINY else contextlib.nullcontext():
+            _Run(folder, protocol, name, clusters).everything()
         report.figures(folder, 100 / settings.candidates)
     return folder
 

@@ -29,7 +29,7 @@ SMOKE: Mapping[str, Any] = {
     "model": TINY,
     "tasks": 3,
     "test_tasks": 2,
-    "dialogues": 8,
+    "dialogues": 3,
     "turns": 2,
     "epochs": 1,
     "finetune_epochs": 2,
