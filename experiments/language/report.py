@@ -257,12 +257,13 @@ def _tasks(run: RunFolder, lines: Sequence[Mapping[str, Any]], chance: float) ->
                 marker=plotting.MARKERS[method],
                 color=plotting.COLORS[method],
                 label=plotting.LABELS[method],
+                clip_on=False,
             )
         _chance(ax, chance)
         ax.set_title(plotting.LABELS[kind] + (f", rank {rank}" if rank else ""))
         ax.set_ylabel("accuracy (%)")
         ax.grid(axis="x", visible=False)
-        ax.legend(fontsize=11, ncols=len(methods))
+        ax.legend(fontsize=11, loc="center left", bbox_to_anchor=(1, 0.5))
     axes[-1][0].set_xticks(range(len(tasks)), tasks)
     axes[-1][0].set_xlabel("test task (persona cluster)")
     return plotting.save(fig, run, "tasks", lines)

@@ -131,9 +131,17 @@ class Settings:
         set_field(self, "retrain", METHODS if ALL in self.retrain else unique(self.retrain))
         set_field(self, "finetune", unique(self.finetune))
         set_field(self, "rank", unique(self.rank))
-        if self.candidates == 1:
-            raise ValueError("argument --candidates: must be at least 2, got 1")
         check_numbers("language", self, zero=("first_seed", "weight_decay", "dropout", "warmup"))
+        for name, fits, wanted in (
+            ("candidates", self.candidates > 1, "at least 2"),
+            ("dropout", self.dropout < 1, "below 1"),
+            ("warmup", self.warmup <= 1, "a part, at most 1"),
+            ("schedule_scale", self.schedule_scale >= 1, "at least 1"),
+            ("finetune_schedule_scale", self.finetune_schedule_scale >= 1, "at least 1"),
+        ):
+            if not fits:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"argument {flag}: must be {wanted}, got {getattr(self, name)}")
 
     def resolved(self, device_type: str) -> Settings:
         """These settings with every default filled in."""
