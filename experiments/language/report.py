@@ -116,6 +116,25 @@ def table(lines: Iterable[Mapping[str, Any]], chance: float) -> str:
     return "\n".join(text)
 
 
+def table_of_ranks(lines: Iterable[Mapping[str, Any]]) -> str:
+    """The last epoch's accuracy after fine-tuning with LoRA: a line per method, a column per rank.
+
+    "" where there is but one rank.
+    """
+    cells = {
+        (line["method"], line["rank"]): with_error(line[LAST], line[f"{LAST}_se"])
+        for line in lines
+        if line["finetune"] == "lora"
+    }
+    ranks = list(dict.fromkeys(rank for _, rank in cells))
+    if len(ranks) < 2:
+        return ""
+    text = [f"{'LoRA of rank':<14}" + "".join(f"{rank:>15}" for rank in ranks)]
+    for method in dict.fromkeys(method for method, _ in cells):
+        text.append(f"{method:<14}" + "".join(f"{cells[method, rank]:>15}" for rank in ranks))
+    return "\n".join(text)
+
+
 def figures(run: RunFolder, chance: float) -> list[Path]:
     """Draws accuracy.png (the table) and tasks.png (each test task), with numbers."""
     from experiments import plotting

@@ -41,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "it on those of others, to choose the next utterance among 20.",
     )
     folder = run(settings)
-    print(report.table(report.summary(folder.rows()), 100 / settings.candidates))
+    lines = report.summary(folder.rows())
+    print(report.table(lines, 100 / settings.candidates))
+    if ranks := report.table_of_ranks(lines):
+        print(f"\n{ranks}")
     for path in sorted(folder.folder.glob("*.png")):
         print(path)
 

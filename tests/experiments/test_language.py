@@ -51,9 +51,9 @@ def protocol(**given: Any) -> Protocol:
 
 def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    arguments = "--smoke --seeds 1 --turns 1 --candidates 4 --no-packed --device cpu".split()
+    few = ["--seeds", "1", "--turns", "1", "--candidates", "4", "--no-packed"]
     with pytest.raises(SystemExit) as ended:
-        main([*arguments, "--out", str(out)])
+        main(["--smoke", *few, "--device", "cpu", "--out", str(out)])
     printed = capsys.readouterr()
     assert ended.value.code in (0, None), printed.err
     with (out / "results.csv").open(newline="") as file:
@@ -166,6 +166,11 @@ def test_several_ranks_in_one_run(tmp_path: Path) -> None:
     ]
     text = report.table(lines, 5.0).splitlines()
     assert [line.split()[2] for line in text[1:7]] == ["1", "4", "-", "1", "4", "-"]
+    first, none, lora_ml = report.table_of_ranks(lines).splitlines()
+    assert first.split()[-2:] == ["1", "4"]
+    assert none.startswith("none ") and lora_ml.startswith("lora-ml ")
+    assert none.count("(n/a)") == lora_ml.count("(n/a)") == 2
+    assert report.table_of_ranks(lines[2:4]) == ""
     assert (folder.folder / "accuracy.png").stat().st_size > 10_000
 
 
