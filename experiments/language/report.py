@@ -159,6 +159,7 @@ def _accuracy(run: RunFolder, lines: Sequence[Mapping[str, Any]], chance: float)
         of_kind = [line for line in lines if line["finetune"] == kind]
         if kind == "lora" and len({line["rank"] for line in of_kind}) > 1:
             _over_ranks(ax, of_kind)
+            plotting.legend_below(fig, ax)
         else:
             _dots(ax, of_kind)
         _chance(ax, chance)
@@ -183,9 +184,9 @@ def _chance(ax: Axes, chance: float) -> None:
         "chance",
         (1, chance),
         xycoords=("axes fraction", "data"),
-        xytext=(-4, 4),
+        xytext=(4, 0),
         textcoords="offset points",
-        ha="right",
+        va="center",
         fontsize=12,
     )
     ax.set_ylim(bottom=0)
@@ -250,7 +251,6 @@ def _over_ranks(ax: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
     ax.set_xticks(range(len(ranks)), [str(r) for r in ranks])
     ax.set_xlabel("rank of LoRA")
     ax.grid(axis="x", visible=False)
-    ax.legend(fontsize=11)
 
 
 def _tasks(run: RunFolder, lines: Sequence[Mapping[str, Any]], chance: float) -> Path:
@@ -282,7 +282,7 @@ def _tasks(run: RunFolder, lines: Sequence[Mapping[str, Any]], chance: float) ->
         ax.set_title(plotting.LABELS[kind] + (f", rank {rank}" if rank else ""))
         ax.set_ylabel("accuracy (%)")
         ax.grid(axis="x", visible=False)
-        ax.legend(fontsize=11, loc="center left", bbox_to_anchor=(1, 0.5))
+        ax.legend(fontsize=11, loc="center left", bbox_to_anchor=(1.08, 0.5))
     axes[-1][0].set_xticks(range(len(tasks)), tasks)
     axes[-1][0].set_xlabel("test task (persona cluster)")
     return plotting.save(fig, run, "tasks", lines)
