@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +18,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     known.add_argument("--smoke", action="store_true", help="tiny shapes and a few samples")
     known.add_argument("--write", type=Path, metavar="DIR", help="write the tables here")
     return known
+
+
+def command(module: str, argv: Sequence[str]) -> str:
+    """What measures the same again, wherever the tables go."""
+    kept = list(argv)
+    if "--write" in kept:
+        at = kept.index("--write")
+        kept[at : at + 2] = ["--write", "benchmarks/results"]
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *kept])
 
 
 def _device(text: str) -> str:

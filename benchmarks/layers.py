@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +30,7 @@ from benchmarks.measure import (
     copies_past_the_cache,
     first_line,
     graphed,
+    peak_bytes,
     side_by_side,
 )
 from benchmarks.registry import PRECISIONS, Case, Precision, select
@@ -143,12 +143,7 @@ def _peak_memory(run: Run, device: str) -> int | None:
         return None
     _call(run, device)
     run.results = {}
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    _call(run, device)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return peak_bytes(lambda: _call(run, device), device)
 
 
 def _route(case: Case, precision: Precision, tensors: Sequence[Tensor], device: str) -> str:
@@ -216,15 +211,6 @@ def _finished(path: Path, here: dict[str, str], names: Sequence[str]) -> list[di
     return [r for r in rows if all(r["rows"].get(n, missing) != missing for n in names)]
 
 
-def _command(argv: Sequence[str]) -> str:
-    """What measures the same again, wherever the tables go."""
-    kept = list(argv)
-    if "--write" in kept:
-        at = kept.index("--write")
-        kept[at : at + 2] = ["--write", "benchmarks/results"]
-    return shlex.join(["python", "-m", "benchmarks.layers", *kept])
-
-
 def parser() -> argparse.ArgumentParser:
     known = cli.parser(__doc__)
     known.add_argument("--cases", nargs="+", metavar="CASE", help="see benchmarks.registry.select")
@@ -266,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         precisions,
         options,
         title=f"Multi-task LoRA layer on {where}, {weights}: forward + backward{tiny}",
-        command=_command(argv),
+        command=cli.command("layers", argv),
         name=arguments.name or f"layers_{device}",
         folder=arguments.write,
         budget=Budget(arguments.budget_seconds),

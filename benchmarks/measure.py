@@ -9,10 +9,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise, product
 from typing import Any, Protocol
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 Step = Callable[[], object]
 Steps = Mapping[str, Step]  # run one after the other and timed apart: {"forward": …, …}
@@ -103,6 +104,27 @@ def side_by_side(
     return {name: _timings(first[name], second[name]) for name in candidates}
 
 
+def one_by_one(
+    candidates: Mapping[str, Sequence[Step]], device: str = "cpu", *, timer: Clock | None = None
+) -> dict[str, Timing]:
+    """Times steps that take seconds, of candidates that have been called before.
+
+    Every candidate has as many steps, over the same data. Two runs of them all are made; each step
+    is called once, and another candidate begins each time.
+    """
+    timer = timer or clock(device)
+    names, steps = list(candidates), list(zip(*candidates.values(), strict=True))
+    runs: list[dict[str, list[float]]] = [{name: [] for name in names} for _ in range(2)]
+    for i, (run, of_all) in enumerate(product(runs, steps)):
+        for k in range(len(names)):
+            which = (i + k) % len(names)
+            marks = [timer.mark()]
+            of_all[which]()
+            marks.append(timer.mark())
+            run[names[which]] += timer.seconds(marks)
+    return {name: _timing(*(run[name] for run in runs)) for name in names}
+
+
 def _turn(timer: Clock, sets: Sequence[Steps], repeats: int) -> dict[str, float]:
     """Seconds a call of every step."""
     for step in sets[-1].values():
@@ -133,6 +155,22 @@ def _timing(first: Sequence[float], second: Sequence[float]) -> Timing:
     low, median, high = statistics.quantiles([*first, *second], n=4)
     one, other = sorted((statistics.median(first), statistics.median(second)))
     return Timing(median, low, high, other / one - 1)
+
+
+def peak_bytes(step: Step, device: str) -> int:
+    """What ``step`` allocates at most beside what there was, tensors it leaves included."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    events = record.profiler.kineto_results.events()
+    changes = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return max(accumulate((e.nbytes() for e in changes), initial=0))
 
 
 def copies_past_the_cache(size: int, device: str) -> int:

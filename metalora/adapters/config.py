@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from typing import Any
@@ -87,11 +87,20 @@ _DESCRIPTIVE = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "megatron_core",
 }  # fmt: skip
+# What peft trains without being told to.
+_HEADS = {"SEQ_CLS": "classifier", "TOKEN_CLS": "classifier", "QUESTION_ANS": "qa_outputs"}
 
 
-def _from_peft(config: Any) -> LoRAConfig:
+def check_peft_config(where: str, config: Any, ignored: Collection[str] = ()) -> None:
+    """Raises ValueError, naming the field, if a ``peft.LoraConfig`` wants what metalora lacks.
+
+    Args:
+        where: what the error message starts with.
+        config: the ``peft.LoraConfig``.
+        ignored: names of fields that may have any value.
+    """
     for field in fields(config):
-        if field.name in _CONVERTED or field.name in _DESCRIPTIVE:
+        if field.name in _CONVERTED or field.name in _DESCRIPTIVE or field.name in ignored:
             continue
         default = field.default
         if field.default_factory is not MISSING:
@@ -99,9 +108,13 @@ def _from_peft(config: Any) -> LoRAConfig:
         value = getattr(config, field.name)
         if value != default:
             raise ValueError(
-                f"adapt: peft.LoraConfig field {field.name}={value!r} is not supported by "
+                f"{where}: peft.LoraConfig field {field.name}={value!r} is not supported by "
                 f"metalora; leave it at {default!r}"
             )
+
+
+def _from_peft(config: Any) -> LoRAConfig:
+    check_peft_config("adapt", config)
     if config.target_modules is None:
         raise ValueError(
             "adapt: peft.LoraConfig field target_modules=None leaves the choice to peft; "
@@ -109,10 +122,10 @@ def _from_peft(config: Any) -> LoRAConfig:
         )
     heads = config.modules_to_save or ()
     task_type = config.task_type.value if isinstance(config.task_type, Enum) else config.task_type
-    if task_type in ("SEQ_CLS", "TOKEN_CLS") and not heads:
+    if task_type in _HEADS and not heads:
         raise ValueError(
-            f"adapt: with peft.LoraConfig field task_type={task_type!r} peft trains the classifier "
-            "too; name it, as in modules_to_save=['classifier']"
+            f"adapt: with peft.LoraConfig field task_type={task_type!r} peft trains the last layer "
+            f"too; name it, as in modules_to_save=[{_HEADS[task_type]!r}]"
         )
     alpha = config.lora_alpha * (math.sqrt(config.r) if config.use_rslora else 1.0)
     targets = config.target_modules

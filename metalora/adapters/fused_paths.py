@@ -25,14 +25,14 @@ def check_batch_first(model: nn.Module, names: list[str]) -> None:
                 )
 
 
-def close_fused_paths(model: nn.Module) -> None:
-    """Makes transformer layers that hold adapted layers call them, in inference too.
+def close_fused_paths(model: nn.Module, adapted: type[object] = TaskLayer) -> None:
+    """Makes transformer layers that hold ``adapted`` layers call them, in inference too.
 
     nn.TransformerEncoderLayer's fused path, and the nested tensors that nn.TransformerEncoder makes
     for it, would compute with W alone. Both ask an attribute that nothing else uses.
     """
     for module in model.modules():
-        if not any(isinstance(inner, TaskLayer) for inner in module.modules()):
+        if not any(isinstance(inner, adapted) for inner in module.modules()):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             _set(module, "activation_relu_or_gelu", 0)

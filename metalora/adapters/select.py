@@ -29,6 +29,7 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
         ValueError: if a name is unknown, means a module that cannot be adapted, or nothing is left.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
+    _check_not_quantised(modules)
     head_names = _find_heads(modules, config.heads)
     target_names = _find_targets(model, modules, config, head_names)
     if not target_names and not head_names:
@@ -43,6 +44,18 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
     targets, heads = _group(modules, target_names), _group(modules, head_names)
     _check_heads_untied(modules, heads)
     return Selection(targets, heads)
+
+
+def _check_not_quantised(modules: dict[str, nn.Module]) -> None:
+    """A base whose weights are integers has no gradient, so it cannot be retrained."""
+    for name, module in modules.items():
+        integers = isinstance(module, nn.Linear) and not module.weight.dtype.is_floating_point
+        if integers or getattr(module, "hf_quantizer", None) is not None:
+            what = f"{name!r}, a {type(module).__name__}," if name else "the model"
+            raise ValueError(
+                f"adapt: {what} is quantised; quantised bases are not supported, load it "
+                "without quantization_config"
+            )
 
 
 def _find_heads(modules: dict[str, nn.Module], wanted: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 NAME = "metalora"
 """What transformers calls `attention`."""
@@ -112,11 +113,11 @@ def packed_attention(
         [1, N, heads, d].
     """
     rows = [part[0].transpose(0, 1) for part in (query, key, value)]  # [N, heads, d]
-    if query.is_cuda and query.dtype in _SHORT and dropout == 0 and query.shape[-1] % 8 == 0:
-        from torch.nn.attention.varlen import varlen_attn
-
+    if dropout == 0 and _has_kernel(query):
+        q, k, v = rows
         ends, longest = packing.ends, packing.longest
-        return varlen_attn(*rows, ends, ends, longest, longest, scale=scale)[None]
+        output: Any = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale)
+        return output[None]
     sizes = [size * length for size, length, _ in packing.blocks]
     places = packing.places
     if places is not None:
@@ -129,6 +130,14 @@ def packed_attention(
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     joined = torch.cat(outputs)
     return (joined if places is None else _Pick.apply(joined, places))[None]
+
+
+def _has_kernel(query: Tensor) -> bool:
+    """Whether torch's attention for packed sequences takes such tensors."""
+    if not query.is_cuda or query.dtype not in _SHORT:
+        return False
+    fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    return fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 class _Pick(torch.autograd.Function):
@@ -166,7 +175,7 @@ def attention(
         )
     special = [
         name
-        for name in ("sliding_window", "softcap", "position_bias", "s_aux", "past_key_values")
+        for name in ("sliding_window", "softcap", "position_bias")
         if kwargs.get(name) is not None
     ]
     if kwargs.get("is_causal", getattr(module, "is_causal", True)):

@@ -96,19 +96,54 @@ def _enable(model: nn.Module) -> None:
         )
     register()
     base = inner.base_model
-    encoder = next((m for n in ("encoder", "transformer") if (m := getattr(base, n, None))), base)
-    handle = encoder.register_forward_hook(_first_tokens, with_kwargs=True)
-    inner.__dict__[_HANDLES] = inner.config._attn_implementation, [handle]
+    encoder = getattr(base, "encoder", None) or getattr(base, "transformer", None) or base
+    handles = _FirstTokens().hook(encoder)
+    inner.__dict__[_HANDLES] = inner.config._attn_implementation, handles
     inner.set_attn_implementation(NAME)
 
 
-def _first_tokens(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Replaces an encoder's [1, N, H] by the first tokens [S, 1, H] of the packed sequences."""
-    packing = kwargs.get("packing")
-    if packing is not None:
-        hidden = output.last_hidden_state
-        output.last_hidden_state = hidden[0].index_select(0, packing.firsts)[:, None]
-    return output
+class _FirstTokens:
+    """Hooks that make an encoder give each packed sequence's first token alone, [S, 1, H].
+
+    In a last layer like BERT's all other tokens are dropped as soon as they were attended to, which
+    saves three quarters of that layer; else behind the encoder.
+    """
+
+    def __init__(self) -> None:
+        self._packing: Packing | None = None
+
+    def hook(self, encoder: nn.Module) -> list[Any]:
+        """Puts the hooks in place; their handles."""
+        last: Any = [*getattr(encoder, "layer", [None])][-1]
+        attention: Any = getattr(last, "attention", None)
+        if hasattr(attention, "self") and hasattr(attention, "output"):
+            return [
+                attention.self.register_forward_hook(self._behind_attention, with_kwargs=True),
+                attention.output.register_forward_pre_hook(self._before_output),
+            ]
+        return [encoder.register_forward_hook(self._behind_encoder, with_kwargs=True)]
+
+    def _behind_encoder(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if kwargs.get("packing") is not None:
+            output.last_hidden_state = _pick(output.last_hidden_state, kwargs["packing"])
+        return output
+
+    def _behind_attention(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        self._packing = kwargs.get("packing")
+        if self._packing is None:
+            return output
+        return _pick(output[0], self._packing), *output[1:]
+
+    def _before_output(self, module: Any, args: Any) -> Any:
+        packing, self._packing = self._packing, None
+        if packing is None:
+            return args
+        attended, hidden = args
+        return attended, _pick(hidden, packing)
+
+
+def _pick(hidden: Tensor, packing: Packing) -> Tensor:
+    return hidden[0].index_select(0, packing.firsts)[:, None]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Files: checkpoints of trainings."""
+"""Files: checkpoints of trainings; `metalora.io.peft` has adapters as PEFT reads them."""
 
 from metalora.io.checkpoint import Checkpoint, CheckpointError
 

@@ -2,7 +2,7 @@
 
 from metalora.meta.callbacks import Callback, KeepBest, MetricsLog, Progress
 from metalora.meta.config import TrainConfig
-from metalora.meta.data import Batch, RoundLoader, Rounds
+from metalora.meta.data import Batch, RoundLoader, Rounds, by_task
 from metalora.meta.evaluation import Evaluation, accuracy, evaluate
 from metalora.meta.loop import Result, Training, train
 from metalora.meta.methods import (
@@ -13,6 +13,7 @@ from metalora.meta.methods import (
     reptile,
     standard,
 )
+from metalora.meta.peft_ml import finetune_peft, peft_ml
 from metalora.meta.schedule import learning_rate
 from metalora.meta.seeds import derive_seed
 from metalora.meta.steps import GradientStep, ReptileStep, cross_entropy
@@ -32,14 +33,17 @@ __all__ = [
     "TrainConfig",
     "Training",
     "accuracy",
+    "by_task",
     "cross_entropy",
     "derive_seed",
     "evaluate",
     "finetune_last_layer",
     "finetune_lora",
+    "finetune_peft",
     "last_layer_ml",
     "learning_rate",
     "lora_ml",
+    "peft_ml",
     "reptile",
     "standard",
     "train",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -113,6 +114,38 @@ class Rounds(Protocol):
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[Batch]: ...
+
+
+def by_task(rounds: Rounds) -> Rounds:
+    """The same rounds, given to the model task by task: one pass or more for each task.
+
+    What is trained or measured stays the same. For models that cannot take several tasks at once.
+    """
+    return _ByTask(rounds)
+
+
+class _ByTask:
+    def __init__(self, rounds: Rounds) -> None:
+        self.rounds, self.num_tasks, self.pooled = rounds, rounds.num_tasks, rounds.pooled
+
+    @property
+    def rounds_per_task(self) -> Sequence[int]:
+        return self.rounds.rounds_per_task
+
+    def set_epoch(self, epoch: int) -> None:
+        self.rounds.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.rounds)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.rounds:
+            yield replace(batch, collate=partial(_passes_by_task, batch.collate))
+
+
+def _passes_by_task(collate: Collate | None, batch: Batch) -> Iterator[Batch]:
+    for part in replace(batch, collate=collate).by_task():
+        yield from part.passes()
 
 
 class RoundLoader:

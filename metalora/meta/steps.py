@@ -109,13 +109,17 @@ class Objective:
         return value.detach()
 
     def _weights(self, batch: Batch) -> Tensor:
-        """[B]: 1 / B if pooled, else 1 / (number of tasks present · samples of the own task)."""
-        ids = batch.task_ids
-        if self.pooled:
-            return torch.full(ids.shape, 1 / len(ids), dtype=torch.float64, device=ids.device)
-        counts = torch.zeros(self.num_tasks, dtype=torch.float64, device=ids.device)
-        counts = counts.index_add(0, ids, torch.ones_like(ids, dtype=torch.float64))
-        return 1 / (counts[ids] * (counts > 0).sum())
+        if not self.pooled:
+            return sample_weights(batch.task_ids, self.num_tasks)
+        size = batch.task_ids.shape
+        return torch.full(size, 1 / size[0], dtype=torch.float64, device=batch.task_ids.device)
+
+
+def sample_weights(task_ids: Tensor, num_tasks: int) -> Tensor:
+    """[B]: 1 / (number of tasks present · samples of the own task), the loss's weights (eq. 5)."""
+    ones = torch.ones_like(task_ids, dtype=torch.float64)
+    counts = ones.new_zeros(num_tasks).index_add(0, task_ids, ones)
+    return 1 / (counts[task_ids] * (counts > 0).sum())
 
 
 class GradientStep:

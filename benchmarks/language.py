@@ -1,0 +1,186 @@
+"""Training rounds of the language experiment: the authors', PEFT's and ours, side by side.
+
+python -m benchmarks.language                                    # a small model on the CPU
+python -m benchmarks.language --device cuda --model roberta-base-size --precision bf16
+python -m benchmarks.language --data DIR --tokenizer FOLDER      # dialogues of ConvAI2
+
+Models of a size have random weights; without --data tokens are random and lengths are drawn like
+ConvAI2's. Loss and gradients of every version are compared with plain PyTorch in float64 before
+anything is timed, without dropout, which is on in what is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import cli
+from benchmarks.dialogues import CANDIDATES, drawn, read
+from benchmarks.language_versions import (
+    AUTHORS,
+    PEFT,
+    TOLERANCE,
+    Setting,
+    check,
+    exact,
+    gate_batch,
+    results,
+    versions,
+)
+from benchmarks.measure import one_by_one, peak_bytes
+from benchmarks.tables import write_table
+from experiments.language.models import load_model, load_tokenizer
+from metalora.meta import RoundLoader
+
+# layers, hidden size, heads, intermediate size, vocabulary
+SIZES = {
+    "tiny": (2, 32, 2, 64, 100),
+    "mini": (4, 256, 4, 1024, 30522),
+    "minilm-size": (6, 384, 12, 1536, 30522),
+    "roberta-base-size": (12, 768, 12, 3072, 50265),
+}
+MAX_TOKENS = {"cpu": 8192, "cuda": 32768}
+HEADER = [
+    *("version", "seconds a round (quartiles)", "spread", "seconds an epoch", "tokens a second"),
+    *("padding", "peak memory, MiB", "× authors'", "× the one before", "error"),
+]
+
+
+def new_model(size: str) -> nn.Module:
+    """A RoBERTa of this size with random weights."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    layers, hidden, heads, intermediate, vocabulary = SIZES[size]
+    config = RobertaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=intermediate,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+    )
+    torch.manual_seed(0)
+    model: nn.Module = RobertaForSequenceClassification(config)
+    return model
+
+
+def make_setting(arguments: argparse.Namespace) -> Setting:
+    """The model and the dialogues that the arguments name."""
+    name, device = arguments.model, arguments.device
+    torch.manual_seed(0)
+    tokenizer: Any = None
+    if arguments.data is not None or name not in SIZES:
+        tokenizer = load_tokenizer(arguments.tokenizer or name)
+    model: Any = new_model(name) if name in SIZES else load_model(name, tokenizer)
+    if arguments.data is None:
+        turns = drawn(arguments.tasks, model.config.vocab_size)
+    else:
+        turns = read(arguments.data, model, tokenizer, arguments.tasks)
+    rounds = RoundLoader(
+        torch.arange(len(turns.answers)),
+        turns.answers,
+        turns.task_ids,
+        batch_size=arguments.turns,
+        max_rounds=arguments.rounds,
+    )
+    max_tokens = arguments.max_tokens or MAX_TOKENS[device]
+    return Setting(model.to(device), turns, rounds, max_tokens, device)
+
+
+def measure(setting: Setting, precision: str) -> list[dict[str, Any]]:
+    """A record of every version: what it takes for a round, and that it passed the gate."""
+    rounds, lengths = list(setting.rounds), setting.turns.sequences.lengths
+    tokens = sum(int(lengths[batch.inputs].sum()) for batch in rounds) / len(rounds)
+    turns = sum(len(batch.inputs) for batch in rounds) / len(rounds)
+    epoch = len(setting.turns.answers) / turns
+    few = gate_batch(setting)
+    wanted = exact(setting, few)
+    records: list[dict[str, Any]] = []
+    steps = {}
+    for name, make in versions(setting, precision).items():
+        version = make()
+        error = check(name, results(version, setting, few), wanted, TOLERANCE[version.precision])
+        version.round(few)  # the optimiser's state is made
+        peak = peak_bytes(partial(version.round, rounds[0]), setting.device)
+        calls = [inputs["input_ids"] for batch in rounds for inputs in version.inputs(batch)]
+        padding = 1 - tokens * len(rounds) / sum(ids.numel() for ids in calls)
+        records.append({"version": name, "error": error, "padding": padding, "peak_bytes": peak})
+        steps[name] = [partial(version.round, batch) for batch in rounds]
+        print(f"{name}: passed", file=sys.stderr, flush=True)
+    timings = one_by_one(steps, setting.device)
+    first = before = timings[AUTHORS].median
+    for record in records:
+        timing = timings[record["version"]]
+        record |= asdict(timing)
+        record |= {"epoch": epoch * timing.median, "tokens_a_second": tokens / timing.median}
+        record |= {"speedup": first / timing.median, "step": before / timing.median}
+        if record["version"] != PEFT:
+            before = timing.median
+    return records
+
+
+def row(record: Mapping[str, Any]) -> list[str]:
+    """A record as a line of the table."""
+    return [
+        record["version"],
+        f"{record['median']:.3g} ({record['low']:.3g}-{record['high']:.3g})",
+        f"{100 * record['spread']:.0f} %",
+        f"{record['epoch']:.3g}",
+        f"{record['tokens_a_second']:,.0f}",
+        f"{100 * record['padding']:.0f} %",
+        f"{record['peak_bytes'] / 2**20:,.0f}",
+        f"{record['speedup']:.2f}",
+        f"{record['step']:.2f}",
+        f"{record['error']:.0e}",
+    ]
+
+
+def parser() -> argparse.ArgumentParser:
+    known = cli.parser(__doc__)
+    sizes = ", ".join(SIZES)
+    known.add_argument("--model", default="mini", help=f"{sizes}, or a model's folder")
+    known.add_argument("--data", type=Path, metavar="DIR", help="of ConvAI2's dialogues")
+    known.add_argument("--tokenizer", metavar="FOLDER", help="for --data; by default the model's")
+    known.add_argument("--tasks", type=int, default=4)
+    known.add_argument("--turns", type=int, default=2, help="of each task in a round")
+    known.add_argument("--rounds", type=int, default=3, help="to measure, each of them twice")
+    known.add_argument("--precision", choices=TOLERANCE, default="fp32", help="bf16 adds a version")
+    known.add_argument("--max-tokens", type=int, help="in a pass of ours")
+    known.add_argument("--name", help="of the files written; language_<device> by default")
+    return known
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parser().parse_args(argv)
+    device = arguments.device
+    if arguments.smoke:
+        vars(arguments).update(model="tiny", data=None, tasks=2, turns=1, rounds=1)
+    setting = make_setting(arguments)
+    records = measure(setting, arguments.precision)
+    where = "the CPU" if device == "cpu" else "a GPU"
+    write_table(
+        arguments.name or f"language_{device}",
+        f"Rounds of LoRA-ML on {where}: {arguments.model}, {arguments.tasks} tasks with "
+        f"{arguments.turns} turns of {CANDIDATES} candidates, {setting.turns.source}",
+        cli.command("language", argv),
+        HEADER,
+        [row(record) for record in records],
+        records,
+        arguments.write,
+        device,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Batches that say which sample belongs to which task, for transformers.Trainer and accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from metalora.meta import RoundLoader
+
+Feature = Mapping[str, Any]
+
+
+class TaskCollator:
+    """A data collator that groups the samples of a batch by task.
+
+    Beside what ``collate`` makes of the features, the batch holds what a model after
+    `accept_task_ids` takes: ``task_ids``, int64 [B], and ``task_counts``, how many samples each
+    task has, as plain numbers: they stay on the host, where the layers need them.
+
+    With transformers.Trainer set ``remove_unused_columns=False``, which would remove the task.
+    ``label_names=["labels", "task_ids"]`` gives ``compute_metrics`` the tasks too.
+
+    Args:
+        collate: makes a batch of features, such as ``transformers.DataCollatorWithPadding``.
+        key: where a feature has its task, a number from 0.
+        group: whether samples are sorted by task; those of one task keep their order. Without,
+            all do, as is wanted where predictions are matched with a dataset that is not sorted;
+            the layers then sort, and wait once per batch for a GPU.
+
+    Raises:
+        ValueError: if a feature has no task, or the batch is of several rounds of `TaskRounds`.
+    """
+
+    def __init__(
+        self,
+        collate: Callable[[list[dict[str, Any]]], Mapping[str, Any]],
+        *,
+        key: str = "task_id",
+        group: bool = True,
+    ) -> None:
+        self.collate, self.key, self.group = collate, key, group
+
+    def __call__(self, features: Sequence[Feature] | Sequence[list[Feature]]) -> dict[str, Any]:
+        """Features, or a single round of them, → a batch."""
+        features = self._one_round(features)
+        ids = [self._task(feature) for feature in features]
+        if self.group:
+            order = sorted(range(len(ids)), key=ids.__getitem__)
+            features, ids = [features[i] for i in order], [ids[i] for i in order]
+        samples = [{k: v for k, v in f.items() if k != self.key} for f in features]
+        batch = {**self.collate(samples), "task_ids": torch.tensor(ids, dtype=torch.int64)}
+        if self.group:
+            batch["task_counts"] = tuple(torch.bincount(batch["task_ids"]).tolist())
+        return batch
+
+    def _one_round(self, features: Sequence[Any]) -> list[Feature]:
+        rounds = [item for item in features if isinstance(item, list)]
+        if not rounds:
+            return list(features)
+        if len(features) > 1:
+            raise ValueError(
+                f"TaskCollator: got {len(features)} rounds of TaskRounds, each a batch already; "
+                "set per_device_train_batch_size=1, or the DataLoader's batch_size=1"
+            )
+        return list(rounds[0])
+
+    def _task(self, feature: Feature) -> int:
+        if self.key not in feature:
+            raise ValueError(
+                f"TaskCollator: features must have {self.key!r}, got {sorted(feature)}; name it "
+                "with key=, and with transformers.Trainer set remove_unused_columns=False"
+            )
+        task = int(feature[self.key])
+        if task < 0:
+            raise ValueError(f"TaskCollator: {self.key!r} must be >= 0, got {task}")
+        return task
+
+
+class TaskRounds(Dataset[list[Any]]):
+    """A dataset whose items are whole rounds: up to ``batch_size`` samples of every task.
+
+    Give it to transformers.Trainer with ``per_device_train_batch_size=1``, or to a DataLoader with
+    ``batch_size=1``, and a `TaskCollator`. Rounds are those of `metalora.meta.RoundLoader`: an
+    epoch gives every sample once, and tasks with fewer samples are through earlier.
+
+    Trainer and accelerate call `set_epoch`; in a plain loop do so before each epoch.
+
+    Args:
+        dataset: the samples, N of them.
+        task_ids: the task of each, N numbers or int64 [N]; -1 leaves a sample out.
+        batch_size: samples per task and round.
+        seed: of the order.
+        shuffle: whether the order changes with each epoch.
+        max_rounds: end the epoch after so many rounds. With the number that the smallest task has,
+            every task is in every round; else an optimiser with momentum also moves the adapters
+            of a task that is absent.
+
+    Raises:
+        ValueError: if lengths differ, a task has no samples, or a number is outside its range.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        task_ids: Sequence[int] | Tensor,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        max_rounds: int | None = None,
+    ) -> None:
+        ids = torch.as_tensor(task_ids)
+        if len(dataset) != len(ids):
+            raise ValueError(
+                f"TaskRounds: dataset and task_ids must have the same length, got {len(dataset)} "
+                f"and {len(ids)}"
+            )
+        self.dataset = dataset
+        numbers = torch.arange(len(ids))
+        self._loader = RoundLoader(
+            numbers,
+            numbers,
+            ids,
+            batch_size=batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            max_rounds=max_rounds,
+        )
+        self.num_tasks = self._loader.num_tasks
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws the rounds of this epoch, a pure function of (seed, epoch)."""
+        self._loader.set_epoch(epoch)
+        self._rounds = [batch.inputs.tolist() for batch in self._loader]
+
+    def __len__(self) -> int:
+        return len(self._rounds)
+
+    def __getitem__(self, number: int) -> list[Any]:
+        """The samples of a round, sorted by task."""
+        return [self.dataset[i] for i in self._rounds[number]]

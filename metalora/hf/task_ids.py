@@ -1,0 +1,135 @@
+"""A model that is called with ``task_ids``, as transformers.Trainer calls it with any input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metalora.adapters import adapted_layers
+from metalora.meta import Batch, cross_entropy
+from metalora.meta.steps import Loss, sample_weights
+from metalora.nn import TaskBatch, current_tasks, tasks
+
+
+def accept_task_ids(model: nn.Module, loss: Loss = cross_entropy) -> TaskIds:
+    """Lets an adapted model be called with the ``task_ids`` and ``task_counts`` of `TaskCollator`.
+
+    A call with them runs inside ``with metalora.tasks(...)``, and so does its backward pass, which
+    under gradient checkpointing runs layers again. Without them the model is called as before.
+
+    Args:
+        model: an adapted model, which gets hooks; how it is saved does not change.
+        loss: ``loss(logits, batch)`` → the loss of each sample, [B], for `TaskIds.loss`.
+
+    Raises:
+        ValueError: if ``model`` is not adapted.
+    """
+    return TaskIds(model, loss)
+
+
+class TaskIds:
+    """What `accept_task_ids` returns: the objective of the model's latest call."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        layers = list(adapted_layers(model).values())
+        if not layers:
+            raise ValueError(
+                "accept_task_ids: the model has no adapters; metalora.adapt puts them in"
+            )
+        self._num_tasks, self._loss = layers[0].num_tasks, loss
+        self._batch: TaskBatch | None = None
+        self._scope = ExitStack()
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """The mean over tasks of each task's mean of ``losses`` [B] (paper, eq. 5).
+
+        Raises:
+            ValueError: if the latest call was without ``task_ids``, or of another size.
+        """
+        ids = self._latest_ids().to(losses.device)
+        if losses.shape != ids.shape:
+            raise ValueError(
+                f"TaskIds.mean: losses must be those of the latest call's samples, [{len(ids)}], "
+                f"got {list(losses.shape)}"
+            )
+        return (losses * sample_weights(ids, self._num_tasks).to(losses)).sum()
+
+    def loss(
+        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The objective, as ``compute_loss_func`` of transformers.Trainer.
+
+        Args:
+            outputs: of the model, with ``logits``.
+            labels: of its samples.
+            num_items_in_batch: labels in all batches whose gradients are accumulated; each batch
+                counts by its share of them.
+        """
+        batch = Batch(None, labels, self._latest_ids())
+        value = self.mean(self._loss(outputs.logits, batch))
+        if num_items_in_batch is None:
+            return value
+        return value * labels.ne(-100).sum() / num_items_in_batch
+
+    def remove(self) -> None:
+        """Takes the hooks off the model."""
+        self._scope.close()
+        for handle in self._handles:
+            handle.remove()
+
+    def _latest_ids(self) -> Tensor:
+        if self._batch is None:
+            raise ValueError(
+                "TaskIds: the model's latest call was without task_ids; is TaskCollator the "
+                "data_collator?"
+            )
+        return self._batch.task_ids
+
+    def _before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        self._scope.close()  # left open by a backward pass that failed
+        kwargs = dict(kwargs)
+        ids, counts = kwargs.pop("task_ids", None), kwargs.pop("task_counts", None)
+        self._batch = None
+        if ids is None:
+            return None
+        if counts is not None and sum(counts) != len(ids):
+            raise ValueError(
+                f"accept_task_ids: task_counts must sum to the {len(ids)} task_ids, got "
+                f"{list(counts)}; what cuts batches apart does not go with them: instead of "
+                "nn.DataParallel use processes, with dispatch_batches TaskCollator(group=False)"
+            )
+        self._batch = TaskBatch(ids, self._num_tasks, counts=counts)
+        self._scope.enter_context(tasks(self._batch))
+        return args, kwargs
+
+    def _after(self, model: nn.Module, args: Any, outputs: Any) -> None:
+        self._scope.close()
+        if self._batch is None or not torch.is_grad_enabled():
+            return
+        batch = self._batch
+        for tensor in _tensors(outputs):
+            if tensor.grad_fn is not None:
+                tensor.register_hook(lambda grad: self._reopen(batch))
+
+    def _reopen(self, batch: TaskBatch) -> None:
+        """Runs the rest of this backward pass with the tasks of its forward pass."""
+        if current_tasks() is batch:
+            return
+        self._scope.enter_context(tasks(batch))
+        torch.autograd.Variable._execution_engine.queue_callback(self._scope.close)
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, (Mapping, list, tuple)):
+        for value in outputs.values() if isinstance(outputs, Mapping) else outputs:
+            yield from _tensors(value)

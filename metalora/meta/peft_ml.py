@@ -1,0 +1,180 @@
+"""PEFT-ML with any method of the package peft, and the fine-tuning that matches it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from metalora.adapters import LoRAConfig, adapted_layers, as_lora_config
+from metalora.adapters.select import select
+from metalora.meta.callbacks import Callback
+from metalora.meta.config import TrainConfig
+from metalora.meta.data import Rounds, by_task
+from metalora.meta.loop import Result, Validation, train
+from metalora.meta.methods import lora_ml
+from metalora.meta.peft_adapters import (
+    adapter_state_dicts,
+    average_heads,
+    peft_adapters,
+    settings_of,
+)
+from metalora.meta.seeds import derive_seed
+from metalora.meta.steps import Forward, GradientStep, Loss, call_model, cross_entropy
+
+
+def peft_ml(
+    model: nn.Module,
+    rounds: Rounds,
+    config: TrainConfig,
+    peft_config: Any,
+    *,
+    fused: bool = True,
+    loss: Loss = cross_entropy,
+    forward: Forward = call_model,
+    validation: Validation | None = None,
+    callbacks: Iterable[Callback] = (),
+) -> Result:
+    """PEFT-ML (paper, eq. 5): the shared weights are trained together with an adapter per task.
+
+    LoRA that `lora_ml` knows goes there: all tasks in one pass. For any other method, such as DoRA
+    or (IA)³, the layers are peft's, and the tasks of a round go through the model one after the
+    other. Their gradients add up to the same objective, and a task that is absent from a round
+    keeps its adapter and the optimiser's state of it.
+
+    Args:
+        model: a plain model. Trained in place, and plain again afterwards: it keeps the shared
+            weights; of modules that exist once per task (``modules_to_save``), the tasks' mean.
+        rounds: the retraining tasks.
+        config: settings.
+        peft_config: a ``peft.PeftConfig``, or a `LoRAConfig`.
+        fused: whether LoRA goes through `lora_ml`; without, it too is peft's.
+        loss: see `standard`.
+        forward: see `standard`; it calls the model itself, which chooses the adapter.
+        validation: see `standard`; each sample runs with its own task's adapter. A function of the
+            model calls it task by task: ``evaluate(model, by_task(loader), metric)``.
+        callbacks: see `standard`; `training.model` is the ``peft.PeftModel``.
+
+    Returns:
+        The result, with the adapters as `lora_ml` returns them, or for peft's own layers as
+        ``peft.get_peft_model_state_dict`` does.
+
+    Raises:
+        ImportError: if peft is needed and not installed.
+        TypeError: if ``peft_config`` is none.
+        ValueError: if ``model`` has adapters already, or the method does not fit it, cannot have an
+            adapter per task, or does not let the shared weights be trained.
+        FloatingPointError: if the loss is not finite.
+    """
+    adapter = _as_fused(model, peft_config) if fused else None
+    how: dict[str, Any] = {
+        "loss": loss,
+        "forward": forward,
+        "validation": validation,
+        "callbacks": callbacks,
+    }
+    if adapter is not None:
+        return lora_ml(model, rounds, config, adapter, **how)
+    return _train("peft_ml", model, rounds, config, peft_config, train_shared=True, **how)
+
+
+def finetune_peft(
+    model: nn.Module,
+    rounds: Rounds,
+    config: TrainConfig,
+    peft_config: Any,
+    *,
+    loss: Loss = cross_entropy,
+    forward: Forward = call_model,
+    validation: Validation | None = None,
+    callbacks: Iterable[Callback] = (),
+) -> Result:
+    """Fine-tuning (paper, eq. 2-4) by any method of peft: all weights frozen, adapters per task.
+
+    The tasks go through the model one after the other. `finetune_lora` does LoRA in one pass.
+
+    Args:
+        model: a plain model, and the same afterwards. ``peft.get_peft_model`` and
+            ``peft.set_peft_model_state_dict`` put one of the result's adapters onto it.
+        rounds: the tasks to fine-tune for.
+        config: settings.
+        peft_config: a ``peft.PeftConfig``.
+        loss: see `standard`.
+        forward: see `peft_ml`.
+        validation: see `peft_ml`.
+        callbacks: see `peft_ml`.
+
+    Raises:
+        ImportError: if peft is not installed.
+        TypeError: if ``peft_config`` is none.
+        ValueError: if ``model`` has adapters already, or the method does not fit it or cannot have
+            an adapter per task.
+        FloatingPointError: if the loss is not finite.
+    """
+    return _train(
+        "finetune_peft",
+        model,
+        rounds,
+        config,
+        peft_config,
+        train_shared=False,
+        loss=loss,
+        forward=forward,
+        validation=validation,
+        callbacks=callbacks,
+    )
+
+
+def _train(
+    function: str,
+    model: nn.Module,
+    rounds: Rounds,
+    config: TrainConfig,
+    peft_config: Any,
+    *,
+    train_shared: bool,
+    loss: Loss,
+    forward: Forward,
+    validation: Validation | None,
+    callbacks: Iterable[Callback],
+) -> Result:
+    if adapted_layers(model):
+        raise ValueError(
+            f"{function}: the model has adapters already; metalora.remove(model) takes them out"
+        )
+    if validation is not None and not callable(validation):
+        validation = by_task(validation)
+    one_by_one = by_task(rounds)
+    torch.manual_seed(derive_seed("adapters", config.seed))
+    with peft_adapters(
+        function, model, peft_config, rounds.num_tasks, train_shared=train_shared
+    ) as adapted:
+        step = GradientStep(adapted, one_by_one, config, loss=loss, forward=forward)
+        step.settings["peft"] = settings_of(peft_config)
+        result = train(
+            adapted,
+            one_by_one,
+            step,
+            config,
+            validation=validation,
+            callbacks=callbacks,
+            forward=forward,
+        )
+        if train_shared:
+            average_heads(adapted)
+        return dataclasses.replace(result, adapters=adapter_state_dicts(adapted, rounds.num_tasks))
+
+
+def _as_fused(model: nn.Module, config: Any) -> LoRAConfig | None:
+    """The configuration for `lora_ml`, or None where it has no such adapters for ``model``."""
+    if isinstance(config, LoRAConfig):
+        return config
+    try:
+        adapter = as_lora_config(config)
+        select(model, adapter)
+    except (TypeError, ValueError):
+        return None
+    return adapter

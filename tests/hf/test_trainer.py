@@ -1,0 +1,257 @@
+"""A stock transformers.Trainer with an adapted model."""
+
+import pytest
+import torch
+from torch import nn
+
+from metalora.adapters import remove
+from metalora.hf import TaskCollator, TaskRounds, accept_task_ids
+from metalora.meta import Batch, GradientStep, TrainConfig, evaluate
+from metalora.nn import current_tasks, tasks
+
+transformers = pytest.importorskip("transformers", reason="needs the package transformers")
+pytest.importorskip("accelerate", reason="needs the package accelerate")
+
+from tests.hf.tiny import T, adapted_model, features, pad, plain_model  # noqa: E402
+
+DATA = features()
+IDS = [feature["task_id"] for feature in DATA]
+
+
+def trainer(model, folder, *, batch_size=2, data=None, callbacks=(), **options):
+    accepted = accept_task_ids(model)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        **{
+            "per_device_train_batch_size": 1,
+            "num_train_epochs": 2,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.0,
+            "remove_unused_columns": False,
+            "label_names": ["labels", "task_ids"],
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": not torch.cuda.is_available(),
+            **options,
+        },
+    )
+    return transformers.Trainer(
+        model,
+        arguments,
+        data_collator=TaskCollator(pad),
+        train_dataset=TaskRounds(DATA, IDS, batch_size=batch_size, seed=5),
+        eval_dataset=data or features(10, seed=2),
+        compute_loss_func=accepted.loss,
+        compute_metrics=accuracy_of_tasks,
+        callbacks=list(callbacks),
+    )
+
+
+def accuracy_of_tasks(prediction):
+    labels, ids = prediction.label_ids
+    right = prediction.predictions.argmax(-1) == labels
+    return {f"accuracy_{task}": right[ids == task].mean() for task in range(T)}
+
+
+class Rounds:
+    """Given batches for `GradientStep`, in the trainer's order."""
+
+    num_tasks, pooled = T, False
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    @property
+    def rounds_per_task(self):
+        return [sum(bool((b.task_ids == t).any()) for b in self.batches) for t in range(T)]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def as_batch(batch):
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return Batch(inputs, batch["labels"], batch["task_ids"], batch["task_counts"])
+
+
+def own_loop(model, batches, **fields):
+    config = TrainConfig(epochs=1, lr=1e-2, **fields)
+    step = GradientStep(model.train(), Rounds(batches), config)
+    step.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    step.leaves = None  # the trainer's optimiser knows no absent tasks either
+    return [float(step([batch])) for batch in batches]
+
+
+def assert_same(model, other):
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(
+            value.cpu(), other.state_dict()[name], rtol=0, atol=1e-10, msg=name
+        )
+
+
+class Seen:
+    """A collator that remembers the batches it made."""
+
+    def __init__(self, collator):
+        self.collator, self.batches = collator, []
+
+    def __call__(self, items):
+        self.batches.append(self.collator(items))
+        return self.batches[-1]
+
+
+def test_training_equals_the_own_loop(tmp_path):
+    model, other = adapted_model(), adapted_model()
+    made = trainer(model, tmp_path, num_train_epochs=1, logging_steps=1)
+    made.data_collator = seen = Seen(made.data_collator)
+    made.train()
+    assert current_tasks() is None
+    batches = [as_batch(batch) for batch in seen.batches]
+    assert {batch.counts for batch in batches} >= {(2, 2, 2)}
+    assert len({batch.counts for batch in batches}) > 1  # tasks of unequal size
+    losses = own_loop(other, batches)
+    logged = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(losses, abs=1e-4)  # the trainer rounds what it logs
+    assert_same(model, other)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    want = adapted_model()
+    trainer(want, tmp_path).train()
+    for reentrant in (True, False):
+        model = adapted_model()
+        trainer(
+            model,
+            tmp_path,
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+        ).train()
+        assert model.is_gradient_checkpointing
+        assert_same(model, want)
+
+
+def test_accumulated_rounds_are_averaged(tmp_path):
+    model, other = adapted_model(), adapted_model()
+    made = trainer(model, tmp_path, num_train_epochs=1, gradient_accumulation_steps=2, max_steps=1)
+    made.data_collator = seen = Seen(made.data_collator)
+    made.train()
+    accepted = accept_task_ids(other)
+    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.0)
+    total = sum(len(batch["labels"]) for batch in seen.batches[:2])
+    for batch in seen.batches[:2]:
+        labels = batch.pop("labels")
+        losses = nn.functional.cross_entropy(other(**batch).logits, labels, reduction="none")
+        (accepted.mean(losses) * len(labels) / total).backward()
+    optimizer.step()
+    assert_same(model, other)
+
+
+def test_evaluation_and_prediction(tmp_path):
+    model = adapted_model()
+    data = sorted(features(10, seed=2), key=lambda feature: feature["task_id"])
+    made = trainer(model, tmp_path, data=data, per_device_eval_batch_size=4)
+    batches = [as_batch(TaskCollator(pad)(data[i : i + 4])) for i in range(0, 10, 4)]
+    want = evaluate(model, Rounds(batches))
+    found = made.evaluate()
+    assert [found[f"eval_accuracy_{task}"] for task in range(T)] == pytest.approx(want.per_task)
+    predictions = made.predict(data)
+    with torch.no_grad(), tasks(torch.tensor([f["task_id"] for f in data])):
+        batch = pad(data)
+        logits = model.eval()(batch["input_ids"], batch["attention_mask"]).logits
+    torch.testing.assert_close(torch.from_numpy(predictions.predictions), logits)
+    assert predictions.label_ids[1].tolist() == [f["task_id"] for f in data]
+
+
+def test_ungrouped_predictions_are_in_the_order_of_the_dataset(tmp_path):
+    model, data = adapted_model(), features(10, seed=2)
+    made = trainer(model, tmp_path)
+    made.data_collator = TaskCollator(pad, group=False)
+    found = made.predict(data)
+    assert found.label_ids[1].tolist() == [f["task_id"] for f in data]
+    with torch.no_grad(), tasks(torch.tensor([f["task_id"] for f in data])):
+        batch = pad(data)
+        logits = model.eval()(batch["input_ids"], batch["attention_mask"]).logits
+    torch.testing.assert_close(torch.from_numpy(found.predictions), logits)
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path):
+    whole, stopped, resumed = adapted_model(), adapted_model(), adapted_model()
+    options = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2}
+    rounds = len(TaskRounds(DATA, IDS, batch_size=2))
+    assert rounds > 3  # it stops inside an epoch
+    trainer(whole, tmp_path / "whole").train()
+    trainer(stopped, tmp_path / "run", callbacks=[StopAfter(3)], **options).train()
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    assert checkpoint.is_dir()
+    trainer(resumed, tmp_path / "run", **options).train(resume_from_checkpoint=str(checkpoint))
+    assert_same(resumed, whole)
+
+
+class StopAfter(transformers.TrainerCallback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.steps
+
+
+def test_what_is_saved(tmp_path):
+    model = adapted_model()
+    made = trainer(model, tmp_path)
+    made.save_model(tmp_path / "adapted")
+    saved = transformers.modeling_utils.load_state_dict(
+        str(tmp_path / "adapted" / "model.safetensors")
+    )
+    assert saved.keys() == model.state_dict().keys()
+    remove(model)
+    made.save_model(tmp_path / "plain")
+    loaded = type(model).from_pretrained(tmp_path / "plain", dtype=torch.float64)
+    assert_same(loaded, model)
+    assert loaded.state_dict().keys() == plain_model().state_dict().keys()
+
+
+def test_calls_without_tasks_are_as_before():
+    model = adapted_model()
+    accepted, batch = accept_task_ids(model), TaskCollator(pad)(DATA[:4])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    want = model(**batch).logits
+    with tasks(batch["task_ids"]):
+        torch.testing.assert_close(model(**inputs).logits, want)
+    with pytest.raises(ValueError, match="the model's latest call was without task_ids"):
+        accepted.mean(torch.zeros(4))
+    with pytest.raises(ValueError, match="which task does each sample belong to"):
+        model(**inputs)
+    model(**batch)
+    with pytest.raises(ValueError, match=r"latest call's samples, \[4\], got \[3\]"):
+        accepted.mean(torch.zeros(3))
+    accepted.remove()
+    with pytest.raises(ValueError, match="which task does each sample belong to"):
+        model(**inputs, task_ids=batch["task_ids"])
+
+
+def test_errors_leave_no_tasks_behind():
+    model, batch = adapted_model(), TaskCollator(pad)(DATA[:4])
+    accept_task_ids(model)
+    with pytest.raises(IndexError):
+        model(**{**batch, "input_ids": batch["input_ids"] + 50})
+    assert current_tasks() is None
+    with pytest.raises(
+        ValueError, match=r"must sum to the 2 task_ids, .*TaskCollator\(group=False"
+    ):
+        model(batch["input_ids"][:2], task_ids=torch.tensor([0, 1]), task_counts=(2, 2))
+    logits = model(**batch).logits
+    model.classifier.dense.weight.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        logits.sum().backward()
+    assert model(**batch).logits.shape == logits.shape
+    assert current_tasks() is None
+
+
+def test_a_plain_model_is_refused():
+    with pytest.raises(ValueError, match="accept_task_ids: the model has no adapters"):
+        accept_task_ids(plain_model())
