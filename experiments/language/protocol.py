@@ -219,7 +219,7 @@ class Protocol:
         passes = SequencePasses(
             Sequences(turns.fields, turns.starts, turns.candidates),
             packed=self.packed,
-            max_tokens=self.settings.max_tokens,
+            max_tokens=known(self.settings.max_tokens),
             pad_token_id=self.encoders.tokenizer.pad_token_id,
             position_offset=self._position_offset,
             device=self.device,

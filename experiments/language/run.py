@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from experiments import cli
-from experiments.language import report
+from experiments.language import figures, report
 from experiments.language.prepare import facts, load_corpus, prepare
 from experiments.language.progress import Clock, EpochLine
 from experiments.language.protocol import Protocol
@@ -77,7 +77,7 @@ def run(settings: Settings) -> RunFolder:
         clusters = [str(task.cluster) for task in corpus.testing]
         with one_thread() if settings.model == TINY else contextlib.nullcontext():
             _Run(folder, protocol, name, clusters).everything()
-        report.figures(folder, 100 / settings.candidates)
+        figures.draw(folder, 100 / settings.candidates)
     return folder
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers")
 
-from experiments.language import report
+from experiments.language import figures, report
 from experiments.language.encoders import head_names, roberta_from_bert, word_tokenizer
 from experiments.language.prepare import load_corpus, prepare
 from experiments.language.protocol import Protocol, choice_accuracy, choice_loss
@@ -123,7 +123,7 @@ def test_a_mistake_is_one_line_before_anything_is_written(
 def test_an_interrupted_run_resumed_equals_one_never_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "figures", lambda *_: [])  # drawing takes longer than the run
+    monkeypatch.setattr(figures, "draw", lambda *_: [])  # drawing takes longer than the run
     given = {"retrain": ("lora-ml", "none"), "finetune": ("lora", "last-layer")}
     run(settings(**given, out=tmp_path / "whole"))
     whole = (tmp_path / "whole" / "results.csv").read_text()
@@ -284,6 +284,7 @@ def test_defaults_are_the_papers_and_what_is_given_wins() -> None:
     assert (paper.reptile_inner_steps, paper.reptile_inner_lr, paper.reptile_lr) == (20, 5e-5, 1e-4)
     assert (paper.finetune_epochs, paper.finetune_batch_size, paper.finetune_lr) == (10, 8, 1e-4)
     assert (paper.finetune_schedule_scale, paper.candidates, paper.precision) == (4.0, 20, "bf16")
+    assert paper.max_tokens > (Settings().resolved("cpu").max_tokens or 0)
     given = Settings(smoke=True, seeds=3, epochs=7, finetune=("lora",)).resolved("cpu")
     assert (given.model, given.seeds, given.epochs, given.precision) == ("tiny", 3, 7, "fp32")
     assert given.finetunes("last-layer-ml") == ("lora",)
