@@ -50,8 +50,11 @@ class Encoders:
         """
         torch.manual_seed(derive_seed("model", seed))
         if self._tiny:
-            return tiny_roberta(self.tokenizer)
-        model = load_model(self._name, self.tokenizer)
+            model = tiny_roberta(self.tokenizer)
+        else:
+            model = load_model(
+                self._name, self.tokenizer
+            ).float()  # stored in half precision, maybe
         return roberta_from_bert(model, self.tokenizer) if self._as_roberta else model
 
 

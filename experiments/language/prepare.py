@@ -97,7 +97,7 @@ def facts(corpus: Corpus, protocol: Protocol) -> dict[str, Any]:
         "turns": {name: torch.bincount(turns.task_ids) for name, turns in parts.items()},
         "tokens": {name: int(turns.starts[-1]) for name, turns in parts.items()},
         "turns_cut_short": {name: turns.truncated for name, turns in parts.items()},
-        "dialogues": {str(file.path): file.counts() for file in corpus.files},
+        "dialogues": {file.path.name: file.counts() for file in corpus.files},
         "other_sides_left_out": corpus.other_sides,
         "packed": protocol.packed,
     }

@@ -20,7 +20,8 @@ class Clock:
     def left(self, done: float) -> str:
         """The time left in words, after ``done`` more work."""
         self._done += done
-        seconds = (time.monotonic() - self._since) * (self._total / self._done - 1)
+        left = max(self._total - self._done, 0.0)  # rounded, it may be just below
+        seconds = (time.monotonic() - self._since) * left / self._done
         if seconds < 60:
             return f"{seconds:.0f} s"
         minutes = round(seconds / 60)

@@ -143,9 +143,10 @@ class Protocol:
     ) -> dict[str, list[float]]:
         """Adapts the model, in place, to all test tasks side by side, each for itself.
 
-        The tasks share only the frozen weights: Adam sees each task's own gradients (up to a
-        common factor) and counts its own steps. The rate follows the steps of the largest task,
-        so a smaller one, which has fewer, keeps the same rate at the same part of its training.
+        The tasks share only the frozen weights, so each is trained as it would be alone: Adam does
+        not see their gradients' common factor, and a task absent from a round is left as it is.
+        Only the rate is common. It follows the rounds, of which an epoch has as many as the
+        largest task needs; a smaller task takes its steps at the beginning of each epoch.
 
         Returns:
             held-out accuracies per task: before, in the last epoch, and in the best one.
@@ -218,7 +219,7 @@ class Protocol:
         passes = SequencePasses(
             Sequences(turns.fields, turns.starts, turns.candidates),
             packed=self.packed,
-            max_tokens=self.settings.max_tokens,
+            max_tokens=known(self.settings.max_tokens),
             pad_token_id=self.encoders.tokenizer.pad_token_id,
             position_offset=self._position_offset,
             device=self.device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import NamedTuple
 from torch import nn
 
 from experiments import cli
-from experiments.language import report
+from experiments.language import figures, report
 from experiments.language.prepare import facts, load_corpus, prepare
 from experiments.language.progress import Clock, EpochLine
 from experiments.language.protocol import Protocol
-from experiments.language.settings import Settings
-from experiments.runs import RunFolder
+from experiments.language.settings import TINY, Settings
+from experiments.runs import RunFolder, one_thread
 from experiments.training import (
     EpochLog,
     choose_device,
@@ -40,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "it on those of others, to choose the next utterance among 20.",
     )
     folder = run(settings)
-    print(report.table(report.summary(folder.rows()), 100 / settings.candidates))
+    lines = report.summary(folder.rows())
+    print(report.table(lines, 100 / settings.candidates))
+    if ranks := report.table_of_ranks(lines):
+        print(f"\n{ranks}")
     for path in sorted(folder.folder.glob("*.png")):
         print(path)
 
@@ -70,8 +74,10 @@ def run(settings: Settings) -> RunFolder:
             for part, sha256 in file.sha256.items():
                 folder.add_data(part, sha256)
         folder.note(**facts(corpus, protocol))
-        _Run(folder, protocol, name, [str(task.cluster) for task in corpus.testing]).everything()
-        report.figures(folder, 100 / settings.candidates)
+        clusters = [str(task.cluster) for task in corpus.testing]
+        with one_thread() if settings.model == TINY else contextlib.nullcontext():
+            _Run(folder, protocol, name, clusters).everything()
+        figures.draw(folder, 100 / settings.candidates)
     return folder
 
 

@@ -29,7 +29,7 @@ SMOKE: Mapping[str, Any] = {
     "model": TINY,
     "tasks": 3,
     "test_tasks": 2,
-    "dialogues": 8,
+    "dialogues": 3,
     "turns": 2,
     "epochs": 1,
     "finetune_epochs": 2,
@@ -62,8 +62,8 @@ class Settings:
     )
     finetune: tuple[str, ...] = option(
         (OWN,),
-        help="fine-tunings; own: LoRA after lora-ml, the last layer after last-layer-ml, both "
-        "after the others",
+        help="fine-tunings; last-layer: of all linear layers behind the encoder; own: lora after "
+        "lora-ml, last-layer after last-layer-ml, both after the others",
         choices=(*FINETUNES, OWN),
     )
     rank: tuple[int, ...] = option(
@@ -115,7 +115,9 @@ class Settings:
     packed: bool | None = option(
         None, help="run sequences one behind the other, without padding (default: where it works)"
     )
-    max_tokens: int = option(16384, help="of one pass; larger batches take several")
+    max_tokens: int | None = option(
+        None, help="of one pass; larger batches take several (CPU: 4096, GPU: 16384)"
+    )
     device: str = option("auto", help="auto, cpu, cuda, ...", run_only=True)
     precision: str = option(
         "auto",
@@ -131,16 +133,27 @@ class Settings:
         set_field(self, "retrain", METHODS if ALL in self.retrain else unique(self.retrain))
         set_field(self, "finetune", unique(self.finetune))
         set_field(self, "rank", unique(self.rank))
-        if self.candidates == 1:
-            raise ValueError("argument --candidates: must be at least 2, got 1")
         check_numbers("language", self, zero=("first_seed", "weight_decay", "dropout", "warmup"))
+        for name, fits, wanted in (
+            ("candidates", self.candidates > 1, "at least 2"),
+            ("dropout", self.dropout < 1, "below 1"),
+            ("warmup", self.warmup <= 1, "a part, at most 1"),
+            ("schedule_scale", self.schedule_scale >= 1, "at least 1"),
+            ("finetune_schedule_scale", self.finetune_schedule_scale >= 1, "at least 1"),
+        ):
+            if not fits:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"argument {flag}: must be {wanted}, got {getattr(self, name)}")
 
     def resolved(self, device_type: str) -> Settings:
         """These settings with every default filled in."""
         values = {**DEFAULTS, **(SMOKE if self.smoke else {})}
         missing = {k: v for k, v in values.items() if getattr(self, k) is None}
+        on_cpu = device_type == "cpu"
+        if self.max_tokens is None:
+            missing["max_tokens"] = 4096 if on_cpu else 16384
         if self.precision == "auto":
-            missing["precision"] = "fp32" if device_type == "cpu" else "bf16"
+            missing["precision"] = "fp32" if on_cpu else "bf16"
         return dataclasses.replace(self, **missing)
 
     def finetunes(self, method: str) -> tuple[str, ...]:
