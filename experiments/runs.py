@@ -221,10 +221,7 @@ class RunFolder:
 
     def rows(self) -> list[dict[str, str]]:
         """What results.csv holds by now."""
-        if not self.path(RESULTS).exists():
-            return []
-        with self.path(RESULTS).open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        return read_rows(self.path(RESULTS)) if self.path(RESULTS).exists() else []
 
     def records(self) -> list[dict[str, Any]]:
         """What metrics.jsonl holds by now."""
@@ -287,6 +284,12 @@ class RunFolder:
 
     def _write_manifest(self) -> None:
         self.write_json(MANIFEST, self.manifest)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a results.csv."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def default_folder(experiment: str, tag: str = "") -> Path:

@@ -50,15 +50,11 @@ def _accuracy(run: RunFolder, lines: Sequence[Mapping[str, Any]], chance: float)
     axes[0][0].set_ylabel("accuracy, 1 of 20 (%)" if chance == 5 else "accuracy (%)")
     trials = max(line["trials"] for line in lines)
     fig.suptitle(
-        f"{_model_name(run)}, fine-tuned on unseen personas: last epoch, mean and standard error "
-        f"of {trials} trial{'s' if trials > 1 else ''}",
+        f"{run.rows()[0]['model']}, fine-tuned on unseen personas: last epoch, mean and standard "
+        f"error of {trials} trial{'s' if trials > 1 else ''}",
         fontsize=13,
     )
     return plotting.save(fig, run, "accuracy", lines)
-
-
-def _model_name(run: RunFolder) -> str:
-    return Path(run.manifest["settings"]["model"]).name
 
 
 def _chance(ax: Axes, chance: float) -> None:

@@ -6,11 +6,26 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.runs import standard_error, with_error
+from experiments.runs import RunFolder, standard_error, with_error
 
 BEFORE, LAST, BEST = "accuracy_before", "accuracy_last", "accuracy_best"
 METRICS = (BEFORE, LAST, BEST)
 KEY = ("method", "finetune", "rank")
+
+
+def show(run: RunFolder, chance: float) -> None:
+    """Prints the tables of a run and where its figures are.
+
+    Args:
+        run: a run of the experiment.
+        chance: accuracy of a blind choice, in percent.
+    """
+    lines = summary(run.rows())
+    print(table(lines, chance))
+    if ranks := table_of_ranks(lines):
+        print(f"\n{ranks}")
+    for path in sorted(run.folder.glob("*.png")):
+        print(path)
 
 
 def row(

@@ -40,13 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Retrains a language model on the dialogues of some personas, then fine-tunes "
         "it on those of others, to choose the next utterance among 20.",
     )
-    folder = run(settings)
-    lines = report.summary(folder.rows())
-    print(report.table(lines, 100 / settings.candidates))
-    if ranks := report.table_of_ranks(lines):
-        print(f"\n{ranks}")
-    for path in sorted(folder.folder.glob("*.png")):
-        print(path)
+    report.show(run(settings), 100 / settings.candidates)
 
 
 def run(settings: Settings) -> RunFolder:

@@ -1,0 +1,99 @@
+"""One table and its figures from several runs: trials that ran side by side, or on other machines.
+
+python -m experiments.language.join RUN RUN ... --out DIR
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import cli
+from experiments.language import figures, report
+from experiments.language.settings import Settings
+from experiments.runs import MANIFEST, RESULTS, RunError, RunFolder, read_rows
+
+# May differ between runs that are joined; the trials must.
+FREE = {"seeds", "first_seed"} | {
+    field.name for field in dataclasses.fields(Settings) if field.metadata.get("run_only")
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class JoinSettings:
+    """Which runs to join."""
+
+    runs: tuple[Path, ...] = cli.option(help="folders of finished runs", positional=True)
+    out: Path | None = cli.option(None, help="folder of the result (default: one in runs/)")
+
+
+@cli.main_guard
+def main(argv: Sequence[str] | None = None) -> None:
+    """Joins runs as a command."""
+    settings = cli.parse(
+        JoinSettings,
+        argv,
+        prog="python -m experiments.language.join",
+        description="Makes one table and its figures of runs that differ in their seeds.",
+    )
+    folder, chance = join(settings.runs, settings.out)
+    report.show(folder, chance)
+
+
+def join(runs: Sequence[Path], out: Path | None) -> tuple[RunFolder, float]:
+    """A folder with the results of all runs, its figures made; and the chance level in percent.
+
+    Raises:
+        RunError: a folder holds no finished run, the runs differ in more than their trials, or
+            have a trial in common.
+    """
+    manifests = [_manifest(run) for run in runs]
+    first = _fixed(manifests[0])
+    trials: dict[str, Path] = {}
+    rows: list[dict[str, str]] = []
+    for run, manifest in zip(runs, manifests, strict=True):
+        other = [name for name, value in _fixed(manifest).items() if first.get(name) != value]
+        if other:
+            raise RunError(
+                f"{run} and {runs[0]} differ in {', '.join(other)}; only runs that are equal but "
+                "for --first-seed and --seeds can be joined"
+            )
+        found = read_rows(run / RESULTS)
+        for trial in dict.fromkeys(row["trial"] for row in found):
+            if trial in trials:
+                raise RunError(f"{trials[trial]} and {run} both have trial {trial}")
+            trials[trial] = run
+        rows += found
+    chance = 100 / manifests[0]["settings"]["candidates"]
+    settings = JoinSettings(tuple(runs), out)
+    with RunFolder.create(out, settings, experiment="language", tag="joined") as folder:
+        folder.add_rows(rows)
+        folder.note(runs=manifests)
+        figures.draw(folder, chance)
+    return folder, chance
+
+
+def _manifest(run: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
+        experiment, status = manifest["experiment"], manifest["status"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(f"{run} holds no run ({MANIFEST} is missing or damaged)") from None
+    if experiment != "language" or "candidates" not in manifest["settings"]:
+        raise RunError(f"{run} holds no run of python -m experiments.language")
+    if status != "completed":
+        raise RunError(f"{run} is {status}; finish it with --resume --out {run}")
+    return manifest
+
+
+def _fixed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same: the settings and the data."""
+    settings = {k: v for k, v in manifest["settings"].items() if k not in FREE}
+    return {**settings, "data": manifest["data"]}
+
+
+if __name__ == "__main__":
+    main()

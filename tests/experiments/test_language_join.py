@@ -1,0 +1,57 @@
+"""Trials that ran apart make one table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.language import report
+from experiments.language.join import join, main
+from experiments.language.settings import Settings
+from experiments.runs import RunError, RunFolder
+
+
+def made(path: Path, trial: int, value: float, **given: Any) -> Path:
+    settings = Settings(first_seed=trial, **{"seeds": 1, **given}).resolved("cpu")
+    with RunFolder.create(path, settings, experiment="language") as run:
+        run.add_data("valid.jsonl", "0" * 64)
+        run.add_rows(
+            [
+                report.row("tiny", "lora-ml", "lora", 8, task, trial, metric, value)
+                for task in ("3", "5")
+                for metric in report.METRICS
+            ]
+        )
+    return path
+
+
+def test_two_trials_become_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [made(tmp_path / "a", 0, 0.2), made(tmp_path / "b", 1, 0.4)]
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, runs), "--out", str(tmp_path / "joined")])
+    printed = capsys.readouterr()
+    assert ended.value.code in (0, None), printed.err
+    (line,) = (text for text in printed.out.splitlines() if text.startswith("lora-ml"))
+    assert line.split()[:6] == ["lora-ml", "lora", "8", "2", "30.00", "(10.00)"]
+    assert (tmp_path / "joined" / "accuracy.png").stat().st_size > 10_000
+    manifest = json.loads((tmp_path / "joined" / "manifest.json").read_text())
+    assert [run["settings"]["first_seed"] for run in manifest["notes"]["runs"]] == [0, 1]
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
+    first, other = made(tmp_path / "a", 0, 0.2), made(tmp_path / "b", 1, 0.4, lr=1e-3)
+    out = tmp_path / "joined"
+    with pytest.raises(RunError, match="differ in lr; only runs that are equal"):
+        join([first, other], out)
+    with pytest.raises(RunError, match="both have trial 0"):
+        join([first, made(tmp_path / "c", 0, 0.3)], out)
+    with pytest.raises(RunError, match="holds no run"):
+        join([first, tmp_path], out)
+    manifest = first / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"completed"', '"interrupted"'))
+    with pytest.raises(RunError, match="is interrupted; finish it with --resume --out"):
+        join([first], out)
+    assert not out.exists()
