@@ -44,13 +44,39 @@ def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     }
     before = {name: value.clone() for name, value in Model().state_dict().items()}
-    first, second = snippets()
+    first, second, *_ = snippets()
     exec(first, names)
     assert set(torch.load("retrained.pt")) == set(before)
     assert not any(hasattr(m, "lora_A") for m in names["plain"].modules())
     names["task_ids"] = ids  # the first snippet's loop has bound the name
     exec(second.replace("epochs=100", "epochs=2"), names)
     assert names["model"].body.lora_A.shape == (1, 1, 6)
+
+
+def test_hugging_face_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    small = transformers.RobertaConfig(**sizes, num_attention_heads=2, max_position_embeddings=12)
+    lengths = torch.arange(12) % 7 + 2
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    names: dict[str, Any] = {
+        "meta": meta,
+        "torch": torch,
+        "model": transformers.RobertaForSequenceClassification(small),
+        "tokens": torch.randint(2, 20, (int(starts[-1]),)),
+        "starts": starts,
+        "labels": torch.arange(12) % 2,
+        "task_ids": torch.arange(12) % 3,
+    }
+    _, _, third, fourth = snippets()
+    exec(third.replace("epochs=10", "epochs=1"), names)
+    assert names["theirs"].peft_config["default"].r == 8
+    assert names["ours"].classifier.dense.weight.shape == (2, 16, 16)
+    names["few_samples"] = names["rounds"]
+    exec(fourth, names)
+    assert len(names["result"].adapters) == 3
 
 
 def test_commands_are_the_makefile_s() -> None:
