@@ -273,9 +273,11 @@ def _is_dialogues(path: Path) -> bool:
 
 def _check_enough(source: _Source, clusters: Sequence[object], wanted: int) -> None:
     if len(clusters) < wanted:
+        strangers = [d.where for d in source.dialogues if d.match == UNMATCHED]
+        unmatched = f" ({len(strangers)} match none, first {strangers[0]})" if strangers else ""
         raise DataError(
             f"{source.path}: wanted {wanted} tasks, but only {len(clusters)} persona clusters have "
-            "dialogues that can be used; ask for fewer --tasks or --test-tasks"
+            f"dialogues that can be used{unmatched}; ask for fewer --tasks or --test-tasks"
         )
 
 

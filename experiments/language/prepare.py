@@ -83,14 +83,30 @@ def prepare(settings: Settings, corpus: Corpus, device: torch.device) -> Protoco
     )
 
 
+def notes(corpus: Corpus, protocol: Protocol, list_unmatched: bool) -> list[str]:
+    """What of the data is left out or cut, a line each; on request every unmatched dialogue's."""
+    lines = []
+    for file in corpus.files:
+        if file.unmatched or list_unmatched:
+            hint = "" if list_unmatched else "; --list-unmatched lists them"
+            lines.append(
+                f"note: {file.path}: {len(file.unmatched)} dialogues are left out, whose personas "
+                f"match no cluster{hint}"
+            )
+        if list_unmatched:
+            lines += [f"{where}: {' '.join(persona)}" for where, persona in file.unmatched]
+    for name, turns in _parts(protocol).items():
+        if turns.truncated:
+            lines.append(
+                f"note: {name.replace('_', '-')}: {turns.truncated} of {len(turns)} turns are too "
+                "long for the model and lose their oldest tokens"
+            )
+    return lines
+
+
 def facts(corpus: Corpus, protocol: Protocol) -> dict[str, Any]:
     """What the data turned out to be, for the manifest."""
-    parts = {
-        "retraining": protocol.retraining,
-        "validation": protocol.validation,
-        "test": protocol.test,
-        "held_out": protocol.held_out,
-    }
+    parts = _parts(protocol)
     return {
         "retraining_clusters": [task.cluster for task in corpus.retraining],
         "test_clusters": [task.cluster for task in corpus.testing],
@@ -100,4 +116,13 @@ def facts(corpus: Corpus, protocol: Protocol) -> dict[str, Any]:
         "dialogues": {file.path.name: file.counts() for file in corpus.files},
         "other_sides_left_out": corpus.other_sides,
         "packed": protocol.packed,
+    }
+
+
+def _parts(protocol: Protocol) -> dict[str, TokenizedTurns]:
+    return {
+        "retraining": protocol.retraining,
+        "validation": protocol.validation,
+        "test": protocol.test,
+        "held_out": protocol.held_out,
     }

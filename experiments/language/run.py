@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from torch import nn
 
 from experiments import cli
 from experiments.language import figures, report
-from experiments.language.prepare import facts, load_corpus, prepare
+from experiments.language.prepare import facts, load_corpus, notes, prepare
 from experiments.language.progress import Clock, EpochLine
 from experiments.language.protocol import Protocol
 from experiments.language.settings import TINY, Settings
@@ -68,6 +69,8 @@ def run(settings: Settings) -> RunFolder:
             for part, sha256 in file.sha256.items():
                 folder.add_data(part, sha256)
         folder.note(**facts(corpus, protocol))
+        for line in notes(corpus, protocol, settings.list_unmatched):
+            print(line, file=sys.stderr)
         clusters = [str(task.cluster) for task in corpus.testing]
         with one_thread() if settings.model == TINY else contextlib.nullcontext():
             _Run(folder, protocol, name, clusters).everything()

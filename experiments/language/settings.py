@@ -75,6 +75,9 @@ class Settings:
     test_tasks: int | None = option(None, help="test tasks, the largest first (default: 10)")
     dialogues: int | None = option(None, help="train on only so many dialogues a task")
     turns: int | None = option(None, help="use only the first so many turns of a dialogue")
+    list_unmatched: bool = option(
+        False, help="list the dialogues whose persona matches no cluster", run_only=True
+    )
     history: int | None = option(None, help="show only so many of the last utterances")
     max_length: int | None = option(
         None, help="tokens of a sequence; the oldest are cut (default: what the model takes)"

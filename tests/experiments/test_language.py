@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from experiments.language import figures, report
 from experiments.language.encoders import head_names, roberta_from_bert, word_tokenizer
-from experiments.language.prepare import load_corpus, prepare
+from experiments.language.prepare import load_corpus, notes, prepare
 from experiments.language.protocol import Protocol, choice_accuracy, choice_loss
 from experiments.language.run import main, run
 from experiments.language.settings import METHODS, Settings
@@ -118,6 +118,37 @@ def test_a_mistake_is_one_line_before_anything_is_written(
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1 and message in printed.err
     assert list(here.iterdir()) == []
+
+
+def test_what_is_left_out_or_cut_is_said_and_listed_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    personas = ["i am a cook .", "i have two dogs .", "i do not sleep .", "i fly planes ."]
+    lines = [
+        line
+        for persona in personas
+        for n in range(4)
+        for line in (f"1 your persona: {persona}", f"2 {persona} {n} ?\tyes {persona} {n} .")
+    ]
+    (tmp_path / "valid_self_original_no_cands.txt").write_text("\n".join(lines) + "\n")
+    known = {str(i): [[persona]] for i, persona in enumerate(personas[:3], start=1)}
+    (tmp_path / "valid_persona_map.json").write_text(json.dumps(known))
+    given = {"data": tmp_path, "test_tasks": 1, "max_length": 12, "retrain": ("none",)}
+    monkeypatch.setattr(figures, "draw", lambda *_: [])
+    run(settings(**given, validation_dialogues=1, out=tmp_path / "run"))
+    printed = capsys.readouterr().err.splitlines()
+    path = tmp_path / "valid_self_original_no_cands.txt"
+    left_out = f"note: {path}: 4 dialogues are left out, whose personas match no cluster"
+    assert printed[:2] == [
+        f"{left_out}; --list-unmatched lists them",
+        "note: retraining: 6 of 6 turns are too long for the model and lose their oldest tokens",
+    ]
+    assert "i fly planes" not in "".join(printed)
+    resolved = settings(**given, validation_dialogues=1).resolved("cpu")
+    corpus = load_corpus(resolved)
+    listed = notes(corpus, prepare(resolved, corpus, CPU), list_unmatched=True)
+    assert listed[:2] == [left_out, f"{path}:25: i fly planes ."]
+    assert [line for line in listed if "fly" in line] == listed[1:5]
 
 
 def test_an_interrupted_run_resumed_equals_one_never_stopped(

@@ -266,6 +266,10 @@ def test_personas_that_match_no_cluster_are_counted_and_listed(file: Path) -> No
     report = load(file.parent, **OPTIONS).files[0]
     assert report.counts() == {"exact": 12, "partial": 0, "catch_all": 9, "unmatched": 1}
     assert report.unmatched == ((f"{file}:1", ("i fly planes.", "i never land.")),)
+    with pytest.raises(
+        DataError, match=rf"only 3 persona .* \(1 match none, first {file}:1\); ask"
+    ):
+        load(file.parent, **OPTIONS | {"tasks": 9})
 
 
 def test_partial_matches_only_when_not_strict(file: Path) -> None:
