@@ -92,11 +92,15 @@ def make_turn(
     return Turn(utterance, stripped, stripped.index(response))
 
 
-def numbered_lines(path: Path) -> list[tuple[int, str]]:
+def numbered_lines(path: Path, *, ended: bool = False) -> list[tuple[int, str]]:
     """The lines of a UTF-8 text file that are not blank, with their numbers from 1.
 
+    Args:
+        ended: whether the last one must have an end, for files whose lines do not show otherwise
+            that they are whole.
+
     Raises:
-        DataError: the file cannot be read, or is not UTF-8.
+        DataError: the file cannot be read, is not UTF-8, or ends within a line.
     """
     try:
         data = path.read_bytes()
@@ -106,6 +110,12 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: not UTF-8; convert the file to UTF-8") from None
+    if ended and text and not text.endswith("\n"):
+        line = text.count("\n") + 1
+        raise DataError(
+            f"{path}:{line}: the last line has no end; is it cut off? "
+            "(if it is whole, add a line break)"
+        )
     # Only "\n" ends a line: splitlines() would also cut at Unicode's other separators.
     lines = enumerate(text.split("\n"), start=1)
     return [(number, line.rstrip("\r")) for number, line in lines if line.strip()]

@@ -47,7 +47,7 @@ def _blocks(path: Path) -> list[list[Line]]:
     """The lines of each dialogue."""
     blocks: list[list[Line]] = []
     previous = 0
-    for line, content in numbered_lines(path):
+    for line, content in numbered_lines(path, ended=True):
         number, _, text = content.partition(" ")
         if not number.isdecimal() or not text.strip():
             raise DataError(f"{path}:{line}: wanted a number and text; is the line cut off?")

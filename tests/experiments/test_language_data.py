@@ -236,13 +236,13 @@ def test_damaged_lines_of_a_parlai_file(
     assert sorted(file.parent.iterdir()) == before
 
 
-def test_a_file_cut_anywhere_in_its_last_line(file: Path) -> None:
+@pytest.mark.parametrize("lists", [True, False])
+def test_a_file_cut_anywhere_in_its_last_line(tmp_path: Path, lists: bool) -> None:
+    file = write_parlai(tmp_path / "valid_self_original.txt", lists)
     whole = file.read_text()
-    assert parlai.read(file, 4)
-    file.write_text(whole.rstrip("\n"))  # nothing is missing but the end of the line
     assert len(parlai.read(file, 4)) == sum(SIZES.values())
     begin = whole.rstrip("\n").rfind("\n") + 1
-    for end in range(begin + 1, len(whole) - 1):
+    for end in range(begin + 1, len(whole)):
         file.write_text(whole[:end])
         with pytest.raises(DataError, match=r":110: .*cut off"):
             parlai.read(file, 4)
@@ -320,7 +320,7 @@ def test_a_partners_persona_is_that_of_the_other_side(tmp_path: Path) -> None:
     silent = ["partner's persona: i am a cook.", f"{SILENCE}\tb .", "c ?\td ."]
     both = ["your persona: i have two dogs.", *lines]
     text = [f"{i} {line}" for part in (lines, silent, both) for i, line in enumerate(part, 1)]
-    path.write_text("\n".join(text))
+    path.write_text("\n".join([*text, ""]))
     first, second, third = parlai.read(path, 4)
     assert said([first]) == [[[SILENCE, "a ?"], ["b .", "c ?"]]]
     assert said([second]) == [[["b .", "c ?"]]]
