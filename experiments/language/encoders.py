@@ -24,7 +24,7 @@ class Encoders:
 
     Args:
         name: a name or folder, "minilm" or "tiny".
-        tokenizer: folder of the tokenizer; None is the model's own.
+        tokenizer: name or folder of the tokenizer; None is the model's own.
         as_roberta: see `roberta_from_bert`.
         texts: what the vocabulary of "tiny" is made of.
 
@@ -33,14 +33,15 @@ class Encoders:
     """
 
     def __init__(
-        self, name: str, tokenizer: Path | None, as_roberta: bool, texts: Iterable[str]
+        self, name: str, tokenizer: str | None, as_roberta: bool, texts: Iterable[str]
     ) -> None:
         self._tiny, self._as_roberta = name == TINY, as_roberta
         self._name = minilm_folder() if name == MINILM else name
         if tokenizer is None and self._tiny:
             self.tokenizer = word_tokenizer(texts)
         else:
-            self.tokenizer = load_tokenizer(str(tokenizer or self._name))
+            given = (self._name,) if tokenizer is None else (tokenizer, "--tokenizer")
+            self.tokenizer = load_tokenizer(*given)
 
     def new(self, seed: int) -> nn.Module:
         """The pretrained encoder (of "tiny" a random one) with a head drawn by seed.

