@@ -92,8 +92,8 @@ class Corpus:
 
     Attributes:
         files: reports on the retraining and the test file; one report if they are the same.
-        other_sides: dialogues left out of the retraining tasks because a test task has them, as a
-            rule from the other side.
+        other_sides: dialogues left out of the retraining tasks because a test task has them, or a
+            retraining task holds them out, as a rule from the other side.
     """
 
     retraining: tuple[Task, ...]
@@ -122,7 +122,8 @@ def load(
     other. With one file they are disjoint clusters of it: the ``tasks`` largest for retraining,
     the ``test_tasks`` next ones for testing. Among clusters of one size the smaller number comes
     first. A file may have a dialogue twice, from both speakers' sides: what a test task has from
-    either side is left out of the retraining tasks.
+    either side is left out of the retraining tasks, and what one of these holds out is not trained
+    on in another.
 
     Args:
         root: a folder, in which the first of ``RETRAIN_FILES`` and of ``TEST_FILES`` is taken (one
@@ -154,6 +155,12 @@ def load(
         chosen, test_chosen = chosen[:tasks], test_chosen[:test_tasks]
     tested = {_conversation(d) for _, dialogues in test_chosen for d in dialogues}
     kept = [(c, [d for d in ds if _conversation(d) not in tested]) for c, ds in chosen]
+    validated = {_conversation(d) for _, ds in kept for d in ds[len(ds) - held_out :]}
+    kept = [
+        (c, [d for d in ds[:end] if _conversation(d) not in validated] + ds[end:])
+        for c, ds in kept
+        for end in [len(ds) - held_out]
+    ]
     sources = [retrain] if test is retrain else [retrain, test]
     return Corpus(
         tuple(retrain.task(c, ds, held_out, turns) for c, ds in kept),

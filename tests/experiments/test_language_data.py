@@ -162,6 +162,20 @@ def test_dialogues_of_a_test_task_from_the_other_side_are_not_retrained_on(tmp_p
     assert shape(corpus) == [(3, 5, 1), (9, 3, 1), (7, 3, 1)] and corpus.other_sides == 2
 
 
+def test_what_a_retraining_task_holds_out_is_not_trained_on_from_the_other_side(
+    tmp_path: Path,
+) -> None:
+    path = write_json_lines(tmp_path / "valid.jsonl")
+    last = turns(7, SIZES[7] - 1)
+    other = [[SILENCE, last[0][0]], [last[0][1], last[1][0]], [last[1][1], last[2][0]]]
+    first = json.dumps({"cluster": 3, "turns": other})
+    path.write_text(f"{first}\n{path.read_text()}")
+    corpus = load(tmp_path, **OPTIONS | {"tasks": 2})
+    assert shape(corpus) == [(3, 4, 1), (7, 3, 1), (9, 3, 1)] and corpus.other_sides == 1
+    assert said(corpus.retraining[0].train) == [turns(3, n) for n in range(4)]
+    assert said(corpus.retraining[1].held_out) == [last]
+
+
 def test_twenty_candidates_the_right_one_once_others_of_other_dialogues(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "valid.jsonl")
     corpus = load(tmp_path, **OPTIONS | {"candidates": 20})
@@ -393,7 +407,7 @@ def test_the_data_at_hand_have_the_known_numbers_of_dialogues(at_hand: Corpus) -
     retrained = {task.cluster for task in at_hand.retraining}
     assert len(tested) == len(retrained) == 10 and not tested & retrained
     assert [len((*t.train, *t.held_out)) for t in at_hand.testing] == [21] * 4 + [20] * 6
-    assert at_hand.other_sides == 19
+    assert at_hand.other_sides == 19 + 3  # of a test task, held out by a retraining task
 
 
 @real_data
