@@ -32,6 +32,7 @@ from metalora.meta import Batch, GradientStep, RoundLoader, TrainConfig
 from metalora.meta.data import Collate
 
 AUTHORS, PEFT = "the authors' schedule", "the same through PEFT"
+BESIDE = (PEFT, f"{AUTHORS}, bf16", f"{PEFT}, bf16")  # no step on the way to ours
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 LOSS = "the loss"
 FLOOR = 1e-3  # of the largest gradient: smaller ones may have errors as if they were this large
@@ -137,15 +138,17 @@ def padded_rounds(setting: Setting) -> Collate:
 
 
 def versions(setting: Setting, precision: str = "fp32") -> dict[str, Callable[[], Version]]:
-    """By name, what makes each version: the authors' first, and from the third on each with one
-    thing more than the one before."""
+    """By name, what makes each version: the authors' first, and, but for those of ``BESIDE``, each
+    with one thing more than the one before."""
     sequences, pad = setting.turns.sequences, setting.pad_token_id
 
     def one_task(
-        make: Callable[[nn.Module, int], Selectable], lengths: Sequence[int] | None
+        make: Callable[[nn.Module, int], Selectable],
+        lengths: Sequence[int] | None,
+        precision: str = "fp32",
     ) -> Version:
         what = make(deepcopy(setting.model), setting.num_tasks)
-        return TaskByTask(what, sequences, pad, choice_loss, lengths)
+        return TaskByTask(what, sequences, pad, choice_loss, lengths, precision)
 
     def ours(packed: bool, *, fused: bool = False, precision: str = "fp32") -> Version:
         collate = SequencePasses(
@@ -169,6 +172,9 @@ def versions(setting: Setting, precision: str = "fp32") -> dict[str, Callable[[]
     }
     if precision != "fp32":
         found[f"+ {precision}"] = lambda: ours(True, fused=True, precision=precision)
+        longest = setting.turns.longest
+        found[f"{AUTHORS}, {precision}"] = lambda: one_task(plain, longest, precision)
+        found[f"{PEFT}, {precision}"] = lambda: one_task(peft, longest, precision)
     return found
 
 
