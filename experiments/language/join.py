@@ -55,7 +55,8 @@ def join(runs: Sequence[Path], out: Path | None) -> tuple[RunFolder, float]:
     trials: dict[str, Path] = {}
     rows: list[dict[str, str]] = []
     for run, manifest in zip(runs, manifests, strict=True):
-        other = [name for name, value in _fixed(manifest).items() if first.get(name) != value]
+        fixed = _fixed(manifest)
+        other = [name for name in {**first, **fixed} if first.get(name) != fixed.get(name)]
         if other:
             raise RunError(
                 f"{run} and {runs[0]} differ in {', '.join(other)}; only runs that are equal but "

@@ -143,9 +143,10 @@ class Protocol:
     ) -> dict[str, list[float]]:
         """Adapts the model, in place, to all test tasks side by side, each for itself.
 
-        The tasks share only the frozen weights, so each is trained as it would be alone: Adam does
-        not see their gradients' common factor, and a task absent from a round is left as it is.
-        Only the rate is common. It follows the rounds, of which an epoch has as many as the
+        The tasks share only the frozen weights, so each is trained almost as it would be alone:
+        Adam does not see its gradients' factor, one over the tasks of the round, but where it grows
+        in an epoch's last rounds, and a task absent from a round is left as it is. The rate is
+        common. It follows the rounds, of which an epoch has as many as the
         largest task needs; a smaller task takes its steps at the beginning of each epoch.
 
         Returns:

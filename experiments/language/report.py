@@ -119,8 +119,8 @@ def table(lines: Iterable[Mapping[str, Any]], chance: float) -> str:
         )
     text.append(f"{'(chance)':<38} {chance:>7.2f}")
     text.append(
-        "held-out accuracy in %, mean over test tasks; mean (standard error) over trials; best: "
-        "each task at its own best epoch, which is optimistic"
+        "held-out accuracy in %, mean over test tasks; mean (standard error) over trials, all on "
+        "the same held-out turns; best: each task at its own best epoch, which is optimistic"
     )
     return "\n".join(text)
 

@@ -46,6 +46,14 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "joined"
     with pytest.raises(RunError, match="differ in lr; only runs that are equal"):
         join([first, other], out)
+    changed = made(tmp_path / "d", 2, 0.3) / "manifest.json"
+    changed.write_text(changed.read_text().replace("0" * 64, "1" * 64))
+    with pytest.raises(RunError, match="differ in data; only"):
+        join([first, changed.parent], out)
+    changed.write_text(changed.read_text().replace("1" * 64, "0" * 64))
+    changed.write_text(changed.read_text().replace('"alpha": 16.0,', ""))
+    with pytest.raises(RunError, match="differ in alpha; only"):
+        join([first, changed.parent], out)
     with pytest.raises(RunError, match="both have trial 0"):
         join([first, made(tmp_path / "c", 0, 0.3)], out)
     with pytest.raises(RunError, match="holds no run"):
