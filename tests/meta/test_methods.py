@@ -13,6 +13,7 @@ from torch import nn
 
 from metalora.adapters import LoRAConfig, adapted_layers, remove
 from metalora.meta import (
+    Batch,
     RoundLoader,
     TrainConfig,
     evaluate,
@@ -254,6 +255,12 @@ def test_passes_add_up_to_the_batch(method, precision):
 
     tolerance = 1e-12 if precision == "fp32" else 1e-3
     torch.testing.assert_close(weights(in_passes), weights(None), rtol=0, atol=tolerance)
+
+
+def test_passes_without_weights_are_refused():
+    source = rounds(collate=lambda b: [Batch(b.inputs, b.targets, b.task_ids, b.counts)])
+    with pytest.raises(ValueError, match="collate: must give its batches the samples' weights"):
+        standard(network(), source, TrainConfig(epochs=1, lr=0.1))
 
 
 def test_validation_runs_in_passes():
