@@ -329,6 +329,21 @@ def test_attention_on_a_gpu(dtype, dropout):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("packed", [True, False])
+def test_targets_and_tasks_may_be_on_the_gpu_already(packed):
+    passes = SequencePasses(
+        sequences(LENGTHS), packed=packed, max_tokens=30, pad_token_id=PAD,
+        position_offset=2, device="cuda",
+    )  # fmt: skip
+    samples = torch.arange(len(LENGTHS))
+    there = {"targets": samples.cuda(), "weights": torch.rand(len(LENGTHS), device="cuda")}
+    parts = list(passes(Batch(samples, task_ids=(samples % 2).cuda(), **there)))
+    rows = torch.cat([part.targets for part in parts])
+    assert rows.is_cuda and sorted(rows.tolist()) == samples.tolist()
+    assert torch.equal(torch.cat([part.weights for part in parts]), there["weights"][rows])
+
+
+@pytest.mark.gpu
 @BOTH
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_pass_on_a_gpu_never_waits(model, packed):
