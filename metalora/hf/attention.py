@@ -84,7 +84,7 @@ class Packing:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on ``device`` for which the host does not wait."""
-    if device.type != "cuda":
+    if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 

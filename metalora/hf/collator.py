@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from metalora._checks import check_count
 from metalora.meta import RoundLoader
 
 Feature = Mapping[str, Any]
@@ -131,16 +132,22 @@ class TaskRounds(Dataset[list[Any]]):
             max_rounds=max_rounds,
         )
         self.num_tasks = self._loader.num_tasks
-        self.set_epoch(0)
+        # Shared, for persistent workers of a DataLoader keep their copy of the rest.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._drawn = -1  # the epoch of these rounds
+        self._rounds: list[list[int]] = []
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws the rounds of this epoch, a pure function of (seed, epoch)."""
-        self._loader.set_epoch(epoch)
-        self._rounds = [batch.inputs.tolist() for batch in self._loader]
+        """Chooses the rounds of this epoch, a pure function of (seed, epoch)."""
+        self._epoch.fill_(check_count("TaskRounds.set_epoch", "epoch", epoch, minimum=0))
 
     def __len__(self) -> int:
-        return len(self._rounds)
+        return len(self._loader)
 
     def __getitem__(self, number: int) -> list[Any]:
         """The samples of a round, sorted by task."""
+        epoch = int(self._epoch)
+        if epoch != self._drawn:
+            self._loader.set_epoch(epoch)
+            self._rounds, self._drawn = [batch.inputs.tolist() for batch in self._loader], epoch
         return [self.dataset[i] for i in self._rounds[number]]

@@ -112,6 +112,10 @@ class _FirstTokens:
     def __init__(self) -> None:
         self._packing: Packing | None = None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        register()  # a model may be unpickled where transformers does not know `attention` yet
+        self.__dict__.update(state)
+
     def hook(self, encoder: nn.Module) -> list[Any]:
         """Puts the hooks in place; their handles."""
         last: Any = [*getattr(encoder, "layer", [None])][-1]
@@ -154,10 +158,12 @@ def _difference(model: nn.Module) -> str | None:
     model.eval()
     try:
         for part in dict.fromkeys((inner.base_model, model)):
-            packed, padded = _outputs(part, inner)
+            packed, padded, changed = _outputs(part, inner)
             if packed.shape != padded.shape:
                 shapes = f"{list(packed.shape)} instead of {list(padded.shape)}"
                 return f"{type(inner).__name__} gives {shapes} for packed sequences"
+            if not torch.equal(packed[0], changed[0]):
+                return f"{type(inner).__name__} lets packed sequences see each other"
             short = padded.dtype in (torch.bfloat16, torch.float16)
             limit = (5e-2 if short else 5e-3) * padded.abs().max()
             if not bool(((packed - padded).abs() <= limit).all()):
@@ -171,8 +177,11 @@ def _difference(model: nn.Module) -> str | None:
     return None
 
 
-def _outputs(model: nn.Module, inner: Any) -> tuple[Tensor, Tensor]:
-    """The logits, or each first token's last hidden state, of two sequences packed and padded."""
+def _outputs(model: nn.Module, inner: Any) -> list[Tensor]:
+    """The logits, or each first token's last hidden state, of two sequences.
+
+    Packed, padded, and packed with other tokens in the second.
+    """
     device = next(model.parameters()).device
     pad = getattr(inner.config, "pad_token_id", None) or 0
     tokens = torch.arange(sum(_LENGTHS)) % (inner.config.vocab_size - 1)
@@ -184,14 +193,16 @@ def _outputs(model: nn.Module, inner: Any) -> tuple[Tensor, Tensor]:
         "position_ids": positions[None],
         "packing": Packing.of(_LENGTHS, device),
     }
+    others = torch.arange(_LENGTHS[0], len(ids), device=device)
     parts = ids.split(_LENGTHS)
     padded = {
         "input_ids": nn.utils.rnn.pad_sequence(parts, True, pad),
         "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(p) for p in parts], True),
     }
+    changed = {**packed, "input_ids": ids.index_fill(0, others, int(ids[0]))[None]}
     results = []
-    for inputs in (packed, padded):
+    for inputs in (packed, padded, changed):
         with tasks(torch.tensor([0, 0]), lengths=_LENGTHS):
             output = call_model(model, inputs)
         results.append(output if isinstance(output, Tensor) else output.last_hidden_state[:, 0])
-    return results[0], results[1]
+    return results

@@ -20,6 +20,7 @@ def accept_task_ids(model: nn.Module, loss: Loss = cross_entropy) -> TaskIds:
 
     A call with them runs inside ``with metalora.tasks(...)``, and so does its backward pass, which
     under gradient checkpointing runs layers again. Without them the model is called as before.
+    Of a model that takes them already, the earlier objective is taken off.
 
     Args:
         model: an adapted model, which gets hooks; how it is saved does not change.
@@ -40,6 +41,10 @@ class TaskIds:
             raise ValueError(
                 "accept_task_ids: the model has no adapters; metalora.adapt puts them in"
             )
+        for hook in list(model._forward_pre_hooks.values()):
+            earlier = getattr(hook, "__self__", None)
+            if isinstance(earlier, TaskIds):
+                earlier.remove()
         self._num_tasks, self._loss = layers[0].num_tasks, loss
         self._batch: TaskBatch | None = None
         self._scope = ExitStack()

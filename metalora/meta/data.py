@@ -28,8 +28,8 @@ class Batch:
         lengths: rows of each sample, B numbers, where the inputs are packed, see `metalora.tasks`.
         weights: [B], each sample's part in the loss; None leaves that to the training.
         collate: makes of this batch what the model is called with, in one or several passes, each
-            with some of the samples (of `take`): for samples that have to be padded or packed
-            first, or batches too large for memory. None: ``inputs`` are ready.
+            with some of the samples and their weights (of `take`): for samples that have to be
+            padded or packed first, or batches too large for memory. None: ``inputs`` are ready.
     """
 
     inputs: Any

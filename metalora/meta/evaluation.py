@@ -19,7 +19,10 @@ Metric = Callable[[Any, Batch], Tensor]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A metric's mean over the samples of each task, and the mean of these over tasks."""
+    """A metric's mean over the samples of each task, and the mean of these over tasks.
+
+    A task without samples has nan, and no part in the mean.
+    """
 
     per_task: tuple[float, ...]
     mean: float
@@ -54,11 +57,12 @@ def evaluate(
                 with tasks(batch.task_ids, counts=batch.counts, lengths=batch.lengths):
                     values = metric(forward(model, batch.inputs), batch).double()
                 zeros = values.new_zeros(loader.num_tasks)
-                ids = batch.task_ids.to(values.device)
+                ids = batch.task_ids.to(values.device, non_blocking=True)
                 sums = sums.to(values.device) + zeros.index_add(0, ids, values)
                 counts = counts.to(values.device) + zeros.index_add(0, ids, torch.ones_like(values))
     finally:
         for module, training in modes.items():
             module.training = training
     per_task = (sums / counts).tolist()
-    return Evaluation(tuple(per_task), sum(per_task) / len(per_task))
+    present = [mean for mean, count in zip(per_task, counts.tolist(), strict=True) if count]
+    return Evaluation(tuple(per_task), sum(present) / len(present))

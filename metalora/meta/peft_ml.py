@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,7 +51,7 @@ def peft_ml(
             weights; of modules that exist once per task (``modules_to_save``), the tasks' mean.
         rounds: the retraining tasks.
         config: settings.
-        peft_config: a ``peft.PeftConfig``, or a `LoRAConfig`.
+        peft_config: a ``peft.PeftConfig``, or with ``fused`` a `LoRAConfig`.
         fused: whether LoRA goes through `lora_ml`; without, it too is peft's.
         loss: see `standard`.
         forward: see `standard`; it calls the model itself, which chooses the adapter.
@@ -177,4 +178,10 @@ def _as_fused(model: nn.Module, config: Any) -> LoRAConfig | None:
         select(model, adapter)
     except (TypeError, ValueError):
         return None
+    targets = adapter.target_modules
+    if isinstance(targets, str) and targets != "all-linear":
+        # peft's patterns mean layers of other kinds too, such as embeddings.
+        found = [m for name, m in model.named_modules() if re.fullmatch(targets, name)]
+        if any(m._parameters and not isinstance(m, nn.Linear) for m in found):
+            return None
     return adapter

@@ -93,6 +93,10 @@ class Objective:
         return values[0] if len(values) == 1 else torch.stack(values).sum()
 
     def _pass_backward(self, batch: Batch, scaler: torch.amp.GradScaler) -> Tensor:
+        if batch.weights is None:
+            raise ValueError(
+                "collate: must give its batches the samples' weights, as Batch.take does, got None"
+            )
         context = tasks(batch.task_ids, counts=batch.counts, lengths=batch.lengths)
         autocast = torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None)
         with context:
@@ -103,7 +107,6 @@ class Objective:
                     f"loss: must return one loss per sample, [{len(batch.task_ids)}], "
                     f"got {list(losses.shape)}"
                 )
-            assert batch.weights is not None
             value = (losses * batch.weights.to(losses)).sum()
             scaler.scale(value).backward()  # in the context: checkpointed layers run again
         return value.detach()

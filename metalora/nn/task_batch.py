@@ -27,8 +27,8 @@ class TaskBatch:
             are checked against ids on the CPU and believed elsewhere. A sorted batch costs its
             layers no permutation.
         lengths: the number of rows of each sample, B numbers, where samples of unequal length are
-            packed: layers then also take x [1, sum(lengths), in], one sample behind the other.
-            The ids must ascend, and be on the CPU or come with ``counts``.
+            packed: layers then also take x [1, sum(lengths), in] or [sum(lengths), in], one sample
+            behind the other. The ids must ascend, and be on the CPU or come with ``counts``.
 
     Raises:
         TypeError: if ``task_ids`` is no int64 tensor.
@@ -87,10 +87,10 @@ class TaskBatch:
         return self.task_ids.shape[0]  # kept as an int, it would be compiled in as a constant
 
     def packs(self, x: Tensor) -> bool:
-        """Whether x is [1, sum(lengths), in], its samples packed."""
-        if self.packed_rows is None or x.dim() != 3:
+        """Whether x is [1, sum(lengths), in] or [sum(lengths), in], its samples packed."""
+        if self.packed_rows is None or x.dim() > 3:
             return False
-        return x.shape[0] == 1 and x.shape[1] == self.packed_rows
+        return x.shape[-2] == self.packed_rows and (x.dim() == 2 or x.shape[0] == 1)
 
     def packed_ids(self, device: torch.device) -> Tensor:
         """int64 [sum(lengths)] on ``device``: the task of each row of a packed x."""

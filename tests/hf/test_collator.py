@@ -62,6 +62,18 @@ def test_a_round_is_a_batch():
         next(iter(loader))
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_draw_the_rounds_of_each_epoch(persistent):
+    rounds = TaskRounds(FEATURES, IDS, batch_size=2, seed=3)
+    loader = DataLoader(
+        rounds, collate_fn=TaskCollator(collate), num_workers=1, persistent_workers=persistent
+    )
+    for epoch in (0, 1, 2):
+        rounds.set_epoch(epoch)
+        want = [[f["x"] for f in samples] for samples in rounds]
+        assert [batch["x"].tolist() for batch in loader] == want
+
+
 def test_bad_features_are_refused():
     with pytest.raises(ValueError, match=r"must have 'task_id', got \['x'\]; .*remove_unused_col"):
         TaskCollator(collate)([{"x": 1.0}])

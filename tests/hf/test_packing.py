@@ -2,6 +2,9 @@
 
 import copy
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,6 +224,20 @@ def test_models_it_leaves_as_they_were(tmp_path):
     assert disable_packing(again) is again
 
 
+def test_a_pickled_model_packs_in_a_process_of_its_own(tmp_path):
+    model = enable_packing(roberta().eval())
+    want = outputs(model, passes_of(model, True))[0]
+    torch.save(model, tmp_path / "model.pt")
+    code = (
+        "import sys, torch; from tests.hf.test_packing import outputs, passes_of;"
+        "model = torch.load(sys.argv[1] + '/model.pt', weights_only=False);"
+        "torch.save(outputs(model, passes_of(model, True))[0], sys.argv[1] + '/logits.pt')"
+    )
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=root)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), want, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_trying_a_model_changes_nothing(training):
     model = roberta().train(training)
@@ -257,6 +274,18 @@ def test_models_that_cannot_say_why(name):
         enable_packing(model)
     assert model.config._attn_implementation == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@BOTH
+def test_attention_that_ignores_packing_is_noticed(model):
+    """Also in a new model, where attention changes the outputs little."""
+    model = model(initializer_range=0.02)
+    for layer in model.base_model.encoder.layer:
+        original = layer.attention.self.forward
+        layer.attention.self.forward = lambda *args, original=original, packing=None, **kwargs: (
+            original(*args, **kwargs)
+        )
+    assert packing_problem(model).endswith("lets packed sequences see each other")
 
 
 def test_wrong_positions_are_noticed():
@@ -297,6 +326,21 @@ def test_attention_on_a_gpu(dtype, dropout):
     limit = 1e-5 if dtype == torch.float32 else 3e-2
     for a, b in zip([got, *(p.grad for p in parts)], [want, *(p.grad for p in exact)], strict=True):
         torch.testing.assert_close(a.double().cpu(), b, rtol=limit, atol=limit)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [True, False])
+def test_targets_and_tasks_may_be_on_the_gpu_already(packed):
+    passes = SequencePasses(
+        sequences(LENGTHS), packed=packed, max_tokens=30, pad_token_id=PAD,
+        position_offset=2, device="cuda",
+    )  # fmt: skip
+    samples = torch.arange(len(LENGTHS))
+    there = {"targets": samples.cuda(), "weights": torch.rand(len(LENGTHS), device="cuda")}
+    parts = list(passes(Batch(samples, task_ids=(samples % 2).cuda(), **there)))
+    rows = torch.cat([part.targets for part in parts])
+    assert rows.is_cuda and sorted(rows.tolist()) == samples.tolist()
+    assert torch.equal(torch.cat([part.weights for part in parts]), there["weights"][rows])
 
 
 @pytest.mark.gpu

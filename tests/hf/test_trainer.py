@@ -1,5 +1,7 @@
 """A stock transformers.Trainer with an adapted model."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -232,6 +234,18 @@ def test_calls_without_tasks_are_as_before():
     accepted.remove()
     with pytest.raises(ValueError, match="which task does each sample belong to"):
         model(**inputs, task_ids=batch["task_ids"])
+
+
+def test_accepting_again_takes_the_earlier_objective_off():
+    model, batch = adapted_model(), TaskCollator(pad)(DATA[:4])
+    accept_task_ids(model)
+    twin = copy.deepcopy(model)
+    for accepting in (model, twin):
+        accepted = accept_task_ids(accepting)
+        accepting(**batch)
+        assert accepted.mean(torch.ones(4)) == 1
+        accepted.remove()
+        assert not accepting._forward_pre_hooks and not accepting._forward_hooks
 
 
 def test_errors_leave_no_tasks_behind():

@@ -1,5 +1,6 @@
 """The ways to train: what each leaves behind, and that every switch does something."""
 
+import math
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from torch import nn
 
 from metalora.adapters import LoRAConfig, adapted_layers, remove
 from metalora.meta import (
+    Batch,
     RoundLoader,
     TrainConfig,
     evaluate,
@@ -255,10 +257,27 @@ def test_passes_add_up_to_the_batch(method, precision):
     torch.testing.assert_close(weights(in_passes), weights(None), rtol=0, atol=tolerance)
 
 
+def test_passes_without_weights_are_refused():
+    source = rounds(collate=lambda b: [Batch(b.inputs, b.targets, b.task_ids, b.counts)])
+    with pytest.raises(ValueError, match="collate: must give its batches the samples' weights"):
+        standard(network(), source, TrainConfig(epochs=1, lr=0.1))
+
+
 def test_validation_runs_in_passes():
     model, whole = network(0.0), validation()
     parts = RoundLoader(*data(60, seed=1), batch_size=20, shuffle=False, collate=in_passes)
     assert evaluate(model, parts) == evaluate(model, whole)
+
+
+def test_a_task_without_samples_has_no_part_in_the_mean_of_a_validation():
+    inputs, labels, ids = data(60, seed=1)
+    model, source = network(0.0), RoundLoader(inputs, labels, ids, batch_size=20, shuffle=False)
+    whole = evaluate(model, source).per_task
+    source.collate = lambda batch: [replace(p, collate=None) for p in batch.by_task()[::2]]
+    found = evaluate(model, source)
+    assert (found.per_task[0], found.per_task[2]) == (whole[0], whole[2])
+    assert math.isnan(found.per_task[1])
+    assert found.mean == (whole[0] + whole[2]) / 2
 
 
 def test_mappings_are_keywords_and_logits_are_taken():

@@ -210,6 +210,17 @@ def test_lora_takes_the_fused_path():
     assert "base_model.model.0.lora_A.weight" in result.adapters[0]
 
 
+@pytest.mark.parametrize(("pattern", "fused"), [("1|2", True), ("[0-2]", False), (".*1", True)])
+def test_a_pattern_means_what_it_means_to_peft(pattern, fused):
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    ids = torch.arange(12) % T
+    source = RoundLoader(torch.randint(8, (12,)), torch.randint(2, (12,)), ids, batch_size=4)
+    adapter = peft.LoraConfig(r=2, target_modules=pattern)
+    (state, *_) = peft_ml(model, source, TrainConfig(epochs=1, lr=0.02), adapter).adapters
+    assert ("base_model.model.0.lora_embedding_A" in state) == (not fused)
+    assert ("1.lora_A" in state) == fused
+
+
 def test_heads_of_the_tasks_are_averaged():
     model = network()
     weight = model.head.weight

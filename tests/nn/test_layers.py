@@ -90,9 +90,11 @@ def test_samples_of_unequal_length_may_be_packed(make, counts):
 @pytest.mark.parametrize("make", LAYERS)
 def test_packed_and_plain_inputs_share_a_context(make):
     layer, packed = make(), TaskBatch(torch.tensor([0, 0, 2]), lengths=[3, 1, 2])
-    for shape in [(3, 5), (6, 5), (3, 2, 5)]:  # (6, 5): two parts of every sample
+    for shape in [(3, 5), (9, 5), (3, 2, 5)]:  # (9, 5): three parts of every sample
         x = torch.randn(shape, dtype=torch.float64)
         assert torch.equal(layer(x, packed), layer(x, TaskBatch(packed.task_ids)))
+    rows = torch.randn(6, 5, dtype=torch.float64)  # as many as are packed, so not two parts each
+    assert torch.equal(layer(rows, packed), layer(rows[None], packed)[0])
     message = "or packed [1, 6, in], as task_ids are [3]; got [1, 5, 5]"
     with pytest.raises(ValueError, match=re.escape(message)):
         layer(torch.randn(1, 5, 5, dtype=torch.float64), packed)
