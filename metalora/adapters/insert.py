@@ -9,7 +9,7 @@ from torch import nn
 from metalora._checks import check_count
 from metalora.adapters.config import LoRAConfig, as_lora_config
 from metalora.adapters.fused_paths import check_batch_first, close_fused_paths
-from metalora.adapters.select import select
+from metalora.adapters.select import check_linear_alone, select
 from metalora.adapters.state import adapted_layers
 from metalora.nn import MultiTaskHead, MultiTaskLoRALinear, SymmetricLoRALinear, TaskLayer
 
@@ -36,7 +36,7 @@ def adapt(model: nn.Module, config: Any, num_tasks: int) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"adapt: model must be an nn.Module, got {type(model).__name__}")
-    config = as_lora_config(config)
+    given, config = config, as_lora_config(config)
     check_count("adapt", "num_tasks", num_tasks)
     for name, layer in adapted_layers(model).items():
         if layer.num_tasks != num_tasks:
@@ -45,6 +45,8 @@ def adapt(model: nn.Module, config: Any, num_tasks: int) -> nn.Module:
                 f"many tasks already, got {num_tasks}"
             )
     selection = select(model, config)
+    if config is not given:
+        check_linear_alone(model, config)
     places = [names for _, names in selection.targets + selection.heads]
     if num_tasks > 1:
         check_batch_first(model, [name for names in places for name in names])

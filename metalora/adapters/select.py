@@ -58,6 +58,20 @@ def _check_not_quantised(modules: dict[str, nn.Module]) -> None:
             )
 
 
+def check_linear_alone(model: nn.Module, config: LoRAConfig) -> None:
+    """Raises ValueError if a pattern of PEFT's, to whom it means all layers, means other layers."""
+    pattern = config.target_modules
+    if not isinstance(pattern, str) or pattern == "all-linear":
+        return
+    for name, module in model.named_modules():
+        other = module._parameters and not isinstance(module, nn.Linear | TaskLayer)
+        if other and re.fullmatch(pattern, name):
+            raise ValueError(
+                f"adapt: target_modules: {pattern!r} also means {name!r}, a "
+                f"{type(module).__name__}, which cannot get an adapter; narrow the pattern"
+            )
+
+
 def _find_heads(modules: dict[str, nn.Module], wanted: Sequence[str]) -> list[str]:
     found = []
     for name in wanted:

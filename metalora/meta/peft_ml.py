@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from metalora.adapters import LoRAConfig, adapted_layers, as_lora_config
-from metalora.adapters.select import select
+from metalora.adapters.select import check_linear_alone, select
 from metalora.meta.callbacks import Callback
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds, by_task
@@ -176,12 +175,7 @@ def _as_fused(model: nn.Module, config: Any) -> LoRAConfig | None:
     try:
         adapter = as_lora_config(config)
         select(model, adapter)
+        check_linear_alone(model, adapter)
     except (TypeError, ValueError):
         return None
-    targets = adapter.target_modules
-    if isinstance(targets, str) and targets != "all-linear":
-        # peft's patterns mean layers of other kinds too, such as embeddings.
-        found = [m for name, m in model.named_modules() if re.fullmatch(targets, name)]
-        if any(m._parameters and not isinstance(m, nn.Linear) for m in found):
-            return None
     return adapter

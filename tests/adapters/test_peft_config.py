@@ -100,6 +100,15 @@ def test_another_peft_method_is_refused():
         as_lora_config(peft.IA3Config())
 
 
+def test_a_pattern_that_means_other_layers_too_is_refused():
+    model = nn.Sequential(nn.Embedding(4, 5), nn.Linear(5, 2))
+    message = r"'.' also means '0', a Embedding, which cannot get an adapter; narrow the pattern"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        adapt(model, peft.LoraConfig(target_modules="."), 2)
+    assert type(model[1]) is nn.Linear
+    assert type(adapt(model, LoRAConfig(rank=2, target_modules="."), 2)[0]) is nn.Embedding
+
+
 def mlp():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
