@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,18 @@ import torch
 from torch import nn
 
 from experiments.runs import RunError, RunFolder
-from metalora.meta import Callback, Training
+from metalora.adapters import LoRAConfig
+from metalora.meta import (
+    Callback,
+    Result,
+    RoundLoader,
+    TrainConfig,
+    Training,
+    last_layer_ml,
+    lora_ml,
+    reptile,
+    standard,
+)
 
 Value = TypeVar("Value")
 
@@ -102,3 +113,30 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError):
         raise RunError(f"--resume: {path} is missing or damaged; start a new run") from None
+
+
+def retrain(
+    method: str,
+    model: nn.Module,
+    rounds: RoundLoader,
+    config: TrainConfig,
+    adapter: LoRAConfig | None,
+    heads: Sequence[str],
+    inner: Mapping[str, Any],
+    **common: Any,
+) -> Result:
+    """One of the four retrainings by its name, in place.
+
+    Args:
+        adapter: of lora-ml, for which it must be given.
+        heads: of last-layer-ml.
+        inner: keywords of reptile alone.
+        common: keywords of all four.
+    """
+    if method == "lora-ml":
+        return lora_ml(model, rounds, config, known(adapter), **common)
+    if method == "last-layer-ml":
+        return last_layer_ml(model, rounds, config, heads, **common)
+    if method == "standard":
+        return standard(model, rounds, config, **common)
+    return reptile(model, rounds, config, **inner, **common)

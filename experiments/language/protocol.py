@@ -14,7 +14,7 @@ from experiments.language.report import BEFORE, BEST, LAST
 from experiments.language.settings import Settings
 from experiments.language.tokens import TokenizedTurns
 from experiments.runs import RunError
-from experiments.training import known
+from experiments.training import known, retrain
 from metalora.adapters import LoRAConfig
 from metalora.hf import (
     SequencePasses,
@@ -36,10 +36,6 @@ from metalora.meta import (
     evaluate,
     finetune_last_layer,
     finetune_lora,
-    last_layer_ml,
-    lora_ml,
-    reptile,
-    standard,
 )
 
 # Of one turn and epoch, in forward passes: the gradients of all weights cost two more, those of
@@ -120,22 +116,13 @@ class Protocol:
         common = self._common(
             self.validation, Progress(f"{method}, trial {seed}"), KeepBest(), *callbacks
         )
-        if method == "lora-ml":
-            result = lora_ml(model, loader, config, self._adapter(known(rank)), **common)
-        elif method == "last-layer-ml":
-            result = last_layer_ml(model, loader, config, self.heads, **common)
-        elif method == "standard":
-            result = standard(model, loader, config, **common)
-        else:
-            result = reptile(
-                model,
-                loader,
-                config,
-                inner_steps=s.reptile_inner_steps,
-                inner_lr=s.reptile_inner_lr,
-                inner_optimizer="adamw",
-                **common,
-            )
+        adapter = self._adapter(known(rank)) if method == "lora-ml" else None
+        inner = {
+            "inner_steps": s.reptile_inner_steps,
+            "inner_lr": s.reptile_inner_lr,
+            "inner_optimizer": "adamw",
+        }
+        result = retrain(method, model, loader, config, adapter, self.heads, inner, **common)
         return model, result
 
     def finetune(

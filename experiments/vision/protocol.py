@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.training import known
+from experiments.training import known, retrain
 from experiments.vision.augment import Normalize, frozen
 from experiments.vision.data import Dataset, Images
 from experiments.vision.mixer import Mixer
@@ -25,10 +25,6 @@ from metalora.meta import (
     derive_seed,
     finetune_last_layer,
     finetune_lora,
-    last_layer_ml,
-    lora_ml,
-    reptile,
-    standard,
 )
 
 HEADS = ("head",)
@@ -110,23 +106,13 @@ class Protocol:
             "validation": self._held_out(self.validation),
             "callbacks": [Progress(f"{method}, trial {seed}"), KeepBest(), *callbacks],
         }
-        if method == "lora-ml":
-            result = lora_ml(model, loader, config, self._adapter(), **common)
-        elif method == "last-layer-ml":
-            result = last_layer_ml(model, loader, config, HEADS, **common)
-        elif method == "standard":
-            result = standard(model, loader, config, **common)
-        else:
-            result = reptile(
-                model,
-                loader,
-                config,
-                inner_steps=known(s.reptile_inner_steps),
-                inner_lr=known(s.reptile_inner_lr),
-                inner_optimizer=known(s.reptile_inner_optimizer),
-                outer_sign=s.reptile_sign,
-                **common,
-            )
+        inner = {
+            "inner_steps": s.reptile_inner_steps,
+            "inner_lr": s.reptile_inner_lr,
+            "inner_optimizer": s.reptile_inner_optimizer,
+            "outer_sign": s.reptile_sign,
+        }
+        result = retrain(method, model, loader, config, self._adapter(), HEADS, inner, **common)
         return model, result
 
     def images_per_epoch(self, method: str) -> int:
