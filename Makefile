@@ -1,20 +1,34 @@
-# make demo   set up, then Figure 1 and the vision experiment on handwritten digits
-# make test   set up, then the whole test suite
-# make lint   format and type checks
-# make bench  operators and trainers beside plain PyTorch
+# make demo         set up, then Figure 1 and the vision experiment on handwritten digits
+# make test         set up, then the whole test suite
+# make test-latest  the test suite with the newest packages that pyproject.toml allows
+# make lint         format and type checks
+# make bench        operators and trainers beside plain PyTorch
+# make lock         requirements.lock anew: the exact versions that the set-up installs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LATEST := .venv-latest
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 NATIVE := $(shell find csrc tests/shim -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+# What the build needs, as in pyproject.toml.
+BUILD := "torch>=2.11,<2.15" numpy "setuptools>=77" wheel "pybind11>=2.13" ninja
+# Locked as one pair: newer ones are large, and to be tried with test-latest first.
+TORCH := torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test lint format bench setup clean
+.PHONY: demo test test-latest lint format bench lock setup check-machine clean
 
 demo: setup
 	$(BIN)/python -m experiments.demo
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-latest: check-machine
+	rm -rf $(LATEST)
+	$(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/pip install --quiet $(BUILD)
+	$(LATEST)/bin/pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(LATEST)/bin/python -m pytest
 
 lint: setup
 	$(BIN)/ruff check .
@@ -32,19 +46,33 @@ bench: setup
 	$(BIN)/python -m benchmarks.bench_linear
 	$(BIN)/python -m benchmarks.bench_shallow
 
-setup: $(VENV)/installed
+lock: setup
+	$(BIN)/pip install --quiet uv
+	printf '%s\n' $(TORCH) $(BUILD) | $(BIN)/uv pip compile - pyproject.toml --extra dev \
+		--universal --python-version 3.10 --upgrade --no-annotate --quiet \
+		--custom-compile-command "make lock" --output-file requirements.lock
 
-# torch first: the build uses the torch that is installed, not a copy of its own.
-$(VENV)/requirements: pyproject.toml
+setup: check-machine $(VENV)/installed
+
+check-machine:
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))" || { \
+		echo "make: requirements.lock is for Python 3.10 to 3.14, and $(PYTHON) is not one;" \
+		"choose another, as in: make PYTHON=python3.12" >&2; exit 1; }
+	@[ "$$METALORA_BUILD" = none ] || [ -n "$$CXX" ] || command -v c++ > /dev/null || \
+		command -v g++ > /dev/null || { \
+		echo "make: no C++ compiler was found; install g++, or set CXX, or METALORA_BUILD=none" \
+		"for pure Python" >&2; exit 1; }
+
+# The build uses the torch that is installed, not a copy of its own.
+$(VENV)/requirements: requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "torch>=2.11,<2.15" numpy setuptools wheel pybind11 ninja
+	$(BIN)/pip install --quiet --requirement requirements.lock
 	touch $@
 
 $(VENV)/installed: $(VENV)/requirements $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	$(BIN)/python -m metalora
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info metalora/*.so
+	rm -rf $(VENV) $(LATEST) build dist runs *.egg-info metalora/*.so

@@ -2,7 +2,7 @@
 
 METALORA_BUILD chooses what is built:
     auto  (default) CPU kernels, and CUDA kernels where torch has CUDA and a toolkit of the same
-          major version is found; pure Python where there is no C++ compiler
+          major version is found; pure Python where no C++ can be compiled
     cpu   CPU kernels only
     cuda  CPU and CUDA kernels; an error where that cannot be
     none  pure Python: every operator runs on metalora.reference
@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +51,35 @@ def find_toolkit(torch_cuda: str) -> tuple[Path | None, str]:
     return None, f"torch was built with CUDA {torch_cuda} but of matching CUDA toolkits we {found}"
 
 
+def compiler_problem() -> str | None:
+    """Why C++20 for Python cannot be compiled here and what to do, or None where it can."""
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++"))), None)
+    if compiler is None:
+        return "no C++ compiler was found; install g++ or set CXX"
+    command = [*shlex.split(compiler), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    command.append(f"-I{sysconfig.get_path('include')}")
+    for program, problem in (
+        ("#include <version>", f"{compiler!r} compiles no C++20; install g++ 11 or set CXX"),
+        ("#include <Python.h>", "Python's headers are missing; install python3-dev"),
+    ):
+        try:
+            subprocess.run(command, input=program, text=True, capture_output=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return problem
+    return None
+
+
 def choose(mode: str) -> tuple[bool, bool, str]:
     """(build the CPU library, build the CUDA library, why)."""
     if mode not in MODES:
         sys.exit(f"METALORA_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
     if mode == "none":
         return False, False, "METALORA_BUILD=none"
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++"))), None)
-    if compiler is None:
+    problem = compiler_problem()
+    if problem:
         if mode != "auto":
-            sys.exit(f"METALORA_BUILD={mode} needs a C++20 compiler; install g++ or set CXX")
-        return False, False, "no C++ compiler was found; install g++ or set CXX for native kernels"
+            sys.exit(f"METALORA_BUILD={mode} cannot be done: {problem}")
+        return False, False, f"{problem} for native kernels"
     if mode == "cpu":
         return True, False, "METALORA_BUILD=cpu"
     import torch

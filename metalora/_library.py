@@ -1,4 +1,4 @@
-"""Loads the native libraries; never fails, and knows afterwards why something is off."""
+"""Loads the native libraries; never raises, and records why a library is unavailable."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ctypes
 import functools
 import importlib
 import os
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +17,8 @@ import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_REINSTALL = "METALORA_BUILD={} pip install --no-build-isolation --force-reinstall --no-deps ."
+_HERE = Path(__file__).parent
+_REINSTALL = "METALORA_BUILD={} pip install --no-build-isolation --no-deps -e ."
 
 
 def _load_cpu() -> tuple[ModuleType | None, str]:
@@ -23,7 +26,15 @@ def _load_cpu() -> tuple[ModuleType | None, str]:
         return None, "switched off by METALORA_NATIVE=0"
     if not _built("_C"):
         how = _REINSTALL.format("cpu")
-        return None, f"not built (METALORA_BUILD=none, or no C++ compiler); to build: {how}"
+        other = _shadowed("_C")
+        if other is None:
+            return None, f"not built (METALORA_BUILD=none, or no C++ compiler); to build: {how}"
+        problem = (
+            f"not built in {_HERE}, which Python imports instead of the installed {other}, where "
+            f"it is; run from another folder, or build it here: {how}"
+        )
+        warnings.warn(f"metalora: the native CPU library is {problem}", stacklevel=2)
+        return None, problem
     try:
         return importlib.import_module("metalora._C"), "loaded"
     except (ImportError, OSError) as error:
@@ -51,12 +62,16 @@ def _load_cuda(cpu: ModuleType | None) -> tuple[str | None, str]:
     return architectures().decode(), "loaded"
 
 
-def _built(name: str) -> Path | None:
-    """The library's file beside this module; editable and plain installs both put it there."""
-    found = sorted(Path(__file__).parent.glob(f"{name}.*so")) + sorted(
-        Path(__file__).parent.glob(f"{name}.pyd")
-    )
+def _built(name: str, folder: Path = _HERE) -> Path | None:
+    """The library's file in the package's folder; editable and plain installs put it there."""
+    found = sorted(folder.glob(f"{name}.*so")) + sorted(folder.glob(f"{name}.pyd"))
     return found[0] if found else None
+
+
+def _shadowed(name: str) -> Path | None:
+    """The folder of another metalora on Python's path that has this library."""
+    folders = [Path(entry, "metalora") for entry in sys.path]
+    return next((f for f in folders if f.resolve() != _HERE.resolve() and _built(name, f)), None)
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -89,6 +94,40 @@ def test_none_is_pure_python(tmp_path: Path) -> None:
     assert loaded == "False False"
     assert "METALORA_BUILD=none" in cpu_status
     assert "metalora: building no kernels (METALORA_BUILD=none)" in log
+    _experiments_run_when_installed(tmp_path)
+    _a_clone_without_libraries_is_named(tmp_path)
+
+
+def _experiments_run_when_installed(folder: Path) -> None:
+    run = subprocess.run(
+        f"{sys.executable} -m experiments.synthetic linear --smoke --out run".split(),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder / "target")},
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    assert (folder / "run" / "results.csv").exists()
+
+
+def _a_clone_without_libraries_is_named(folder: Path) -> None:
+    """Started in a clone, Python takes the clone's metalora, not the installed one."""
+    clone, installed = folder / "source" / "metalora", folder / "target" / "metalora"
+    (clone / "_C.stale.so").unlink()
+    (installed / "_C.so").touch()
+    run = subprocess.run(
+        [sys.executable, "-c", "import metalora; print(metalora.build_info()['cpu'])"],
+        capture_output=True,
+        text=True,
+        cwd=clone.parent,
+        env=os.environ | {"PYTHONPATH": str(installed.parent)},
+        timeout=120,
+    )
+    for text in (run.stdout, run.stderr):
+        assert f"not built in {clone}, which Python imports instead of the installed" in text
+        assert str(installed) in text
+        assert "pip install --no-build-isolation --no-deps -e ." in text
 
 
 @pytest.mark.slow
@@ -169,5 +208,86 @@ class TestToolkit:
         cpu, cuda, why = setup_module.choose("auto")
         assert not cpu and not cuda
         assert "no C++ compiler" in why
-        with pytest.raises(SystemExit, match=r"needs a C\+\+20 compiler"):
+        with pytest.raises(SystemExit, match=r"METALORA_BUILD=cpu cannot be done: no C\+\+ compil"):
             setup_module.choose("cpu")
+
+    def test_nor_with_one_that_does_not_work(self, setup_module, monkeypatch) -> None:
+        for compiler in ("/bin/false", "no-such-compiler"):
+            monkeypatch.setenv("CXX", compiler)
+            cpu, cuda, why = setup_module.choose("auto")
+            assert not cpu and not cuda
+            assert f"{compiler!r} compiles no C++20; install g++ 11 or set CXX" in why
+            with pytest.raises(SystemExit, match="cannot be done"):
+                setup_module.choose("cpu")
+
+    def test_nor_without_the_headers_of_python(self, setup_module, monkeypatch, tmp_path) -> None:
+        monkeypatch.setattr(setup_module.sysconfig, "get_path", lambda name: str(tmp_path))
+        assert "install python3-dev" in setup_module.choose("auto")[2]
+
+
+class TestSetUp:
+    """The Makefile, the lock file and pyproject.toml say the same."""
+
+    def locked(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for line in (ROOT / "requirements.lock").read_text().splitlines():
+            if not line.startswith("#"):
+                name, _, version = line.partition(";")[0].strip().partition("==")
+                assert version, f"{line!r} is not exact"
+                found.setdefault(name, []).append(version)
+        return found
+
+    def requirements(self) -> list[Requirement]:
+        """What pyproject.toml asks for, with its extras."""
+        tomllib = pytest.importorskip("tomllib")  # Python 3.11
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+        extras = project["project"]["optional-dependencies"]
+        texts = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+        texts += [text for extra in extras.values() for text in extra]
+        return [Requirement(text) for text in texts if not text.startswith("metalora[")]
+
+    def test_lock_has_everything_in_range(self) -> None:
+        locked = self.locked()
+        for wanted in self.requirements():
+            name = canonicalize_name(wanted.name)
+            assert name in locked
+            assert all(wanted.specifier.contains(v) for v in locked[name]), name
+
+    def test_installed_is_what_is_locked(self) -> None:
+        """Where `make` made this environment; others may have what the ranges allow."""
+        if Path(sys.prefix) != ROOT / ".venv":
+            pytest.skip("this environment is not make's")
+        locked = self.locked()
+        for wanted in self.requirements():
+            assert version(wanted.name) in locked[canonicalize_name(wanted.name)]
+
+    def test_build_needs_the_same_everywhere(self) -> None:
+        tomllib = pytest.importorskip("tomllib")  # Python 3.11
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+        wanted = sorted(map(str, map(Requirement, project["build-system"]["requires"])))
+        for file, pattern in (
+            ("Makefile", r"^BUILD := (.*)$"),
+            ("README.md", r"^    pip install (\"torch.*)$"),
+        ):
+            (line,) = re.findall(pattern, (ROOT / file).read_text(), re.MULTILINE)
+            assert sorted(map(str, map(Requirement, shlex.split(line)))) == wanted, file
+
+    def test_make_says_what_is_missing(self, tmp_path: Path) -> None:
+        if shutil.which("make") is None:
+            pytest.skip("no make")
+        for name in ("find", "sh"):
+            (tmp_path / name).symlink_to(str(shutil.which(name)))
+
+        def check(*arguments: str, **environment: str) -> str:
+            variables = {k: v for k, v in os.environ.items() if k not in ("CXX", "METALORA_BUILD")}
+            return subprocess.run(
+                [str(shutil.which("make")), "--silent", "check-machine", *arguments],
+                cwd=ROOT,
+                env=variables | environment,
+                capture_output=True,
+                text=True,
+            ).stderr.splitlines()[0]
+
+        python = f"PYTHON={sys.executable}"
+        assert "no C++ compiler was found; install g++" in check(python, PATH=str(tmp_path))
+        assert "is for Python 3.10 to 3.14, and /bin/false is not" in check("PYTHON=/bin/false")
