@@ -388,7 +388,7 @@ FiveTensors lora_linear_token_backward(const Tensor& grad_y, const Tensor& x, co
   check_token_route(op, x, weight, dropout_p, seed);
   const ScalarType dtype = x.scalar_type(), work = work_dtype(x);
   check_shape(op, "shrunk", shrunk, {p.rows, p.rank});
-  check_dtype(op, "shrunk", shrunk, work);
+  check_data(op, "shrunk", shrunk, work);
   const Needs need{need_x, need_weight, need_bias, need_A, need_B};
   const Tensor rows = as_contiguous(x), dy = as_contiguous(grad_y);
   const Gradients g{need.x ? cast(mm(dy, weight), work) : none(work),

@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> merge_lora_backward(const Tensor& grad, const
 Tensor merge_lora_symmetric(const Tensor& weight, const Tensor& lora_U,
                             std::optional<ScalarType> dtype, bool tf32) {
   const char* op = "merge_lora_symmetric";
-  check_dim(op, "lora_U", lora_U, 3);
+  check_symmetric(op, lora_U, "weight", weight);
   check_shape(op, "weight", weight, {lora_U.size(1), lora_U.size(1)});
   return merge_lora(weight, torch::stable::transpose(lora_U, 1, 2), lora_U, 1.0, dtype, tf32);
 }
@@ -128,7 +128,7 @@ Tensor merge_lora_symmetric(const Tensor& weight, const Tensor& lora_U,
 std::tuple<Tensor, Tensor> merge_lora_symmetric_backward(const Tensor& grad, const Tensor& lora_U,
                                                          bool tf32) {
   const char* op = "merge_lora_symmetric_backward";
-  check_dim(op, "lora_U", lora_U, 3);
+  check_symmetric(op, lora_U, "grad", grad);
   check_shape(op, "grad", grad, {lora_U.size(0), lora_U.size(1), lora_U.size(1)});
   auto [grad_weight, grad_A, grad_B] =
       merge_lora_backward(grad, torch::stable::transpose(lora_U, 1, 2), lora_U, 1.0, tf32);

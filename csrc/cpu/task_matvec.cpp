@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> task_matvec_backward(const Tensor& grad_y, co
   const char* op = "task_matvec_backward";
   const MatvecProblem p = check_task_matvec(op, weight, x, lora_U);
   check_shape(op, "grad_y", grad_y, {p.tasks, p.samples, p.out});
-  check_dtype(op, "grad_y", grad_y, x.scalar_type());
+  check_data(op, "grad_y", grad_y, x.scalar_type());
   const Tensor dy = as_contiguous(grad_y), w = as_contiguous(weight), xs = as_contiguous(x);
   const auto u = contiguous_if(lora_U);
   return x.scalar_type() == ScalarType::Double
