@@ -90,12 +90,15 @@ template <typename T>
 void merge_backward_all(const Tensor& grad_weight, const Tensor& grad_A, const Tensor& grad_B,
                         const Tensor& grad, const Tensor& A, const Tensor& B, double scaling) {
   const int64_t tasks = A.size(0), rank = A.size(1), in = A.size(2), out = B.size(1);
-  std::fill_n(mutable_data<T>(grad_weight), out * in, T(0));
-  for (int64_t t = 0; t < tasks; ++t)
-    merge_task_backward(mutable_data<T>(grad_weight), mutable_data<T>(grad_A) + t * rank * in,
+  LongSum<T> sum(mutable_data<T>(grad_weight), out * in);
+  for (int64_t t = 0; t < tasks; ++t) {
+    merge_task_backward(sum.part(), mutable_data<T>(grad_A) + t * rank * in,
                         mutable_data<T>(grad_B) + t * out * rank, data<T>(grad) + t * out * in,
                         data<T>(A) + t * rank * in, data<T>(B) + t * out * rank,
                         static_cast<T>(scaling), out, in, rank);
+    sum.next();
+  }
+  sum.finish();
 }
 
 // grad [T, out, in] -> (grad_weight [out, in], grad_A [T, r, in], grad_B [T, out, r])

@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const MatvecProblem& p, const Tensor
   Tensor grad_weight = none(dtype), grad_U = none(dtype);
   if (need_weight && p.rank) {  // one weight for all tasks: the sum over all chunks
     grad_weight = empty({p.out, p.in}, dtype);
-    sum_chunks(mutable_data<T>(grad_weight), partial_W.get(), of_one_task(chunks), 1, p.out * p.in);
+    sum_partials(mutable_data<T>(grad_weight), partial_W.get(), count, p.out * p.in);
   } else if (need_weight) {
     grad_weight = empty({p.tasks, p.out, p.in}, dtype);
     sum_chunks(mutable_data<T>(grad_weight), partial_W.get(), chunks, p.tasks, p.out * p.in);
