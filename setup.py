@@ -69,6 +69,41 @@ def compiler_problem() -> str | None:
     return None
 
 
+def architectures(requested: str | None) -> tuple[str, str]:
+    """TORCH_CUDA_ARCH_LIST in numbers and without what these kernels cannot run on, and what went.
+
+    Names are those that torch knows ("Hopper"), "native" for the GPUs of this machine, and "All".
+    """
+    names = {
+        "All": ARCHITECTURES,
+        "Ampere": "8.0;8.6+PTX",
+        "Ampere+Tegra": "8.7",
+        "Ada": "8.9+PTX",
+        "Hopper": "9.0+PTX",
+        "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+        "Blackwell+Tegra": "11.0",
+        "Rubin": "10.7+PTX",
+    }
+    kept, left_out = [], []
+    for entry in re.split(r"[;, ]+", (requested or ARCHITECTURES).strip("; ,")):
+        if entry == "native":
+            from torch import cuda
+
+            found = map(cuda.get_device_capability, range(cuda.device_count()))
+            numbers = ";".join(f"{major}.{minor}+PTX" for major, minor in sorted(set(found)))
+        else:
+            numbers = names.get(entry, entry)
+        for number in numbers.split(";"):
+            match = re.fullmatch(r"(\d+)\.\d[af]?(\+PTX)?", number)
+            if match and int(match[1]) >= 8:  # the kernels copy by cp.async
+                kept.append(number)
+            else:
+                left_out.append(entry)
+    went = ", ".join(dict.fromkeys(left_out))
+    said = f"of TORCH_CUDA_ARCH_LIST={requested!r} these are not 8.0 or newer: {went}"
+    return ";".join(dict.fromkeys(kept)), said if went else ""
+
+
 def choose(mode: str) -> tuple[bool, bool, str]:
     """(build the CPU library, build the CUDA library, why)."""
     if mode not in MODES:
@@ -89,11 +124,16 @@ def choose(mode: str) -> tuple[bool, bool, str]:
         toolkit = None
     else:
         toolkit, why = find_toolkit(torch.version.cuda)
+    listed = ""
+    if toolkit is not None:
+        listed, left_out = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"))
+        why = "; ".join(filter(None, (why, left_out)))
+        toolkit = toolkit if listed else None
     if toolkit is None and mode == "cuda":
         sys.exit(f"METALORA_BUILD=cuda cannot be done: {why}")
     if toolkit is not None:
         os.environ["CUDA_HOME"] = str(toolkit)
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = listed
     return True, toolkit is not None, why
 
 

@@ -3,6 +3,7 @@
 // these keep a raw operator call from ever reading outside its tensors.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -62,24 +63,52 @@ inline void check_dim(const char* op, const char* name, const Tensor& tensor, in
                  shape_text(tensor));
 }
 
-inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType wanted) {
+// A tensor whose storage was freed or shrunk, as by untyped_storage().resize_(0), keeps its sizes:
+// all of its elements must still be in memory.
+inline void check_memory(const char* op, const char* name, const Tensor& tensor) {
+  const int64_t elements = tensor.numel();
+  if (elements == 0) return;
+  int64_t held = 0, needed = tensor.storage_offset();
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_numel(tensor.get(), &held));
+  if (tensor.is_contiguous()) {
+    needed += elements;
+  } else {
+    needed += 1;
+    for (int64_t i = 0; i < tensor.dim(); ++i) needed += (tensor.size(i) - 1) * tensor.stride(i);
+  }
+  METALORA_CHECK(needed <= held, op, ": ", name, " ", shape_text(tensor),
+                 " must be in memory, but its storage holds ", held, " of ", needed,
+                 " elements; was it freed or resized?");
+}
+
+// The tensor's dtype must be the wanted one, and its elements in memory.
+inline void check_data(const char* op, const char* name, const Tensor& tensor, ScalarType wanted) {
   METALORA_CHECK(tensor.scalar_type() == wanted, op, ": ", name, " must have the dtype ",
                  torch::headeronly::toString(wanted), ", got ",
                  torch::headeronly::toString(tensor.scalar_type()));
+  check_memory(op, name, tensor);
 }
 
-inline void check_float(const char* op, const char* name, const Tensor& tensor) {
+inline void check_float_data(const char* op, const char* name, const Tensor& tensor) {
   const ScalarType dtype = tensor.scalar_type();
   METALORA_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
                      dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
                  op, ": ", name, " must be floating point, got ",
                  torch::headeronly::toString(dtype));
+  check_memory(op, name, tensor);
+}
+
+inline void check_full_precision_data(const char* op, const char* name, const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  METALORA_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op, ": ", name,
+                 " must be float32 or float64, got ", torch::headeronly::toString(dtype));
+  check_memory(op, name, tensor);
 }
 
 inline void check_dropout_mask(const Tensor& seed, double p, int64_t rows, int64_t columns) {
   const char* op = "dropout_mask";
   check_dim(op, "seed", seed, 0);
-  check_dtype(op, "seed", seed, ScalarType::Long);
+  check_data(op, "seed", seed, ScalarType::Long);
   METALORA_CHECK(p >= 0 && p < 1, op, ": p must be in [0, 1), got ", p);
   METALORA_CHECK(rows >= 0 && columns >= 0, op, ": rows and columns must not be negative, got ",
                  rows, " and ", columns);

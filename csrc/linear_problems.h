@@ -15,10 +15,8 @@ struct LinearProblem {
 inline void check_linear_dtypes(
     const char* op, const Tensor& gram,
     std::initializer_list<std::pair<const char*, const Tensor*>> others) {
-  const ScalarType dtype = gram.scalar_type();
-  METALORA_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op,
-                 ": gram must be float32 or float64, got ", torch::headeronly::toString(dtype));
-  for (const auto& [name, tensor] : others) check_dtype(op, name, *tensor, dtype);
+  check_full_precision_data(op, "gram", gram);
+  for (const auto& [name, tensor] : others) check_data(op, name, *tensor, gram.scalar_type());
 }
 
 inline void check_linear_steps(const char* op, int64_t count, int64_t steps) {
@@ -93,7 +91,7 @@ inline LinearProblem check_finetune_lora(const char* op, const Tensor& gram, con
                        {"factor_v", &factor_v}});
   if (truth.has_value()) {
     check_shape(op, "truth", *truth, {p.trainings, p.dim, p.dim});
-    check_dtype(op, "truth", *truth, gram.scalar_type());
+    check_data(op, "truth", *truth, gram.scalar_type());
   }
   return p;
 }

@@ -32,9 +32,9 @@ inline MergeProblem check_merge_lora(const char* op, const Tensor& weight, const
   const MergeProblem p{lora_A.size(0), weight.size(0), weight.size(1), lora_A.size(1)};
   check_shape(op, "lora_A", lora_A, {p.tasks, p.rank, p.in});
   check_shape(op, "lora_B", lora_B, {p.tasks, p.out, p.rank});
-  check_float(op, "weight", weight);
-  check_dtype(op, "lora_A", lora_A, weight.scalar_type());
-  check_dtype(op, "lora_B", lora_B, weight.scalar_type());
+  check_float_data(op, "weight", weight);
+  check_data(op, "lora_A", lora_A, weight.scalar_type());
+  check_data(op, "lora_B", lora_B, weight.scalar_type());
   check_merged_dtype(op, "dtype", dtype, weight);
   return p;
 }
@@ -46,10 +46,19 @@ inline MergeProblem check_merge_lora_backward(const char* op, const Tensor& grad
   const MergeProblem p{grad.size(0), grad.size(1), grad.size(2), lora_A.size(1)};
   check_shape(op, "lora_A", lora_A, {p.tasks, p.rank, p.in});
   check_shape(op, "lora_B", lora_B, {p.tasks, p.out, p.rank});
-  check_float(op, "lora_A", lora_A);
-  check_dtype(op, "lora_B", lora_B, lora_A.scalar_type());
+  check_float_data(op, "lora_A", lora_A);
+  check_data(op, "lora_B", lora_B, lora_A.scalar_type());
   check_merged_dtype(op, "grad", grad.scalar_type(), lora_A);
+  check_memory(op, "grad", grad);
   return p;
+}
+
+// Of the symmetric form, W_t = W + U_t U_tᵀ: lora_U [T, d, k] and another [..., d, d].
+inline void check_symmetric(const char* op, const Tensor& lora_U, const char* name,
+                            const Tensor& other) {
+  check_dim(op, "lora_U", lora_U, 3);
+  check_float_data(op, "lora_U", lora_U);
+  check_memory(op, name, other);
 }
 
 struct LoraProblem {
@@ -64,7 +73,7 @@ inline LoraProblem check_lora_linear(const char* op, const Tensor& x, const Tens
   check_dim(op, "x", x, 2);
   check_dim(op, "weight", weight, 2);
   check_dim(op, "lora_A", lora_A, 3);
-  check_dtype(op, "task_ptr", task_ptr, ScalarType::Long);
+  check_data(op, "task_ptr", task_ptr, ScalarType::Long);
   METALORA_CHECK(task_ptr.is_cpu(), op, ": task_ptr must be on the CPU");
   const Tensor pointers = as_contiguous(task_ptr);
   const LoraProblem p{x.size(0),      x.size(1), weight.size(0),         lora_A.size(0),
@@ -76,10 +85,10 @@ inline LoraProblem check_lora_linear(const char* op, const Tensor& x, const Tens
   check_shape(op, "lora_A", lora_A, {p.tasks, p.rank, p.in});
   check_shape(op, "lora_B", lora_B, {p.tasks, p.out, p.rank});
   check_shape(op, "task_ptr", task_ptr, {p.tasks + 1});
-  check_dtype(op, "lora_A", lora_A, weight.scalar_type());
-  check_dtype(op, "lora_B", lora_B, weight.scalar_type());
-  check_float(op, "x", x);
-  check_float(op, "weight", weight);
+  check_data(op, "lora_A", lora_A, weight.scalar_type());
+  check_data(op, "lora_B", lora_B, weight.scalar_type());
+  check_float_data(op, "x", x);
+  check_float_data(op, "weight", weight);
   METALORA_CHECK(p.task_ptr[0] == 0 && p.task_ptr[p.tasks] == p.rows, op,
                  ": task_ptr must start at 0 and end at M=", p.rows, ", got ", p.task_ptr[0],
                  " and ", p.task_ptr[p.tasks]);
@@ -93,13 +102,13 @@ inline void check_bias(const char* op, const LoraProblem& p, const Tensor& x,
                        const std::optional<Tensor>& bias) {
   if (!bias.has_value()) return;
   check_shape(op, "bias", *bias, {p.out});
-  check_dtype(op, "bias", *bias, x.scalar_type());
+  check_data(op, "bias", *bias, x.scalar_type());
 }
 
 inline void check_grad(const char* op, const LoraProblem& p, const Tensor& x,
                        const Tensor& grad_y) {
   check_shape(op, "grad_y", grad_y, {p.rows, p.out});
-  check_dtype(op, "grad_y", grad_y, x.scalar_type());
+  check_data(op, "grad_y", grad_y, x.scalar_type());
 }
 
 inline void check_weight_route(const char* op, const LoraProblem& p, const Tensor& x,
@@ -107,18 +116,18 @@ inline void check_weight_route(const char* op, const LoraProblem& p, const Tenso
   check_merged_dtype(op, "x", x.scalar_type(), weight);
   if (!merged.has_value()) return;
   check_shape(op, "merged", *merged, {p.tasks, p.out, p.in});
-  check_dtype(op, "merged", *merged, x.scalar_type());
+  check_data(op, "merged", *merged, x.scalar_type());
 }
 
 inline void check_token_route(const char* op, const Tensor& x, const Tensor& weight,
                               double dropout_p, const std::optional<Tensor>& seed) {
-  check_dtype(op, "x", x, weight.scalar_type());
+  check_data(op, "x", x, weight.scalar_type());
   METALORA_CHECK(dropout_p >= 0 && dropout_p < 1, op, ": dropout_p must be in [0, 1), got ",
                  dropout_p);
   METALORA_CHECK(dropout_p == 0 || seed.has_value(), op, ": dropout needs a seed");
   if (!seed.has_value()) return;
   check_dim(op, "seed", *seed, 0);
-  check_dtype(op, "seed", *seed, ScalarType::Long);
+  check_data(op, "seed", *seed, ScalarType::Long);
 }
 
 struct Needs {
@@ -148,17 +157,14 @@ inline MatvecProblem check_task_matvec(const char* op, const Tensor& weight, con
                                        const std::optional<Tensor>& lora_U) {
   check_dim(op, "x", x, 3);
   MatvecProblem p{x.size(0), x.size(1), x.size(2), 0, 0, {}};
-  check_dtype(op, "x", x, weight.scalar_type());
-  METALORA_CHECK(
-      weight.scalar_type() == ScalarType::Float || weight.scalar_type() == ScalarType::Double, op,
-      ": weight must be float32 or float64, got ",
-      torch::headeronly::toString(weight.scalar_type()));
+  check_data(op, "x", x, weight.scalar_type());
+  check_full_precision_data(op, "weight", weight);
   if (lora_U.has_value()) {
     check_dim(op, "lora_U", *lora_U, 3);
     p.out = p.in;
     p.rank = lora_U->size(2);
     check_shape(op, "lora_U", *lora_U, {p.tasks, p.in, p.rank});
-    check_dtype(op, "lora_U", *lora_U, weight.scalar_type());
+    check_data(op, "lora_U", *lora_U, weight.scalar_type());
     check_shape(op, "weight", weight, {p.in, p.in});
     METALORA_CHECK(p.rank > 0, op, ": lora_U must have a rank of at least 1");
   } else {

@@ -19,19 +19,18 @@ inline void check_shallow(const char* op, const ShallowProblem& p, const Tensor&
   METALORA_CHECK(p.tasks > 0 && p.samples > 0 && p.dim > 0, op,
                  ": x must have tasks, samples and inputs, got ", shape_text(x));
   METALORA_CHECK(epochs >= 0, op, ": epochs must be >= 0, got ", epochs);
+  check_full_precision_data(op, "x", x);
   const ScalarType dtype = x.scalar_type();
-  METALORA_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op,
-                 ": x must be float32 or float64, got ", torch::headeronly::toString(dtype));
-  check_dtype(op, "y", y, dtype);
-  check_dtype(op, "weight", weight, dtype);
-  check_dtype(op, "output", output, dtype);
+  check_data(op, "y", y, dtype);
+  check_data(op, "weight", weight, dtype);
+  check_data(op, "output", output, dtype);
 }
 
 inline void check_shallow_adapters(const char* op, const ShallowProblem& p, const Tensor& x,
                                    const Tensor& lora_A, const Tensor& lora_B) {
   METALORA_CHECK(p.rank > 0, op, ": the rank must be > 0, got lora_A ", shape_text(lora_A));
-  check_dtype(op, "lora_A", lora_A, x.scalar_type());
-  check_dtype(op, "lora_B", lora_B, x.scalar_type());
+  check_data(op, "lora_A", lora_A, x.scalar_type());
+  check_data(op, "lora_B", lora_B, x.scalar_type());
 }
 
 // x [B, T, N, d], y [B, T, N], weight [B, d, d], output [B, d], lora_A [B, T, k, d] and lora_B

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch
 F = TypeVar("F", bound=Callable[..., Any])
 
 _HERE = Path(__file__).parent
+_ARCHITECTURE = re.compile(r"(?<![\w.])(\d+)\.(\d+)([af]?)(\+PTX)?(?![\w.+])")
 _REINSTALL = "METALORA_BUILD={} pip install --no-build-isolation --no-deps -e ."
 
 
@@ -122,12 +124,12 @@ def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
     """Whether code for these architectures ("8.0;9.0+PTX") runs on a GPU of this capability.
 
     Machine code runs on GPUs of the same major version from its own minor version on, PTX on all
-    newer GPUs, and what is specific to an architecture ("9.0a") on that alone.
+    newer GPUs, and what is specific to an architecture ("9.0a") on that alone. Entries that are no
+    architecture, as of a list that setup.py did not write, are left out.
     """
-    for entry in architectures.replace(" ", ";").split(";"):
-        number, _, ptx = entry.partition("+")
-        major, minor = (int(part) for part in number.rstrip("af").split("."))
-        if number[-1].isalpha():
+    for major_text, minor_text, specific, ptx in _ARCHITECTURE.findall(architectures):
+        major, minor = int(major_text), int(minor_text)
+        if specific:
             fits = capability == (major, minor)
         else:
             newer = bool(ptx) and capability >= (major, minor)

@@ -159,6 +159,68 @@ def test_unknown_mode_is_refused(setup_module: ModuleType) -> None:
         setup_module.choose("gpu")
 
 
+@pytest.mark.parametrize(
+    ("requested", "kept"),
+    [
+        (None, "8.0;9.0+PTX"),
+        ("", "8.0;9.0+PTX"),
+        ("8.6", "8.6"),
+        ("8.0 9.0+PTX", "8.0;9.0+PTX"),
+        ("8.0;8.0;9.0a", "8.0;9.0a"),
+        ("10.0f;12.1+PTX", "10.0f;12.1+PTX"),
+        ("Hopper", "9.0+PTX"),
+        ("Ampere;Ada", "8.0;8.6+PTX;8.9+PTX"),
+        ("Ampere+Tegra", "8.7"),
+        ("All", "8.0;9.0+PTX"),
+    ],
+)
+def test_architectures_become_numbers(setup_module: ModuleType, requested, kept: str) -> None:
+    assert setup_module.architectures(requested) == (kept, "")
+
+
+@pytest.mark.parametrize(
+    ("requested", "kept", "went"),
+    [
+        ("7.5;8.0", "8.0", "7.5"),
+        ("7.0 7.5+PTX 9.0", "9.0", "7.0, 7.5+PTX"),
+        ("Turing;Hopper", "9.0+PTX", "Turing"),
+        ("7.5", "", "7.5"),
+        ("Hoper", "", "Hoper"),
+    ],
+)
+def test_older_and_unknown_architectures_are_left_out_by_name(
+    setup_module: ModuleType, requested: str, kept: str, went: str
+) -> None:
+    said = f"of TORCH_CUDA_ARCH_LIST={requested!r} these are not 8.0 or newer: {went}"
+    assert setup_module.architectures(requested) == (kept, said)
+
+
+def test_native_is_this_machine(setup_module: ModuleType, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", [(9, 0), (7, 5), (9, 0)].__getitem__)
+    kept, said = setup_module.architectures("native")
+    assert kept == "9.0+PTX"
+    assert said.endswith("not 8.0 or newer: native")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert setup_module.architectures("native")[0] == ""
+
+
+def test_an_older_architecture_does_not_end_an_auto_build(
+    setup_module: ModuleType, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(setup_module, "find_toolkit", lambda version: (tmp_path, "found"))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;Hopper")
+    cpu, cuda, why = setup_module.choose("auto")
+    assert (cpu, cuda) == (True, True)
+    assert why.startswith("found; of TORCH_CUDA_ARCH_LIST='7.5;Hopper' these are not 8.0 or newer")
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "9.0+PTX"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
+    assert setup_module.choose("auto")[:2] == (True, False)
+    with pytest.raises(SystemExit, match=r"METALORA_BUILD=cuda cannot be done: .*: 7\.5$"):
+        setup_module.choose("cuda")
+
+
 class TestToolkit:
     def fake(self, root: Path, release: str, header: bool = True) -> Path:
         (root / "bin").mkdir(parents=True)

@@ -48,12 +48,6 @@ inline std::vector<Chunk> row_chunks(const int64_t* task_ptr, int64_t tasks) {
   return chunks;
 }
 
-// The same chunks as if all rows belonged to one task.
-inline std::vector<Chunk> of_one_task(std::vector<Chunk> chunks) {
-  for (Chunk& chunk : chunks) chunk.task = 0;
-  return chunks;
-}
-
 // An upper bound of the rows of a chunk.
 inline int64_t rows_each(const std::vector<Chunk>& chunks) {
   int64_t most = 0;
@@ -86,17 +80,67 @@ void transpose(T* result, const T* matrix, int64_t rows, int64_t columns) {
     for (int64_t j = 0; j < columns; ++j) result[j * rows + i] = matrix[i * columns + j];
 }
 
+// result [elements] = the sum of partial [count, elements].
+template <typename T, typename Partial>
+void sum_partials(T* result, const Partial* partial, int64_t count, int64_t elements) {
+  const auto sum = scratch<double>(elements);
+  std::fill_n(sum.get(), elements, 0.0);
+  add_rows(sum.get(), partial, elements, count, elements);
+  for (int64_t i = 0; i < elements; ++i) result[i] = static_cast<T>(sum[i]);
+}
+
 // result [count of tasks, elements] = sum over the chunks of each task of partial [chunks,
 // elements].
 template <typename T>
 void sum_chunks(T* result, const T* partial, const std::vector<Chunk>& chunks, int64_t tasks,
                 int64_t elements) {
-  std::fill_n(result, tasks * elements, T(0));
-  const T one = 1;
-  for (size_t c = 0; c < chunks.size(); ++c)
-    add_scaled(result + chunks[c].task * elements, &one,
-               partial + static_cast<int64_t>(c) * elements, elements, 1, elements);
+  auto chunk = chunks.begin();
+  for (int64_t task = 0; task < tasks; ++task) {
+    const auto end = std::find_if(chunk, chunks.end(), [&](auto& c) { return c.task != task; });
+    const int64_t count = end - chunk;
+    if (count == 1)
+      std::copy_n(partial, elements, result);
+    else
+      sum_partials(result, partial, count, elements);
+    chunk = end;
+    partial += count * elements;
+    result += elements;
+  }
 }
+
+// The sum of many matrices of `elements` each, of which every one is added to `part()` in turn,
+// followed by next(); complete after finish(). 16 at a time are summed as they are, then in double:
+// the error does not grow with their number.
+template <typename T>
+class LongSum {
+ public:
+  LongSum(T* result, int64_t elements) : result_(result), elements_(elements) {
+    std::fill_n(result, elements, T(0));
+  }
+
+  T* part() { return result_; }
+
+  void next() {
+    if (++added_ % 16) return;
+    if (!total_) {
+      total_ = scratch<double>(elements_);
+      std::fill_n(total_.get(), elements_, 0.0);
+    }
+    add_rows(total_.get(), result_, elements_, 1, elements_);
+    std::fill_n(result_, elements_, T(0));
+  }
+
+  void finish() {
+    if (!total_) return;
+    for (int64_t i = 0; i < elements_; ++i)
+      result_[i] = static_cast<T>(total_[i] + static_cast<double>(result_[i]));
+  }
+
+ private:
+  T* result_;
+  int64_t elements_, added_ = 0;
+  std::unique_ptr<double[]> total_;
+};
 
 // Rows that a kernel keeps in the first-level cache while it goes over them several times.
 constexpr int64_t kTile = 8;

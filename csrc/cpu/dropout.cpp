@@ -28,8 +28,8 @@ void philox_words(uint32_t* words, uint64_t key, uint64_t counter) {
 __attribute__((target("avx2"))) void philox_words_avx2(uint32_t* words, uint64_t key,
                                                        uint64_t counter) {
   constexpr int kVectors = 2;
-  const __m256i multiplier0 = _mm256_set1_epi64x(0xD2511F53);
-  const __m256i multiplier1 = _mm256_set1_epi64x(0xCD9E8D57);
+  const __m256i multiplier0 = _mm256_set1_epi64x(kPhiloxMultiplier0);
+  const __m256i multiplier1 = _mm256_set1_epi64x(kPhiloxMultiplier1);
   for (int64_t start = 0; start < kWords; start += 16 * kVectors) {
     __m256i c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors];
     for (int v = 0; v < kVectors; ++v) {
@@ -39,7 +39,7 @@ __attribute__((target("avx2"))) void philox_words_avx2(uint32_t* words, uint64_t
       c2[v] = c3[v] = _mm256_setzero_si256();
     }
     uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-    for (int round = 0; round < 10; ++round) {
+    for (int round = 0; round < kPhiloxRounds; ++round) {
       const __m256i key0 = _mm256_set1_epi64x(k0), key1 = _mm256_set1_epi64x(k1);
       for (int v = 0; v < kVectors; ++v) {
         const __m256i product0 = _mm256_mul_epu32(c0[v], multiplier0);
@@ -49,8 +49,8 @@ __attribute__((target("avx2"))) void philox_words_avx2(uint32_t* words, uint64_t
         c2[v] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product0, 32), c3[v]), key1);
         c3[v] = product0;
       }
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
+      k0 += kPhiloxKeyStep0;
+      k1 += kPhiloxKeyStep1;
     }
     for (int v = 0; v < kVectors; ++v) {
       // Words 0 and 1, and 2 and 3, of every block side by side; then blocks 0 1 and blocks 2 3.

@@ -148,7 +148,7 @@ int64_t lora_ml_scratch(const LoraMlJob<Real>& job) {
   const int64_t nv = vectors_per_column<Real>(job.dim);
   const int64_t square = job.dim * nv, tall = job.rank * nv;
   const int64_t products = 2 * vectors_per_column<Real>(job.rank * job.rank);
-  const int64_t vectors = 2 * square + nv + products + job.tasks * (4 * square + 3 * tall);
+  const int64_t vectors = 4 * square + nv + products + job.tasks * (4 * square + 3 * tall);
   return vectors * static_cast<int64_t>(sizeof(Vector<Real>));
 }
 
@@ -206,6 +206,9 @@ Real outer_gradient(const Vector<Real>* weight, const Vector<Real>* residual,
   return sum_lanes<Real>(twice_loss) + energy;
 }
 
+// So many tasks are summed as they are; the sums are then added up exactly.
+constexpr int64_t kTasksSummed = 8;
+
 template <typename Real, int NV, int K>
 int64_t lora_ml_sized(const LoraMlJob<Real>& job, void* scratch) {
   using V = Vector<Real>;
@@ -219,6 +222,8 @@ int64_t lora_ml_sized(const LoraMlJob<Real>& job, void* scratch) {
   Arena<Real> arena{static_cast<V*>(scratch)};
   V* weight = arena.take(square);
   V* sum = arena.take(square);
+  V* total = arena.take(square);
+  V* lost = arena.take(square);
   V* gradient = arena.take(tall > nv ? tall : nv);
   Real* products = arena.take_values(2 * rank * rank);
   V* gram = arena.take(tasks * square);
@@ -251,8 +256,14 @@ int64_t lora_ml_sized(const LoraMlJob<Real>& job, void* scratch) {
       }
     }
     set_zero<Real>(sum, square);
-    Real twice_loss = 0;
+    set_zero<Real>(total, square);
+    set_zero<Real>(lost, square);
+    double twice_loss = 0;
     for (int64_t t = 0; t < tasks; ++t) {
+      if (t > 0 && t % kTasksSummed == 0) {
+        for (int64_t v = 0; v < square; ++v) add_exactly(total[v], lost[v], sum[v]);
+        set_zero<Real>(sum, square);
+      }
       for (int64_t c = 0; c < rank; ++c) {
         times<Real, NV>(gram + t * square, u + t * tall + c * nv, dim, nv,
                         gram_u + t * tall + c * nv);
@@ -261,10 +272,13 @@ int64_t lora_ml_sized(const LoraMlJob<Real>& job, void* scratch) {
           outer_gradient<Real, NV>(weight, residual + t * square, cross + t * square, u + t * tall,
                                    gram_u + t * tall, job.energy[t] * scale, dim, rank, nv, sum);
     }
-    const Real loss = twice_loss / static_cast<Real>(2 * tasks);
+    const Real loss = static_cast<Real>(twice_loss / static_cast<double>(2 * tasks));
     job.losses[step - 1] = loss;
     if (!is_finite(loss)) break;
-    for (int64_t v = 0; v < square; ++v) weight[v] -= sum[v] * outer_lr;
+    for (int64_t v = 0; v < square; ++v) {
+      add_exactly(total[v], lost[v], sum[v]);
+      weight[v] -= total[v] * outer_lr;
+    }
   }
 
   const bool weight_finite = store<Real>(weight, dim, dim, nv, job.weight);
@@ -288,7 +302,7 @@ int64_t lora_ml_any_rank(const LoraMlJob<Real>& job, void* scratch) {
 template <typename Real>
 int64_t standard_scratch(const StandardJob<Real>& job) {
   const int64_t nv = vectors_per_column<Real>(job.dim);
-  return 5 * job.dim * nv * static_cast<int64_t>(sizeof(Vector<Real>));
+  return 7 * job.dim * nv * static_cast<int64_t>(sizeof(Vector<Real>));
 }
 
 // The gradient of the mean loss needs only the mean statistics: A −= lr·(A·mean G − mean C)/N.
@@ -306,17 +320,19 @@ int64_t standard_sized(const StandardJob<Real>& job, void* scratch) {
   V* cross = arena.take(square);
   V* residual = arena.take(square);
   V* task = arena.take(square);
+  V* lost = arena.take(2 * square);
 
   load<Real>(job.weight, dim, dim, Real(1), nv, weight);
   set_zero<Real>(gram, square);
   set_zero<Real>(cross, square);
-  Real energy = 0;
+  set_zero<Real>(lost, 2 * square);
+  Real energy = 0, energy_lost = 0;
   for (int64_t t = 0; t < job.tasks; ++t) {
     load_gram<Real>(job.gram + t * dim * dim, dim, scale, nv, task);
-    for (int64_t v = 0; v < square; ++v) gram[v] += task[v];
+    for (int64_t v = 0; v < square; ++v) add_exactly(gram[v], lost[v], task[v]);
     load<Real>(job.cross + t * dim * dim, dim, dim, scale, nv, task);
-    for (int64_t v = 0; v < square; ++v) cross[v] += task[v];
-    energy += job.energy[t] * scale;
+    for (int64_t v = 0; v < square; ++v) add_exactly(cross[v], lost[square + v], task[v]);
+    add_exactly(energy, energy_lost, job.energy[t] * scale);
   }
 
   int64_t step = 1;

@@ -67,28 +67,29 @@ void token_backward(const LoraProblem& p, const Gradients& gradients, const T* g
   const auto Bt = transposed_B<T>(lora_B, p);
   const auto partial_A = scratch<T>(need.A ? count * p.rank * p.in : 0);
   const auto partial_B = scratch<T>(need.B ? count * p.rank * p.out : 0);
-  const auto partial_bias = scratch<T>(need.bias ? count * p.out : 0);
+  const auto partial_bias = scratch<double>(need.bias ? count * p.out : 0);
   const auto body = [&](int64_t c) {
     const Chunk chunk = chunks[static_cast<size_t>(c)];
     const T* A = lora_A + chunk.task * p.rank * p.in;
     const T* B = Bt.get() + chunk.task * p.rank * p.out;
     T* chunk_A = partial_A.get() + c * p.rank * p.in;
     T* chunk_B = partial_B.get() + c * p.rank * p.out;
-    T* chunk_bias = partial_bias.get() + c * p.out;
+    double* chunk_bias = partial_bias.get() + c * p.out;
     if (need.A) std::fill_n(chunk_A, p.rank * p.in, T(0));
     if (need.B) std::fill_n(chunk_B, p.rank * p.out, T(0));
-    if (need.bias) std::fill_n(chunk_bias, p.out, T(0));
+    if (need.bias) {
+      std::fill_n(chunk_bias, p.out, 0.0);
+      add_rows(chunk_bias, grad_y + chunk.begin * p.out, p.out, chunk.end - chunk.begin, p.out);
+    }
     const auto scaled = scratch<T>(kTile * p.rank);               // s · shrunk [tile, r]
     const auto grad_shrunk = scratch<T>(kTile * p.rank);          // [tile, r]
     const auto dropped = scratch<T>(dropout ? kTile * p.in : 0);  // [tile, in]
     const auto grad_row = scratch<T>(dropout ? p.in : 0);
-    T ones[kTile];
-    std::fill_n(ones, kTile, T(1));
+    const T one = 1;
     for (int64_t begin = chunk.begin; begin < chunk.end; begin += kTile) {
       const int64_t rows = std::min(kTile, chunk.end - begin);
       const T* dy = grad_y + begin * p.out;
       const T* xs = x + begin * p.in;
-      if (need.bias) add_scaled(chunk_bias, ones, dy, p.out, rows, p.out);
       if (need.B) {
         for (int64_t i = 0; i < rows * p.rank; ++i)
           scaled[i] = static_cast<T>(scaling) * shrunk[begin * p.rank + i];
@@ -105,7 +106,7 @@ void token_backward(const LoraProblem& p, const Gradients& gradients, const T* g
           std::fill_n(grad_row.get(), p.in, T(0));
           add_scaled(grad_row.get(), ds, A, p.in, p.rank, p.in);
           drop(grad_row.get(), grad_row.get(), *dropout, (begin + i) * p.in, p.in);
-          add_scaled(dx, ones, grad_row.get(), p.in, 1, p.in);
+          add_scaled(dx, &one, grad_row.get(), p.in, 1, p.in);
         } else {
           add_scaled(dx, ds, A, p.in, p.rank, p.in);
         }
@@ -120,8 +121,7 @@ void token_backward(const LoraProblem& p, const Gradients& gradients, const T* g
   };
   parallel(count, 2 * rows_each(chunks) * p.rank * (p.in + p.out), body);
 
-  if (need.bias)
-    sum_chunks(mutable_data<T>(gradients.bias), partial_bias.get(), of_one_task(chunks), 1, p.out);
+  if (need.bias) sum_partials(mutable_data<T>(gradients.bias), partial_bias.get(), count, p.out);
   if (need.A)
     sum_chunks(mutable_data<T>(gradients.A), partial_A.get(), chunks, p.tasks, p.rank * p.in);
   if (need.B) {
@@ -176,8 +176,8 @@ Gradients weight_backward(const LoraProblem& p, const Tensor& grad_y, const Tens
                        [&](int64_t t, const Tensor& W) {
                          mm_out(rows_of(gradients.x, p, t), rows_of(grad_y, p, t), W);
                        });
-  if (need.weight) std::fill_n(mutable_data<T>(gradients.weight), p.out * p.in, T(0));
-  if (need.weight || need.A || need.B)
+  LongSum<T> grad_weight(mutable_data<T>(gradients.weight), need.weight ? p.out * p.in : 0);
+  if (need.weight || need.A || need.B) {
     for (int64_t t = 0; t < p.tasks; ++t) {
       T* grad_A = mutable_data<T>(gradients.A) + t * p.rank * p.in;
       T* grad_B = mutable_data<T>(gradients.B) + t * p.out * p.rank;
@@ -187,11 +187,13 @@ Gradients weight_backward(const LoraProblem& p, const Tensor& grad_y, const Tens
         continue;
       }
       const Tensor P = cast(mm(transposed(rows_of(grad_y, p, t)), rows_of(x, p, t)), work);
-      merge_task_backward(need.weight ? mutable_data<T>(gradients.weight) : nullptr, grad_A, grad_B,
-                          data<T>(P), data<T>(lora_A) + t * p.rank * p.in,
-                          data<T>(lora_B) + t * p.out * p.rank, static_cast<T>(scaling), p.out,
-                          p.in, p.rank);
+      merge_task_backward(need.weight ? grad_weight.part() : nullptr, grad_A, grad_B, data<T>(P),
+                          data<T>(lora_A) + t * p.rank * p.in, data<T>(lora_B) + t * p.out * p.rank,
+                          static_cast<T>(scaling), p.out, p.in, p.rank);
+      grad_weight.next();
     }
+    grad_weight.finish();
+  }
   if (need.bias) {
     const std::vector<int64_t> rows{0};
     gradients.bias = torch::stable::sum(grad_y, rows);
@@ -280,9 +282,7 @@ Gradients small_backward(const LoraProblem& p, const Tensor& grad_y, const Tenso
   const int64_t stride = padded<T>(p.in);
   const bool need_products = need.weight || need.A || need.B;
   const auto partial = scratch<T>(need_products ? count * p.out * p.in : 0);
-  const auto partial_bias = scratch<T>(need.bias ? count * p.out : 0);
-  const auto ones = scratch<T>(need.bias ? rows_each(chunks) : 0);
-  if (need.bias) std::fill_n(ones.get(), rows_each(chunks), T(1));
+  const auto partial_bias = scratch<double>(need.bias ? count * p.out : 0);
   const std::array<T, kSmall<T>> zero{};
   parallel(count, 2 * rows_each(chunks) * p.in * p.out, [&](int64_t c) {
     const Chunk chunk = chunks[static_cast<size_t>(c)];
@@ -294,21 +294,27 @@ Gradients small_backward(const LoraProblem& p, const Tensor& grad_y, const Tenso
     if (need_products)
       small_outer(partial.get() + c * p.out * p.in, dy, data<T>(x) + chunk.begin * p.in, rows,
                   p.out, p.in);
-    if (need.bias) small_outer(partial_bias.get() + c * p.out, ones.get(), dy, rows, 1, p.out);
+    if (need.bias) {
+      double* chunk_bias = partial_bias.get() + c * p.out;
+      std::fill_n(chunk_bias, p.out, 0.0);
+      add_rows(chunk_bias, dy, p.out, rows, p.out);
+    }
   });
-  if (need.bias)
-    sum_chunks(mutable_data<T>(gradients.bias), partial_bias.get(), of_one_task(chunks), 1, p.out);
-  if (need.weight) std::fill_n(mutable_data<T>(gradients.weight), p.out * p.in, T(0));
+  if (need.bias) sum_partials(mutable_data<T>(gradients.bias), partial_bias.get(), count, p.out);
   if (need_products) {
     const auto products = scratch<T>(p.tasks * p.out * p.in);  // P_t = dY_tᵀ X_t
     sum_chunks(products.get(), partial.get(), chunks, p.tasks, p.out * p.in);
-    for (int64_t t = 0; t < p.tasks; ++t)
-      merge_task_backward(need.weight ? mutable_data<T>(gradients.weight) : nullptr,
+    LongSum<T> grad_weight(mutable_data<T>(gradients.weight), need.weight ? p.out * p.in : 0);
+    for (int64_t t = 0; t < p.tasks; ++t) {
+      merge_task_backward(need.weight ? grad_weight.part() : nullptr,
                           mutable_data<T>(gradients.A) + t * p.rank * p.in,
                           mutable_data<T>(gradients.B) + t * p.out * p.rank,
                           products.get() + t * p.out * p.in, data<T>(lora_A) + t * p.rank * p.in,
                           data<T>(lora_B) + t * p.out * p.rank, static_cast<T>(scaling), p.out,
                           p.in, p.rank);
+      grad_weight.next();
+    }
+    grad_weight.finish();
   }
   return gradients;
 }
@@ -388,7 +394,7 @@ FiveTensors lora_linear_token_backward(const Tensor& grad_y, const Tensor& x, co
   check_token_route(op, x, weight, dropout_p, seed);
   const ScalarType dtype = x.scalar_type(), work = work_dtype(x);
   check_shape(op, "shrunk", shrunk, {p.rows, p.rank});
-  check_dtype(op, "shrunk", shrunk, work);
+  check_data(op, "shrunk", shrunk, work);
   const Needs need{need_x, need_weight, need_bias, need_A, need_B};
   const Tensor rows = as_contiguous(x), dy = as_contiguous(grad_y);
   const Gradients g{need.x ? cast(mm(dy, weight), work) : none(work),

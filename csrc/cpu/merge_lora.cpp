@@ -90,12 +90,15 @@ template <typename T>
 void merge_backward_all(const Tensor& grad_weight, const Tensor& grad_A, const Tensor& grad_B,
                         const Tensor& grad, const Tensor& A, const Tensor& B, double scaling) {
   const int64_t tasks = A.size(0), rank = A.size(1), in = A.size(2), out = B.size(1);
-  std::fill_n(mutable_data<T>(grad_weight), out * in, T(0));
-  for (int64_t t = 0; t < tasks; ++t)
-    merge_task_backward(mutable_data<T>(grad_weight), mutable_data<T>(grad_A) + t * rank * in,
+  LongSum<T> sum(mutable_data<T>(grad_weight), out * in);
+  for (int64_t t = 0; t < tasks; ++t) {
+    merge_task_backward(sum.part(), mutable_data<T>(grad_A) + t * rank * in,
                         mutable_data<T>(grad_B) + t * out * rank, data<T>(grad) + t * out * in,
                         data<T>(A) + t * rank * in, data<T>(B) + t * out * rank,
                         static_cast<T>(scaling), out, in, rank);
+    sum.next();
+  }
+  sum.finish();
 }
 
 // grad [T, out, in] -> (grad_weight [out, in], grad_A [T, r, in], grad_B [T, out, r])
@@ -119,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> merge_lora_backward(const Tensor& grad, const
 Tensor merge_lora_symmetric(const Tensor& weight, const Tensor& lora_U,
                             std::optional<ScalarType> dtype, bool tf32) {
   const char* op = "merge_lora_symmetric";
-  check_dim(op, "lora_U", lora_U, 3);
+  check_symmetric(op, lora_U, "weight", weight);
   check_shape(op, "weight", weight, {lora_U.size(1), lora_U.size(1)});
   return merge_lora(weight, torch::stable::transpose(lora_U, 1, 2), lora_U, 1.0, dtype, tf32);
 }
@@ -128,7 +131,7 @@ Tensor merge_lora_symmetric(const Tensor& weight, const Tensor& lora_U,
 std::tuple<Tensor, Tensor> merge_lora_symmetric_backward(const Tensor& grad, const Tensor& lora_U,
                                                          bool tf32) {
   const char* op = "merge_lora_symmetric_backward";
-  check_dim(op, "lora_U", lora_U, 3);
+  check_symmetric(op, lora_U, "grad", grad);
   check_shape(op, "grad", grad, {lora_U.size(0), lora_U.size(1), lora_U.size(1)});
   auto [grad_weight, grad_A, grad_B] =
       merge_lora_backward(grad, torch::stable::transpose(lora_U, 1, 2), lora_U, 1.0, tf32);

@@ -62,6 +62,7 @@ template <typename Real>
 struct Sums {
   Vector<Real>* weight;  // [d, d]  Σ e h (1 − h) xᵀ, with e the error and h the hidden units
   Vector<Real>* output;  // [d]     Σ e h
+  Vector<Real>* lost;    // [d + 1] by rounding from `output` and `loss`
   Vector<Real> loss;     //         Σ e²
 };
 
@@ -188,10 +189,10 @@ void add_block(const Real* folded, const Real* output, const Vector<Real>* x,
     loss0 += error[v] * error[v];
     loss1 += error[v + 1] * error[v + 1];
   }
-  sums.loss += loss0 + loss1;
+  add_exactly(sums.loss, sums.lost[dim], loss0 + loss1);
   for (int64_t i = 0; i < dim; ++i) {
     V* h = hidden + i * row;
-    V sum0 = sums.output[i], sum1 = {};
+    V sum0 = {}, sum1 = {};
     for (int64_t v = 0; v < vectors; v += 2) {
       const V h0 = h[v], h1 = h[v + 1];
       sum0 += error[v] * h0;
@@ -199,7 +200,7 @@ void add_block(const Real* folded, const Real* output, const Vector<Real>* x,
       h[v] = error[v] * (h0 - h0 * h0);
       h[v + 1] = error[v + 1] * (h1 - h1 * h1);
     }
-    sums.output[i] = sum0 + sum1;
+    add_exactly(sums.output[i], sums.lost[i], sum0 + sum1);
   }
   for_row_groups(dim, Backward<Real>{hidden, x, dim, row, vectors, sums.weight});
 }
@@ -218,18 +219,19 @@ void fold(const Real* weight, const Real* a, const Real* b, int64_t dim, int64_t
 }
 
 // From the sums of a task to the gradients: P = scale · diag(c) Σ e h (1 − h) xᵀ is that of
-// A + B_t A_t, so A's is the sum of all P, B_t's is P A_tᵀ and A_t's is B_tᵀ P.
+// A + B_t A_t, so A's is the sum of all P, B_t's is P A_tᵀ and A_t's is B_tᵀ P. `lost` [d + 1, d]
+// is what rounding took from the sums over tasks, of A's gradient and of c's.
 template <typename Real>
 void add_gradients(const Sums<Real>& sums, Real scale, const Real* output, const Real* a,
                    const Real* b, int64_t dim, int64_t rank, Real* grad_weight, Real* grad_output,
-                   Real* grad_a, Real* grad_b, Real* row) {
+                   Real* grad_a, Real* grad_b, Real* row, Real* lost) {
   for (int64_t i = 0; i < rank * dim; ++i) grad_a[i] = Real(0);
   for (int64_t i = 0; i < dim; ++i) {
-    grad_output[i] += scale * sum_lanes<Real>(sums.output[i]);
+    add_exactly(grad_output[i], lost[dim * dim + i], scale * sum_lanes<Real>(sums.output[i]));
     const Real factor = scale * output[i];
     for (int64_t j = 0; j < dim; ++j) {
       row[j] = factor * sum_lanes<Real>(sums.weight[i * dim + j]);
-      grad_weight[i * dim + j] += row[j];
+      add_exactly(grad_weight[i * dim + j], lost[i * dim + j], row[j]);
     }
     for (int64_t r = 0; r < rank; ++r) {
       Real sum = 0;
@@ -288,8 +290,8 @@ int64_t scratch_bytes(const Job<Real>& job) {
   const int64_t parameters = layout.adapter_vectors + layout.network_vectors;
   const int64_t square = job.dim * job.dim;
   const int64_t vectors = 4 * parameters + vectors_per_column<Real>(square) +
-                          vectors_per_column<Real>(job.dim) + square + job.dim +
-                          layout.block_vectors * (job.dim + 1) +
+                          vectors_per_column<Real>(job.dim) + layout.network_vectors + square +
+                          2 * job.dim + 1 + layout.block_vectors * (job.dim + 1) +
                           job.tasks * layout.blocks * layout.block_vectors * (job.dim + 1);
   return vectors * static_cast<int64_t>(sizeof(Vector<Real>));
 }
@@ -340,7 +342,8 @@ int64_t train(const Job<Real>& job, void* scratch) {
   V* second = arena.take(count);
   Real* folded = arena.take_values(square);
   Real* gradient_row = arena.take_values(dim);
-  Sums<Real> sums{arena.take(square), arena.take(dim), V{}};
+  V* lost = arena.take(layout.network_vectors);
+  Sums<Real> sums{arena.take(square), arena.take(dim), arena.take(dim + 1), V{}};
   V* hidden = arena.take(dim * row);
   V* error = arena.take(row);
   V* x = arena.take(blocks * dim * row);
@@ -357,13 +360,15 @@ int64_t train(const Job<Real>& job, void* scratch) {
 
   int64_t epoch = 1;
   for (; epoch <= job.epochs; ++epoch) {
-    Real loss = 0;
+    double loss = 0;
     set_zero<Real>(gradient + layout.adapter_vectors, layout.network_vectors);
+    set_zero<Real>(lost, layout.network_vectors);
     for (int64_t t = 0; t < job.tasks; ++t) {
       const Real *a = now.lora_a + t * adapter, *b = now.lora_b + t * adapter;
       fold<Real>(now.weight, a, b, dim, rank, folded);
       set_zero<Real>(sums.weight, square);
       set_zero<Real>(sums.output, dim);
+      set_zero<Real>(sums.lost, dim + 1);
       sums.loss = V{};
       for (int64_t k = 0; k < layout.blocks; ++k) {
         const bool last = k == layout.blocks - 1;
@@ -375,10 +380,11 @@ int64_t train(const Job<Real>& job, void* scratch) {
       }
       loss += sum_lanes<Real>(sums.loss) * mean;
       add_gradients<Real>(sums, 2 * mean, now.output, a, b, dim, rank, grad.weight, grad.output,
-                          grad.lora_a + t * adapter, grad.lora_b + t * adapter, gradient_row);
+                          grad.lora_a + t * adapter, grad.lora_b + t * adapter, gradient_row,
+                          reinterpret_cast<Real*>(lost));
     }
-    job.losses[epoch - 1] = loss;
-    if (!is_finite(loss)) break;
+    job.losses[epoch - 1] = static_cast<Real>(loss);
+    if (!is_finite(job.losses[epoch - 1])) break;
     adamw.step(trained, gradient, first, second, parameters);
   }
 

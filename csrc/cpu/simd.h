@@ -67,6 +67,16 @@ METALORA_INLINE void set_zero(Vector<Real>* matrix, int64_t vectors) {
   for (int64_t v = 0; v < vectors; ++v) matrix[v] = Vector<Real>{};
 }
 
+// sum += value, where `lost` keeps what rounding took from the sum (Kahan): the error does not grow
+// with the number of values.
+template <typename Value>
+METALORA_INLINE void add_exactly(Value& sum, Value& lost, const Value& value) {
+  const Value wanted = value - lost;
+  const Value next = sum + wanted;
+  lost = (next - sum) - wanted;
+  sum = next;
+}
+
 // Scratch memory, handed out front to back.
 template <typename Real>
 struct Arena {

@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const MatvecProblem& p, const Tensor
   Tensor grad_weight = none(dtype), grad_U = none(dtype);
   if (need_weight && p.rank) {  // one weight for all tasks: the sum over all chunks
     grad_weight = empty({p.out, p.in}, dtype);
-    sum_chunks(mutable_data<T>(grad_weight), partial_W.get(), of_one_task(chunks), 1, p.out * p.in);
+    sum_partials(mutable_data<T>(grad_weight), partial_W.get(), count, p.out * p.in);
   } else if (need_weight) {
     grad_weight = empty({p.tasks, p.out, p.in}, dtype);
     sum_chunks(mutable_data<T>(grad_weight), partial_W.get(), chunks, p.tasks, p.out * p.in);
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> task_matvec_backward(const Tensor& grad_y, co
   const char* op = "task_matvec_backward";
   const MatvecProblem p = check_task_matvec(op, weight, x, lora_U);
   check_shape(op, "grad_y", grad_y, {p.tasks, p.samples, p.out});
-  check_dtype(op, "grad_y", grad_y, x.scalar_type());
+  check_data(op, "grad_y", grad_y, x.scalar_type());
   const Tensor dy = as_contiguous(grad_y), w = as_contiguous(weight), xs = as_contiguous(x);
   const auto u = contiguous_if(lora_U);
   return x.scalar_type() == ScalarType::Double

@@ -5,7 +5,6 @@
 #include "shallow_jobs.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define METALORA_HAS_AVX2 1
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else

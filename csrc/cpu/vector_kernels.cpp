@@ -59,6 +59,34 @@ METALORA_INLINE void dot_rows_loop(T* __restrict result, const T* __restrict vec
   }
 }
 
+template <typename T>
+METALORA_INLINE void add_rows_loop(double* __restrict sum, const T* __restrict source,
+                                   int64_t stride, int64_t groups, int64_t n) {
+  constexpr int64_t kColumns = 64, kGroups = 32;
+  for (int64_t first = 0; first < n; first += kColumns) {
+    const int64_t columns = n - first < kColumns ? n - first : kColumns;
+    for (int64_t g = 0; g < groups;) {
+      const int64_t end = groups - g < kGroups ? groups : g + kGroups;
+      T some[kColumns] = {};
+      for (; g + 8 <= end; g += 8) {
+        const T* s0 = source + g * stride + first;
+        const T *s1 = s0 + stride, *s2 = s1 + stride, *s3 = s2 + stride;
+        const T *s4 = s3 + stride, *s5 = s4 + stride, *s6 = s5 + stride, *s7 = s6 + stride;
+#pragma omp simd
+        for (int64_t i = 0; i < columns; ++i)
+          some[i] += ((s0[i] + s1[i]) + (s2[i] + s3[i])) + ((s4[i] + s5[i]) + (s6[i] + s7[i]));
+      }
+      for (; g < end; ++g) {
+        const T* s = source + g * stride + first;
+#pragma omp simd
+        for (int64_t i = 0; i < columns; ++i) some[i] += s[i];
+      }
+#pragma omp simd
+      for (int64_t i = 0; i < columns; ++i) sum[first + i] += static_cast<double>(some[i]);
+    }
+  }
+}
+
 }  // namespace
 
 METALORA_CLONES void add_scaled(float* destination, const float* coefficient, const float* source,
@@ -79,6 +107,16 @@ METALORA_CLONES void dot_rows(float* result, const float* vector, const float* r
 METALORA_CLONES void dot_rows(double* result, const double* vector, const double* rows,
                               int64_t stride, int64_t groups, int64_t n) {
   dot_rows_loop(result, vector, rows, stride, groups, n);
+}
+
+METALORA_CLONES void add_rows(double* sum, const float* source, int64_t stride, int64_t groups,
+                              int64_t n) {
+  add_rows_loop(sum, source, stride, groups, n);
+}
+
+METALORA_CLONES void add_rows(double* sum, const double* source, int64_t stride, int64_t groups,
+                              int64_t n) {
+  add_rows_loop(sum, source, stride, groups, n);
 }
 
 }  // namespace metalora::cpu

@@ -103,4 +103,13 @@ __host__ __device__ constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
   return (value + divisor - 1) / divisor;
 }
 
+// sum += value, where `lost` keeps what rounding took from the sum (Kahan): the error does not grow
+// with the number of values.
+template <typename T>
+__device__ inline void add_exactly(T& sum, T& lost, T value) {
+  const T wanted = value - lost, next = sum + wanted, rounded = (next - sum) - wanted;
+  lost = rounded == rounded ? rounded : T(0);  // an infinite sum stays infinite
+  sum = next;
+}
+
 }  // namespace metalora::cuda

@@ -77,7 +77,7 @@ Tensor merge_lora_symmetric(const Tensor& weight, const Tensor& lora_U,
                             std::optional<ScalarType> dtype, bool tf32) {
   const char* op = "merge_lora_symmetric";
   const ScalarType to = dtype.value_or(weight.scalar_type());
-  check_dim(op, "lora_U", lora_U, 3);
+  check_symmetric(op, lora_U, "weight", weight);
   const auto [tasks, out, in, rank] =
       check_merge_lora(op, weight, batch_transposed(lora_U), lora_U, to);
   check_device(op, "lora_U", lora_U, weight);
@@ -95,7 +95,7 @@ Tensor merge_lora_symmetric(const Tensor& weight, const Tensor& lora_U,
 std::tuple<Tensor, Tensor> merge_lora_symmetric_backward(const Tensor& grad, const Tensor& lora_U,
                                                          bool tf32) {
   const char* op = "merge_lora_symmetric_backward";
-  check_dim(op, "lora_U", lora_U, 3);
+  check_symmetric(op, lora_U, "grad", grad);
   const auto [tasks, out, in, rank] =
       check_merge_lora_backward(op, grad, batch_transposed(lora_U), lora_U);
   check_device(op, "lora_U", lora_U, grad);
@@ -152,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> task_matvec_backward(const Tensor& grad_y, co
   const char* op = "task_matvec_backward";
   const MatvecShape shape = check_matvec(op, weight, x, lora_U);
   check_shape(op, "grad_y", grad_y, {shape.tasks, shape.rows, shape.out});
-  check_dtype(op, "grad_y", grad_y, x.scalar_type());
+  check_data(op, "grad_y", grad_y, x.scalar_type());
   check_device(op, "grad_y", grad_y, x);
   const DeviceGuard guard(x);
   const ScalarType dtype = x.scalar_type();

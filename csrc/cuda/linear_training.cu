@@ -163,13 +163,15 @@ __global__ void __launch_bounds__(kMostLinearThreads, 1)
   Real* weight = static_cast<Real*>(a.weight) + training * elements;
   Real* losses = static_cast<Real*>(a.losses) + training * a.steps;
 
-  Real total_energy = 0;
-  for (int task = 0; task < tasks; ++task) total_energy += scale * energy[task];
+  Real total_energy = 0, energy_lost = 0;
+  for (int task = 0; task < tasks; ++task)
+    add_exactly(total_energy, energy_lost, scale * energy[task]);
   each([&](int i) {
-    Real mean_gram = 0, mean_cross = 0;
+    Real mean_gram = 0, mean_cross = 0, gram_lost = 0, cross_lost = 0;
     for (int task = 0; task < tasks; ++task) {
-      mean_gram += scale * symmetrised(gram + task * elements, dim, i / dim, i % dim);
-      mean_cross += scale * cross[task * elements + i];
+      add_exactly(mean_gram, gram_lost,
+                  scale * symmetrised(gram + task * elements, dim, i / dim, i % dim));
+      add_exactly(mean_cross, cross_lost, scale * cross[task * elements + i]);
     }
     G[i] = mean_gram;
     C[i] = mean_cross;

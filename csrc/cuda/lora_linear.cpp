@@ -244,7 +244,7 @@ FiveTensors lora_linear_token_backward(const Tensor& grad_y, const Tensor& x, co
   check_token_route(op, x, weight, dropout_p, seed);
   check_seed(op, seed, x);
   check_shape(op, "shrunk", shrunk, {p.rows, p.rank});
-  check_dtype(op, "shrunk", shrunk, x.scalar_type());
+  check_data(op, "shrunk", shrunk, x.scalar_type());
   check_device(op, "shrunk", shrunk, x);
   const DeviceGuard guard(x);
   const ScalarType dtype = x.scalar_type();

@@ -13,6 +13,8 @@ constexpr int kThreads = 256;
 constexpr int kColumns = 128;     // of a tile
 constexpr int64_t kBlocks = 256;  // wanted: what the largest devices hold at once
 constexpr int64_t kMostStripTiles = 4;
+// Whose gradients a thread adds up as they come; more would be more rounding errors.
+constexpr int64_t kMostGroupTasks = 32;
 
 // How the work is divided, a strip being `strip_tiles` tiles beside each other, and what lies where
 // in the scratch memory, counted in elements:
@@ -35,7 +37,8 @@ inline Plan make_plan(const MergeShape& shape, int tile_rows) {
   const int64_t tiles = std::max<int64_t>(plan.row_tiles * plan.column_tiles, 1);
   plan.strip_tiles = std::clamp<int64_t>(tiles / kBlocks, 1, kMostStripTiles);
   plan.strips = ceil_div(plan.column_tiles, plan.strip_tiles);
-  plan.group_tasks = ceil_div(tasks, std::max<int64_t>(kBlocks / tiles, 1));
+  plan.group_tasks =
+      std::min(ceil_div(tasks, std::max<int64_t>(kBlocks / tiles, 1)), kMostGroupTasks);
   plan.groups = tasks ? ceil_div(tasks, plan.group_tasks) : 0;
   const int64_t columns = tasks * rank * plan.column_tiles * kColumns;
   const int64_t rows = tasks * rank * plan.row_tiles * tile_rows;

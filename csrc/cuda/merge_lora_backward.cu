@@ -142,9 +142,9 @@ __global__ void __launch_bounds__(kThreads)
   const Plan& plan = a.plan;
   const S* addends = static_cast<const S*>(a.scratch);
   const auto sum = [](const S* first, int64_t count, int64_t step) {
-    S total = 0;
+    S total = 0, lost = 0;
 #pragma unroll 4
-    for (int64_t i = 0; i < count; ++i) total += first[i * step];
+    for (int64_t i = 0; i < count; ++i) add_exactly(total, lost, first[i * step]);
     return total;
   };
   const auto write = [&](void* target, int64_t element, S value) {

@@ -199,8 +199,9 @@ __global__ void __launch_bounds__(kThreads)
   const Matrix<T> G(free, static_cast<int>(out), static_cast<int>(in));
   const T* addends = a.addends + task * a.plan.blocks * elements;
   for (int i = static_cast<int>(threadIdx.x); i < elements; i += kThreads) {
-    T sum = 0;
-    for (int64_t block = 0; block < a.plan.blocks; ++block) sum += addends[block * elements + i];
+    T sum = 0, lost = 0;
+    for (int64_t block = 0; block < a.plan.blocks; ++block)
+      add_exactly(sum, lost, addends[block * elements + i]);
     G(i / G.columns, i % G.columns) = sum;
     if (grad_weight) grad_weight[task * elements + i] = sum;
   }
@@ -223,9 +224,10 @@ __global__ void __launch_bounds__(kThreads)
   const int thread = static_cast<int>(threadIdx.x), part = thread / kElements;
   const int element = static_cast<int>(blockIdx.x) * kElements + thread % kElements;
   T* parts = dynamic_shared<T>();
-  T sum = 0;
+  T sum = 0, lost = 0;
   if (element < elements)
-    for (int64_t i = part; i < count; i += kEach) sum += addends[i * elements + element];
+    for (int64_t i = part; i < count; i += kEach)
+      add_exactly(sum, lost, addends[i * elements + element]);
   parts[thread] = sum;
   __syncthreads();
   if (part || element >= elements) return;

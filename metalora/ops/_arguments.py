@@ -22,6 +22,11 @@ def check_float(function: str, argument: str, tensor: Tensor) -> None:
             f"{function}: {argument} must be floating point (float32, float64, bfloat16 or "
             f"float16), got {tensor.dtype}; convert it with .float()"
         )
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"{function}: {argument} must be a dense tensor, got layout {tensor.layout}; convert "
+            "it with .to_dense()"
+        )
 
 
 def check_like(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -58,13 +60,39 @@ def call(name: str, *arguments: Any) -> Any:
         return raw(name)(*arguments)
 
 
+def _checked(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake kernel, refusing tensors of several devices.
+
+    With one meta tensor among real ones, the dispatcher takes the fake kernel, whose result would
+    be memory that nobody wrote. Only task_ptr may be on the CPU beside tensors of another device.
+    """
+    names = list(inspect.signature(fake).parameters)
+
+    @functools.wraps(fake)
+    def checked(*arguments: Any, **named: Any) -> Any:
+        given = {**dict(zip(names, arguments, strict=False)), **named}
+        devices = {n: a.device for n, a in given.items() if isinstance(a, Tensor)}
+        if len(set(devices.values())) > 1:
+            first = next(n for n in names if n in devices)
+            for other, device in devices.items():
+                is_pointers = other == "task_ptr" and device.type == "cpu"
+                if device != devices[first] and not is_pointers:
+                    raise RuntimeError(
+                        f"torch.ops.metalora.{name}: {other} must be on the device of {first}, "
+                        f"{devices[first]}, got {device}"
+                    )
+        return fake(*arguments, **named)
+
+    return checked
+
+
 def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates an operator's fake kernel; direct calls on tensors that need grad then raise."""
 
     def decorate(fake: Callable[..., Any]) -> Callable[..., Any]:
         if native_available():
             _raw[name] = getattr(torch.ops.metalora, name).default
-            torch.library.register_fake(f"metalora::{name}", fake)
+            torch.library.register_fake(f"metalora::{name}", _checked(name, fake))
             torch.library.register_autograd(
                 f"metalora::{name}", _no_backward, setup_context=_refuse(name)
             )

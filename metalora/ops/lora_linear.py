@@ -140,15 +140,16 @@ def _run(
         weight, lora_A, lora_B = weight.to(x.dtype), lora_A.to(x.dtype), lora_B.to(x.dtype)
     if route == "reference":
         _check(x, weight, bias, lora_A, lora_B, task_ptr)
+        task_ptr = _on_host(task_ptr)
+        _check_values(task_ptr, x.shape[0])
         return reference.lora_linear(
             x, weight, bias, lora_A, lora_B, task_ptr, scaling, dropout_p, seed
         )
-    # The dispatcher does not mind tensors of other devices, nor the kernels addresses from there.
+    # Neither the dispatcher nor the kernels check that devices match.
     together = weight.is_cpu and lora_A.is_cpu and lora_B.is_cpu and task_ptr.is_cpu
     if not together or (bias is not None and not bias.is_cpu):
         _check(x, weight, bias, lora_A, lora_B, task_ptr)
-    if not task_ptr.is_cpu:
-        task_ptr = _read_back(task_ptr)
+    task_ptr = _on_host(task_ptr)  # the raw operator checks its values
     if route == "weight":
         return _WeightRoute.apply(
             x, weight, bias, lora_A, lora_B, task_ptr, scaling, tf32_allowed(x.dtype), keep_merged
@@ -156,13 +157,20 @@ def _run(
     return _TokenRoute.apply(x, weight, bias, lora_A, lora_B, task_ptr, scaling, dropout_p, seed)
 
 
-def _read_back(task_ptr: Tensor) -> Tensor:
-    if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+def _on_host(task_ptr: Tensor) -> Tensor:
+    """The task pointers on the CPU; reads them back from a GPU, for which the host waits."""
+    if task_ptr.is_cpu:
+        return task_ptr
+    if _capturing():
         raise RuntimeError(
             f"lora_linear: task_ptr must be on the CPU while a CUDA graph is captured, got it on "
             f"{task_ptr.device}, from where it would have to be read back; make it on the CPU"
         )
     return task_ptr.cpu()
+
+
+def _capturing() -> bool:
+    return not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def lora_linear_route(
@@ -504,7 +512,7 @@ def _check(
     lora_B: Tensor,
     task_ptr: Tensor,
 ) -> None:
-    """Raises if shapes, dtypes, devices or the values of task_ptr do not fit together."""
+    """Raises if shapes, dtypes or devices do not fit together."""
     name = "lora_linear"
     check_float(name, "x", x)
     check_float(name, "weight", weight)
@@ -541,22 +549,26 @@ def _check(
             f"{name}: task_ptr must be on the CPU, or on the device of x, {x.device}, got "
             f"{task_ptr.device}; move it with .cpu()"
         )
-    if not torch.compiler.is_compiling():
-        _check_values(task_ptr, x.shape[0])
 
 
-def _problem(x: Any, weight: Any, bias: Any, *others: Any) -> Exception | None:
-    """What `_check` finds, of x and bias as they are under autocast."""
+def _problem(
+    x: Any, weight: Any, bias: Any, lora_A: Any, lora_B: Any, task_ptr: Any
+) -> Exception | None:
+    """What the checks find, of x and bias as they are under autocast."""
     try:
         if isinstance(x, Tensor) and _autocasting(x.device.type):
             x, bias = _autocast(x), _autocast(bias) if isinstance(bias, Tensor) else bias
-        _check(x, weight, bias, *others)
+        _check(x, weight, bias, lora_A, lora_B, task_ptr)
+        if task_ptr.is_cpu or not _capturing():  # a captured stream must not be waited for
+            _check_values(task_ptr, x.shape[0])
     except (TypeError, ValueError) as error:
         return error
     return None
 
 
 def _check_values(task_ptr: Tensor, rows: int) -> None:
+    if torch.compiler.is_compiling():
+        return
     bounds = task_ptr.tolist()
     if bounds[0] != 0 or bounds[-1] != rows:
         raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metalora import reference
+from tests.ops.long_sums import KINDS, addends, factors, worst
 from tests.ops.problems import relative_error
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -224,3 +225,20 @@ def test_nan_stays_in_its_task(shim_operators: Any, tf32: bool) -> None:
     for gradient in (grad_A, grad_B):
         assert gradient[[0, 2]].isfinite().all()
         assert not gradient[1].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_over_many_tasks(shim_operators: Any, kind: str) -> None:
+    def check_sums(got: Any, plain: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
+        changes = (Tensor.clone, Tensor.double, lambda t: t.double().abs())
+        assert worst(got, *(plain(*map(change, inputs)) for change in changes)) <= 1
+
+    grad, lora_A = addends(kind, 600, 3, 4), factors(kind, 600, 1, 4)
+    lora_B = factors(kind, 600, 3, 1)
+    got = shim_operators.merge_lora_backward(grad, lora_A, lora_B, 0.5, False)
+    inputs = (grad, lora_A, lora_B)
+    check_sums(got, lambda *t: reference.merge_lora_backward(*t, 0.5), inputs)
+    grad_y, weight = addends(kind, 1200, 4).view(600, 2, 4), torch.randn(4, 4)
+    inputs = (grad_y, weight, factors(kind, 600, 2, 4), factors(kind, 600, 4, 1))
+    got = shim_operators.task_matvec_backward(*inputs, True, True, True)
+    check_sums(got, reference.task_matvec_backward, inputs)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metalora import _library, ops
 from metalora.ops import _native
@@ -29,7 +31,6 @@ def gpu(fake: None, native: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in MODULES:
         monkeypatch.setattr(module, "gpu_problem", lambda index: None)
     monkeypatch.setattr(MODULES[1], "gpu_memory", lambda index: 80 * 10**9)
-    monkeypatch.setattr(MODULES[1], "_check_values", lambda task_ptr, rows: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
@@ -108,17 +109,45 @@ def test_autocast_takes_the_weight_route(
     assert ops.lora_linear_route(given["x"], given["weight"], given["lora_A"]).route == "weight"
 
 
-def test_a_pointer_on_the_gpu_is_read_back_but_not_into_a_graph(
-    gpu: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Copies(TorchDispatchMode):
+    """Counts what the host waits for: copies of this tensor to it, and reads of its values."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor, self.count = tensor, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reads = (torch.ops.aten._to_copy.default, torch.ops.aten._local_scalar_dense.default)
+        if func in reads and args[0] is self.tensor:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("route", ["auto", "weight", "token"])
+def test_a_pointer_on_the_gpu_is_read_back_once(gpu: None, route: str) -> None:
     given = tensors(task_ptr=torch.empty(5, dtype=torch.int64, device="cuda"))
-    y = ops.lora_linear(**given)
-    assert any(
-        t.is_cpu and t.dtype == torch.int64 for t in y.grad_fn.saved_tensors if t is not None
-    )
+    with Copies(given["task_ptr"]) as copies:
+        y = ops.lora_linear(**given, route=route)
+    assert copies.count == 1
+    pointers = [t for t in y.grad_fn.saved_tensors if t is not None and t.dtype == torch.int64]
+    assert [t.device.type for t in pointers] == ["cpu"]
+
+
+@pytest.mark.parametrize("bad", [False, True], ids=["fits", "does_not_fit"])
+@pytest.mark.parametrize("route", ["auto", "weight", "token", "reference"])
+def test_a_pointer_on_the_gpu_is_not_read_back_into_a_graph(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, route: str, bad: bool
+) -> None:
+    """Nor to word the error: any wait would end the capture with an error of CUDA's own."""
+    given = tensors(task_ptr=torch.empty(5, dtype=torch.int64, device="cuda"))
+    if bad:
+        given["lora_B"] = given["lora_B"].transpose(1, 2)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match=r"task_ptr must be on the CPU while a CUDA graph is"):
-        ops.lora_linear(**given)
+    with Copies(given["task_ptr"]) as copies, pytest.raises((RuntimeError, ValueError)) as caught:
+        ops.lora_linear(**given, route=route)
+    wanted = "lora_B must be" if bad else "task_ptr must be on the CPU while a CUDA graph is"
+    assert str(caught.value).startswith(f"lora_linear: {wanted}")
+    assert copies.count == 0
 
 
 @pytest.mark.parametrize("route", ["auto", "weight", "token", "reference"])
@@ -190,6 +219,14 @@ def test_the_other_operators_warn_too(without: Callable[[str], None]) -> None:
         ("8.6", (9, 0), False),
         ("7.5 8.6", (7, 5), True),
         ("10.0f", (10, 0), True),
+        ("9.0a", (9, 0), True),
+        ("9.0a", (10, 0), False),
+        ("12.1+PTX", (12, 0), False),
+        ("12.1+PTX", (12, 1), True),
+        ("Hopper", (9, 0), False),
+        ("native", (9, 0), False),
+        ("Hopper;8.0", (8, 6), True),
+        ("", (9, 0), False),
     ],
 )
 def test_which_gpus_run_what_was_built(
