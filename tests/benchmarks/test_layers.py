@@ -20,6 +20,7 @@ from benchmarks.layers import LEFT_OUT, Options, measure_case
 from benchmarks.measure import Budget
 from benchmarks.registry import INPUTS, PRECISIONS, Case, equal, ragged
 from experiments.runs import RunError
+from tests.pairs import every_pair
 
 EQUAL, RAGGED = equal(3, 16, 24, 3, 8), ragged(16, 8, 2, (40, 0, 1, 13))
 CASES = [EQUAL, RAGGED, replace(RAGGED, name="dropout", dropout=0.25)]
@@ -49,9 +50,7 @@ def passes(case: Case, name: str, precision: str = "fp32", frozen: bool = False)
     return set(run.results)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("case", CASES, ids=["equal", "ragged", "dropout"])
-@pytest.mark.parametrize("name", [*EAGER, *ROUTES])
+@every_pair(name=[*EAGER, *ROUTES], case=CASES, precision=PRECISIONS)
 def test_every_version_passes_the_gate(name: str, case: Case, precision: str) -> None:
     if (name, precision) in NO_GROUPS:
         with pytest.raises((RuntimeError, NotOfferedError)):
