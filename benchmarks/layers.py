@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -216,7 +216,7 @@ def _finished(path: Path, here: dict[str, str], names: Sequence[str]) -> list[di
     return [r for r in rows if all(r["rows"].get(n, missing) != missing for n in names)]
 
 
-BASELINE_GROUPS = {"eager": EAGER, "routes": ROUTES, "compiled": COMPILED}
+BASELINE_GROUPS: Mapping[str, Iterable[str]] = {"eager": EAGER, "routes": ROUTES, "compiled": COMPILED}
 
 
 @dataclass(frozen=True)
