@@ -216,7 +216,11 @@ def _finished(path: Path, here: dict[str, str], names: Sequence[str]) -> list[di
     return [r for r in rows if all(r["rows"].get(n, missing) != missing for n in names)]
 
 
-BASELINE_GROUPS: Mapping[str, Iterable[str]] = {"eager": EAGER, "routes": ROUTES, "compiled": COMPILED}
+BASELINE_GROUPS: Mapping[str, Iterable[str]] = {
+    "eager": EAGER,
+    "routes": ROUTES,
+    "compiled": COMPILED,
+}
 
 
 @dataclass(frozen=True)
