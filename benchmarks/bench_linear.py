@@ -9,13 +9,12 @@ up. Every version's iterates are compared with the native ones before anything i
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.cli import TableSettings, parse
 from benchmarks.tables import write_table
+from experiments.cli import main_guard
 from experiments.runs import RunFolder
 from experiments.synthetic import linear, trials
 from experiments.synthetic.settings import LinearSettings, Point
@@ -63,18 +64,17 @@ class Row:
     note: str = ""
 
 
-def main() -> None:
+@main_guard
+def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", type=Path, metavar="DIR", help="also write the table here")
-    arguments = parser.parse_args()
+    settings = parse(TableSettings, argv, "bench_linear", __doc__)
     if not native_available():
         print("the native library is not built: 'native' below is the reference")
     threads = torch.get_num_threads()
     with _threads(1):
         rows = [*_one_training(), *_other_trainers()]
     rows += [_many_trainings(threads), *_figure_1(threads)]
-    report(rows, arguments.write)
+    report(rows, settings.write)
 
 
 def _one_training() -> list[Row]:

@@ -13,18 +13,20 @@ process on each, since its tensors are too small to share between threads.
 
 from __future__ import annotations
 
-import argparse
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.cli import TableSettings, parse
 from benchmarks.measure import CpuClock, Timing, side_by_side
 from benchmarks.tables import write_table
+from experiments.cli import main_guard, option
+from metalora._checks import check_count
 from metalora._library import native_available
 from metalora.reference import shallow as reference
 from metalora.shallow import (
@@ -201,16 +203,25 @@ def measure(group: str, clock: Callable[[], float]) -> dict[str, tuple[int, Timi
     return result
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Settings(TableSettings):
+    """Settings of this benchmark."""
+
+    threads: int = option(1, help="torch's threads")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("bench_shallow", "--threads", self.threads, maximum=os.cpu_count())
+
+
+@main_guard
+def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
-    parser.add_argument("--write", type=Path, metavar="DIR", help="also write the table here")
-    arguments = parser.parse_args()
+    settings = parse(Settings, argv, "bench_shallow", __doc__)
     if not native_available():
         print("the native library is not built: 'native' below is the reference")
-    torch.set_num_threads(arguments.threads)
-    alone = arguments.threads == 1
+    torch.set_num_threads(settings.threads)
+    alone = settings.threads == 1
     rows, data = [], []
     for group in GROUPS:
         check(group)
@@ -225,12 +236,12 @@ def main() -> None:
         "shallow_training",
         f"The shallow network's training: {'processor' if alone else 'wall'} time an epoch and "
         "training, and relative to native",
-        f"python -m benchmarks.bench_shallow --threads {arguments.threads} "
+        f"python -m benchmarks.bench_shallow --threads {settings.threads} "
         "--write benchmarks/results",
         HEADER,
         rows,
         data,
-        arguments.write,
+        settings.write,
     )
 
 

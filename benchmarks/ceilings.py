@@ -11,9 +11,10 @@ from functools import partial
 
 import torch
 
-from benchmarks.cli import parser
+from benchmarks.cli import DeviceSettings, parse
 from benchmarks.measure import Timing, side_by_side
 from benchmarks.tables import write_table
+from experiments.cli import main_guard
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -45,9 +46,10 @@ def copy_bandwidth(found: Mapping[str, tuple[float, Timing]]) -> float:
     return count / timing.median
 
 
+@main_guard
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parser(__doc__).parse_args(argv)
-    found = ceilings(arguments.device, arguments.smoke)
+    settings = parse(DeviceSettings, argv, "ceilings", __doc__)
+    found = ceilings(settings.device, settings.smoke)
     texts = {
         "copy": ("copy, bytes read and written", "GB/s", 1e9),
         "gemm": ("dense bfloat16 product", "TFLOP/s", 1e12),
@@ -59,14 +61,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         low_high = f"{rates[1]}-{rates[2]}"
         rows.append([text, f"{rates[0]} {unit}", low_high, f"{100 * timing.spread:.1f} %"])
     write_table(
-        f"ceilings_{arguments.device}",
+        f"ceilings_{settings.device}",
         "What the machine can do",
-        f"python -m benchmarks.ceilings --device {arguments.device}",
+        f"python -m benchmarks.ceilings --device {settings.device}",
         ["", "median", "quartiles", "spread of two runs"],
         rows,
         {name: {"work": work, **asdict(timing)} for name, (work, timing) in found.items()},
-        arguments.write,
-        arguments.device,
+        settings.write,
+        settings.device,
     )
 
 

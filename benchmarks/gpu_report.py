@@ -11,7 +11,6 @@ With --resume what was measured before is kept, and only what was left out is me
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -25,6 +24,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from benchmarks.cli import check_folder, parse
+from benchmarks.tables import read_json
+from experiments.cli import main_guard, option
+from experiments.synthetic.settings import DEVICES
+from metalora._checks import did_you_mean
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET, LIMIT = 420, 570  # seconds that a part plans for, and after which it is ended
@@ -201,7 +206,7 @@ def _test_counts(text: str) -> tuple[str, str]:
 def write_summary(outcomes: Sequence[Outcome], out: Path) -> str:
     """Writes gpu_report.json and gpu_report.md, with what earlier calls did for other parts."""
     path = out / "gpu_report.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    before = read_json(path) if path.exists() else []
     known = {one["part"]: one for one in before} | {o.part: asdict(o) for o in outcomes}
     path.write_text(json.dumps(list(known.values()), indent=1) + "\n", encoding="utf-8")
     lines = ["| part | | seconds | |", "| --- | --- | ---: | --- |"]
@@ -214,30 +219,49 @@ def write_summary(outcomes: Sequence[Outcome], out: Path) -> str:
     return text
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+PARTS = tuple(part.name for part in parts("cpu", Path()))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the report."""
+
+    part: tuple[str, ...] = option(
+        ("all",), help=f"the parts to run, or how their names begin: {', '.join(PARTS)}"
     )
-    names = [part.name for part in parts("cpu", Path())]
-    help_text = f"the parts to run, or how their names begin: {', '.join(names)}"
-    parser.add_argument("--part", nargs="+", metavar="PART", help=help_text)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, a few samples")
-    parser.add_argument("--resume", action="store_true", help="keep what was measured before")
-    arguments = parser.parse_args(argv)
-    wanted: set[str] = set()
-    for word in arguments.part or names:
-        found = [word] if word in names else [n for n in names if n.startswith(word)]
-        if not found:
-            parser.error(f"--part: there is no {word!r}; there are {', '.join(names)}")
-        wanted.update(found)
-    out = arguments.out.resolve()
+    out: Path | None = option(None, help="folder to write (default: benchmarks/results)")
+    device: str = option("cuda", choices=DEVICES, help="where to measure")
+    smoke: bool = option(False, help="tiny shapes and a few samples")
+    resume: bool = option(False, help="keep what was measured before")
+
+    def __post_init__(self) -> None:
+        check_folder("out", self.out)
+        self.parts()
+
+    def parts(self) -> list[str]:
+        """The names of the parts to run, in order."""
+        wanted: set[str] = set()
+        for word in PARTS if "all" in self.part else self.part:
+            found = [word] if word in PARTS else [n for n in PARTS if n.startswith(word)]
+            if not found:
+                raise ValueError(
+                    f"argument --part: there is no {word!r}; there are {', '.join(PARTS)}"
+                    f"{did_you_mean(word, PARTS)}"
+                )
+            wanted.update(found)
+        return [name for name in PARTS if name in wanted]
+
+
+@main_guard
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the parts; 1 if one of them failed, else 0."""
+    settings = parse(Settings, argv, "gpu_report", __doc__)
+    out = (settings.out or ROOT / "benchmarks" / "results").resolve()
     out.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
-    for name in (n for n in names if n in wanted):
+    for name in settings.parts():
         # Anew for every part: the last one draws what those before it have written.
-        again = parts(arguments.device, out, smoke=arguments.smoke, resume=arguments.resume)
+        again = parts(settings.device, out, smoke=settings.smoke, resume=settings.resume)
         part = next(p for p in again if p.name == name)
         print(f"{name} …", flush=True)
         outcomes.append(run(part, out))
@@ -248,4 +272,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

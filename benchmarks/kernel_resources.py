@@ -1,16 +1,14 @@
 """What each CUDA kernel takes of a GPU, as the compiler says; a kernel that spills is an error.
 
-    python -m benchmarks.kernel_resources            compare with benchmarks/results
-    python -m benchmarks.kernel_resources --write    write the table there
+python -m benchmarks.kernel_resources            # compare with benchmarks/results
+python -m benchmarks.kernel_resources --write    # write the table there
 
 Needs nvcc and no GPU. Compilers differ in registers: a difference is told and is no error.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -23,7 +21,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks.tables import write_json
+from benchmarks import cli
+from benchmarks.tables import read_json, write_json
+from experiments.cli import main_guard, option
+from experiments.runs import RunError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -162,7 +163,7 @@ def read_recorded(folder: Path) -> list[Resources]:
     path = folder / f"{NAME}.json"
     if not path.exists():
         return []
-    return [Resources(**row) for row in json.loads(path.read_text())["kernels"]]
+    return [Resources(**row) for row in read_json(path)["kernels"]]
 
 
 def write(folder: Path, measured: Sequence[Resources], compiler: str) -> None:
@@ -194,15 +195,22 @@ def compiler_version(nvcc: Path) -> str:
     return f"nvcc {match[1]}" if match else "nvcc of an unknown version"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--write", action="store_true", help="write the table")
-    options = parser.parse_args(arguments)
+@dataclass(frozen=True)
+class Settings:
+    """Settings of this command."""
+
+    write: bool = option(False, help="write the table to benchmarks/results")
+
+
+@main_guard
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the differences from the table; 1 if one of them is an error, else 0."""
+    settings = cli.parse(Settings, argv, "kernel_resources", __doc__)
     nvcc, why = find_nvcc()
     if nvcc is None:
-        sys.exit(f"kernel_resources needs nvcc: {why}")
+        raise RunError(f"kernel_resources needs nvcc: {why}")
     measured = measure(nvcc, sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
-    if options.write:
+    if settings.write:
         write(RESULTS, measured, compiler_version(nvcc))
     errors, notes = compare(measured, read_recorded(RESULTS))
     for line in [*notes, *errors]:
@@ -212,4 +220,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

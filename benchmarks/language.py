@@ -13,10 +13,9 @@ round takes at most beside the weights, their gradients and AdamW's state.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from benchmarks.language_versions import (
 )
 from benchmarks.measure import one_by_one, peak_bytes
 from benchmarks.tables import write_table
+from experiments.cli import check_numbers, main_guard, option
 from experiments.language.models import load_model, load_tokenizer
 from metalora.meta import RoundLoader
 
@@ -54,6 +54,28 @@ HEADER = [
     *("version", "seconds a round (quartiles)", "spread", "seconds an epoch", "tokens a second"),
     *("padding", "peak memory of a round, MiB", "× authors'", "× the one before", "error"),
 ]
+
+
+@dataclass(frozen=True)
+class Settings(cli.NamedSettings):
+    """Settings of this benchmark."""
+
+    model: str = option("mini", help=f"{', '.join(SIZES)}, or a model's folder")
+    data: Path | None = option(None, help="folder of ConvAI2's dialogues")
+    tokenizer: str | None = option(None, help="folder, for --data (default: the model's)")
+    tasks: int = option(4, help="number of tasks")
+    turns: int = option(2, help="of each task in a round")
+    rounds: int = option(3, help="to measure, each of them twice")
+    precision: str = option("fp32", choices=tuple(TOLERANCE), help="bf16 adds versions")
+    max_tokens: int | None = option(
+        None, help="in a pass of ours (default: 16384, with --device cuda 32768)"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers("language", self)
+        if self.data is not None and self.model in SIZES and self.tokenizer is None:
+            raise ValueError("argument --data: needs --tokenizer FOLDER with a model of a size")
 
 
 def new_model(size: str, tokens: int = 0) -> nn.Module:
@@ -76,29 +98,29 @@ def new_model(size: str, tokens: int = 0) -> nn.Module:
     return model
 
 
-def make_setting(arguments: argparse.Namespace) -> Setting:
-    """The model and the dialogues that the arguments name."""
-    name, device = arguments.model, arguments.device
+def make_setting(settings: Settings) -> Setting:
+    """The model and the dialogues that the settings name."""
+    name, device = settings.model, settings.device
     tokenizer: Any = None
-    if arguments.data is not None or name not in SIZES:
-        tokenizer = load_tokenizer(arguments.tokenizer or name)
+    if settings.data is not None or name not in SIZES:
+        tokenizer = load_tokenizer(settings.tokenizer or name)
     model: Any
     if name in SIZES:
         model = new_model(name, 0 if tokenizer is None else len(tokenizer))
     else:
         model = load_model(name, tokenizer)
-    if arguments.data is None:
-        turns = drawn(arguments.tasks, model.config.vocab_size)
+    if settings.data is None:
+        turns = drawn(settings.tasks, model.config.vocab_size)
     else:
-        turns = read(arguments.data, model, tokenizer, arguments.tasks)
+        turns = read(settings.data, model, tokenizer, settings.tasks)
     rounds = RoundLoader(
         torch.arange(len(turns.answers)),
         turns.answers,
         turns.task_ids,
-        batch_size=arguments.turns,
-        max_rounds=arguments.rounds,
+        batch_size=settings.turns,
+        max_rounds=settings.rounds,
     )
-    max_tokens = arguments.max_tokens or MAX_TOKENS[device]
+    max_tokens = settings.max_tokens or MAX_TOKENS[device]
     return Setting(model.to(device), turns, rounds, max_tokens, device)
 
 
@@ -155,49 +177,26 @@ def _number(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
-def parser() -> argparse.ArgumentParser:
-    known = cli.parser(__doc__)
-    sizes = ", ".join(SIZES)
-    known.add_argument("--model", default="mini", help=f"{sizes}, or a model's folder")
-    known.add_argument("--data", type=Path, metavar="DIR", help="of ConvAI2's dialogues")
-    known.add_argument("--tokenizer", metavar="FOLDER", help="for --data; by default the model's")
-    known.add_argument("--tasks", type=_count, default=4)
-    known.add_argument("--turns", type=_count, default=2, help="of each task in a round")
-    known.add_argument("--rounds", type=_count, default=3, help="to measure, each of them twice")
-    known.add_argument("--precision", choices=TOLERANCE, default="fp32", help="bf16 adds versions")
-    known.add_argument("--max-tokens", type=_count, help="in a pass of ours")
-    known.add_argument("--name", help="of the files written; language_<device> by default")
-    return known
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return int(text)
-
-
+@main_guard
 def main(argv: Sequence[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    known = parser()
-    arguments = known.parse_args(argv)
-    if arguments.data is not None and arguments.model in SIZES and arguments.tokenizer is None:
-        known.error("--data needs --tokenizer FOLDER with a model of a size")
-    device = arguments.device
-    if arguments.smoke:
-        vars(arguments).update(model="tiny", data=None, tasks=2, turns=1, rounds=1)
-    setting = make_setting(arguments)
-    records = measure(setting, arguments.precision)
+    """Measures, and prints the table."""
+    settings = cli.parse(Settings, argv, "language", __doc__)
+    device = settings.device
+    if settings.smoke:
+        settings = replace(settings, model="tiny", data=None, tasks=2, turns=1, rounds=1)
+    setting = make_setting(settings)
+    records = measure(setting, settings.precision)
     where = "the CPU" if device == "cpu" else "a GPU"
     write_table(
-        arguments.name or f"language_{device}",
-        f"Rounds of LoRA-ML on {where}: {arguments.model}, {arguments.tasks} tasks with "
-        f"{arguments.turns} turn{'s' * (arguments.turns > 1)} of {CANDIDATES} candidates each, "
+        settings.name or f"language_{device}",
+        f"Rounds of LoRA-ML on {where}: {settings.model}, {settings.tasks} tasks with "
+        f"{settings.turns} turn{'s' * (settings.turns > 1)} of {CANDIDATES} candidates each, "
         f"{setting.turns.source}",
         cli.command("language", argv),
         HEADER,
         [row(record) for record in records],
         records,
-        arguments.write,
+        settings.write,
         device,
     )
 

@@ -8,11 +8,10 @@ Times are relative to a plain dense layer with the same shapes, dtype and gradie
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,11 @@ from benchmarks.measure import (
     side_by_side,
 )
 from benchmarks.registry import PRECISIONS, Case, Precision, select
-from benchmarks.tables import layer_tables, machine, write_json
+from benchmarks.tables import layer_tables, machine, read_json, write_json
+from experiments.cli import main_guard, option
+from experiments.runs import RunError
 from metalora import ops
+from metalora._checks import check_positive
 
 FLOOR = "dense"
 LEFT_OUT = "left out: the time was up"
@@ -202,61 +204,87 @@ def _finished(path: Path, here: dict[str, str], names: Sequence[str]) -> list[di
     """The records of an earlier run on this machine that have a result for every name."""
     if not path.exists():
         return []
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    there = earlier["machine"] | {"date": here["date"]}
+    earlier = read_json(path)
+    try:
+        there = earlier["machine"] | {"date": here["date"]}
+        rows: list[dict[str, Any]] = earlier["rows"]
+    except (KeyError, TypeError):
+        raise RunError(f"--resume: {path} holds no results; remove it first") from None
     if there != here:
-        raise ValueError(f"--resume: {path} was measured on another machine; remove it first")
-    rows: list[dict[str, Any]] = earlier["rows"]
+        raise RunError(f"--resume: {path} was measured on another machine; remove it first")
     missing = {"status": LEFT_OUT}
     return [r for r in rows if all(r["rows"].get(n, missing) != missing for n in names)]
 
 
-def parser() -> argparse.ArgumentParser:
-    known = cli.parser(__doc__)
-    known.add_argument("--cases", nargs="+", metavar="CASE", help="see benchmarks.registry.select")
-    known.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32"])
-    known.add_argument(
-        "--baselines",
-        nargs="+",
-        choices=[*BASELINES, "eager", "routes", "compiled"],
-        default=["eager"],
-        metavar="NAME",
-        help=f"eager, routes, compiled, or any of {', '.join(BASELINES)}; dense is always there",
+BASELINE_GROUPS: Mapping[str, Iterable[str]] = {
+    "eager": EAGER,
+    "routes": ROUTES,
+    "compiled": COMPILED,
+}
+
+
+@dataclass(frozen=True)
+class Settings(cli.NamedSettings):
+    """Settings of this benchmark."""
+
+    cases: tuple[str, ...] | None = option(
+        None,
+        help="groups of cases, goal for those with a goal, or a case's full name (default: cpu or, "
+        "with --device cuda, goal)",
     )
-    known.add_argument("--frozen", action="store_true", help="no gradients of W and bias")
-    known.add_argument("--budget-seconds", type=float, default=float("inf"))
-    known.add_argument("--name", help="of the files written; layers_<device> by default")
-    known.add_argument("--resume", action="store_true", help="keep what the files already hold")
-    return known
+    precisions: tuple[str, ...] = option(("fp32",), choices=tuple(PRECISIONS), help="dtypes")
+    baselines: tuple[str, ...] = option(
+        ("eager",),
+        choices=(*BASELINE_GROUPS, *BASELINES),
+        help="versions of the layer, or groups of them; dense is always there",
+    )
+    frozen: bool = option(False, help="no gradients of W and bias")
+    budget_seconds: float | None = option(
+        None, help="begin nothing that would take longer (default: no limit)"
+    )
+    resume: bool = option(False, help="keep what the files of --write already hold")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        select(self.case_words())
+        if self.budget_seconds is not None:
+            check_positive("layers", "--budget-seconds", self.budget_seconds)
+        if self.resume and self.write is None:
+            raise ValueError("argument --resume: needs --write, the folder to go on with")
+
+    def case_words(self) -> Sequence[str]:
+        """What is given for `select`."""
+        return self.cases or ["cpu" if self.device == "cpu" else "goal"]
 
 
+@main_guard
 def main(argv: Sequence[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    arguments = parser().parse_args(argv)
-    device = arguments.device
-    groups = {"eager": list(EAGER), "routes": list(ROUTES), "compiled": list(COMPILED)}
-    names = [FLOOR] + [n for word in arguments.baselines for n in groups.get(word, [word])]
-    cases = select(arguments.cases or ["cpu" if device == "cpu" else "goal"])
-    precisions = [PRECISIONS[name] for name in arguments.precisions]
-    options = Options(tuple(dict.fromkeys(names)), device, arguments.frozen)
+    """Measures, and prints the tables."""
+    settings = cli.parse(Settings, argv, "layers", __doc__)
+    device = settings.device
+    words = (BASELINE_GROUPS.get(word, [word]) for word in settings.baselines)
+    names = [FLOOR, *(name for word in words for name in word)]
+    cases = select(settings.case_words())
+    precisions = [PRECISIONS[name] for name in settings.precisions]
+    options = Options(tuple(dict.fromkeys(names)), device, settings.frozen)
     if device == "cuda":
         options = replace(options, seconds_a_turn=0.005)
-    if arguments.smoke:
+    if settings.smoke:
         cases = [case.shrunk() for case in dict.fromkeys((cases[0], cases[-1]))]
         options = replace(options, rounds=2, seconds_a_turn=0.0)
     where = "the CPU" if device == "cpu" else "a GPU"
-    weights = "W frozen" if arguments.frozen else "W trainable"
-    tiny = ", at most 24 features and rows a task" if arguments.smoke else ""
+    weights = "W frozen" if settings.frozen else "W trainable"
+    tiny = ", at most 24 features and rows a task" if settings.smoke else ""
     measure(
         cases,
         precisions,
         options,
         title=f"Multi-task LoRA layer on {where}, {weights}: forward + backward{tiny}",
         command=cli.command("layers", argv),
-        name=arguments.name or f"layers_{device}",
-        folder=arguments.write,
-        budget=Budget(arguments.budget_seconds),
-        resume=arguments.resume,
+        name=settings.name or f"layers_{device}",
+        folder=settings.write,
+        budget=Budget(settings.budget_seconds or math.inf),
+        resume=settings.resume,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ceilings import ceilings, copy_bandwidth
-from benchmarks.cli import parser
+from benchmarks.cli import DeviceSettings, parse
 from benchmarks.gate import GateError
 from benchmarks.measure import (
     Steps,
@@ -23,6 +23,7 @@ from benchmarks.measure import (
 )
 from benchmarks.registry import PRECISIONS, SCALING, Precision
 from benchmarks.tables import write_table
+from experiments.cli import main_guard
 from metalora import ops, reference
 
 LARGE = 64e6  # bytes from which on the kernels are to reach 80 % of a copy
@@ -108,9 +109,10 @@ def measure(
     }
 
 
+@main_guard
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parser(__doc__).parse_args(argv)
-    device, smoke = arguments.device, arguments.smoke
+    settings = parse(DeviceSettings, argv, "merge", __doc__)
+    device, smoke = settings.device, settings.smoke
     ceiling = copy_bandwidth(ceilings(device, smoke))
     rows, data = [], []
     for tasks, outer, inner, rank in [(2, 24, 16, 4)] if smoke else SHAPES:
@@ -142,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ],
         rows,
         data,
-        arguments.write,
+        settings.write,
         device,
     )
 

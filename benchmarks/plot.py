@@ -7,17 +7,20 @@ Makes one figure for every file and precision in it, as PNG and PDF.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from benchmarks.cli import check_folder, parse
 from benchmarks.registry import GOAL
+from benchmarks.tables import read_json
 from experiments import plotting
+from experiments.cli import main_guard, option
+from experiments.runs import RunError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,15 +44,33 @@ LOOKS = {
 }
 
 
-def draw(path: Path, folder: Path) -> list[Path]:
-    """The figures of one file of results; the PNG of each."""
-    record = json.loads(path.read_text(encoding="utf-8"))
+def load(path: Path) -> dict[str, Any]:
+    """One file of results.
+
+    Raises:
+        RunError: `benchmarks.layers` did not write it.
+    """
+    record = read_json(path)
+    try:
+        known = [record["title"], record["machine"]["cpu"], record["machine"]["torch"]]
+        known.append(record["machine"]["date"])
+        for one in record["rows"]:
+            known += [one["case"], one["precision"]]
+            known += [LOOKS[name.partition("+")[0]] for name in one["rows"]]
+    except (KeyError, TypeError, AttributeError):
+        raise RunError(f"{path} is not a file of results of benchmarks.layers") from None
+    return record
+
+
+def draw(record: dict[str, Any], stem: str, folder: Path) -> list[Path]:
+    """The figures of one file of results, ``folder/<stem>_<precision>``; the PNG of each."""
     plotting.style()
+    folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for precision in dict.fromkeys(r["precision"] for r in record["rows"]):
         records = [r for r in record["rows"] if r["precision"] == precision and _timed(r)]
         if records:
-            drawn.append(_figure(record, precision, records, folder / f"{path.stem}_{precision}"))
+            drawn.append(_figure(record, precision, records, folder / f"{stem}_{precision}"))
     return drawn
 
 
@@ -110,15 +131,24 @@ def _dot(axes: Axes, name: str, ratio: float, y: float) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Settings:
+    """Which files to draw."""
+
+    files: tuple[Path, ...] = option(help="files of results", positional=True)
+    write: Path | None = option(None, help="folder to write to (default: beside each file)")
+
+    def __post_init__(self) -> None:
+        check_folder("write", self.write)
+
+
+@main_guard
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("files", nargs="+", type=Path, metavar="JSON")
-    parser.add_argument("--write", type=Path, metavar="DIR", help="beside the file by default")
-    arguments = parser.parse_args(argv)
-    for path in arguments.files:
-        for figure in draw(path, arguments.write or path.parent):
+    """Draws the figures, once every file has been read."""
+    settings = parse(Settings, argv, "plot", __doc__)
+    records = {path: load(path) for path in settings.files}
+    for path, record in records.items():
+        for figure in draw(record, path.stem, settings.write or path.parent):
             print(figure)
 
 

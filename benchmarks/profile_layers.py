@@ -12,10 +12,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.baselines import BASELINES, Setup
-from benchmarks.cli import parser
+from benchmarks.cli import DeviceSettings, parse
 from benchmarks.gate import Run, check, exact_results, wanted_gradients
 from benchmarks.registry import GOAL, PRECISIONS, Case, Precision
 from benchmarks.tables import write_table
+from experiments.cli import main_guard
 
 CALLS = 10
 SHOWN = 12
@@ -52,11 +53,12 @@ def _calls(run: Run, count: int, device: str) -> None:
         torch.cuda.synchronize()
 
 
+@main_guard
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parser(__doc__).parse_args(argv)
-    device = arguments.device
+    settings = parse(DeviceSettings, argv, "profile_layers", __doc__)
+    device = settings.device
     cases = [GOAL[0], *(c for c in GOAL if c.group == "c")]
-    if arguments.smoke:
+    if settings.smoke:
         cases = [cases[0].shrunk()]
     rows, data = [], []
     for precision in (PRECISIONS["autocast"], PRECISIONS["tf32"]):
@@ -80,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ["case", "precision", "version", "kernel", "calls", "µs", "share"],
         rows,
         data,
-        arguments.write,
+        settings.write,
         device,
     )
 

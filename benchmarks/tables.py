@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import metalora
+from experiments.runs import RunError
 
 Row = Sequence[str]
 
@@ -48,6 +49,20 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise RunError(f"{path} is damaged or no JSON file") from None
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:

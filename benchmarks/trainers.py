@@ -17,9 +17,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.cli import parser
+from benchmarks.cli import DeviceSettings, parse
 from benchmarks.measure import side_by_side
 from benchmarks.tables import write_table
+from experiments.cli import main_guard
 from metalora import linear, shallow
 
 TASKS, DIM, RANK = 3, 10, 1
@@ -82,17 +83,18 @@ def check(name: str, device: str) -> float:
     return error
 
 
+@main_guard
 def main(argv: Sequence[str] | None = None) -> None:
-    arguments = parser(__doc__).parse_args(argv)
-    device = arguments.device
+    settings = parse(DeviceSettings, argv, "trainers", __doc__)
+    device = settings.device
     rows, data = [], []
     for name, make in MODELS.items():
         error = check(name, device)
-        count = 2 if arguments.smoke else COUNTS[device][name]
-        steps = 5 if arguments.smoke else STEPS[name]
+        count = 2 if settings.smoke else COUNTS[device][name]
+        steps = 5 if settings.smoke else STEPS[name]
         trainings = make(count, device)
         candidate = {"train": partial(trainings.run, steps)}
-        rounds = 2 if arguments.smoke else 5
+        rounds = 2 if settings.smoke else 5
         timing = side_by_side({name: [candidate]}, device, rounds=rounds)[name]["total"]
         rates = [f"{count / t:,.0f}" for t in (timing.median, timing.high, timing.low)]
         rows.append([name, f"{steps}", f"{count}", rates[0], f"{rates[1]}-{rates[2]}"])
@@ -105,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ["model", "steps", "at once", "trainings a second", "quartiles"],
         rows,
         data,
-        arguments.write,
+        settings.write,
         device,
     )
 

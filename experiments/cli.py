@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import shutil
 import sys
 import types
 import typing
@@ -12,12 +13,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from experiments.errors import too_large
 from experiments.runs import INTERRUPTED, RunError
 from metalora._checks import check_count, check_nonnegative, check_positive, did_you_mean
 
 Settings = TypeVar("Settings")
 Value = TypeVar("Value")
 WRONG_USE = 2
+HELP_COLUMNS, _LONGEST_METAVAR = 100, 45
+MOST_TRIALS = 10_000  # more are a slip of the finger, and would fill the memory before they fail
+_LARGEST = 10**18  # beyond it, sums of sizes overflow
 
 
 def option(
@@ -53,8 +58,11 @@ def parse(
     Field types may be bool, int, float, str, Path, ``tuple[X, ...]`` (several values) and
     ``X | None``. A wrong flag or value, or a ValueError or TypeError of the dataclass's own
     ``__post_init__``, ends the process with exit code 2 and one line on stderr.
+
+    In ``description`` blank lines separate paragraphs; one that begins with a command, such as
+    ``python -m ...``, keeps its lines.
     """
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=_Help)
     hints = typing.get_type_hints(settings)
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         _add(parser, field, hints[field.name])
@@ -100,8 +108,9 @@ def unique(values: tuple[Value, ...]) -> tuple[Value, ...]:
 def main_guard(main: Callable[..., int | None]) -> Callable[..., NoReturn]:
     """Ends the process the way a command should.
 
-    What the user can put right (RunError, ValueError) is one line on stderr and exit code 2;
-    Ctrl-C is one line and exit code 130; anything else keeps its traceback.
+    What the user can put right is one line on stderr and exit code 2: RunError and ValueError, a
+    file that cannot be read or written, and sizes for which the memory is too small. Ctrl-C is one
+    line and exit code 130; anything else keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -109,8 +118,15 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., NoReturn]:
         try:
             sys.exit(main(*args, **kwargs))
         except (RunError, ValueError) as error:
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
-            sys.exit(WRONG_USE)
+            _fail(str(error))
+        except OSError as error:
+            where = "" if error.filename is None else f"{error.filename}: "
+            _fail(where + (error.strerror or str(error)))
+        except (MemoryError, RuntimeError, OverflowError) as error:
+            if not too_large(error):
+                raise
+            what = str(error).partition("\n")[0]  # of torch's errors the rest is a backtrace
+            _fail(f"not enough memory for these settings, choose smaller ones ({what})")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
@@ -118,9 +134,35 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., NoReturn]:
     return guarded
 
 
+def _fail(message: str) -> NoReturn:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(WRONG_USE)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(WRONG_USE, f"{self.prog}: error: {' '.join(message.split())}\n")
+        _fail(message)
+
+
+class _Help(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        columns = min(shutil.get_terminal_size().columns, HELP_COLUMNS)
+        super().__init__(prog, width=columns - 2)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        paragraphs = (part.strip("\n") for part in text.split("\n\n"))
+        return "\n\n".join(
+            part if part.lstrip().startswith("python -m") else fill(part, width, indent)
+            for part in paragraphs
+        )
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        # argparse would show the values of an option that takes several twice.
+        if action.nargs in (argparse.ONE_OR_MORE, argparse.ZERO_OR_MORE):
+            (metavar,) = self._metavar_formatter(action, default_metavar)(1)
+            return f"{metavar} ..."
+        return super()._format_args(action, default_metavar)
 
 
 def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
@@ -138,14 +180,18 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: A
         parser.add_argument(flag, dest=field.name, **keywords)
         return
     keywords["type"] = _converter(kind, choices)
-    keywords["metavar"] = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
+    metavar = kind.__name__.upper()
+    if choices:
+        metavar = "{" + ",".join(choices) + "}"
+        if len(metavar) > _LONGEST_METAVAR:
+            metavar = kind.__name__.upper()
+            keywords["help"] += "; one of " + ", ".join(choices)
+    keywords["metavar"] = f"{field.name}:{metavar}" if field.metadata.get("positional") else metavar
     if several:
         keywords["nargs"] = "+"
     if field.metadata.get("positional"):
         if not required:
             keywords["nargs"] = "*" if several else "?"
-        if choices:
-            keywords["metavar"] = f"{field.name}:{keywords['metavar']}"
         parser.add_argument(field.name, **keywords)
     else:
         parser.add_argument(flag, dest=field.name, required=required, **keywords)
@@ -180,7 +226,12 @@ def _converter(kind: Any, choices: Sequence[str] | None) -> Callable[[str], Any]
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}") from None
+            value = None
+        # Path("") would be the current folder; what cannot be printed cannot be recorded either.
+        if value is None or not (text and text.isprintable()):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
+        if kind is int and abs(value) > _LARGEST:
+            raise argparse.ArgumentTypeError(f"must be at most 10^18, got {text}")
         if choices is not None and str(value) not in choices:
             raise argparse.ArgumentTypeError(
                 f"must be one of {', '.join(choices)}, got {text!r}{did_you_mean(text, choices)}"

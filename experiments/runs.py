@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import statistics
 import subprocess
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 
 import metalora
+from experiments.errors import too_large
 
 MANIFEST, METRICS, RESULTS, UNITS, ERROR = (
     "manifest.json",
@@ -52,7 +54,8 @@ class RunFolder:
 
     Use as a context manager: leaving it records the wall time and the status: "completed",
     "interrupted" (Ctrl-C or SIGTERM: one line, exit code 130 or 143) or "failed" (with the
-    traceback in error.txt). The folder is readable at any moment, whatever ends the process.
+    traceback in error.txt). The folder is readable at any moment, whatever ends the process. Only
+    a new run that asks for more memory than there is, before it has a result, leaves nothing.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], units: dict[str, dict[str, Any]]):
@@ -278,6 +281,8 @@ class RunFolder:
                 file=sys.stderr,
             )
             raise SystemExit(TERMINATED if terminated else INTERRUPTED) from None
+        elif too_large(error) and not self._units:
+            shutil.rmtree(self.folder)
         else:
             _replace(self.path(ERROR), "".join(traceback.format_exception(kind, error, trace)))
             self.finish("failed")

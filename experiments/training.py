@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from experiments.runs import RunError, RunFolder
+from metalora._checks import did_you_mean
 from metalora.adapters import LoRAConfig
 from metalora.meta import (
     Callback,
@@ -56,16 +58,34 @@ def choose_device(name: str) -> torch.device:
     """The device called ``name``; "auto" is the accelerator, if there is one.
 
     Raises:
-        RunError: there is no such device.
+        RunError: there is no such device, or it computes nothing, as torch's "meta".
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise RunError(f"--device {name} cannot be used here; try auto or cpu") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of names that it will drop
+            device = torch.device(name)
+            torch.ones(1, device=device).add(1).item()
+    except Exception:  # each of torch's backends fails in its own way
+        hint = did_you_mean(name, ("auto", "cpu", "cuda")) or "; try auto or cpu"
+        raise RunError(f"--device {name} cannot be used here{hint}") from None
     return device
+
+
+def check_rank(model: nn.Module, rank: int) -> None:
+    """Refuses a rank that no matrix of the model can have.
+
+    Raises:
+        RunError: ``rank`` is above the smaller side of every linear layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    largest = max(min(layer.in_features, layer.out_features) for layer in layers)
+    if rank > largest:
+        raise RunError(
+            f"--rank must be at most {largest}, the largest of any linear layer of the model, "
+            f"got {rank}"
+        )
 
 
 def keep_freed_memory() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Sequence
 
 import numpy
 import torch
@@ -26,7 +27,18 @@ OPERATORS = (
 )
 
 
-def main() -> None:
+USAGE = "usage: python -m metalora    (without arguments; --help shows this line)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the report; returns the exit code, 2 if there are arguments."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments in (["-h"], ["--help"]):
+        print(f"{USAGE}\nSays what is installed, and what is built and loaded.")
+        return 0
+    if arguments:
+        print(f"error: unexpected argument {arguments[0]!r}; {USAGE}", file=sys.stderr)
+        return 2
     info = metalora.build_info()
     lines = {
         "metalora": metalora.__version__,
@@ -46,6 +58,7 @@ def main() -> None:
     print(f"\n{'operator':<26}{'on CPU':<12}on CUDA")
     for name in OPERATORS:
         print(f"{name:<26}{backend(name, 'cpu'):<12}{backend(name, 'cuda')}")
+    return 0
 
 
 def backend(operator: str, device_type: str) -> str:
@@ -59,4 +72,4 @@ def backend(operator: str, device_type: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -32,8 +32,14 @@ def check_nonnegative(function: str, argument: str, value: Any) -> float:
     return number
 
 
-def check_count(function: str, argument: str, value: Any, minimum: int = 1) -> int:
-    """Returns ``value`` if it is an int >= ``minimum``, else raises TypeError or ValueError."""
+def check_count(
+    function: str, argument: str, value: Any, minimum: int = 1, maximum: int | None = None
+) -> int:
+    """Returns ``value`` if it is an int >= ``minimum`` and, unless None, <= ``maximum``.
+
+    Raises:
+        TypeError, ValueError: if it is not.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
             f"{function}: {argument} must be an int >= {minimum}, got {type(value).__name__} "
@@ -41,6 +47,8 @@ def check_count(function: str, argument: str, value: Any, minimum: int = 1) -> i
         )
     if value < minimum:
         raise ValueError(f"{function}: {argument} must be an int >= {minimum}, got {value}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{function}: {argument} must be an int <= {maximum}, got {value}")
     return value
 
 

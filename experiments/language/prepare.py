@@ -16,7 +16,7 @@ from experiments.language.models import has_token_types, max_length
 from experiments.language.protocol import Protocol
 from experiments.language.settings import Settings
 from experiments.language.tokens import TokenizedTurns, tokenize
-from experiments.training import known
+from experiments.training import check_rank, known
 
 
 def load_corpus(settings: Settings) -> Corpus:
@@ -53,12 +53,13 @@ def prepare(settings: Settings, corpus: Corpus, device: torch.device) -> Protoco
     """The protocol, with the turns of all tasks as token sequences.
 
     Raises:
-        RunError: the model or its tokenizer is missing or damaged.
+        RunError: the model or its tokenizer is missing or damaged, or a rank too large for it.
     """
     every = [d for task in (*corpus.retraining, *corpus.testing) for d in task.train]
     texts = (c for d in every for turn in d.turns for c in (turn.utterance, *turn.candidates))
     encoders = Encoders(known(settings.model), settings.tokenizer, settings.as_roberta, texts)
     model = encoders.new(0)
+    check_rank(model, max(settings.rank))
     longest = max_length(model)
     if settings.max_length is not None:
         longest = min(longest, settings.max_length)

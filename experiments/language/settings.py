@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.cli import check_numbers, option, unique
+from experiments.cli import MOST_TRIALS, check_numbers, option, unique
+from metalora._checks import check_count
 
 METHODS = ("none", "lora-ml", "last-layer-ml", "standard", "reptile")
 FINETUNES = ("lora", "last-layer")
@@ -137,6 +138,8 @@ class Settings:
         set_field(self, "finetune", unique(self.finetune))
         set_field(self, "rank", unique(self.rank))
         check_numbers("language", self, zero=("first_seed", "weight_decay", "dropout", "warmup"))
+        if self.seeds is not None:
+            check_count("language", "--seeds", self.seeds, maximum=MOST_TRIALS)
         for name, fits, wanted in (
             ("candidates", self.candidates > 1, "at least 2"),
             ("dropout", self.dropout < 1, "below 1"),

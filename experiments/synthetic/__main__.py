@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"which experiment? {PROG} {names} ...")
     name, *rest = arguments
     if name in ("-h", "--help"):
-        print(f"usage: {PROG} {names} ...; {PROG} <experiment> --help lists its settings")
+        print(f"usage: {PROG} {names} ...\n\n{PROG} <experiment> --help lists its settings.")
         return
     if name not in EXPERIMENTS:
         raise ValueError(

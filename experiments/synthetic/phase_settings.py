@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.cli import option
+from experiments.cli import MOST_TRIALS, option
 from experiments.synthetic.settings import DEVICES, check_device
 from metalora._checks import check_count, check_positive
 
@@ -47,7 +47,8 @@ class PhaseSettings:
                 check_count("settings", name, value)
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"settings: {name} must differ, got {getattr(self, name)}")
-        for name in ("dim", "trials", "outer_steps", "inner_steps", "finetune_steps"):
+        check_count("settings", "trials", self.trials, maximum=MOST_TRIALS)
+        for name in ("dim", "outer_steps", "inner_steps", "finetune_steps"):
             check_count("settings", name, getattr(self, name))
         check_count("settings", "seed", self.seed, minimum=0)
         for name in ("tolerance", "outer_lr", "inner_lr", "finetune_lr"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.cli import option
+from experiments.cli import MOST_TRIALS, option
 from metalora._checks import check_choice, check_count, check_nonnegative, check_positive
 from metalora.shallow.network import INITIALIZATIONS
 
@@ -114,7 +114,7 @@ class LinearSettings:
 
     def __post_init__(self) -> None:
         check_choice("settings", "vary", self.vary, [*SWEEPS, "all"])
-        check_count("settings", "trials", self.trials)
+        check_count("settings", "trials", self.trials, maximum=MOST_TRIALS)
         check_count("settings", "seed", self.seed, minimum=0)
         check_count("settings", "outer_steps", self.outer_steps)
         check_count("settings", "inner_steps", self.inner_steps)
@@ -172,7 +172,7 @@ class ShallowSettings:
         check_choice("settings", "vary", self.vary, [*SHALLOW_SWEEPS, "all"])
         check_choice("settings", "init", self.init, INITIALIZATIONS)
         check_choice("settings", "dtype", self.dtype, ["float32", "float64"])
-        check_count("settings", "trials", self.trials)
+        check_count("settings", "trials", self.trials, maximum=MOST_TRIALS)
         check_count("settings", "seed", self.seed, minimum=0)
         check_count("settings", "retrain_epochs", self.retrain_epochs)
         check_count("settings", "finetune_epochs", self.finetune_epochs)

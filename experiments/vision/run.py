@@ -13,9 +13,11 @@ from experiments import cli
 from experiments.runs import RunFolder
 from experiments.training import (
     EpochLog,
+    check_rank,
     choose_device,
     divergence,
     keep_freed_memory,
+    known,
     load_weights,
     save_weights,
 )
@@ -57,6 +59,7 @@ def run(settings: Settings, *, go_on: str = "") -> RunFolder:
     settings = settings.resolved(device.type)
     dataset = load(settings.data, settings.data_root, settings.download)
     protocol = Protocol(settings, dataset, device)
+    check_rank(protocol.new_model(0), settings.rank)
     if device.type == "cpu":
         keep_freed_memory()
     folder = RunFolder.create(
@@ -80,11 +83,8 @@ def run(settings: Settings, *, go_on: str = "") -> RunFolder:
 
 def _progress(settings: Settings) -> Iterable[tuple[int, str]]:
     first = settings.first_seed
-    work = [
-        (trial, method)
-        for trial in range(first, first + (settings.seeds or 1))
-        for method in settings.retrain
-    ]
+    trials = range(first, first + known(settings.seeds))
+    work = [(trial, method) for trial in trials for method in settings.retrain]
     return tqdm(work, desc=NAME, unit="model", disable=not sys.stderr.isatty())
 
 

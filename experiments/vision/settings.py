@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.cli import check_numbers, option, unique
+from experiments.cli import MOST_TRIALS, check_numbers, option, unique
 from experiments.vision.augment import Augmentation
 from experiments.vision.mixer import MixerConfig
 from experiments.vision.tasks import Pair
+from metalora._checks import check_count
 
 METHODS = ("lora-ml", "last-layer-ml", "standard", "reptile")
 FINETUNES = ("lora", "last-layer")
@@ -171,6 +172,8 @@ class Settings:
             raise ValueError("argument --tasks: needs a retraining task and the test task")
         self.pairs()
         check_numbers("vision", self, zero=("first_seed", "weight_decay"))
+        if self.seeds is not None:
+            check_count("vision", "--seeds", self.seeds, maximum=MOST_TRIALS)
 
     def pairs(self) -> list[Pair]:
         """The tasks' classes; the last pair is the test task's."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,9 +43,10 @@ def test_the_gate_finds_a_wrong_version(
         bench_shallow.check(group)
 
 
-def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench_shallow", "--write", str(tmp_path)])
-    bench_shallow.main()
+def test_the_table(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench_shallow.main(["--write", str(tmp_path)])
+    assert not ended.value.code
     rows = json.loads((tmp_path / "shallow_training.json").read_text())["rows"]
     assert {row["group"] for row in rows} == set(GROUPS)
     lines = (tmp_path / "shallow_training.md").read_text().splitlines()

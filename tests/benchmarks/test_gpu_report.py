@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,12 +21,18 @@ def python(code: str, **changes: object) -> Part:
     return Part("part", [sys.executable, "-c", code], **changes)  # type: ignore[arg-type]
 
 
+def exit_code(module: ModuleType, *arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        module.main(arguments)
+    return int(ended.value.code or 0)
+
+
 def test_parts_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     call = ["--device", "cpu", "--smoke", "--out", str(tmp_path), "--part"]
-    assert gpu_report.main([*call, "routes", "sanitize-memcheck"]) == 0
+    assert exit_code(gpu_report, *call, "routes", "sanitize-memcheck") == 0
     table = tmp_path / "layers_cpu_routes.json"
     record = json.loads(table.read_text())
     rows = [row for one in record["rows"] for row in one["rows"].values()]
@@ -32,7 +40,7 @@ def test_parts_one_after_the_other(
     page = table.with_suffix(".md").read_text()
     assert page in (tmp_path / "routes.log").read_text()
 
-    assert gpu_report.main([*call, "plot"]) == 0
+    assert exit_code(gpu_report, *call, "plot") == 0
     assert len(list(tmp_path.glob("layers_cpu_routes_*.png"))) == 2
     summary = (tmp_path / "gpu_report.md").read_text()
     assert "| sanitize-memcheck | not run | 0 | there is nothing to sanitize on a CPU |" in summary
@@ -47,26 +55,19 @@ def test_every_part_that_measures_takes_its_arguments(
     found = 0
     for part in parts("cuda", tmp_path, smoke=True, resume=True):
         if "benchmarks.layers" in part.command:
-            arguments = layers.parser().parse_args(list(part.command[3:]))
-            assert select(arguments.cases) and arguments.resume and arguments.smoke
-            assert arguments.budget_seconds < LIMIT < 600
+            given = cli.parse(layers.Settings, part.command[3:], "layers", "")
+            assert select(given.case_words()) and given.resume and given.smoke
+            assert given.budget_seconds is not None and given.budget_seconds < LIMIT < 600
             found += 1
         elif part.name in ("merge", "ceilings", "profile"):
-            assert cli.parser("").parse_args(list(part.command[3:])).device == "cuda"
+            assert cli.parse(cli.DeviceSettings, part.command[3:], "", "").device == "cuda"
             found += 1
         elif part.name == "language":
-            arguments = language.parser().parse_args(list(part.command[3:]))
-            assert (arguments.tasks, arguments.turns, arguments.precision) == (10, 8, "bf16")
-            assert arguments.model in language.SIZES and arguments.data is None
+            rounds = cli.parse(language.Settings, part.command[3:], "language", "")
+            assert (rounds.tasks, rounds.turns, rounds.precision) == (10, 8, "bf16")
+            assert rounds.model in language.SIZES and rounds.data is None
             found += 1
     assert found >= 15
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        merge.main(["--device", "cuda"])
-    assert capsys.readouterr().err.endswith("torch sees no GPU here; use --device cpu\n")
 
 
 def test_max_autotune_is_measured_beside_metalora_where_there_is_a_goal(
@@ -77,8 +78,8 @@ def test_max_autotune_is_measured_beside_metalora_where_there_is_a_goal(
     names = {c.name for group in gpu_report.HEADLINES.values() for c in select(group)}
     assert len(names) == 4 and len(compiled) == 4
     for part in compiled:
-        arguments = layers.parser().parse_args(list(part.command[3:]))
-        assert arguments.baselines == ["metalora", "merged", "compiled"]
+        given = cli.parse(layers.Settings, part.command[3:], "layers", "")
+        assert given.baselines == ("metalora", "merged", "compiled")
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
@@ -122,19 +123,14 @@ def test_a_part_is_ended_with_its_children(tmp_path: Path) -> None:
 
 
 def test_the_whole_fails_where_a_part_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_report, "parts", lambda *a, **k: [python("raise SystemExit(1)")])
-    assert gpu_report.main(["--out", str(tmp_path)]) == 1
-
-
-def test_unknown_part(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        gpu_report.main(["--part", "nothing"])
-    assert "there is no 'nothing'; there are build, test, " in capsys.readouterr().err
+    failing = replace(python("raise SystemExit(1)"), name="build")
+    monkeypatch.setattr(gpu_report, "parts", lambda *a, **k: [failing])
+    assert exit_code(gpu_report, "--out", str(tmp_path), "--part", "build") == 1
 
 
 @pytest.mark.parametrize("module", [ceilings, merge, profile_layers])
 def test_the_other_tables(module, tmp_path: Path) -> None:
-    module.main(["--smoke", "--write", str(tmp_path)])
+    assert exit_code(module, "--smoke", "--write", str(tmp_path)) == 0
     (table,) = tmp_path.glob("*.json")
     record = json.loads(table.read_text())
     assert record["rows"] and record["machine"]["torch"]

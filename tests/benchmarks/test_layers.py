@@ -19,6 +19,8 @@ from benchmarks.gate import SEED, GateError, Run, check, exact_results, wanted_g
 from benchmarks.layers import LEFT_OUT, Options, measure_case
 from benchmarks.measure import Budget
 from benchmarks.registry import INPUTS, PRECISIONS, Case, equal, ragged
+from experiments.runs import RunError
+from tests.pairs import every_pair
 
 EQUAL, RAGGED = equal(3, 16, 24, 3, 8), ragged(16, 8, 2, (40, 0, 1, 13))
 CASES = [EQUAL, RAGGED, replace(RAGGED, name="dropout", dropout=0.25)]
@@ -48,9 +50,7 @@ def passes(case: Case, name: str, precision: str = "fp32", frozen: bool = False)
     return set(run.results)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("case", CASES, ids=["equal", "ragged", "dropout"])
-@pytest.mark.parametrize("name", [*EAGER, *ROUTES])
+@every_pair(name=[*EAGER, *ROUTES], case=CASES, precision=PRECISIONS)
 def test_every_version_passes_the_gate(name: str, case: Case, precision: str) -> None:
     if (name, precision) in NO_GROUPS:
         with pytest.raises((RuntimeError, NotOfferedError)):
@@ -209,7 +209,7 @@ def test_tables_and_resuming(
     assert measured(tmp_path, resume=True)[0] == record["rows"][0] and again == [RAGGED]
     record["machine"]["cpu"] = "another"
     (tmp_path / "table.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="another machine"):
+    with pytest.raises(RunError, match="another machine"):
         measured(tmp_path, resume=True)
 
 
@@ -227,14 +227,17 @@ def test_the_figure_has_every_version(tmp_path: Path, monkeypatch: pytest.Monkey
         dot(axes, name, ratio, y)
 
     monkeypatch.setattr(plot, "_dot", noted)
-    assert plot.draw(tmp_path / "one.json", tmp_path) == [tmp_path / "one_tf32.png"]
+    record = plot.load(tmp_path / "one.json")
+    assert plot.draw(record, "one", tmp_path) == [tmp_path / "one_tf32.png"]
     assert set(drawn) == set(BASELINES) - {"dense"}
     assert (tmp_path / "one_tf32.pdf").stat().st_size > 0
 
 
 def test_main_measures_tiny_shapes(tmp_path: Path) -> None:
     arguments = "--cases a --smoke --baselines loop --frozen --name x --write"
-    layers.main([*arguments.split(), str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        layers.main([*arguments.split(), str(tmp_path)])
+    assert not ended.value.code
     record = json.loads((tmp_path / "x.json").read_text())
     assert record["command"].endswith("--write benchmarks/results")
     assert len(record["rows"]) == 2 and all(r["frozen"] for r in record["rows"])

@@ -14,6 +14,7 @@ from metalora import ops
 from metalora.nn import MultiTaskLoRALinear, SymmetricLoRALinear, TaskBatch
 from tests.cuda.places import Calls
 from tests.ops.problems import SPLITS, Problem, oracle, problem, relative_error
+from tests.pairs import every_pair
 
 ROUTES = ("weight", "token")
 SIZES = ((1, 1, 1), (7, 5, 3), (16, 24, 1), (33, 40, 17))  # in, out, rank
@@ -44,10 +45,7 @@ def exact(p: Problem, grad_y: Tensor, scaling: float) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, p.leaves, grad_y.double())]
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("split", SPLITS)
+@every_pair(split=SPLITS, sizes=SIZES, route=ROUTES, bias=[True, False])
 def test_agrees_with_the_oracle(
     device: torch.device, split: str, sizes: tuple[int, int, int], route: str, bias: bool
 ) -> None:

@@ -52,14 +52,15 @@ def all_sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_command_writes_a_run_folder(tmp_path: Path) -> None:
+def test_the_command_writes_a_run_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "run"
-    process = start("linear", *_sweep("T", folder))
-    output, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
-    assert error == ""  # no progress bar where there is no terminal
+    assert run(*_sweep("T", folder)) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""  # no progress bar where there is no terminal
     for expected in ("T=2", "T=3", "T=5", "results.csv", "figure1-T.png"):
-        assert expected in output
+        assert expected in printed.out
     rows = results(folder)
     assert len(rows) == 3 * 2 * 2
     assert {(r["experiment"], r["vary"], r["metric"]) for r in rows} == {

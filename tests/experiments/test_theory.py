@@ -1,10 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,6 @@ from experiments.theory.statements import CONTROLS, STATEMENTS, landscape, recov
 from metalora._library import native_available
 from metalora.linear import theory
 
-ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ("standard-loss", "finetuning-error", "hyperbola", "spurious-minimum", "descent")
 native_only = pytest.mark.skipif(
     not native_available(), reason="takes minutes without the native library"
@@ -32,20 +31,16 @@ def command(*arguments: str) -> int:
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The smoke run of everything, in a process of its own: its folder and output."""
+    """The smoke run of everything: its folder and output."""
     if not native_available():
         pytest.skip("takes minutes without the native library")
     folder = tmp_path_factory.mktemp("theory") / "run"
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.theory", "--smoke", "--out", str(folder)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""  # no progress bar where there is no terminal
-    return folder, done.stdout
+    output, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
+        code = command("--smoke", "--out", str(folder))
+    assert code == 0, output.getvalue() + error.getvalue()
+    assert error.getvalue() == ""  # no progress bar where there is no terminal
+    return folder, output.getvalue()
 
 
 def test_it_ends_with_twelve_verdicts_none_assumed(smoke: tuple[Path, str]) -> None:

@@ -3,24 +3,20 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from experiments.runs import RunError
+from experiments.runs import RunError, one_thread
 from experiments.training import choose_device
 from experiments.vision import report
 from experiments.vision.data import load_digits
 from experiments.vision.protocol import Protocol
-from experiments.vision.run import run
+from experiments.vision.run import main, run
 from experiments.vision.settings import METHODS, PAIRS, Settings
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
@@ -28,23 +24,19 @@ def settings(**given: Any) -> Settings:
     return Settings(data="digits", smoke=True, device="cpu", **given)
 
 
-def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.vision", *arguments],
-        cwd=cwd or ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def command(*arguments: str) -> int:
+    """Runs the command in this process and returns its exit code."""
+    with pytest.raises(SystemExit) as ended, one_thread():
+        main(arguments)
+    return int(ended.value.code or 0)
 
 
-def test_the_command_end_to_end(tmp_path: Path) -> None:
+def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    done = command("--data", "digits", "--smoke", "--seeds", "1", "--shots", "4", "--out", str(out))
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""  # no progress bars where there is no terminal
+    few = ("--smoke", "--seeds", "1", "--shots", "4", "--device", "cpu")
+    assert command("--data", "digits", *few, "--out", str(out)) == 0
+    done = capsys.readouterr()
+    assert done.err == ""  # no progress bars where there is no terminal
     with (out / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == [
@@ -61,13 +53,12 @@ def test_the_command_end_to_end(tmp_path: Path) -> None:
     for name in ("accuracy", "curves"):
         assert (out / f"{name}.png").stat().st_size > 10_000
         assert (out / f"{name}.csv").read_text().count("\n") > 1
-    assert all(m in done.stdout for m in METHODS)
-    assert "(n/a)" in done.stdout
+    assert all(m in done.out for m in METHODS)
+    assert "(n/a)" in done.out
 
-    again = command("--data", "digits", "--out", str(out))
-    assert again.returncode == 2
-    assert again.stderr.count("\n") == 1
-    assert "exists and is not empty" in again.stderr
+    assert command("--data", "digits", "--out", str(out)) == 2
+    again = capsys.readouterr().err
+    assert again.count("\n") == 1 and "exists and is not empty" in again
 
 
 @pytest.mark.parametrize(
@@ -92,8 +83,6 @@ def test_a_mistake_is_one_line_before_anything_is_written(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from experiments.vision.run import main
-
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         main(arguments)
@@ -202,8 +191,6 @@ def test_a_step_per_task_is_not_for_methods_without_a_round() -> None:
 def test_divergence_is_the_users_to_put_right(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from experiments.vision.run import main
-
     out = tmp_path / "run"
     common = ["--data", "digits", "--smoke", "--finetune", "lora", "--seeds", "1", "--shots", "4"]
     with pytest.raises(SystemExit) as ended:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -107,33 +104,3 @@ def test_raw_operators_refuse_what_they_would_read_outside_of(op: str) -> None:
             inputs[position] = bad
             with pytest.raises(RuntimeError, match=f"linear_{op}: "):
                 operator(*inputs)
-
-
-CODE = """
-import sys, torch
-from metalora.linear import retrain_lora_ml, sample_problem, sample_statistics
-g = torch.Generator().manual_seed(0)
-results = []
-f32, f64 = torch.float32, torch.float64
-for dim, dtype in ((5, f64), (10, f64), (21, f64), (10, f32)):
-    truths = sample_problem(3, dim, 2, generator=g, dtype=dtype).truths
-    stats = sample_statistics(truths, 50, generator=g)
-    results.append(retrain_lora_ml(stats, 2, outer_steps=20, inner_lr=0.001, generator=g).weight)
-torch.save(results, sys.argv[1])
-"""
-
-
-def test_every_instruction_set_gives_the_same_results(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    results = []
-    for capability in ("default", "avx2"):
-        file = tmp_path / f"{capability}.pt"
-        subprocess.run(
-            [sys.executable, "-c", CODE, str(file)],
-            env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-            check=True,
-            timeout=120,
-        )
-        results.append(torch.load(file))
-    for portable, best in zip(*results, strict=True):
-        tolerance = 1e-12 if portable.dtype == torch.float64 else 1e-5
-        torch.testing.assert_close(portable, best, rtol=tolerance, atol=tolerance)

@@ -7,6 +7,7 @@ from torch import Tensor
 from metalora import ops, reference
 from metalora._library import native_available
 from tests.ops.problems import SIZES, SPLITS, Problem, oracle, problem, relative_error
+from tests.pairs import every_pair
 
 ROUTES = ["token", "weight", "reference", "auto"] if native_available() else ["reference", "auto"]
 NATIVE = [route for route in ROUTES if route in ("token", "weight")]
@@ -27,9 +28,7 @@ def run_oracle(p: Problem, scaling: float, **options: object) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, p.leaves, grad_y)]
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("split", SPLITS)
+@every_pair(route=ROUTES, sizes=SIZES, split=SPLITS)
 def test_agrees_with_einsum(route: str, sizes: tuple[int, int, int], split: str) -> None:
     p = problem(SPLITS[split], sizes)
     for got, wanted in zip(run(p, route, scaling=0.7), run_oracle(p, 0.7), strict=True):

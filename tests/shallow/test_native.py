@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,32 +101,3 @@ def test_raw_operators_refuse_what_they_would_read_outside_of(op: str) -> None:
     if op == "retrain":
         with pytest.raises(RuntimeError, match="given together, or neither"):
             operator(op)(*good[:5], None, *good[6:])
-
-
-CODE = """
-import sys, torch
-from metalora.shallow import retrain_lora_ml
-from tests.shallow.problems import start
-results = []
-for dim, dtype in ((5, torch.float64), (12, torch.float64), (10, torch.float32)):
-    s = start(3, 50, dim, 2, dtype=dtype)
-    results.append(retrain_lora_ml(s.x, s.y, s.network, s.adapters, epochs=100).losses)
-torch.save(results, sys.argv[1])
-"""
-
-
-def test_every_instruction_set_gives_the_same_results(tmp_path: Path) -> None:
-    results = []
-    for capability in ("default", "avx2"):
-        file = tmp_path / f"{capability}.pt"
-        subprocess.run(
-            [sys.executable, "-c", CODE, str(file)],
-            env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-            cwd=Path(__file__).resolve().parents[2],
-            check=True,
-            timeout=120,
-        )
-        results.append(torch.load(file))
-    for portable, best in zip(*results, strict=True):
-        tolerance = 1e-12 if portable.dtype == torch.float64 else 1e-5
-        torch.testing.assert_close(portable, best, rtol=tolerance, atol=tolerance)
