@@ -30,7 +30,7 @@ from metalora.meta import (
 
 HEADS = ("head",)
 EVALUATION_BATCH = 512
-# In a pass of the model on a CPU, where memory grows with it: with batches of 256 images of CIFAR-10,
+# In a pass of the model on a CPU, where memory grows with it: with batches of 256 CIFAR-10 images,
 # passes of 32 (2048 patches), 64, 128 and 256 images kept about 0.4, 0.7, 1.3 and 2.3 GiB resident
 # beside what the process had before (one run each). Smaller passes were not seen to be slower.
 CPU_PATCHES = 2048
