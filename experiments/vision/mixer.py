@@ -61,7 +61,7 @@ class Dropout(nn.Dropout):
         dropped = round(self.p * 2**16)  # of the 2**16 values of each 16 bits
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-        return torch.where(keep, x, 0) * (2**16 / (2**16 - dropped))
+        return torch.where(keep, x, 0).mul_(2**16 / (2**16 - dropped))
 
 
 class MLP(nn.Sequential):

@@ -57,8 +57,9 @@ def run(settings: Settings, *, go_on: str = "") -> RunFolder:
     """
     device = choose_device(settings.device)
     settings = settings.resolved(device.type)
-    dataset = load(settings.data, settings.data_root, settings.download)
-    protocol = Protocol(settings, dataset, device)
+    protocol = Protocol(
+        settings, load(settings.data, settings.data_root, settings.download), device
+    )
     check_rank(protocol.new_model(0), settings.rank)
     if device.type == "cpu":
         keep_freed_memory()
@@ -71,7 +72,7 @@ def run(settings: Settings, *, go_on: str = "") -> RunFolder:
         go_on=go_on,
     )
     with folder:
-        folder.add_data(settings.data, dataset.sha256)
+        folder.add_data(settings.data, protocol.sha256)
         for trial, method in _progress(settings):
             model = _retrained(folder, protocol, method, trial)
             for kind in settings.finetune:
