@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metalora.adapters.fused_paths import close_fused_paths, reopen_fused_paths
+from metalora.meta.peft_fit import check_first_call, insertion
 from metalora.nn import current_tasks
 
 _REFUSED = {
@@ -47,6 +48,8 @@ def peft_adapters(
         ImportError: if peft is not installed.
         TypeError: if ``peft_config`` is none.
         ValueError: if the method cannot have an adapter per task, or does not fit the model.
+        RuntimeError: if peft fails to set the method up; from the first call of the adapted model,
+            if the method fails there and the plain model does not.
     """
     peft = _peft(function)
     _check(function, peft, model, peft_config, train_shared)
@@ -54,13 +57,15 @@ def peft_adapters(
     attributes = set(vars(model))
     needed = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        adapted, own = _insert(function, peft, model, peft_config, num_tasks)
+        with insertion(function, peft, model, peft_config):
+            adapted, own = _insert(function, peft, model, peft_config, num_tasks)
         for parameter, flag in needed:
             parameter.requires_grad_(flag and train_shared)
         for parameter in own:
             parameter.requires_grad_()
         close_fused_paths(model, peft.tuners.tuners_utils.BaseTunerLayer)
         adapted.register_forward_pre_hook(lambda *_: _use_task(function, adapted, num_tasks))
+        check_first_call(function, peft, adapted, model, peft_config)
         yield adapted
     finally:
         for module, name, members in before:

@@ -67,6 +67,8 @@ def peft_ml(
         TypeError: if ``peft_config`` is none.
         ValueError: if ``model`` has adapters already, or the method does not fit it, cannot have an
             adapter per task, or does not let the shared weights be trained.
+        RuntimeError: if the method does not work on ``model`` with the installed versions of peft
+            and of the model's package: it fails where the plain model runs.
         FloatingPointError: if the loss is not finite.
     """
     adapter = _as_fused(model, peft_config) if fused else None
@@ -112,6 +114,7 @@ def finetune_peft(
         TypeError: if ``peft_config`` is none.
         ValueError: if ``model`` has adapters already, or the method does not fit it or cannot have
             an adapter per task.
+        RuntimeError: see `peft_ml`.
         FloatingPointError: if the loss is not finite.
     """
     return _train(

@@ -1,5 +1,6 @@
 """PEFT-ML with the layers of the package peft: an adapter per task, one task after the other."""
 
+import copy
 import re
 import sys
 
@@ -392,13 +393,10 @@ def test_torch_encoders_call_the_adapters_in_inference():
     assert model.activation_relu_or_gelu == 1
 
 
-@pytest.mark.parametrize(
-    "config", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"]
-)
-def test_prompt_learning(config):
-    transformers = pytest.importorskip("transformers", reason="needs the package transformers")
+def roberta(cls):
     torch.manual_seed(0)
-    model = transformers.RobertaForSequenceClassification(
+    transformers = pytest.importorskip("transformers", reason="needs the package transformers")
+    return cls(
         transformers.RobertaConfig(
             vocab_size=40,
             hidden_size=16,
@@ -408,21 +406,104 @@ def test_prompt_learning(config):
             max_position_embeddings=16,
         )
     )
-    before, start = snapshot(model), values(model)
-    ids = torch.arange(12) % T
+
+
+def sequences():
     inputs = {
         "input_ids": torch.randint(3, 40, (12, 5)),
         "attention_mask": torch.ones(12, 5).long(),
     }
-    result = peft_ml(
-        model,
-        RoundLoader(inputs, torch.randint(2, (12,)), ids, batch_size=4),
-        TrainConfig(epochs=2, lr=0.01),
-        getattr(peft, config)(num_virtual_tokens=2, task_type="SEQ_CLS", inference_mode=True),
+    return RoundLoader(inputs, torch.randint(2, (12,)), torch.arange(12) % T, batch_size=4)
+
+
+def versions_line(config, model):
+    """What peft_ml says where the method does not work with the installed packages."""
+    return (
+        rf"peft_ml: {config.peft_type.value} of peft {peft.__version__} on {type(model).__name__} "
+        rf"of transformers {sys.modules['transformers'].__version__} .*; choose another method"
     )
+
+
+@pytest.mark.parametrize(
+    "config", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"]
+)
+def test_prompt_learning(config):
+    transformers = pytest.importorskip("transformers", reason="needs the package transformers")
+    model, source = roberta(transformers.RobertaForSequenceClassification), sequences()
+    before, start = snapshot(model), values(model)
+    adapter = getattr(peft, config)(num_virtual_tokens=2, task_type="SEQ_CLS", inference_mode=True)
+    train = TrainConfig(epochs=2, lr=0.01)
+    reason = what_peft_alone_says(copy.deepcopy(model), adapter, next(iter(source)).inputs)
+    if reason is not None:
+        with pytest.raises(RuntimeError, match=versions_line(adapter, model)) as raised:
+            peft_ml(model, source, train, adapter)
+        assert reason in str(raised.value)
+        assert snapshot(model) == before
+        pytest.skip(str(raised.value))
+    result = peft_ml(model, source, train, adapter)
     assert snapshot(model) == before
     name = "roberta.encoder.layer.0.attention.self.query.weight"
     assert not torch.equal(model.state_dict()[name], start[name])
     assert not torch.equal(
         result.adapters[0]["prompt_embeddings"], result.adapters[1]["prompt_embeddings"]
     )
+
+
+def what_peft_alone_says(model, config, inputs):
+    """The error with which a method of peft fails on ``model`` without metalora, or None."""
+    adapted = peft.get_peft_model(model, copy.deepcopy(config))
+    model(**inputs)
+    try:
+        adapted(**inputs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".rstrip(".")
+    return None
+
+
+def test_a_method_that_does_not_work_on_the_model_is_named_with_the_versions():
+    transformers = pytest.importorskip("transformers", reason="needs the package transformers")
+
+    class OfIds(transformers.RobertaForSequenceClassification):
+        def forward(self, input_ids, attention_mask=None):  # peft gives inputs_embeds
+            return super().forward(input_ids, attention_mask)
+
+    model, config = roberta(OfIds), TrainConfig(epochs=1, lr=0.01)
+    before = snapshot(model)
+    adapter = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="SEQ_CLS")
+    with pytest.raises(RuntimeError, match=versions_line(adapter, model)) as raised:
+        peft_ml(model, sequences(), config, adapter)
+    assert "fails where the model alone does not: TypeError: " in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 1
+    assert snapshot(model) == before
+
+
+def test_a_method_that_cannot_be_set_up_is_named_with_the_versions():
+    adapter = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="SEQ_CLS")
+    wanted = (
+        rf"peft_ml: PROMPT_TUNING of peft {peft.__version__} on Network of torch "
+        rf"{re.escape(torch.__version__)} cannot be set up: "
+    )
+    model = network()
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=wanted):
+        peft_ml(model, rounds(), TrainConfig(epochs=1, lr=0.1), adapter)
+    assert snapshot(model) == before
+
+
+def test_faults_of_the_data_and_of_later_calls_are_raised_as_they_are():
+    config = TrainConfig(epochs=1, lr=0.01)
+    wide = RoundLoader(torch.randn(9, 9), torch.zeros(9).long(), torch.arange(9) % T, batch_size=9)
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        peft_ml(network(), wide, config, DORA)
+
+    class Later(Network):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls == 2:
+                raise KeyError("once")
+            return super().forward(x)
+
+    with pytest.raises(KeyError, match="once"):
+        peft_ml(Later(), rounds(), config, DORA)
