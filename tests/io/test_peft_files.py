@@ -151,9 +151,9 @@ def test_a_tokenizer_goes_with_the_base(tmp_path):
 
 def test_without_peft_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match="export_peft: needs the package peft; pip install peft"):
+    with pytest.raises(ImportError, match="export_peft: needs the package peft; pip install "):
         export_peft(adapted_model(LORA), tmp_path / "out")
-    with pytest.raises(ImportError, match="import_peft: needs the package peft; pip install peft"):
+    with pytest.raises(ImportError, match="import_peft: needs the package peft; pip install "):
         import_peft(plain_model(), tmp_path)
 
 

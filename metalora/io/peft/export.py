@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metalora._checks import check_choice
+from metalora._optional import require
 from metalora.adapters import adapt, adapted_layers, load_task_state_dict, remove
 from metalora.io.peft.card import adapter_card, base_card
 from metalora.io.peft.folder import (
@@ -23,7 +24,6 @@ from metalora.io.peft.folder import (
     WEIGHTS,
     check_target,
     replacing,
-    require_peft,
 )
 from metalora.io.peft.settings import ask_peft, check_complete, lora_config
 from metalora.io.peft.twin import twin_of
@@ -83,11 +83,11 @@ def export_peft(
         The adapters' folders, in the order of the tasks.
 
     Raises:
-        ImportError: if peft is not installed.
+        ImportError: if peft is not installed, or not in a supported version.
         TypeError, ValueError: if arguments do not fit, or PEFT cannot express the adapters.
         PeftFolderError: if the folder is not free or could not be written. It is then as before.
     """
-    peft = require_peft("export_peft")
+    peft = require("peft", "export_peft")
     folder = Path(folder).resolve()
     check_target(folder, overwrite)
     adapted = _adapted_twin(model, adapters, config)

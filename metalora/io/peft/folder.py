@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 BASE = "base"
 CONFIG = "adapter_config.json"
@@ -19,15 +18,6 @@ PREFIX = "base_model.model."
 
 class PeftFolderError(ValueError):
     """An adapter folder that cannot be read, does not fit the model, or could not be written."""
-
-
-def require_peft(function: str) -> Any:
-    """Returns the package ``peft``, which brings safetensors and huggingface_hub."""
-    try:
-        import peft
-    except ImportError:
-        raise ImportError(f"{function}: needs the package peft; pip install peft") from None
-    return peft
 
 
 def check_target(folder: Path, overwrite: bool) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from metalora._checks import did_you_mean
+from metalora._optional import require
 from metalora.adapters import LoRAConfig, adapt, adapted_layers, load_task_state_dict
 from metalora.adapters.config import check_peft_config
-from metalora.io.peft.folder import CONFIG, PREFIX, WEIGHTS, PeftFolderError, require_peft
+from metalora.io.peft.folder import CONFIG, PREFIX, WEIGHTS, PeftFolderError
 from metalora.io.peft.twin import twin_of
 
 # The tensors' names tell which layers have an adapter; patterns are read here.
@@ -53,13 +54,13 @@ def import_peft(
         ``model``, with one task per folder.
 
     Raises:
-        ImportError: if peft is not installed.
+        ImportError: if peft is not installed, or not in a supported version.
         TypeError: if an argument has a wrong type.
         ValueError: if ``model`` has adapters already, or ``folders`` is empty.
         PeftFolderError: if a folder cannot be read, is for another base, or differs from the
             others. The model is then as it was.
     """
-    peft = require_peft("import_peft")
+    peft = require("peft", "import_peft")
     if not isinstance(model, nn.Module):
         raise TypeError(f"import_peft: model must be an nn.Module, got {type(model).__name__}")
     if adapted_layers(model):
