@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metalora._checks import did_you_mean
 from metalora.adapters.config import shown
 from metalora.io.peft.config_file import read_settings
-from metalora.io.peft.folder import CONFIG, PREFIX, WEIGHTS, PeftFolderError
+from metalora.io.peft.folder import CONFIG, PREFIX, WEIGHTS, PeftFolderError, restore
 
 _DTYPES = (
     torch.float64,
@@ -43,6 +43,8 @@ def read_adapter(peft: Any, folder: Path, model: nn.Module, base: str | Path | N
     Raises:
         PeftFolderError: if it cannot be read, or is for another base.
     """
+    if not folder.is_dir():
+        restore(folder.parent)
     if not folder.is_dir():
         raise PeftFolderError(
             f"import_peft: {folder} is no folder; an adapter of a hub must be downloaded first"

@@ -67,6 +67,9 @@ def export_peft(
     Args:
         model: an adapted model; or, with ``adapters``, a plain one. It stays as it is.
         folder: where to; it must be empty or not exist. All of it appears at the end, at once.
+            A process that is killed leaves there what was there before; on file systems that cannot
+            exchange folders, such as most network file systems, it may be missing until the next
+            `export_peft` or `import_peft` of it puts it back.
         adapters: what `metalora.task_state_dict` returned for each task, as the ``adapters`` of
             what `metalora.meta.lora_ml` returns.
         config: with ``adapters``: the `LoRAConfig` or ``peft.LoraConfig`` they were made with.
