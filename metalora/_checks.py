@@ -66,6 +66,10 @@ def _finite_number(function: str, argument: str, value: Any, wanted: str) -> flo
         raise TypeError(
             f"{function}: {argument} must be {wanted}, got {type(value).__name__} {value!r}"
         )
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond what a float can hold
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{function}: {argument} must be {wanted}, got {value!r}")
-    return float(value)
+    return number

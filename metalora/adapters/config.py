@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+import reprlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from typing import Any
@@ -91,30 +92,40 @@ _DESCRIPTIVE = {
 _HEADS = {"SEQ_CLS": "classifier", "TOKEN_CLS": "classifier", "QUESTION_ANS": "qa_outputs"}
 
 
-def check_peft_config(where: str, config: Any, ignored: Collection[str] = ()) -> None:
-    """Raises ValueError, naming the field, if a ``peft.LoraConfig`` wants what metalora lacks.
+def check_peft_fields(
+    where: str, kind: Any, values: Mapping[str, Any], ignored: Collection[str] = ()
+) -> None:
+    """Raises ValueError, naming the field, if it asks ``peft.LoraConfig`` for what metalora lacks.
 
     Args:
         where: what the error message starts with.
-        config: the ``peft.LoraConfig``.
+        kind: the class ``peft.LoraConfig``.
+        values: its fields; those that are absent have their defaults.
         ignored: names of fields that may have any value.
     """
-    for field in fields(config):
-        if field.name in _CONVERTED or field.name in _DESCRIPTIVE or field.name in ignored:
+    for field in fields(kind):
+        name = field.name
+        if name in _CONVERTED or name in _DESCRIPTIVE or name in ignored or name not in values:
             continue
         default = field.default
         if field.default_factory is not MISSING:
             default = field.default_factory()
-        value = getattr(config, field.name)
-        if value != default:
+        if values[name] != default:
             raise ValueError(
-                f"{where}: peft.LoraConfig field {field.name}={value!r} is not supported by "
+                f"{where}: peft.LoraConfig field {name}={shown(values[name])} is not supported by "
                 f"metalora; leave it at {default!r}"
             )
 
 
+def shown(value: Any) -> str:
+    """``repr(value)`` for an error message: what is long or deeply nested is cut."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 200
+    return short.repr(value)
+
+
 def _from_peft(config: Any) -> LoRAConfig:
-    check_peft_config("adapt", config)
+    check_peft_fields("adapt", type(config), vars(config))
     if config.target_modules is None:
         raise ValueError(
             "adapt: peft.LoraConfig field target_modules=None leaves the choice to peft; "

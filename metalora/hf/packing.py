@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metalora._optional import require
 from metalora.hf.attention import NAME, Packing, register
 from metalora.meta.steps import call_model
 from metalora.nn import tasks
@@ -32,6 +33,7 @@ def enable_packing(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
+        ImportError: if transformers is not installed, or not in a supported version.
         ValueError: if it cannot; `packing_problem` says why beforehand.
     """
     _enable(model)
@@ -43,8 +45,12 @@ def enable_packing(model: nn.Module) -> nn.Module:
 
 
 def disable_packing(model: nn.Module) -> nn.Module:
-    """Undoes `enable_packing`."""
-    inner = _transformer(model)
+    """Undoes `enable_packing`.
+
+    Raises:
+        ImportError: see `enable_packing`.
+    """
+    inner = _transformer("disable_packing", model)
     if inner is not None and _HANDLES in inner.__dict__:
         before, handles = inner.__dict__.pop(_HANDLES)
         for handle in handles:
@@ -54,8 +60,12 @@ def disable_packing(model: nn.Module) -> nn.Module:
 
 
 def packing_problem(model: nn.Module) -> str | None:
-    """Why `enable_packing` would refuse this model; None if it would not."""
-    inner = _transformer(model)
+    """Why `enable_packing` would refuse this model; None if it would not.
+
+    Raises:
+        ImportError: see `enable_packing`.
+    """
+    inner = _transformer("packing_problem", model)
     enabled = inner is not None and _HANDLES in inner.__dict__
     try:
         _enable(model)
@@ -75,15 +85,14 @@ def position_offset(model: nn.Module) -> int:
     return 0
 
 
-def _transformer(model: nn.Module) -> Any:
+def _transformer(function: str, model: nn.Module) -> Any:
     """The model of transformers that ``model`` is or has inside."""
-    from transformers import PreTrainedModel
-
-    return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    kind = require("transformers", function).PreTrainedModel
+    return next((m for m in model.modules() if isinstance(m, kind)), None)
 
 
 def _enable(model: nn.Module) -> None:
-    inner = _transformer(model)
+    inner = _transformer("enable_packing", model)
     if inner is None:
         raise ValueError(
             f"enable_packing: model must be one of transformers, got {type(model).__name__}"
@@ -153,7 +162,7 @@ def _pick(hidden: Tensor, packing: Packing) -> Tensor:
 @torch.no_grad()
 def _difference(model: nn.Module) -> str | None:
     """What is wrong with the model's outputs for packed sequences; None if nothing is."""
-    inner = _transformer(model)
+    inner = _transformer("enable_packing", model)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metalora._optional import require
 from metalora.adapters.fused_paths import close_fused_paths, reopen_fused_paths
 from metalora.meta.peft_fit import check_first_call, insertion
 from metalora.nn import current_tasks
@@ -45,13 +46,13 @@ def peft_adapters(
         train_shared: whether the weights of ``model`` that require a gradient go on doing so.
 
     Raises:
-        ImportError: if peft is not installed.
+        ImportError: if peft is not installed, or not in a supported version.
         TypeError: if ``peft_config`` is none.
         ValueError: if the method cannot have an adapter per task, or does not fit the model.
         RuntimeError: if peft fails to set the method up; from the first call of the adapted model,
             if the method fails there and the plain model does not.
     """
-    peft = _peft(function)
+    peft = require("peft", function)
     _check(function, peft, model, peft_config, train_shared)
     before = [(m, name, dict(getattr(m, name))) for m in model.modules() for name in _CHANGED]
     attributes = set(vars(model))
@@ -191,11 +192,3 @@ def _check(
 
 def _kind(peft_config: Any) -> str:
     return str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
-
-
-def _peft(function: str) -> ModuleType:
-    try:
-        import peft
-    except ImportError:
-        raise ImportError(f"{function}: needs the package peft; pip install peft") from None
-    return peft

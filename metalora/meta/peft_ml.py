@@ -63,7 +63,7 @@ def peft_ml(
         ``peft.get_peft_model_state_dict`` does.
 
     Raises:
-        ImportError: if peft is needed and not installed.
+        ImportError: if peft is needed and not installed, or not in a supported version.
         TypeError: if ``peft_config`` is none.
         ValueError: if ``model`` has adapters already, or the method does not fit it, cannot have an
             adapter per task, or does not let the shared weights be trained.
@@ -110,7 +110,7 @@ def finetune_peft(
         callbacks: see `peft_ml`.
 
     Raises:
-        ImportError: if peft is not installed.
+        ImportError: see `peft_ml`.
         TypeError: if ``peft_config`` is none.
         ValueError: if ``model`` has adapters already, or the method does not fit it or cannot have
             an adapter per task.

@@ -1,6 +1,9 @@
 """Folders that PEFT wrote become tasks; those that do not fit change nothing."""
 
 import json
+import math
+import os
+import random
 import re
 import shutil
 
@@ -10,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from metalora.adapters import LoRAConfig, adapted_layers, remove
-from metalora.io.peft import PeftFolderError, export_peft, import_peft
+from metalora.io.peft import PeftFolderError, export_peft, import_peft, patterns
+from tests.io.peft_damage import damage
 from tests.io.peft_models import (
     adapted_model,
     assert_close,
@@ -176,6 +180,14 @@ def test_shapes_must_agree(tmp_path, exported):
     )
 
 
+NAN = math.nan
+
+
+def nested(depth):
+    """A list in a list in a list ..."""
+    return json.loads("[" * depth + "]" * depth)
+
+
 def edit(folder, **fields):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
@@ -192,15 +204,88 @@ def edit(folder, **fields):
         ({"peft_type": "IA3"}, "must have peft_type 'LORA', got 'IA3'"),
         ({"use_magic": True}, "has the field 'use_magic', which peft .* does not know; upgrade"),
         ({"r": 4}, "has an adapter of rank 3 for '.*query', but its adapter_config.json says 4"),
-        ({"lora_alpha": None}, "is damaged: "),
-        ({"lora_alpha": -1}, "does not fit the model: LoRAConfig: alpha must be a finite number"),
-        ({"rank_pattern": {"(": 2}}, "is damaged: "),
+        ({"r": 0}, r"adapter_config\.json: r must be an int >= 1, got 0"),
+        ({"r": -3}, r"adapter_config\.json: r must be an int >= 1, got -3"),
+        ({"r": 10**30}, "has an adapter of rank 3 for '.*query', but its .* says 1000000000000000"),
+        ({"r": "3"}, r"adapter_config\.json: r must be an integer, got '3'"),
+        ({"r": 3.0}, r"adapter_config\.json: r must be an integer, got 3\.0"),
+        ({"r": True}, r"adapter_config\.json: r must be an integer, got True"),
+        ({"r": NAN}, r"adapter_config\.json: r must be an integer, got nan"),
+        ({"r": nested(900)}, r"adapter_config\.json: r must be an integer, got \[\[\[.{,20}$"),
+        ({"lora_alpha": None}, r"adapter_config\.json: lora_alpha must be a number, got None"),
+        ({"lora_alpha": -1}, r"config\.json: lora_alpha must be a finite number > 0, got -1"),
+        ({"lora_alpha": NAN}, r"config\.json: lora_alpha must be a finite number > 0, got nan"),
+        ({"lora_alpha": -math.inf}, "lora_alpha must be a finite number > 0, got -inf"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be a finite number > 0, got 1000000"),
+        ({"lora_dropout": 1}, r"config\.json: lora_dropout must be >= 0 and < 1, got 1"),
+        ({"use_rslora": 1}, r"config\.json: use_rslora must be true or false, got 1"),
+        ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path must be a string or null, g"),
+        ({"target_modules": [1]}, "target_modules must be a string, a list of strings or null, go"),
+        ({"rank_pattern": ["query"]}, r"rank_pattern must be an object or null, got \['query'\]"),
+        ({"rank_pattern": {"query": 0}}, r"rank_pattern\['query'\] must be an int >= 1, got 0"),
+        ({"alpha_pattern": {"query": "5"}}, r"alpha_pattern\['query'\] must be a number, got '5'"),
+        ({"alpha_pattern": {"query": NAN}}, r"alpha_pattern\['query'\] must be a finite number"),
+        ({"rank_pattern": {"(": 2}}, r"json: rank_pattern: '\(' is no valid regular expression \("),
+        ({"rank_pattern": {"(" * 9999: 2}}, r"json: rank_pattern: '\(\(.{,200}' is nested too d"),
+        ({"rank_pattern": {"a{9999999999}": 2}}, "is no valid regular expression .*too large"),
     ],
 )
 def test_settings_that_do_not_work_are_refused(tmp_path, fields, message):
     written_by_peft(tmp_path / "a")
     edit(tmp_path / "a", **fields)
     refused(plain_model(), tmp_path / "a", message)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_takes_for_ever_is_stopped(tmp_path, monkeypatch, field):
+    """The name's 43 letters can be cut in 2^42 ways, all of which must be tried."""
+    monkeypatch.setattr(patterns, "CPU_SECONDS", 1)
+    written_by_peft(tmp_path / "a")
+    edit(tmp_path / "a", **{field: {"value": 3, "(.+)+X": 2, "query": 3}})
+    message = rf"adapter_config\.json: {field}: '\(\.\+\)\+X' takes too long to match"
+    refused(plain_model(), tmp_path / "a", message)
+
+
+def test_a_pattern_that_needs_too_much_memory_is_stopped(monkeypatch):
+    """Each repetition of a group keeps a record of what it may take back."""
+    pytest.importorskip("resource", reason="this system cannot limit memory")
+    monkeypatch.setattr(patterns, "BYTES", 2**27)
+    with pytest.raises(patterns.PatternError, match="needs too much memory"):
+        patterns.first_matches(("(?:(a)|b)*c",), ("ab" * 1_000_000,))
+
+
+PATTERNS = {
+    r".*\.layer\.[01]\..*query": 1,
+    "value": 1,
+    r"(encoder|decoder)\.layer\.1\.(attention\.self\.)?key": 1,
+    r"^roberta\.encoder\.layer\.0\.attention\.self\.key": 1,
+    "a)|(roberta.*0.*dense": 1,
+    r"(?:\w+\.)+dense": 1,
+}
+
+
+def test_patterns_mean_what_they_mean_to_peft():
+    names = tuple(n for n, m in plain_model().named_modules() if isinstance(m, nn.Linear))
+    from peft.utils.other import get_pattern_key
+
+    keys = tuple(PATTERNS)
+    found = patterns.first_matches(keys, names)
+    assert [n if place is None else keys[place] for n, place in zip(names, found, strict=True)] == [
+        get_pattern_key(keys, name) for name in names
+    ]
+    assert {*range(len(keys))} <= {*found}
+
+
+def test_settings_that_are_no_file_or_nested_too_deeply(tmp_path):
+    written_by_peft(tmp_path / "a")
+    path = tmp_path / "a/adapter_config.json"
+    path.write_text("[" * 100_000 + "]" * 100_000)
+    refused(plain_model(), tmp_path / "a", "config.json cannot be read: it is nested too deeply")
+    os.truncate(path, 2**24 + 1)
+    refused(plain_model(), tmp_path / "a", "config.json cannot be read: it has 16777217 bytes, mo")
+    path.unlink()
+    os.mkfifo(path)  # opening it would wait for a writer
+    refused(plain_model(), tmp_path / "a", "config.json cannot be read: there is no such file")
 
 
 def test_settings_of_any_type_give_a_clear_line(tmp_path):
@@ -217,6 +302,31 @@ def test_settings_of_any_type_give_a_clear_line(tmp_path):
                 messages.append(str(error))
     assert len(messages) > len(values)
     assert not any("\n" in message for message in messages)
+
+
+def import_damaged(count, seed, folder, place):
+    """Damages copies of ``folder`` and imports them; the messages of those that were refused."""
+    messages, model = [], plain_model()
+    check = unchanged(model)
+    for number in range(count):
+        shutil.copytree(folder, place, dirs_exist_ok=True)
+        damage(place, random.Random(f"{seed} {number}"))
+        try:
+            import_peft(model, place)
+        except PeftFolderError as error:
+            messages.append(str(error))
+            check()
+        else:
+            model = plain_model()
+            check = unchanged(model)
+    assert all(m.startswith("import_peft: ") and len(m) < 2000 for m in messages)
+    assert all(len(m.splitlines()) == 1 for m in messages)
+    return messages
+
+
+def test_damaged_folders_are_refused_in_one_line_and_change_nothing(tmp_path):
+    written_by_peft(tmp_path / "a")
+    assert len(import_damaged(100, 0, tmp_path / "a", tmp_path / "b")) > 50
 
 
 def test_pickles_are_never_read(tmp_path):
@@ -248,6 +358,20 @@ def nothing(path):
     save_file({}, path)
 
 
+def named(name):
+    return lambda path: save_file({**load_file(path), name: torch.zeros(2)}, path)
+
+
+def of_type(dtype):
+    return lambda path: save_file({n: t.to(dtype) for n, t in load_file(path).items()}, path)
+
+
+def rank_zero(path):
+    tensors = load_file(path).items()
+    cut = {n: t[:0] if "lora_A" in n else t[:, :0] if "lora_B" in n else t for n, t in tensors}
+    save_file({n: t.contiguous() for n, t in cut.items()}, path)
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
@@ -256,6 +380,12 @@ def nothing(path):
         ("adapter_model.safetensors", one_dimension, r"lora_A.weight' of shape \[48\], which is n"),
         ("adapter_model.safetensors", without_b, r"query.lora_B' is missing from state"),
         ("adapter_model.safetensors", nothing, "holds no tensors"),
+        ("adapter_model.safetensors", named("base_model.model.weight"), r"safetensors has 'base_"),
+        ("adapter_model.safetensors", named("base_model.model."), r"has 'base_model.model.' of sh"),
+        ("adapter_model.safetensors", named("base_model.model.x.y"), "for 'x', which is no module"),
+        ("adapter_model.safetensors", of_type(torch.int8), r"safetensors has '.*' of torch.int8; "),
+        ("adapter_model.safetensors", of_type(torch.complex64), r"' of torch.complex64; the tenso"),
+        ("adapter_model.safetensors", rank_zero, "has an adapter of rank 0 for .* says 3"),
         ("adapter_config.json", cut, "adapter_config.json cannot be read: "),
         ("adapter_config.json", lambda p: p.write_text("3"), "must have peft_type 'LORA', got 3"),
         ("adapter_config.json", lambda p: p.unlink(), "adapter_config.json cannot be read: "),
@@ -268,7 +398,21 @@ def test_damaged_folders_are_refused(tmp_path, name, damage, message):
     refused(plain_model(), tmp_path / "a", message)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_adapters_of_short_types_are_read(tmp_path, dtype):
+    written_by_peft(tmp_path / "a")
+    path = tmp_path / "a/adapter_model.safetensors"
+    of_type(dtype)(path)
+    model = import_peft(plain_model(), tmp_path / "a")
+    name = "roberta.encoder.layer.0.attention.self.query.lora_A"
+    stored = load_file(path)[f"base_model.model.{name}.weight"]
+    assert stored.dtype == dtype
+    assert torch.equal(model.state_dict()[name][0], stored.float())
+
+
 def test_bad_arguments_are_refused(tmp_path):
+    for folders in (5, [5], {"a": 1}, None):
+        refused(plain_model(), folders, "folders must be a folder or a list of folders", TypeError)
     refused(plain_model(), tmp_path / "no", "no is no folder; an adapter of a hub must be downlo")
     refused(plain_model(), [], "folders must hold at least one folder, got none", ValueError)
     model = adapted_model(LoRAConfig(rank=1, target_modules=["query"]))

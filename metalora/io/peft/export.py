@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metalora._checks import check_choice
+from metalora._optional import require
 from metalora.adapters import adapt, adapted_layers, load_task_state_dict, remove
 from metalora.io.peft.card import adapter_card, base_card
 from metalora.io.peft.folder import (
@@ -23,7 +24,6 @@ from metalora.io.peft.folder import (
     WEIGHTS,
     check_target,
     replacing,
-    require_peft,
 )
 from metalora.io.peft.settings import ask_peft, check_complete, lora_config
 from metalora.io.peft.twin import twin_of
@@ -67,6 +67,9 @@ def export_peft(
     Args:
         model: an adapted model; or, with ``adapters``, a plain one. It stays as it is.
         folder: where to; it must be empty or not exist. All of it appears at the end, at once.
+            A process that is killed leaves there what was there before; on file systems that cannot
+            exchange folders, such as most network file systems, it may be missing until the next
+            `export_peft` or `import_peft` of it puts it back.
         adapters: what `metalora.task_state_dict` returned for each task, as the ``adapters`` of
             what `metalora.meta.lora_ml` returns.
         config: with ``adapters``: the `LoRAConfig` or ``peft.LoraConfig`` they were made with.
@@ -83,11 +86,11 @@ def export_peft(
         The adapters' folders, in the order of the tasks.
 
     Raises:
-        ImportError: if peft is not installed.
+        ImportError: if peft is not installed, or not in a supported version.
         TypeError, ValueError: if arguments do not fit, or PEFT cannot express the adapters.
         PeftFolderError: if the folder is not free or could not be written. It is then as before.
     """
-    peft = require_peft("export_peft")
+    peft = require("peft", "export_peft")
     folder = Path(folder).resolve()
     check_target(folder, overwrite)
     adapted = _adapted_twin(model, adapters, config)

@@ -1,13 +1,15 @@
-"""Folders that are there whole or not at all."""
+"""Folders that are there whole or not at all, whatever ends the process that writes them."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
-from typing import Any
+
+from metalora.io.peft.exchange import exchange
 
 BASE = "base"
 CONFIG = "adapter_config.json"
@@ -21,19 +23,11 @@ class PeftFolderError(ValueError):
     """An adapter folder that cannot be read, does not fit the model, or could not be written."""
 
 
-def require_peft(function: str) -> Any:
-    """Returns the package ``peft``, which brings safetensors and huggingface_hub."""
-    try:
-        import peft
-    except ImportError:
-        raise ImportError(f"{function}: needs the package peft; pip install peft") from None
-    return peft
-
-
 def check_target(folder: Path, overwrite: bool) -> None:
     """Refuses a folder that holds anything but an export that may be replaced."""
     if not folder.name or (folder.exists() and not folder.is_dir()):
         raise PeftFolderError(f"export_peft: {folder} must be a folder, or not be there yet")
+    restore(folder)
     entries = sorted(folder.iterdir()) if folder.exists() else []
     if entries and not overwrite:
         raise PeftFolderError(
@@ -51,25 +45,59 @@ def check_target(folder: Path, overwrite: bool) -> None:
 def replacing(folder: Path) -> Iterator[Path]:
     """An empty folder that takes the place of ``folder`` at the end, if all went well.
 
+    The two change places in one step, so that a process killed at any moment leaves the old or the
+    new folder there. On a file system without that step the old one is moved aside first; if the
+    process is killed before the new one is moved in, `restore` puts the old one back.
+
     Raises:
         PeftFolderError: if it could not be written. Whatever goes wrong, ``folder`` is as before.
     """
     from safetensors import SafetensorError
 
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}{_ASIDE}")
     try:
         partial.mkdir(parents=True)
         yield partial
-        if folder.exists():
-            folder.replace(old)
-        partial.replace(folder)
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
+        if not folder.exists():
+            partial.replace(folder)
+        elif not exchange(partial, folder):
+            folder.replace(aside)
+            partial.replace(folder)
+        _sync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise PeftFolderError(
             f"export_peft: {folder} could not be written ({error}); what was there is unchanged"
         ) from error
     finally:
-        if old.exists() and not folder.exists():
-            old.replace(folder)
+        restore(folder)
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+_ASIDE = ".aside"
+
+
+def restore(folder: Path) -> None:
+    """Puts back what an export moved aside before it ended; where ``folder`` is there, removes it.
+
+    Does nothing where nothing can be written, or another process was first.
+    """
+    for aside in folder.parent.glob(f".{escape(folder.name)}.*{_ASIDE}"):
+        with suppress(OSError):
+            if folder.exists():
+                old = aside.replace(aside.with_suffix(".partial"))  # or half of it might come back
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                aside.replace(folder)
+
+
+def _sync(path: Path) -> None:
+    """Has the system write a file, or a folder's entries, to the disk, where it can do that."""
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
