@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from experiments.runs import RunError, RunFolder
+from metalora._files import replacing
 from metalora.adapters import LoRAConfig
 from metalora.meta import (
     Callback,
@@ -92,12 +93,11 @@ def divergence(unit: str, rates: str) -> Iterator[None]:
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Writes the model's state as safetensors; whatever interrupts it, never a part."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(model.state_dict(), temporary)
-    temporary.replace(path)
+    data = save(model.state_dict())
+    with replacing(path) as file:
+        file.write(data)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
