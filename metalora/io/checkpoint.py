@@ -166,8 +166,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    why = " ".join(str(error).split())[:200] or type(error).__name__
-    return CheckpointError(f"Checkpoint: {path} is damaged or no checkpoint: {why}")
+    return CheckpointError(f"Checkpoint: {path} is damaged or no checkpoint: {_one_line(error)}")
 
 
 def _collect(
@@ -220,7 +219,7 @@ def _restore(path: Path, training: Training, identity: dict[str, Any]) -> None:
             callback.load_state(own, values["callbacks"][place]["values"])
         except Exception as error:
             raise CheckpointError(
-                f"Checkpoint: {path} does not fit {kinds[place]}: {error}"
+                f"Checkpoint: {path} does not fit {kinds[place]}: {_one_line(error)}"
             ) from error
 
     if values["scaler"]:
@@ -297,7 +296,8 @@ def _differences(name: str, saved: Any, wanted: Any) -> Iterator[str]:
     """``name saved, here wanted`` for each value that differs, in dictionaries for each of them."""
     if isinstance(saved, dict) and isinstance(wanted, dict):
         for key in {**wanted, **saved}:
-            inner = f"{name}.{key}" if name else str(key)
+            own = _short(key)[1:-1]  # a file's keys may be anything
+            inner = f"{name}.{own}" if name else own
             yield from _differences(inner, saved.get(key, _ABSENT), wanted.get(key, _ABSENT))
     elif saved != wanted:
         yield f"{name} {_short(saved)}, here {_short(wanted)}".lstrip()
@@ -368,16 +368,18 @@ def _optimizer_state(
             if key not in keys or key not in own or not _fits(key, own[key], parameter, known):
                 got = _shapes(own).get(key, "nothing")
                 raise CheckpointError(
-                    f"Checkpoint: {path} has optimizer state {f'{number}.{key}'!r}: {got}, wanted "
-                    f"{', '.join(keys) or 'none'} of shape {list(parameter.shape)}"
+                    f"Checkpoint: {path} has optimizer state {_short(f'{number}.{key}')}: {got}, "
+                    f"wanted {', '.join(_STATES.get(type(optimizer), ())) or 'none'} of shape "
+                    f"{list(parameter.shape)}"
                 )
         if own:
             state[number] = own
     if by_number:
         number, own = next(iter(by_number.items()))
+        name = _short(f"{number}.{next(iter(own))}")
         raise CheckpointError(
-            f"Checkpoint: {path} has optimizer state {f'{number}.{next(iter(own))}'!r}, but there "
-            f"are {len(parameters)} parameters"
+            f"Checkpoint: {path} has optimizer state {name}, but there are {len(parameters)} "
+            "parameters"
         )
     return state
 
@@ -415,6 +417,10 @@ def _digest(tensors: dict[str, Tensor], text: str) -> str:
 def _short(value: Any) -> str:
     """``repr`` on one line, however long or deep the value is."""
     return _REPR.repr(value)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 _REPR = reprlib.Repr()

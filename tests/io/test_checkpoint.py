@@ -310,6 +310,12 @@ def test_senseless_numbers_are_refused(saved):
             {**c, "values": best} if c["kind"] == "KeepBest" else c for c in values["callbacks"]
         ]
         refused(saved, tensors, {**values, "callbacks": other}, "does not fit KeepBest: ")
+    for part in ("training", "layers"):
+        strange = {**values, part: {**values[part], "\n" * 9999: "\n"}}
+        refused(saved, tensors, strange, "\\n '\\n', here 'absent'")
+    refused(
+        saved, {**tensors, "optimizer.\n.x": torch.zeros(1)}, values, "state '\\n.x', but there"
+    )
     smaller = {**tensors, "callback.1.0.weight": torch.zeros(2, 2)}
     refused(saved, smaller, values, "does not fit KeepBest: the weights of the best epoch must be")
 
@@ -387,8 +393,9 @@ def refused(path, tensors, values, message):
     write(path, tensors, values)
     model = network()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match=re.escape(message)):
+    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
         run("standard", CONFIG, path, model=model)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(path)) + 700
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
