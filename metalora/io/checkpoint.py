@@ -335,15 +335,15 @@ def _is_number(value: Any) -> bool:
 
 def _check_scaler(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
     """Whether a gradient scaler takes ``saved``; its scale and its counter alone may differ."""
-    changing: dict[str, tuple[type, float, float]] = {
-        "scale": (float, 0, 3e38),
-        "_growth_tracker": (int, 0, own.get("growth_interval", 0)),
-    }
+    largest = {"scale": 3e38, "_growth_tracker": own.get("growth_interval", 0)}
     for key in {**saved, **own}:
-        value = saved.get(key, _ABSENT)
-        kind, low, high = changing.get(key, (None, 0, 0))
-        right = type(value) is kind and low <= value <= high if kind else value == own.get(key)
-        if key not in own or not right:
+        value: Any = saved.get(key, _ABSENT)
+        right = type(value) is type(own.get(key))
+        if right and key in largest:
+            right = 0 <= value <= largest[key]
+        elif right:
+            right = value == own[key]
+        if not right:
             raise CheckpointError(
                 f"Checkpoint: {path} does not fit the gradient scaler: {key} {_short(value)}, here "
                 f"{_short(own.get(key, _ABSENT))}"
@@ -357,8 +357,8 @@ def _optimizer_state(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     by_number: dict[str, dict[str, Tensor]] = {}
     for name, tensor in found.items():
-        number, _, key = name.partition(".")
-        by_number.setdefault(number, {})[key] = tensor
+        prefix, _, key = name.partition(".")
+        by_number.setdefault(prefix, {})[key] = tensor
     state = {}
     for number, parameter in enumerate(parameters):
         own = by_number.pop(str(number), {})
@@ -375,8 +375,8 @@ def _optimizer_state(
         if own:
             state[number] = own
     if by_number:
-        number, own = next(iter(by_number.items()))
-        name = _short(f"{number}.{next(iter(own))}")
+        prefix, own = next(iter(by_number.items()))
+        name = _short(f"{prefix}.{next(iter(own))}")
         raise CheckpointError(
             f"Checkpoint: {path} has optimizer state {name}, but there are {len(parameters)} "
             "parameters"
