@@ -14,6 +14,7 @@ import torch
 
 import metalora
 from experiments.runs import RunError
+from metalora._files import replacing
 
 Row = Sequence[str]
 
@@ -67,10 +68,8 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Replaces the file in one step, so that it is whole whenever it is read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    new.replace(path)
+    with replacing(path) as file:
+        file.write((json.dumps(record, indent=1) + "\n").encode())
 
 
 def write_table(

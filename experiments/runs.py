@@ -2,7 +2,8 @@
 
 A run is a list of named units of work (one retraining, one fine-tuning, ...). ``mark_done`` closes
 a unit and records how long the files were by then; ``--resume`` cuts them back to that length, so
-that a unit which was stopped half-way leaves nothing behind and is simply done again.
+that a unit which was stopped half-way leaves nothing behind and is simply done again. One process
+at a time has the folder: its lock is held until the run ends, see `experiments.lock`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import errno
 import io
 import json
 import math
@@ -32,7 +34,9 @@ import numpy as np
 import torch
 
 import metalora
+from experiments import lock
 from experiments.errors import too_large
+from metalora._files import replacing, sync_folder
 
 MANIFEST, METRICS, RESULTS, UNITS, ERROR = (
     "manifest.json",
@@ -43,6 +47,7 @@ MANIFEST, METRICS, RESULTS, UNITS, ERROR = (
 )
 INTERRUPTED = 130  # the shell's exit code for a process ended by Ctrl-C
 TERMINATED = 143
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class RunError(Exception):
@@ -54,13 +59,21 @@ class RunFolder:
 
     Use as a context manager: leaving it records the wall time and the status: "completed",
     "interrupted" (Ctrl-C or SIGTERM: one line, exit code 130 or 143) or "failed" (with the
-    traceback in error.txt). The folder is readable at any moment, whatever ends the process. Only
+    traceback in error.txt, and the reason in the manifest). The folder is readable at any moment,
+    whatever ends the process. What cannot be written, such as on a full disk, is a `RunError`. Only
     a new run that asks for more memory than there is, before it has a result, leaves nothing.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], units: dict[str, dict[str, Any]]):
+    def __init__(
+        self,
+        folder: Path,
+        held: lock.FolderLock,
+        manifest: dict[str, Any],
+        units: dict[str, dict[str, Any]],
+    ):
         self.folder = folder
         self.manifest = manifest
+        self._lock = held
         self._units = units
         self._columns = _header(folder / RESULTS)
         self._started = time.monotonic()
@@ -95,13 +108,21 @@ class RunFolder:
 
         Raises:
             RunError: the folder exists and is not empty (without ``resume``); there is no run in
-                it, or one of another experiment or with other settings (with ``resume``).
+                it, or one of another experiment or with other settings (with ``resume``); another
+                process works in it, or it cannot be written to.
         """
         if resume:
             run = cls._reopen(out, settings, experiment)
         else:
             run = cls._new(out, settings, experiment, tag, command)
         run._go_on = go_on or run._go_on
+        try:
+            run._write_manifest()
+        except OSError as error:
+            if not resume:
+                _remove_empty(run.folder)
+            run.close()
+            raise _not_written(run.folder, error, run._go_on if resume else "") from None
         return run
 
     @classmethod
@@ -116,17 +137,19 @@ class RunFolder:
         folder = default_folder(experiment, tag) if out is None else Path(out)
         if folder.is_file():
             raise RunError(f"{folder} is a file; choose another --out")
-        if folder.exists() and any(folder.iterdir()):
-            hint = " or add --resume to go on with it" if (folder / MANIFEST).is_file() else ""
-            raise RunError(
-                f"output folder {folder} exists and is not empty; choose another --out{hint}"
-            )
+        _check_empty(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(
                 f"cannot make output folder {folder}: {error.strerror}; choose another --out"
             ) from None
+        held = _lock(folder)
+        try:
+            _check_empty(folder)  # another run may have begun in it
+        except RunError:
+            held.release()
+            raise
         manifest = {
             "experiment": experiment,
             "status": "running",
@@ -138,45 +161,27 @@ class RunFolder:
             "git": _git_state(),
             "machine": _machine(),
         }
-        run = cls(folder, manifest, {})
-        run._write_manifest()
-        return run
+        return cls(folder, held, manifest, {})
 
     @classmethod
     def _reopen(cls, out: Path | None, settings: Any, experiment: str) -> RunFolder:
         if out is None:
             raise RunError("--resume needs --out, the folder of the run to go on with")
         folder = Path(out)
+        if not (folder / MANIFEST).exists():
+            raise RunError(f"--resume: {folder} holds no run ({MANIFEST} is missing)")
+        held = _lock(folder)
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            before, _ = manifest["settings"], manifest["data"]
-        except FileNotFoundError:
-            raise RunError(f"--resume: {folder} holds no run ({MANIFEST} is missing)") from None
-        except (ValueError, KeyError, TypeError):
-            raise RunError(f"--resume: {folder / MANIFEST} is damaged; start a new run") from None
-        if manifest.get("experiment") != experiment:
-            raise RunError(
-                f"--resume: {folder} holds a run of {manifest.get('experiment')!r}, "
-                f"not of {experiment!r}"
-            )
-        described = _described(settings)
-        free = {f.name for f in dataclasses.fields(settings) if f.metadata.get("run_only")}
-        names = [n for n in {**before, **described} if n not in free]
-        other = [n for n in names if before.get(n) != described.get(n)]
-        if other:
-            changes = ", ".join(
-                f"{n} (was {before.get(n)!r}, now {described.get(n)!r})" for n in other
-            )
-            raise RunError(
-                f"--resume: other settings than the run in {folder}: {changes}; "
-                "give the same ones or choose another --out"
-            )
-        units = _cut_back(folder)
-        manifest.update(status="running", settings=described)
+            manifest = _read_manifest(folder)
+            _check_same_run(folder, manifest, settings, experiment)
+            units = _cut_back(folder)
+        except BaseException:
+            held.release()
+            raise
+        manifest.update(status="running", settings=_described(settings))
+        manifest.pop("reason", None)
         manifest.setdefault("resumed", []).append(_now())
-        run = cls(folder, manifest, units)
-        run._write_manifest()
-        return run
+        return cls(folder, held, manifest, units)
 
     def path(self, name: str) -> Path:
         """The path of a file in this folder."""
@@ -245,6 +250,7 @@ class RunFolder:
         record = {"unit": unit, "lengths": lengths}
         _append(self.path(UNITS), json.dumps(record) + "\n")
         _sync(self.path(UNITS))
+        sync_folder(self.folder)
         self._units[unit] = record
 
     def write_json(self, name: str, value: Any) -> None:
@@ -255,7 +261,14 @@ class RunFolder:
         """Records how the run ended and how long it took."""
         wall = self._earlier + time.monotonic() - self._started
         self.manifest.update(status=status, ended=_now(), wall_seconds=round(wall, 3))
-        self._write_manifest()
+        try:
+            self._write_manifest()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Lets other processes use the folder; called by `finish`."""
+        self._lock.release()
 
     def __enter__(self) -> RunFolder:
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
@@ -271,9 +284,13 @@ class RunFolder:
         if self._previous_handler is not None:
             signal.signal(signal.SIGTERM, self._previous_handler)
         if kind is None:
-            self.finish()
+            try:
+                self.finish()
+            except OSError as failure:
+                raise _not_written(self.folder, failure, self._go_on) from None
         elif issubclass(kind, KeyboardInterrupt):
-            self.finish("interrupted")
+            with contextlib.suppress(OSError):
+                self.finish("interrupted")
             terminated = isinstance(error, _Terminated)
             print(
                 f"{'terminated' if terminated else 'interrupted'}: finished results are in "
@@ -282,10 +299,23 @@ class RunFolder:
             )
             raise SystemExit(TERMINATED if terminated else INTERRUPTED) from None
         elif too_large(error) and not self._units:
+            self.close()
             shutil.rmtree(self.folder)
         else:
-            _replace(self.path(ERROR), "".join(traceback.format_exception(kind, error, trace)))
+            self._fail(error, "".join(traceback.format_exception(kind, error, trace)))
+
+    def _fail(self, error: BaseException | None, trace: str) -> None:
+        """Records the error as far as it can be written; of a full disk a `RunError`."""
+        told = error
+        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+            told = _not_written(self.folder, error, self._go_on)
+        self.manifest["reason"] = f"{type(told).__name__}: {' '.join(str(told).split())}"
+        with contextlib.suppress(OSError):
+            _replace(self.path(ERROR), trace)
+        with contextlib.suppress(OSError):
             self.finish("failed")
+        if told is not error:
+            raise told from None  # type: ignore[misc]
 
     def _write_manifest(self) -> None:
         self.write_json(MANIFEST, self.manifest)
@@ -365,14 +395,80 @@ def _append(path: Path, text: str) -> None:
     # One unbuffered write: an interrupt comes before it or after it, not within the rows.
     with path.open("ab", buffering=0) as file:
         data = text.encode()
-        if file.write(data) != len(data):
-            raise OSError(f"{path}: the disk is full")
+        while (written := file.write(data)) < len(data):  # the disk is full: the next one says so
+            data = data[written:]
 
 
 def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def _lock(folder: Path) -> lock.FolderLock:
+    try:
+        return lock.FolderLock(folder)
+    except lock.FolderInUse as holder:
+        raise RunError(
+            f"{folder} is in use by {holder}; wait until that has ended, or choose another --out"
+        ) from None
+    except OSError as error:
+        raise _not_written(folder, error, "") from None
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and any(found.name != lock.NAME for found in folder.iterdir()):
+        hint = " or add --resume to go on with it" if (folder / MANIFEST).is_file() else ""
+        raise RunError(
+            f"output folder {folder} exists and is not empty; choose another --out{hint}"
+        )
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        (folder / lock.NAME).unlink()
+        folder.rmdir()
+
+
+def _not_written(folder: Path, error: OSError, go_on: str) -> RunError:
+    inside = error.filename is None or str(error.filename).startswith(str(folder))
+    where = folder if inside else error.filename
+    then = f"make room, then go on with {go_on}" if go_on else "make room or choose another --out"
+    return RunError(f"cannot write to {where}: {error.strerror or error}; {then}")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    damaged = RunError(f"--resume: {folder / MANIFEST} is damaged; start a new run")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise damaged from None
+    wanted = {"settings": dict, "data": dict, "notes": dict, "resumed": list}
+    optional = {"notes": {}, "resumed": [], "wall_seconds": 0.0}
+    if not isinstance(manifest, dict):
+        raise damaged
+    found = {**optional, **manifest}
+    right = all(isinstance(found.get(name), kind) for name, kind in wanted.items())
+    if not right or not isinstance(found["wall_seconds"], (int, float)):
+        raise damaged
+    return manifest
+
+
+def _check_same_run(folder: Path, manifest: dict[str, Any], settings: Any, experiment: str) -> None:
+    if manifest.get("experiment") != experiment:
+        raise RunError(
+            f"--resume: {folder} holds a run of {manifest.get('experiment')!r}, "
+            f"not of {experiment!r}"
+        )
+    before, described = manifest["settings"], _described(settings)
+    free = {f.name for f in dataclasses.fields(settings) if f.metadata.get("run_only")}
+    names = [n for n in {**before, **described} if n not in free]
+    other = [n for n in names if before.get(n) != described.get(n)]
+    if other:
+        changes = ", ".join(f"{n} (was {before.get(n)!r}, now {described.get(n)!r})" for n in other)
+        raise RunError(
+            f"--resume: other settings than the run in {folder}: {changes}; "
+            "give the same ones or choose another --out"
+        )
 
 
 def _sync(path: Path) -> int:
@@ -387,17 +483,19 @@ def _sync(path: Path) -> int:
 def _cut_back(folder: Path) -> dict[str, dict[str, Any]]:
     """The finished units; the files lose whatever an unfinished unit wrote after them."""
     units: dict[str, dict[str, Any]] = {}
-    kept = 0
     path = folder / UNITS
     if path.exists():
-        for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break  # the process was killed while it wrote this line
+        data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]  # the process may be killed while it writes a line
+        for number, line in enumerate(whole.splitlines(), 1):
+            record = _unit(line)
+            if record is None:
+                raise RunError(
+                    f"--resume: line {number} of {path} is not of a run: "
+                    f"{line[:60].decode(errors='replace')!r}; take it out, or start a new run"
+                )
             units[record["unit"]] = record
-            kept += len(line)
-        os.truncate(path, kept)
+        os.truncate(path, len(whole))
     lengths = list(units.values())[-1]["lengths"] if units else {METRICS: 0, RESULTS: 0}
     for name, length in lengths.items():
         size = (folder / name).stat().st_size if (folder / name).exists() else 0
@@ -409,6 +507,21 @@ def _cut_back(folder: Path) -> dict[str, dict[str, Any]]:
         if (folder / name).exists():
             os.truncate(folder / name, length)
     return units
+
+
+def _unit(line: bytes) -> dict[str, Any] | None:
+    """A record of a finished unit; None if the line is something else."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("unit"), str):
+        return None
+    lengths = record.get("lengths")
+    if not isinstance(lengths, dict) or lengths.keys() != {METRICS, RESULTS}:
+        return None
+    right = all(type(length) is int and length >= 0 for length in lengths.values())
+    return record if right else None
 
 
 def _header(path: Path) -> list[str] | None:

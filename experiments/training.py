@@ -15,6 +15,7 @@ from torch import nn
 
 from experiments.runs import RunError, RunFolder
 from metalora._checks import did_you_mean
+from metalora._files import replacing
 from metalora.adapters import LoRAConfig
 from metalora.meta import (
     Callback,
@@ -117,12 +118,11 @@ def divergence(unit: str, rates: str) -> Iterator[None]:
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Writes the model's state as safetensors; whatever interrupts it, never a part."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(model.state_dict(), temporary)
-    temporary.replace(path)
+    data = save(model.state_dict())
+    with replacing(path) as file:
+        file.write(data)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
+
+from metalora._files import replacing
+from metalora.meta.identity import digest_of_tensors
 
 FOLDER_VARIABLE = "METALORA_CACHE"
 
@@ -30,7 +30,7 @@ def read(folder: Path, key: str) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if file.metadata() == {"key": key, "sha256": _checksum(tensors)}:
+            if file.metadata() == {"key": key, "sha256": digest_of_tensors(tensors)}:
                 return tensors
     except FileNotFoundError:
         return None
@@ -45,37 +45,19 @@ def write(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
 
     A folder that cannot be written to costs a note on stderr, no more.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    temporary = None
+    data = save(dict(tensors), {"key": key, "sha256": digest_of_tensors(tensors)})
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix="turns-", suffix=".tmp", dir=folder)
-        os.close(handle)
-        temporary = Path(name)
-        metadata = {"key": key, "sha256": _checksum(tensors)}
-        save_file(dict(tensors), temporary, metadata=metadata)
-        temporary.replace(_path(folder, key))
-    except (OSError, SafetensorError) as error:
+        with replacing(_path(folder, key)) as file:
+            file.write(data)
+    except OSError as error:
         print(
             f"note: the sequences are not kept: cannot write to {folder} ({error}); "
             f"set {FOLDER_VARIABLE} to another folder",
             file=sys.stderr,
         )
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def _path(folder: Path, key: str) -> Path:
     return folder / f"turns-{key[:32]}.safetensors"
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -18,6 +18,7 @@ from experiments import cli
 from experiments.runs import RunError, RunFolder
 from experiments.synthetic.settings import LinearSettings, Point
 from experiments.synthetic.trials import METHODS, run_point
+from metalora._files import replacing
 
 EXPERIMENT = "linear"
 
@@ -49,7 +50,6 @@ def run(settings: LinearSettings, folder: RunFolder) -> list[Path]:
         RunError: a training diverged with these settings.
     """
     settings = settings.shortened()
-    folder.path("curves").mkdir(exist_ok=True)
     points = settings.points()
     with tqdm(points, unit="setting", disable=None) as progress:
         for point in progress:
@@ -127,7 +127,5 @@ def _curve_file(point: Point, folder: RunFolder) -> Path:
 
 
 def _save_curves(path: Path, errors: dict[str, Tensor]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as file:
         np.savez(file, **{method: values.numpy() for method, values in errors.items()})  # type: ignore[arg-type]
-    temporary.replace(path)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from metalora._checks import did_you_mean
 from metalora.nn import MultiTaskHead, TaskLayer
+from metalora.nn.head import mean_over_tasks
 
 
 def adapted_layers(model: nn.Module) -> dict[str, TaskLayer]:
@@ -29,7 +30,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         for name, parameter in layer.own_task_parameters().items():
             key = f"{prefix}.{name}"
             if isinstance(layer, MultiTaskHead):
-                state[key] = parameter.detach().mean(0)
+                state[key] = mean_over_tasks(parameter.detach())
             else:
                 del state[key]
     return state

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
+import math
+import reprlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -14,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metalora.adapters import adapted_layers
+from metalora._files import remove_partials, replacing
+from metalora._warn import warn_user
+from metalora.adapters import adapted_layers, task_parameters
 from metalora.meta import Callback, Training
+from metalora.meta.identity import digest_of_tensors, identity_of
 
-_FORMAT = "metalora training 1"
+_FORMAT = "metalora training 2"
 _VALUES = {
     "training": dict,
     "layers": dict,
@@ -28,6 +32,16 @@ _VALUES = {
     "scaler": dict,
     "callbacks": list,
 }
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+_STATES: dict[type, tuple[str, ...]] = {
+    torch.optim.Adam: _ADAM,
+    torch.optim.AdamW: _ADAM,
+    torch.optim.SGD: (),
+}
+"""What these optimisers, as metalora makes them, keep for each parameter."""
+
+_ABSENT = "absent"
+_WHAT_TO_DO = "name another path, or delete the file"
 
 
 class CheckpointError(ValueError):
@@ -35,11 +49,21 @@ class CheckpointError(ValueError):
 
 
 class Checkpoint(Callback):
-    """Saves a training after every epoch, and goes on from the file if it is there.
+    """Saves a training at its start and after every epoch, and goes on from the file if it exists.
 
-    The file is safetensors, its metadata JSON; nothing is ever unpickled. It is written beside its
-    place and renamed, so that at any moment the last complete one is there. Needs the package
-    safetensors. Must be the last of the callbacks, whose state it saves too.
+    The file is safetensors, its metadata JSON; nothing is ever unpickled. It takes the place of the
+    last one in one step (see `metalora._files.replacing`), so at any moment a complete one is
+    there. Needs the package safetensors. Must be the last of the callbacks, whose state it saves
+    too.
+
+    A file is gone on with only if it belongs to this very training. Compared are the config, the
+    kind of training with its settings, loss and forward, the model's initial weights (parameters
+    and buffers, every byte), which of them are trained, the adapted layers, and what the loaders of
+    data and validation say of themselves: `RoundLoader.identity` gives the settings and a digest
+    of the data, that of large tensors from a sample. So seed whatever makes the initial weights.
+    Functions are compared by their names alone. Initial adapters and heads are not compared where
+    the file comes from another kind of device, for there torch draws other numbers; nor are the
+    data of a loader that has no ``identity()``, which a warning says when a training goes on.
 
     Args:
         path: the file.
@@ -48,30 +72,48 @@ class Checkpoint(Callback):
     Raises:
         ImportError: if safetensors is not installed.
         CheckpointError: at the start of the training, if the file is damaged or of another
-            training; after an epoch, if it could not be written. The file is then as before.
+            training, which is then not touched; or if the file could not be written, at the start
+            or after an epoch. The file is then as before.
     """
 
     def __init__(self, path: str | Path, *, resume: bool = True) -> None:
         _safetensors()
         self.path, self.resume = Path(path), resume
+        self._identity: dict[str, Any] = {}
 
     def on_start(self, training: Training) -> None:
-        """Goes on from the file, if there is one."""
+        """Goes on from the file, or makes it."""
         if training.callbacks[-1] is not self:
             raise ValueError(
                 "Checkpoint: must be the last of the callbacks, as it saves the others"
             )
-        if not self.path.exists():
-            return
-        if not self.resume:
+        if self.path.exists() and not self.resume:
             raise CheckpointError(
                 f"Checkpoint: {self.path} exists; go on with resume=True or name another file"
             )
-        _restore(self.path, training)
+        self._identity = _identity(training)
+        if not self.path.exists():
+            self._save(training)
+            return
+        remove_partials(self.path)
+        try:
+            _restore(self.path, training, self._identity)
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever a file leads to that somebody made up
+            raise _damaged(self.path, error) from error
+        if training.next_epoch and isinstance(self._identity["rounds"], str):
+            warn_user(
+                f"Checkpoint: went on from {self.path} without comparing the data, for "
+                f"{self._identity['rounds']} has no identity()"
+            )
 
     def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
         """Saves."""
-        write(self.path, *_collect(training))
+        self._save(training)
+
+    def _save(self, training: Training) -> None:
+        write(self.path, *_collect(training, self._identity))
 
 
 def write(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -85,21 +127,13 @@ def write(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> Non
     data = _safetensors().torch.save(
         kept, metadata={"metalora": text, "sha256": _digest(kept, text)}
     )
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with replacing(path) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
         raise CheckpointError(
             f"Checkpoint: {path} could not be written ({error}); what was there is unchanged"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -110,25 +144,34 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     safetensors = _safetensors()
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if "metalora" not in metadata:
-                raise CheckpointError(f"Checkpoint: {path} is no checkpoint of metalora")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        data = path.read_bytes()  # mapped into memory, it would end the process if it is cut short
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata = header.get("__metadata__", {})
+        if "metalora" not in metadata:
+            raise CheckpointError(f"Checkpoint: {path} is no checkpoint of metalora")
         if _digest(tensors, metadata["metalora"]) != metadata.get("sha256"):
             raise CheckpointError(f"Checkpoint: {path} is damaged: its checksum does not match")
         values = json.loads(metadata["metalora"])
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"Checkpoint: {path} is damaged or no checkpoint: {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise _damaged(path, error) from error
     got = values.get("format") if isinstance(values, dict) else values
     if got != _FORMAT:
-        raise CheckpointError(f"Checkpoint: {path} must have the format {_FORMAT!r}, got {got!r}")
+        raise CheckpointError(
+            f"Checkpoint: {path} must have the format {_FORMAT!r}, got {_short(got)}; {_WHAT_TO_DO}"
+        )
     return tensors, values
 
 
-def _collect(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"Checkpoint: {path} is damaged or no checkpoint: {_one_line(error)}")
+
+
+def _collect(
+    training: Training, identity: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {f"model.{name}": t for name, t in training.model.state_dict().items()}
     for number, state in _optimizer(training).state_dict()["state"].items():
         for key, value in state.items():
@@ -140,7 +183,7 @@ def _collect(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors.update({f"callback.{number}.{name}": t for name, t in own.items()})
         callbacks.append({"kind": type(callback).__name__, "values": values})
     return tensors, {
-        "training": _identity(training),
+        "training": identity,
         "layers": _layers(training),
         "steps_done": training.steps_done,
         "next_epoch": training.next_epoch,
@@ -151,60 +194,71 @@ def _collect(training: Training) -> tuple[dict[str, Tensor], dict[str, Any]]:
     }
 
 
-def _restore(path: Path, training: Training) -> None:
+def _restore(path: Path, training: Training, identity: dict[str, Any]) -> None:
     """Checks everything first, so that a file that does not fit changes nothing."""
     tensors, values = read(path)
     _check_complete(path, values)
-    _check_same(path, "the training", values["training"], _identity(training))
-    kinds = [callback["kind"] for callback in values["callbacks"]]
-    _check_same(path, "callbacks", kinds, [type(c).__name__ for c in training.callbacks])
     model = _part(tensors, "model.")
     _check_same(path, "the model", _shapes(model), _shapes(training.model.state_dict()))
     _check_same(path, "the adapters", values["layers"], _layers(training))
+    saved = values["training"]
+    if saved.get("device") != identity["device"]:
+        saved = {**saved, **{name: identity[name] for name in ("device", "initial_adapters")}}
+    _check_same(path, "the training", saved, identity)
+    kinds = [callback["kind"] for callback in values["callbacks"]]
+    _check_same(path, "callbacks", kinds, [type(c).__name__ for c in training.callbacks])
+    _check_progress(path, values, training)
+    scaler = training.step.scaler
+    _check_scaler(path, values["scaler"], scaler.state_dict())
     optimizer = _optimizer(training)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _part(tensors, "optimizer.").items():
-        number, _, key = name.partition(".")
-        if not number.isdecimal() or int(number) >= len(parameters):
-            raise CheckpointError(
-                f"Checkpoint: {path} has optimizer state {name!r}, but there are "
-                f"{len(parameters)} parameters"
-            )
-        wanted = [[], list(parameters[int(number)].shape)]
-        if list(tensor.shape) not in wanted:
-            raise CheckpointError(
-                f"Checkpoint: {path} has optimizer state {name!r} of shape {list(tensor.shape)}, "
-                f"wanted {wanted[1]}"
-            )
-        state.setdefault(int(number), {})[key] = tensor
-    device = parameters[0].device
+    state = _optimizer_state(path, _part(tensors, "optimizer."), optimizer)
+    device = next(training.model.parameters()).device
     for place, callback in enumerate(training.callbacks):
         own = {k: t.to(device) for k, t in _part(tensors, f"callback.{place}.").items()}
         try:
             callback.load_state(own, values["callbacks"][place]["values"])
-        except (KeyError, TypeError, ValueError) as error:
+        except Exception as error:
             raise CheckpointError(
-                f"Checkpoint: {path} does not fit {kinds[place]}: {error}"
+                f"Checkpoint: {path} does not fit {kinds[place]}: {_one_line(error)}"
             ) from error
 
-    training.model.load_state_dict(model)
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     if values["scaler"]:
-        training.step.scaler.load_state_dict(values["scaler"])
+        scaler.load_state_dict(values["scaler"])
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    training.model.load_state_dict(model)
     training.steps_done, training.next_epoch = values["steps_done"], values["next_epoch"]
     training.kept_epoch = values["kept_epoch"]
     training.history.extend(values["history"])
 
 
 def _identity(training: Training) -> dict[str, Any]:
-    """What must be equal for one training to go on where another stopped."""
-    return {
+    """What must be equal for one training to go on where another stopped; taken at its start."""
+    model = training.model
+    own = {id(p) for p in task_parameters(model)}
+    per_task = {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in own}
+    weights: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
+    for name, tensor in model.state_dict().items():
+        weights[name in per_task][name] = tensor
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    found = {
         **asdict(training.config),
         "step": type(training.step).__name__,
         **training.step.settings,
+        "rounds": identity_of(training.rounds),
+        "validation": identity_of(training.validation),
         "steps_per_epoch": training.steps_per_epoch,
+        "trained": f"{len(trained)} parameters {_digest({}, json.dumps(trained))[:16]}",
+        "device": next(model.parameters()).device.type,
+        "initial_weights": digest_of_tensors(weights[False])[:16],
+        "initial_adapters": digest_of_tensors(weights[True])[:16],
     }
+    try:
+        return dict(json.loads(json.dumps(found)))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"Checkpoint: identity() must return what JSON can hold, got {_short(found['rounds'])} "
+            f"of the data and {_short(found['validation'])} of the validation ({error})"
+        ) from error
 
 
 def _layers(training: Training) -> dict[str, str]:
@@ -218,24 +272,124 @@ def _optimizer(training: Training) -> torch.optim.Optimizer:
 
 def _check_complete(path: Path, values: dict[str, Any]) -> None:
     wanted = [(key, values.get(key), kind) for key, kind in _VALUES.items()]
-    for callback in values.get("callbacks") or ():
+    callbacks = values.get("callbacks")
+    for callback in callbacks if isinstance(callbacks, list) else ():
         own = callback if isinstance(callback, dict) else {}
         wanted += [("kind", own.get("kind"), str), ("values", own.get("values"), dict)]
     for key, value, kind in wanted:
-        if not isinstance(value, kind):
+        if type(value) is not kind:  # an int that is no bool
             raise CheckpointError(
-                f"Checkpoint: {path} must hold {key!r}, a {kind.__name__}, got {value!r}"
+                f"Checkpoint: {path} must hold {key!r}, a {kind.__name__}, got {_short(value)}"
             )
 
 
 def _check_same(path: Path, what: str, saved: Any, wanted: Any) -> None:
-    if saved == wanted:
-        return
-    detail = f"{saved!r} instead of {wanted!r}"
-    if isinstance(saved, dict):
-        names = [n for n in {**wanted, **saved} if saved.get(n) != wanted.get(n)]
-        detail = f"{names[0]} is {saved.get(names[0])!r} instead of {wanted.get(names[0])!r}"
-    raise CheckpointError(f"Checkpoint: {path} does not fit {what}: {detail}")
+    found = list(_differences("", saved, wanted))
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise CheckpointError(
+            f"Checkpoint: {path} does not fit {what}: {', '.join(found[:3])}{more}; {_WHAT_TO_DO}"
+        )
+
+
+def _differences(name: str, saved: Any, wanted: Any) -> Iterator[str]:
+    """``name saved, here wanted`` for each value that differs, in dictionaries for each of them."""
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        for key in {**wanted, **saved}:
+            own = _short(key)[1:-1]  # a file's keys may be anything
+            inner = f"{name}.{own}" if name else own
+            yield from _differences(inner, saved.get(key, _ABSENT), wanted.get(key, _ABSENT))
+    elif saved != wanted:
+        yield f"{name} {_short(saved)}, here {_short(wanted)}".lstrip()
+
+
+def _check_progress(path: Path, values: dict[str, Any], training: Training) -> None:
+    """Whether the counters and the history are such as the training could have made."""
+    done, history = values["next_epoch"], values["history"]
+    keys = ["loss", "lr", *([] if training.validation is None else ["validation"])]
+    wrong = None
+    if not 0 <= done <= training.config.epochs:
+        wrong = "next_epoch", done
+    elif not 0 <= values["steps_done"] < 2**63:
+        wrong = "steps_done", values["steps_done"]
+    elif not -1 <= values["kept_epoch"] < max(done, 1):
+        wrong = "kept_epoch", values["kept_epoch"]
+    elif len(history) != done:
+        wrong = "history", history
+    for epoch, record in enumerate(history):
+        own = record if isinstance(record, dict) else {}
+        numbers = [own.get(key) for key in keys]
+        right = own.get("epoch") == epoch and all(map(_is_number, numbers))
+        if not right or ("validation" in own) != ("validation" in keys):
+            wrong = wrong or ("history", record)
+    if wrong:
+        raise CheckpointError(
+            f"Checkpoint: {path} is damaged: {wrong[0]} cannot be {_short(wrong[1])} in a training "
+            f"of {training.config.epochs} epochs with {done} done"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def _check_scaler(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
+    """Whether a gradient scaler takes ``saved``; its scale and its counter alone may differ."""
+    largest = {"scale": 3e38, "_growth_tracker": own.get("growth_interval", 0)}
+    for key in {**saved, **own}:
+        value: Any = saved.get(key, _ABSENT)
+        right = type(value) is type(own.get(key))
+        if right and key in largest:
+            right = 0 <= value <= largest[key]
+        elif right:
+            right = value == own[key]
+        if not right:
+            raise CheckpointError(
+                f"Checkpoint: {path} does not fit the gradient scaler: {key} {_short(value)}, here "
+                f"{_short(own.get(key, _ABSENT))}"
+            )
+
+
+def _optimizer_state(
+    path: Path, found: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[int, dict[str, Tensor]]:
+    """By the parameter's number; refuses all that the optimiser could not have made."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    by_number: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in found.items():
+        prefix, _, key = name.partition(".")
+        by_number.setdefault(prefix, {})[key] = tensor
+    state = {}
+    for number, parameter in enumerate(parameters):
+        own = by_number.pop(str(number), {})
+        known = type(optimizer) in _STATES
+        keys = _STATES[type(optimizer)] if known else tuple(own)
+        for key in {**own, **dict.fromkeys(keys)} if own else ():
+            if key not in keys or key not in own or not _fits(key, own[key], parameter, known):
+                got = _shapes(own).get(key, "nothing")
+                raise CheckpointError(
+                    f"Checkpoint: {path} has optimizer state {_short(f'{number}.{key}')}: {got}, "
+                    f"wanted {', '.join(_STATES.get(type(optimizer), ())) or 'none'} of shape "
+                    f"{list(parameter.shape)}"
+                )
+        if own:
+            state[number] = own
+    if by_number:
+        prefix, own = next(iter(by_number.items()))
+        name = _short(f"{prefix}.{next(iter(own))}")
+        raise CheckpointError(
+            f"Checkpoint: {path} has optimizer state {name}, but there are {len(parameters)} "
+            "parameters"
+        )
+    return state
+
+
+def _fits(key: str, state: Tensor, parameter: Tensor, known: bool) -> bool:
+    if not known:
+        return state.shape in ((), parameter.shape[:1], parameter.shape)
+    if key == "step":
+        return state.dim() == 0 and state.is_floating_point() and 0 <= float(state) < math.inf
+    return state.dtype == parameter.dtype and state.shape == parameter.shape
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -257,9 +411,17 @@ def _safetensors() -> ModuleType:
 
 
 def _digest(tensors: dict[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return hashlib.sha256((text + digest_of_tensors(tensors)).encode()).hexdigest()
+
+
+def _short(value: Any) -> str:
+    """``repr`` on one line, however long or deep the value is."""
+    return _REPR.repr(value)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200

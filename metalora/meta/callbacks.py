@@ -6,10 +6,14 @@ import contextlib
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from metalora._checks import check_count
+from metalora._files import replacing
 
 if TYPE_CHECKING:
     from metalora.meta.loop import Training
@@ -34,7 +38,10 @@ class Callback:
         """After the last epoch."""
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What must survive an interruption: tensors, and what JSON can hold."""
+        """What must survive an interruption: tensors, and what JSON can hold.
+
+        Asked for after `on_start`, before any epoch, and after every epoch.
+        """
         return {}, {}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -85,6 +92,10 @@ class Progress(Callback):
 class MetricsLog(Callback):
     """Appends each epoch's record to a file, a line of JSON each.
 
+    Of a training that goes on from a `metalora.io.Checkpoint`, the lines are removed that it wrote
+    after the checkpoint's last save, so that each epoch has one line. Lines of others stay, such as
+    those with another ``extra``. No other process should append to the file at that moment.
+
     Args:
         path: the file.
         extra: put into every line, such as the method and the seed.
@@ -92,11 +103,56 @@ class MetricsLog(Callback):
 
     def __init__(self, path: str | Path, **extra: Any) -> None:
         self.path, self.extra = Path(path), extra
+        self._saved: int | None = None
+
+    def on_start(self, training: Training) -> None:
+        """Repairs the file's end, where a process may have been killed while it wrote."""
+        self._saved = None
+        self._replace(0, lambda line: False)
+        self._length = self.path.stat().st_size if self.path.exists() else 0
 
     def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
         """Writes one line."""
+        if self._saved is not None:
+            own = json.loads(json.dumps(self.extra)).items()
+            epoch = record["epoch"]
+            self._replace(
+                self._saved,
+                lambda line: own <= line.items() and line.get("epoch") in range(epoch, 2**63),
+            )
+            self._saved = None
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**self.extra, **record}) + "\n")
+            self._length = file.tell()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """How long the file is, in bytes."""
+        return {}, {"length": self._length}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Takes back what `state` returned."""
+        self._saved = check_count("MetricsLog", "length", values["length"], minimum=0)
+
+    def _replace(self, start: int, stale: Callable[[dict[str, Any]], Any]) -> None:
+        """Removes the stale lines behind the first ``start`` bytes, and half a line at the end."""
+        if not self.path.exists():
+            return
+        data = self.path.read_bytes()
+        lines = data[start:].splitlines(keepends=True)
+        kept = data[:start] + b"".join(line for line in lines if _is_kept(line, stale))
+        if not kept.endswith(b"\n") and kept:
+            kept += b"\n"  # whole, but for its end
+        if kept != data:
+            with replacing(self.path) as file:
+                file.write(kept)
+
+
+def _is_kept(line: bytes, stale: Callable[[dict[str, Any]], Any]) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return line.endswith(b"\n")
+    return not (isinstance(record, dict) and stale(record))
 
 
 class KeepBest(Callback):
@@ -111,6 +167,7 @@ class KeepBest(Callback):
             raise ValueError("KeepBest: needs a validation to choose by; pass validation=")
         self.best, self.epoch = -math.inf, -1
         self.weights: dict[str, Tensor] = {}
+        self._wanted = _shapes(training.model.state_dict())
 
     def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
         """Copies the weights if they are the best so far."""
@@ -129,6 +186,20 @@ class KeepBest(Callback):
         return self.weights, {"best": self.best, "epoch": self.epoch}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Takes back what `state` returned."""
-        self.weights = tensors
-        self.best, self.epoch = float(values["best"]), int(values["epoch"])
+        """Takes back what `state` returned.
+
+        Raises:
+            ValueError: if that is not of this model.
+        """
+        best, epoch = values["best"], values["epoch"]
+        if type(best) is not float or type(epoch) is not int:
+            raise ValueError("best must be a float and epoch an int")
+        if tensors and _shapes(tensors) != self._wanted:
+            raise ValueError("the weights of the best epoch must be those of the model")
+        if bool(tensors) != (epoch >= 0):
+            raise ValueError(f"there must be weights of the best epoch, {epoch}")
+        self.weights, self.best, self.epoch = tensors, best, epoch
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[Any, ...]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metalora._checks import check_count
+from metalora.meta.identity import digest_of_data, identity_of
 from metalora.meta.seeds import generator
 
 
@@ -96,7 +97,11 @@ def take_rows(inputs: Any, rows: Tensor | slice) -> Any:
 
 
 class Rounds(Protocol):
-    """What the training loop asks of a loader. `RoundLoader` is one."""
+    """What the training loop asks of a loader. `RoundLoader` is one.
+
+    A loader may also have a method ``identity()``, see `RoundLoader.identity`. Without it,
+    `metalora.io.Checkpoint` cannot tell whether a training goes on with the same data.
+    """
 
     num_tasks: int
     """Number of tasks T."""
@@ -134,6 +139,9 @@ class _ByTask:
 
     def set_epoch(self, epoch: int) -> None:
         self.rounds.set_epoch(epoch)
+
+    def identity(self) -> dict[str, Any]:
+        return {"rounds": identity_of(self.rounds)}
 
     def __len__(self) -> int:
         return len(self.rounds)
@@ -206,6 +214,25 @@ class RoundLoader:
                 )
         self._max_rounds = max_rounds
         self._epoch = 0
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the batches of every epoch, as JSON can hold it.
+
+        The settings, the names of ``transform`` and ``collate``, and a digest of each tensor, that
+        of a large one from a sample of it: see `metalora.meta.identity.digest_of_data`.
+        """
+        return {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "pooled": self.pooled,
+            "max_rounds": self._max_rounds,
+            "transform": identity_of(self.transform),
+            "collate": identity_of(self.collate),
+            "inputs": digest_of_data(self.inputs),
+            "targets": digest_of_data(self.targets),
+            "task_ids": digest_of_data(self.task_ids),
+        }
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the next iteration."""

@@ -26,6 +26,7 @@ class Training:
     """Where a training stands: what callbacks see."""
 
     model: nn.Module
+    rounds: Rounds
     step: Step
     config: TrainConfig
     validation: Validation | None
@@ -89,7 +90,8 @@ def train(
         FloatingPointError: if the loss of an epoch is not finite.
     """
     callbacks = list(callbacks)
-    training = Training(model, step, config, validation, callbacks, step.per_epoch(rounds))
+    steps_per_epoch = step.per_epoch(rounds)
+    training = Training(model, rounds, step, config, validation, callbacks, steps_per_epoch)
     for callback in callbacks:
         callback.on_start(training)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from metalora.adapters import (
     reset_adapters,
     task_state_dict,
 )
+from metalora.adapters.fused_paths import reopen_fused_paths
+from metalora.adapters.insert import replace_module
 from metalora.meta.callbacks import Callback
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds
@@ -220,7 +223,8 @@ def finetune_lora(
     would have alone: nothing to Adam, but ``grad_clip`` clips them together.
 
     Args:
-        model: a plain model; it is left adapted and frozen. `metalora.remove` with a task merges.
+        model: a plain model; it is left adapted and frozen, or after an error as it was.
+            `metalora.remove` with a task merges.
         rounds: the tasks to fine-tune for.
         config: settings.
         adapter: a `LoRAConfig` or a ``peft.LoraConfig``; its heads are trained too.
@@ -236,15 +240,16 @@ def finetune_lora(
     """
     _check_plain("finetune_lora", model)
     torch.manual_seed(derive_seed("adapters", config.seed))
-    adapt(model, as_lora_config(adapter), rounds.num_tasks)
-    freeze_base(model)
-    if fresh_heads:
-        reset_adapters(model)
-    step = GradientStep(model, rounds, config, loss=loss, forward=forward)
-    result = train(
-        model, rounds, step, config, validation=validation, callbacks=callbacks, forward=forward
-    )
-    return _with_adapters(result, model, rounds)
+    with _as_before_on_error(model):
+        adapt(model, as_lora_config(adapter), rounds.num_tasks)
+        freeze_base(model)
+        if fresh_heads:
+            reset_adapters(model)
+        step = GradientStep(model, rounds, config, loss=loss, forward=forward)
+        result = train(
+            model, rounds, step, config, validation=validation, callbacks=callbacks, forward=forward
+        )
+        return _with_adapters(result, model, rounds)
 
 
 def finetune_last_layer(
@@ -262,7 +267,8 @@ def finetune_last_layer(
     """Fine-tuning of the last layer: all else frozen, a new head per task.
 
     Args:
-        model: a plain model; it is left with a head per task, and frozen.
+        model: a plain model; it is left with a head per task, and frozen, or after an error as it
+            was.
         rounds: the tasks to fine-tune for.
         config: settings.
         heads: names of the layers to train.
@@ -305,3 +311,20 @@ def _check_plain(function: str, model: nn.Module) -> None:
         raise ValueError(
             f"{function}: the model has adapters already; metalora.remove(model) takes them out"
         )
+
+
+@contextmanager
+def _as_before_on_error(model: nn.Module) -> Iterator[None]:
+    """Puts the modules of ``model`` back if adapting it, or training adapters alone, fails."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    needed = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for name, layer in list(model.named_modules(remove_duplicate=False)):
+            if layer is not modules.get(name) and name in modules:
+                replace_module(model, name, modules[name])
+        reopen_fused_paths(model)
+        for parameter, flag in needed:
+            parameter.requires_grad_(flag)
+        raise

@@ -16,6 +16,7 @@ from metalora._optional import require
 from metalora.adapters.fused_paths import close_fused_paths, reopen_fused_paths
 from metalora.meta.peft_fit import check_first_call, insertion
 from metalora.nn import current_tasks
+from metalora.nn.head import mean_over_tasks
 
 _REFUSED = {
     "ADALORA": "allows one trainable adapter, whose ranks it must be told to update",
@@ -102,7 +103,7 @@ def average_heads(adapted: nn.Module) -> None:
         of_tasks = [head.state_dict() for head in module.modules_to_save.values()]
         for name, shared in module.original_module.state_dict().items():
             if shared.is_floating_point():
-                shared.copy_(torch.stack([state[name] for state in of_tasks]).mean(0))
+                shared.copy_(mean_over_tasks(torch.stack([state[name] for state in of_tasks])))
 
 
 def settings_of(peft_config: Any) -> dict[str, Any]:

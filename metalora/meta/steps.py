@@ -15,6 +15,7 @@ from metalora._checks import check_choice, check_count, check_positive
 from metalora.adapters import adapted_layers
 from metalora.meta.config import OPTIMIZERS, TrainConfig
 from metalora.meta.data import Batch, Rounds
+from metalora.meta.identity import identity_of
 from metalora.meta.optimizer import TaskwiseLeaves, make_optimizer
 from metalora.nn import tasks
 
@@ -148,7 +149,12 @@ class GradientStep:
         if rounds.pooled and config.step_per == "task":
             raise ValueError("train: pooled rounds ignore tasks; use step_per='round' with them")
         self.model, self.config = model, config
-        self.settings: dict[str, Any] = {"num_tasks": rounds.num_tasks, "pooled": rounds.pooled}
+        self.settings: dict[str, Any] = {
+            "num_tasks": rounds.num_tasks,
+            "pooled": rounds.pooled,
+            "loss": identity_of(loss),
+            "forward": identity_of(forward),
+        }
         self.objective = Objective(
             model, rounds.num_tasks, config, pooled=rounds.pooled, loss=loss, forward=forward
         )
@@ -239,6 +245,8 @@ class ReptileStep:
             "inner_optimizer": self.inner_optimizer,
             "outer_sign": outer_sign,
             "average": average,
+            "loss": identity_of(loss),
+            "forward": identity_of(forward),
         }
         self.objective = Objective(model, rounds.num_tasks, config, loss=loss, forward=forward)
         self.parameters = trainable(model)

@@ -95,8 +95,16 @@ class MultiTaskHead(TaskLayer):
 
     def to_linear(self, task: int | None = None) -> nn.Linear:
         """Task t's head, or (None) the mean of all heads, as new parameters."""
-        chosen = slice(None) if task is None else slice(self.check_task(task), task + 1)
-        parts = {n: p.detach()[chosen].mean(0) for n, p in self.own_task_parameters().items()}
+        own = {name: p.detach() for name, p in self.own_task_parameters().items()}
+        if task is None:
+            parts = {name: mean_over_tasks(p) for name, p in own.items()}
+        else:
+            parts = {name: p[self.check_task(task)].clone() for name, p in own.items()}
         weight = nn.Parameter(parts["weight"], self.weight.requires_grad)
         bias = nn.Parameter(parts["bias"], self.weight.requires_grad) if "bias" in parts else None
         return as_linear(weight, bias, self.training)
+
+
+def mean_over_tasks(stacked: Tensor) -> Tensor:
+    """[T, ...] → the mean [...] over tasks; of equal values these very values, without rounding."""
+    return stacked[0] + (stacked - stacked[0]).mean(0)

@@ -1,19 +1,26 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
+import platform
+import resource
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import metalora
-from experiments import cli
+from experiments import cli, lock
 from experiments.runs import RunError, RunFolder
 from tests.processes import start_interruptible
 
@@ -100,6 +107,7 @@ def test_resume_drops_what_an_unfinished_unit_wrote(tmp_path: Path) -> None:
     run.log(trial=1)
     with (run.folder / "units.jsonl").open("a") as file:
         file.write('{"unit": "trial 1", "leng')  # killed while writing
+    run.close()
 
     run = create(tmp_path / "run", resume=True)
     assert run.done("trial 0") and not run.done("trial 1")
@@ -143,9 +151,10 @@ def test_resume_refuses_other_data(tmp_path: Path) -> None:
 def test_resume_of_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"holds no run \(manifest.json is missing\)"):
         create(tmp_path / "nothing", resume=True)
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(RunError, match=r"manifest\.json is damaged"):
-        create(tmp_path, resume=True)
+    for text in ("{", "", "[]", '{"settings": 1, "data": {}}', "[" * 100_000, '{"settings": {}}'):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(RunError, match=r"manifest\.json is damaged"):
+            create(tmp_path, resume=True)
     with pytest.raises(RunError, match="--resume needs --out"):
         RunFolder.create(None, Settings(), experiment="test", resume=True)
     create(tmp_path / "run")
@@ -154,6 +163,7 @@ def test_resume_of_what_is_no_run(tmp_path: Path) -> None:
     run = create(tmp_path / "cut")
     run.add_rows([row(0, 1.0)])
     run.mark_done("trial 0")
+    run.close()
     (run.folder / "results.csv").write_text("")
     with pytest.raises(RunError, match=r"results\.csv is damaged"):
         create(tmp_path / "cut", resume=True)
@@ -216,9 +226,248 @@ def test_a_stopped_run_is_readable_and_goes_on(
     assert lines[:2] == ["trial,value", "0,1.0"]
     assert set(lines[2:]) == {"1,2.0"} and len(lines[2:]) % 1000 == 0  # whole calls only
 
-    @dataclasses.dataclass(frozen=True)
-    class Same:
-        lr: float = 0.1
-
     resumed = RunFolder.create(tmp_path / "run", Same(), experiment="test", resume=True)
     assert resumed.rows() == [{"trial": "0", "value": "1.0"}]
+
+
+@contextlib.contextmanager
+def another_run(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has a run open in ``folder``; it is past "ready" and writes no end."""
+    process = start_interruptible(
+        [sys.executable, "-c", WORKER, str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        os.kill(process.pid, signal.SIGSTOP)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@dataclasses.dataclass(frozen=True)
+class Same:
+    """The settings of the worker."""
+
+    lr: float = 0.1
+
+
+def test_one_process_at_a_time_has_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with another_run(folder) as process:
+        before = {p: p.read_bytes() for p in folder.iterdir()}
+        with pytest.raises(RunError) as caught:
+            RunFolder.create(folder, Same(), experiment="test", resume=True)
+        assert str(caught.value) == (
+            f"{folder} is in use by process {process.pid} on {platform.node()}; wait until that "
+            "has ended, or choose another --out"
+        )
+        assert {p: p.read_bytes() for p in folder.iterdir()} == before
+    # The system lets go of what a killed process held.
+    run = RunFolder.create(folder, Same(), experiment="test", resume=True)
+    assert run.rows() == [{"trial": "0", "value": "1.0"}]
+
+
+def test_a_folder_is_free_again_when_the_run_has_ended(tmp_path: Path) -> None:
+    def failing() -> None:
+        with create(tmp_path / "run"):
+            with pytest.raises(RunError, match=f"is in use by process {os.getpid()} on "):
+                create(tmp_path / "run", resume=True)
+            raise ValueError("wrong")
+
+    with pytest.raises(ValueError, match="wrong"):
+        failing()
+    assert manifest(tmp_path / "run")["reason"] == "ValueError: wrong"
+    with create(tmp_path / "run", resume=True):
+        pass
+    assert "reason" not in manifest(tmp_path / "run")
+
+
+def test_two_new_runs_cannot_share_a_folder(tmp_path: Path) -> None:
+    held = lock.FolderLock(tmp_path)  # of one that has not written anything yet
+    with pytest.raises(RunError, match="is in use by process"):
+        create(tmp_path)
+    held.release()
+    create(tmp_path).close()  # of one that was killed then
+
+
+def test_a_file_system_without_locks_costs_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lock.fcntl, "flock", none)
+        create(tmp_path / "a").finish()
+    with monkeypatch.context() as patch:
+        patch.setattr(lock, "fcntl", None)  # Windows
+        create(tmp_path / "b").finish()
+    notes = capsys.readouterr().err.splitlines()
+    assert notes == [
+        f"note: {tmp_path / 'a'} cannot be locked (No locks available); "
+        "do not start another run in it",
+        f"note: {tmp_path / 'b'} cannot be locked (this system has no flock); "
+        "do not start another run in it",
+    ]
+    assert manifest(tmp_path / "b")["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense",
+        "3",
+        "{}",
+        '{"unit": 1, "lengths": {"metrics.jsonl": 0, "results.csv": 0}}',
+        '{"unit": "a"}',
+        '{"unit": "a", "lengths": {"metrics.jsonl": 0}}',
+        '{"unit": "a", "lengths": {"metrics.jsonl": 0, "results.csv": -1}}',
+        '{"unit": "a", "lengths": {"metrics.jsonl": 0, "results.csv": 0, "../other": 0}}',
+        '{"unit": "a", "lengths": {"metrics.jsonl": NaN, "results.csv": 0}}',
+        "[" * 100_000,
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_foreign_line_among_the_units_is_named(tmp_path: Path, line: str, place: int) -> None:
+    run = create(tmp_path / "run")
+    for trial in (0, 1):
+        run.add_rows([row(trial, 1.0)])
+        run.mark_done(f"trial {trial}")
+    run.close()
+    units = run.folder / "units.jsonl"
+    lines = units.read_text().splitlines(keepends=True)
+    lines.insert(place, line + "\n")
+    units.write_text("".join(lines))
+    with pytest.raises(RunError) as caught:
+        create(tmp_path / "run", resume=True)
+    start = f"--resume: line {place + 1} of {units} is not of a run: "
+    assert str(caught.value).startswith(start) and len(str(caught.value)) < len(start) + 150
+    assert units.read_text() == "".join(lines)
+    assert len(run.rows()) == 2
+
+
+def test_a_unit_whose_line_lacks_its_end_is_done_again(tmp_path: Path) -> None:
+    run = create(tmp_path / "run")
+    for trial in (0, 1):
+        run.add_rows([row(trial, 1.0)])
+        run.mark_done(f"trial {trial}")
+    run.close()
+    units = run.folder / "units.jsonl"
+    units.write_bytes(units.read_bytes()[:-1])
+    run = create(tmp_path / "run", resume=True)
+    assert run.done("trial 0") and not run.done("trial 1") and len(run.rows()) == 1
+    run.add_rows([row(1, 1.0)])
+    run.mark_done("trial 1")
+    run.finish()
+    assert create(tmp_path / "run", resume=True).done("trial 1")
+
+
+FULL = """
+import dataclasses, resource, sys
+from pathlib import Path
+from experiments import cli
+from experiments.runs import RunFolder
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    lr: float = 0.1
+
+@cli.main_guard
+def main():
+    resume = (Path(sys.argv[1]) / "manifest.json").exists()
+    with RunFolder.create(
+        Path(sys.argv[1]), Settings(), experiment="test", resume=resume
+    ) as run:
+        for trial in range(int(sys.argv[2])):
+            if not run.done(f"trial {trial}"):
+                run.add_rows([{"trial": trial, "value": "x" * 1000}] * 50)
+                run.log(trial=trial)
+                run.mark_done(f"trial {trial}")
+
+main()
+"""
+
+
+def start_on(folder: Path, trials: int, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", FULL, str(folder), str(trials)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+def test_a_file_that_cannot_grow_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    folder, limit = tmp_path / "run", 120_000
+    done = start_on(
+        folder, 9, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        f"error: cannot write to {folder}: File too large; make room, then go on with "
+        f"--resume --out {folder}\n"
+    )
+    assert manifest(folder)["status"] == "failed"
+    assert manifest(folder)["reason"].startswith(f"RunError: cannot write to {folder}")
+    assert start_on(folder, 9).returncode == 0
+    (tmp_path / "whole").mkdir()
+    start_on(tmp_path / "whole" / "run", 9)
+    for name in ("results.csv", "metrics.jsonl"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / "run" / name).read_bytes()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        pytest.skip(f"cannot mount a small disk: {error}")
+    if done.returncode:
+        pytest.skip(f"cannot mount a small disk: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_ends_the_run_in_one_line(small_disk: Path) -> None:
+    folder = small_disk / "run"
+    done = start_on(folder, 9)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        f"error: cannot write to {folder}: No space left on device; make room, then go on with "
+        f"--resume --out {folder}\n"
+    )
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    again = start_on(folder, 2)
+    assert (again.returncode, again.stderr) == (2, done.stderr)
+    (small_disk / "filler").unlink()
+    again = start_on(folder, 2)  # what is there is whole
+    assert again.returncode == 0, again.stderr
+    assert manifest(folder)["status"] == "completed"
+    lines = (folder / "results.csv").read_text().splitlines()
+    assert len(lines) % 50 == 1 and {line.count(",") for line in lines} == {1}
+
+
+def test_on_a_full_disk_no_new_run_is_left_half_made(small_disk: Path) -> None:
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    done = start_on(small_disk / "run", 1)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: cannot write to {small_disk / 'run'}: No space left on device; make room or "
+        "choose another --out\n"
+    )
+    assert [p.name for p in small_disk.iterdir()] == ["filler"]

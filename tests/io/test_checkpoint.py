@@ -1,7 +1,10 @@
 """A training that was interrupted ends in the same bits as one that was not."""
 
+import json
+import math
 import os
 import pickle
+import random
 import re
 import signal
 import subprocess
@@ -16,7 +19,7 @@ from torch import nn
 
 from metalora.adapters import LoRAConfig
 from metalora.io import Checkpoint, CheckpointError
-from metalora.io.checkpoint import _VALUES, read, write
+from metalora.io.checkpoint import _VALUES, _digest, read, write
 from metalora.meta import (
     Callback,
     KeepBest,
@@ -168,12 +171,17 @@ def test_foreign_files_are_refused_and_never_unpickled(saved):
 @pytest.mark.parametrize(
     ("method", "fields", "width", "message"),
     [
-        ("standard", {"lr": 0.04}, 8, "does not fit the training: lr is 0.03 instead of 0.04"),
-        ("standard", {"epochs": 4}, 8, "epochs is 3 instead of 4"),
-        ("standard", {"seed": 1}, 8, "seed is 0 instead of 1"),
-        ("reptile", {}, 8, "step is 'GradientStep' instead of 'ReptileStep'"),
-        ("lora-ml", {}, 8, "does not fit the model: 0.lora_A is None instead of"),
-        ("standard", {}, 9, "0.weight is 'torch.float32 [8, 6]' instead of 'torch.float32 [9, 6]'"),
+        (
+            "standard",
+            {"lr": 0.04},
+            8,
+            "does not fit the training: lr 0.03, here 0.04; name another path, or delete the file",
+        ),
+        ("standard", {"epochs": 4}, 8, "epochs 3, here 4"),
+        ("standard", {"seed": 1}, 8, "seed 0, here 1"),
+        ("reptile", {}, 8, "step 'GradientStep', here 'ReptileStep'"),
+        ("lora-ml", {}, 8, "does not fit the model: 0.lora_A 'absent', here 'torch.float32 [2"),
+        ("standard", {}, 9, "0.weight 'torch.float32 [8, 6]', here 'torch.float32 [9, 6]'"),
     ],
 )
 def test_another_trainings_file_is_refused(saved, method, fields, width, message):
@@ -185,11 +193,11 @@ def test_another_trainings_file_is_refused(saved, method, fields, width, message
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"inner_lr": 0.5}, "inner_lr is 0.01 instead of 0.5"),
-        ({"outer_sign": "away"}, "outer_sign is 'towards' instead of 'away'"),
-        ({"inner_optimizer": "adam"}, "inner_optimizer is 'sgd' instead of 'adam'"),
-        ({"average": True}, "average is False instead of True"),
-        ({"inner_steps": 1}, "inner_steps is 20 instead of 1"),
+        ({"inner_lr": 0.5}, "inner_lr 0.01, here 0.5"),
+        ({"outer_sign": "away"}, "outer_sign 'towards', here 'away'"),
+        ({"inner_optimizer": "adam"}, "inner_optimizer 'sgd', here 'adam'"),
+        ({"average": True}, "average False, here True"),
+        ({"inner_steps": 1}, "inner_steps 20, here 1"),
     ],
 )
 def test_the_settings_of_a_step_must_be_those_of_the_file(options, message, tmp_path):
@@ -202,7 +210,7 @@ def test_the_settings_of_a_step_must_be_those_of_the_file(options, message, tmp_
 def test_pooled_and_separate_tasks_are_other_trainings(tmp_path):
     path = tmp_path / "run.safetensors"
     standard(network(), rounds(batch_size=20), CONFIG, callbacks=[Checkpoint(path)])
-    with pytest.raises(CheckpointError, match="pooled is False instead of True"):
+    with pytest.raises(CheckpointError, match="pooled False, here True"):
         standard(network(), rounds(pooled=True), CONFIG, callbacks=[Checkpoint(path)])
 
 
@@ -211,7 +219,7 @@ def test_other_adapters_are_refused_even_of_the_same_shapes(change, tmp_path):
     path = tmp_path / "run.safetensors"
     lora_ml(network(), rounds(), CONFIG, LORA, callbacks=[Checkpoint(path)])
     other = replace(LORA, **change)
-    with pytest.raises(CheckpointError, match="does not fit the adapters: 0 is 'MultiTaskLoRAL"):
+    with pytest.raises(CheckpointError, match="does not fit the adapters: 0 'MultiTaskLoRAL"):
         lora_ml(network(), rounds(), CONFIG, other, callbacks=[Checkpoint(path)])
 
 
@@ -242,18 +250,152 @@ def test_well_formed_files_with_senseless_parts_are_refused(saved):
         refused(saved, strange, values, f"has optimizer state {name[10:]!r}")
 
 
-def test_a_list_instead_of_values_is_refused(saved, monkeypatch):
-    monkeypatch.setattr("metalora.io.checkpoint.json.loads", lambda text: [1])
-    with pytest.raises(CheckpointError, match=re.escape("'metalora training 1', got [1]")):
+@pytest.mark.parametrize(
+    "text", ["[1]", "3", "null", '{"format": "metalora training 1"}', '{"format": [1]}', "{}"]
+)
+def test_another_format_is_refused(saved, text):
+    forge(saved, {}, text)
+    with pytest.raises(CheckpointError, match="must have the format 'metalora training 2', got"):
         read(saved)
+
+
+def forge(path, tensors, text):
+    """A file with a valid checksum."""
+    digest = _digest(tensors, text)
+    save_file(tensors, path, metadata={"metalora": text, "sha256": digest})
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "nonsense", "1" * 5000, ""])
+def test_what_is_no_json_is_refused(saved, text):
+    forge(saved, {}, text)
+    with pytest.raises(CheckpointError, match="is damaged or no checkpoint: ") as caught:
+        read(saved)
+    assert len(str(caught.value)) < len(str(saved)) + 300 and "\n" not in str(caught.value)
+
+
+def test_senseless_numbers_are_refused(saved):
+    tensors, values = read(saved)
+    record = values["history"][0]
+    for change, message in (
+        ({"next_epoch": 4}, "next_epoch cannot be 4"),
+        ({"next_epoch": -1}, "next_epoch cannot be -1"),
+        ({"next_epoch": True}, "must hold 'next_epoch', a int, got True"),
+        ({"next_epoch": float("nan")}, "must hold 'next_epoch', a int, got nan"),
+        ({"steps_done": 10**400}, "steps_done cannot be 10000"),
+        ({"kept_epoch": 9}, "kept_epoch cannot be 9"),
+        ({"history": []}, "history cannot be []"),
+        ({"history": [3]}, "history cannot be 3"),
+        ({"history": [{**record, "epoch": 1}]}, "history cannot be {"),
+        ({"history": [{**record, "loss": "low"}]}, "history cannot be {"),
+        ({"history": [{**record, "validation": [1]}]}, "history cannot be {"),
+        ({"history": [{"epoch": 0, "loss": 1.0, "lr": 1.0}]}, "history cannot be {"),
+        ({"scaler": {"scale": 1.0}}, "does not fit the gradient scaler: scale 1.0, here 'absent'"),
+    ):
+        refused(saved, tensors, {**values, **change}, message)
+    for name, state in (
+        ("0.exp_avg", torch.zeros(())),
+        ("0.exp_avg", torch.zeros(8, 7)),
+        ("0.exp_avg", torch.zeros(8, 6, dtype=torch.int64)),
+        ("0.step", torch.tensor(float("nan"))),
+        ("0.step", torch.tensor(-1.0)),
+        ("0.step", torch.zeros(2)),
+        ("0.max_exp_avg", torch.zeros(8, 6)),
+    ):
+        strange = {**tensors, f"optimizer.{name}": state}
+        refused(saved, strange, values, f"has optimizer state {name!r}: torch.")
+    missing = {k: v for k, v in tensors.items() if k != "optimizer.0.exp_avg_sq"}
+    refused(saved, missing, values, "has optimizer state '0.exp_avg_sq': nothing, wanted step, ")
+    for best in ({"best": "high", "epoch": 0}, {"best": 0.5, "epoch": 1.5}, {"best": 0.5}):
+        other = [
+            {**c, "values": best} if c["kind"] == "KeepBest" else c for c in values["callbacks"]
+        ]
+        refused(saved, tensors, {**values, "callbacks": other}, "does not fit KeepBest: ")
+    for part in ("training", "layers"):
+        strange = {**values, part: {**values[part], "\n" * 9999: "\n"}}
+        refused(saved, tensors, strange, "\\n '\\n', here 'absent'")
+    refused(
+        saved, {**tensors, "optimizer.\n.x": torch.zeros(1)}, values, "state '\\n.x', but there"
+    )
+    smaller = {**tensors, "callback.1.0.weight": torch.zeros(2, 2)}
+    refused(saved, smaller, values, "does not fit KeepBest: the weights of the best epoch must be")
+
+
+def test_forged_files_end_in_an_error_or_a_training(tmp_path):
+    """Each with a valid checksum; what is accepted must be trained to its end."""
+    path = tmp_path / "run.safetensors"
+    config = TrainConfig(epochs=2, lr=0.03, precision="fp16")
+    with pytest.raises(KeyboardInterrupt):
+        run("last-layer-ml", config, path, interrupt=6)
+    tensors, values = read(path)
+    choose = random.Random(3)
+    accepted = 0
+    for _ in range(150):
+        forged, own = dict(tensors), json.loads(json.dumps(values))
+        for _ in range(choose.choice([1, 1, 2])):
+            if choose.random() < 0.4:
+                spoil_tensors(forged, choose)
+            else:
+                spoil_values(own, choose)
+        forge(path, forged, json.dumps(own))
+        model = network()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        error = outcome(config, path, model)
+        if isinstance(error, CheckpointError):
+            assert "\n" not in str(error)
+            assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        else:
+            accepted += 1
+    assert 0 < accepted < 75
+
+
+def outcome(config, path, model):
+    """The error that the training ends in; weights that lead to a loss of NaN may be in a file."""
+    try:
+        run("last-layer-ml", config, path, model=model)
+    except (CheckpointError, FloatingPointError) as error:
+        return error
+    return None
+
+
+ODD = [None, True, -1, 0, 1.5, math.nan, math.inf, 10**400, "", "é" * 999, [], {}, [[]], {"a": 1}]
+
+
+def spoil_values(values, choose):
+    place = values
+    while True:
+        keys = [*place] if isinstance(place, dict) else range(len(place))
+        key = choose.choice(keys)
+        inner = place[key]
+        if isinstance(inner, (dict, list)) and inner and choose.random() < 0.8:
+            place = inner
+            continue
+        if choose.random() < 0.3:
+            del place[key]
+        else:
+            place[key] = choose.choice(ODD)
+        return
+
+
+def spoil_tensors(tensors, choose):
+    name = choose.choice(sorted(tensors))
+    tensor = tensors.pop(name)
+    changed = choose.randrange(6)
+    if changed == 0:
+        return
+    shapes = [tensor, tensor[..., None].clone(), tensor.flatten()[:0], tensor.to(torch.complex64)]
+    if changed < 5:
+        tensors[name] = choose.choice(shapes[1:]) if changed < 4 else tensor.to(torch.int16)
+    else:
+        tensors[choose.choice(["x", name + ".x", "optimizer.٣.step", "callback.9.a"])] = tensor
 
 
 def refused(path, tensors, values, message):
     write(path, tensors, values)
     model = network()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match=re.escape(message)):
+    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
         run("standard", CONFIG, path, model=model)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(path)) + 700
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

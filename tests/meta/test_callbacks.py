@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from metalora.adapters import LoRAConfig
+from metalora.io import Checkpoint
 from metalora.meta import (
     Callback,
     Evaluation,
@@ -141,6 +142,56 @@ def test_metrics_are_appended_line_by_line(tmp_path):
         "validation_per_task",
     }
     assert len(lines[0]["validation_per_task"]) == 2
+
+
+class Crash(Callback):
+    """Ends the training after the log and before the checkpoint of an epoch."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_epoch(self, training, record):
+        if record["epoch"] == self.epoch:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("epochs", [[0], [2], [0, 0, 1, 3]])
+def test_a_resumed_training_logs_each_epoch_once(epochs, tmp_path):
+    log, path = tmp_path / "metrics.jsonl", tmp_path / "run.safetensors"
+    other = MetricsLog(log, method="b", seeds=[1, 2])
+    standard(network(), rounds(), CONFIG, callbacks=[other])
+    standard(network(), rounds(), CONFIG, callbacks=[MetricsLog(log, method="a", seeds=[1, 2])])
+
+    def train(crash):
+        ours = MetricsLog(log, method="a", seeds=(1, 2))
+        standard(network(), rounds(), CONFIG, callbacks=[ours, Crash(crash), Checkpoint(path)])
+
+    for epoch in epochs:
+        with pytest.raises(KeyboardInterrupt):
+            train(epoch)
+        with log.open("a") as file:  # another training's line, and one that was being written
+            file.write(json.dumps({"method": "b", "epoch": 9}) + '\n{"method": "a", "ep')
+    train(-1)
+    train(-1)  # there is nothing left to do
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    of_others = [("b", e) for e in range(4)] + [("a", e) for e in range(4)]
+    found = [(line["method"], line["epoch"]) for line in lines]
+    assert found[:8] == of_others
+    assert [f for f in found[8:] if f[0] == "a"] == [("a", e) for e in range(4)]
+    assert found[8:].count(("b", 9)) == len(epochs)
+    assert lines[4:8] == [line for line in lines[8:] if line["method"] == "a"]
+
+
+@pytest.mark.parametrize(
+    ("end", "kept"), [('{"epoch": 7}', '{"epoch": 7}\n'), ('{"epoch": 7, "lo', ""), ("", "")]
+)
+def test_a_log_goes_on_in_a_line_of_its_own(end, kept, tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"epoch": 3}\nnot ours\n' + end)
+    standard(network(), rounds(), TrainConfig(epochs=1, lr=0.05), callbacks=[MetricsLog(log)])
+    text = log.read_text()
+    assert text.startswith('{"epoch": 3}\nnot ours\n' + kept + '{"epoch": 0, "loss"')
+    assert text.count("\n") == 3 + kept.count("\n") and text.endswith("}\n")
 
 
 def test_progress_is_silent_without_a_terminal(capsys):

@@ -1,0 +1,94 @@
+"""Files that are there whole or not at all, whatever ends the process that writes them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+_HERE = hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
+_numbers = itertools.count()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Opens a new file, which takes the place of ``path`` at the end if all went well.
+
+    A reader sees the old file or the new one, never a part. The new file is on the disk before it
+    takes the name, and the folder's entry before this returns, so a power failure leaves one of
+    the two as well. Missing parent folders are made. What a killed process left of its own attempt
+    at the same ``path`` is removed.
+
+    Raises:
+        OSError: if the file could not be written; ``path`` is then as before, and nothing is left
+            beside it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_partials(path)
+    partial = partial_beside(path)
+    try:
+        with partial.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def partial_beside(path: Path) -> Path:
+    """A name for what is to take the place of ``path``: hidden, beside it, and unused so far."""
+    return path.with_name(f".{path.name}.{_HERE}.{os.getpid()}.{next(_numbers)}.partial")
+
+
+def remove_partials(path: Path) -> None:
+    """Removes what processes of this machine that run no longer left under `partial_beside`.
+
+    What belongs to another machine, which may share the folder, is left alone.
+    """
+    start, end = f".{path.name}.{_HERE}.", ".partial"
+    with contextlib.suppress(OSError):
+        for found in list(path.parent.iterdir()):
+            if not (found.name.startswith(start) and found.name.endswith(end)):
+                continue
+            pid, _, number = found.name[len(start) : -len(end)].partition(".")
+            if not (pid.isascii() and pid.isdecimal() and number.isdecimal()) or _runs(int(pid)):
+                continue
+            if found.is_dir():
+                shutil.rmtree(found, ignore_errors=True)
+            else:
+                found.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Has the system write a folder's entries to the disk, where it can do that.
+
+    Windows and some file systems cannot: there the rename is on the disk when the system sees fit.
+    """
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _runs(pid: int) -> bool:
+    if os.name == "nt":  # signal 0 would be Ctrl-C there
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's, or no number of a process
+        return True
+    return True
