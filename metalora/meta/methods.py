@@ -23,7 +23,8 @@ from metalora.meta.callbacks import Callback
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds
 from metalora.meta.loop import Result, Validation, train
-from metalora.meta.seeds import derive_seed
+from metalora.meta.restore import as_before_on_error
+from metalora.meta.seeds import derive_seed, own_random_state
 from metalora.meta.steps import (
     Forward,
     GradientStep,
@@ -66,6 +67,7 @@ def standard(
     )
 
 
+@own_random_state()
 def lora_ml(
     model: nn.Module,
     rounds: Rounds,
@@ -80,8 +82,8 @@ def lora_ml(
     """LoRA-ML (paper, eq. 6): the shared weights are trained together with LoRA for every task.
 
     Args:
-        model: a plain model. Trained in place, and plain again afterwards: it keeps the shared
-            weights, while the adapters are in the result.
+        model: a plain model. Trained in place, and plain again afterwards, also after an error: it
+            keeps the shared weights, while the adapters are in the result.
         rounds: the retraining tasks.
         config: settings.
         adapter: a `LoRAConfig` (also with symmetric adapters, or heads) or a ``peft.LoraConfig``.
@@ -95,16 +97,21 @@ def lora_ml(
         FloatingPointError: if the loss is not finite.
     """
     _check_plain("lora_ml", model)
+    named = model.named_parameters(remove_duplicate=False)
+    trainable = {name: parameter.requires_grad for name, parameter in named}
     torch.manual_seed(derive_seed("adapters", config.seed))
-    adapt(model, adapter, rounds.num_tasks)
     try:
+        adapt(model, adapter, rounds.num_tasks)
         step = GradientStep(model, rounds, config, loss=loss, forward=forward)
         result = train(
             model, rounds, step, config, validation=validation, callbacks=callbacks, forward=forward
         )
         return _with_adapters(result, model, rounds)
     finally:
-        remove(model)
+        if adapted_layers(model):
+            remove(model)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(trainable[name])
 
 
 def last_layer_ml(
@@ -202,6 +209,7 @@ def reptile(
     )
 
 
+@own_random_state()
 def finetune_lora(
     model: nn.Module,
     rounds: Rounds,
@@ -220,7 +228,8 @@ def finetune_lora(
     would have alone: nothing to Adam, but ``grad_clip`` clips them together.
 
     Args:
-        model: a plain model; it is left adapted and frozen. `metalora.remove` with a task merges.
+        model: a plain model; it is left adapted and frozen, after an error as it was.
+            `metalora.remove` with a task merges.
         rounds: the tasks to fine-tune for.
         config: settings.
         adapter: a `LoRAConfig` or a ``peft.LoraConfig``; its heads are trained too.
@@ -235,16 +244,17 @@ def finetune_lora(
         FloatingPointError: if the loss is not finite.
     """
     _check_plain("finetune_lora", model)
-    torch.manual_seed(derive_seed("adapters", config.seed))
-    adapt(model, as_lora_config(adapter), rounds.num_tasks)
-    freeze_base(model)
-    if fresh_heads:
-        reset_adapters(model)
-    step = GradientStep(model, rounds, config, loss=loss, forward=forward)
-    result = train(
-        model, rounds, step, config, validation=validation, callbacks=callbacks, forward=forward
-    )
-    return _with_adapters(result, model, rounds)
+    with as_before_on_error(model):
+        torch.manual_seed(derive_seed("adapters", config.seed))
+        adapt(model, as_lora_config(adapter), rounds.num_tasks)
+        freeze_base(model)
+        if fresh_heads:
+            reset_adapters(model)
+        step = GradientStep(model, rounds, config, loss=loss, forward=forward)
+        result = train(
+            model, rounds, step, config, validation=validation, callbacks=callbacks, forward=forward
+        )
+        return _with_adapters(result, model, rounds)
 
 
 def finetune_last_layer(
@@ -262,7 +272,7 @@ def finetune_last_layer(
     """Fine-tuning of the last layer: all else frozen, a new head per task.
 
     Args:
-        model: a plain model; it is left with a head per task, and frozen.
+        model: a plain model; it is left with a head per task, and frozen, after an error as it was.
         rounds: the tasks to fine-tune for.
         config: settings.
         heads: names of the layers to train.
