@@ -27,4 +27,4 @@ def keep_tasks_in_checkpoints() -> None:
         remember(frame, keep_tasks(function), *args, **kwargs)
 
     checkpoint.CheckpointFunction.forward = staticmethod(reentrant)  # type: ignore[method-assign]
-    checkpoint._CheckpointFrame.__init__ = not_reentrant  # type: ignore[method-assign]
+    checkpoint._CheckpointFrame.__init__ = not_reentrant  # type: ignore[assignment, method-assign]
