@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from torch import nn
 
 from metalora.adapters.fused_paths import reopen_fused_paths
@@ -24,9 +26,11 @@ def remove(model: nn.Module, task: int | None = None) -> nn.Module:
         ``model``, all of whose adapted layers are nn.Linear again.
 
     Raises:
-        ValueError: if ``model`` is not adapted or has no such task.
+        ValueError: if ``model`` is not adapted, has no such task, or is sharded. It is then as it
+            was.
     """
     _adapted("remove", model)
+    _check_whole(model)
     plain: dict[TaskLayer, nn.Linear] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, TaskLayer):
@@ -35,3 +39,17 @@ def remove(model: nn.Module, task: int | None = None) -> nn.Module:
             replace_module(model, name, plain[layer])
     reopen_fused_paths(model)
     return model
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Refuses parameters in shards: what holds the shards would not know the new layers."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is None:
+        return
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, distributed.DTensor):
+            raise ValueError(
+                f"remove: the model must not be sharded, got shards of {name!r}, as fully_shard "
+                "makes them; load its full state dict into an adapted model on one device, and "
+                "remove there"
+            )

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from metalora.adapters import adapted_layers
 from metalora.meta import Batch, cross_entropy
 from metalora.meta.steps import Loss, sample_weights
-from metalora.nn import TaskBatch, current_tasks, tasks
+from metalora.nn import TaskBatch, tasks
 
 
 def accept_task_ids(model: nn.Module, loss: Loss = cross_entropy) -> TaskIds:
     """Lets an adapted model be called with the ``task_ids`` and ``task_counts`` of `TaskCollator`.
 
-    A call with them runs inside ``with metalora.tasks(...)``, and so does its backward pass, which
-    under gradient checkpointing runs layers again. Without them the model is called as before.
-    Of a model that takes them already, the earlier objective is taken off.
+    A call with them runs inside ``with metalora.tasks(...)``. Without them the model is called as
+    before. Of a model that takes them already, the earlier objective is taken off.
 
     Args:
         model: an adapted model, which gets hooks; how it is saved does not change.
@@ -99,7 +96,7 @@ class TaskIds:
         return self._batch.task_ids
 
     def _before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        self._scope.close()  # left open by a backward pass that failed
+        self._scope.close()  # left open by an interrupt, behind which torch calls no hooks
         kwargs = dict(kwargs)
         ids, counts = kwargs.pop("task_ids", None), kwargs.pop("task_counts", None)
         self._batch = None
@@ -117,24 +114,3 @@ class TaskIds:
 
     def _after(self, model: nn.Module, args: Any, outputs: Any) -> None:
         self._scope.close()
-        if self._batch is None or not torch.is_grad_enabled():
-            return
-        batch = self._batch
-        for tensor in _tensors(outputs):
-            if tensor.grad_fn is not None:
-                tensor.register_hook(lambda grad: self._reopen(batch))
-
-    def _reopen(self, batch: TaskBatch) -> None:
-        """Runs the rest of this backward pass with the tasks of its forward pass."""
-        if current_tasks() is batch:
-            return
-        self._scope.enter_context(tasks(batch))
-        torch.autograd.Variable._execution_engine.queue_callback(self._scope.close)
-
-
-def _tensors(outputs: Any) -> Iterator[Tensor]:
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, (Mapping, list, tuple)):
-        for value in outputs.values() if isinstance(outputs, Mapping) else outputs:
-            yield from _tensors(value)

@@ -14,7 +14,7 @@ from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds
 from metalora.meta.evaluation import Evaluation, evaluate
 from metalora.meta.schedule import learning_rate
-from metalora.meta.seeds import derive_seed
+from metalora.meta.seeds import derive_seed, own_random_state
 from metalora.meta.steps import Forward, Step, call_model
 
 Validation = Rounds | Callable[[nn.Module], Evaluation | float]
@@ -61,6 +61,7 @@ class Result:
     adapters: list[dict[str, Tensor]] = field(default_factory=list)
 
 
+@own_random_state()
 def train(
     model: nn.Module,
     rounds: Rounds,
@@ -74,7 +75,9 @@ def train(
     """Trains ``model`` in place.
 
     Every epoch starts torch's generator from (seed, epoch), so it is the same whatever came before:
-    `metalora.io.Checkpoint` can go on between any two.
+    `metalora.io.Checkpoint` can go on between any two. The generator is then as the caller left it.
+    It belongs to the process: of trainings in several threads at once, those that draw from it, as
+    for dropout, do not repeat bit for bit.
 
     Args:
         model: plain or adapted.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +19,12 @@ from metalora.adapters import (
     reset_adapters,
     task_state_dict,
 )
-from metalora.adapters.fused_paths import reopen_fused_paths
-from metalora.adapters.insert import replace_module
 from metalora.meta.callbacks import Callback
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds
 from metalora.meta.loop import Result, Validation, train
-from metalora.meta.seeds import derive_seed
+from metalora.meta.restore import as_before_on_error
+from metalora.meta.seeds import derive_seed, own_random_state
 from metalora.meta.steps import (
     Forward,
     GradientStep,
@@ -69,6 +67,7 @@ def standard(
     )
 
 
+@own_random_state()
 def lora_ml(
     model: nn.Module,
     rounds: Rounds,
@@ -83,8 +82,8 @@ def lora_ml(
     """LoRA-ML (paper, eq. 6): the shared weights are trained together with LoRA for every task.
 
     Args:
-        model: a plain model. Trained in place, and plain again afterwards: it keeps the shared
-            weights, while the adapters are in the result.
+        model: a plain model. Trained in place, and plain again afterwards, also after an error: it
+            keeps the shared weights, while the adapters are in the result.
         rounds: the retraining tasks.
         config: settings.
         adapter: a `LoRAConfig` (also with symmetric adapters, or heads) or a ``peft.LoraConfig``.
@@ -98,16 +97,21 @@ def lora_ml(
         FloatingPointError: if the loss is not finite.
     """
     _check_plain("lora_ml", model)
+    named = model.named_parameters(remove_duplicate=False)
+    trainable = {name: parameter.requires_grad for name, parameter in named}
     torch.manual_seed(derive_seed("adapters", config.seed))
-    adapt(model, adapter, rounds.num_tasks)
     try:
+        adapt(model, adapter, rounds.num_tasks)
         step = GradientStep(model, rounds, config, loss=loss, forward=forward)
         result = train(
             model, rounds, step, config, validation=validation, callbacks=callbacks, forward=forward
         )
         return _with_adapters(result, model, rounds)
     finally:
-        remove(model)
+        if adapted_layers(model):
+            remove(model)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(trainable[name])
 
 
 def last_layer_ml(
@@ -205,6 +209,7 @@ def reptile(
     )
 
 
+@own_random_state()
 def finetune_lora(
     model: nn.Module,
     rounds: Rounds,
@@ -223,7 +228,7 @@ def finetune_lora(
     would have alone: nothing to Adam, but ``grad_clip`` clips them together.
 
     Args:
-        model: a plain model; it is left adapted and frozen, or after an error as it was.
+        model: a plain model; it is left adapted and frozen; after an error it is as it was.
             `metalora.remove` with a task merges.
         rounds: the tasks to fine-tune for.
         config: settings.
@@ -239,8 +244,8 @@ def finetune_lora(
         FloatingPointError: if the loss is not finite.
     """
     _check_plain("finetune_lora", model)
-    torch.manual_seed(derive_seed("adapters", config.seed))
-    with _as_before_on_error(model):
+    with as_before_on_error(model):
+        torch.manual_seed(derive_seed("adapters", config.seed))
         adapt(model, as_lora_config(adapter), rounds.num_tasks)
         freeze_base(model)
         if fresh_heads:
@@ -267,8 +272,8 @@ def finetune_last_layer(
     """Fine-tuning of the last layer: all else frozen, a new head per task.
 
     Args:
-        model: a plain model; it is left with a head per task, and frozen, or after an error as it
-            was.
+        model: a plain model; it is left with a head per task, and frozen; after an error it is as
+            it was.
         rounds: the tasks to fine-tune for.
         config: settings.
         heads: names of the layers to train.
@@ -311,20 +316,3 @@ def _check_plain(function: str, model: nn.Module) -> None:
         raise ValueError(
             f"{function}: the model has adapters already; metalora.remove(model) takes them out"
         )
-
-
-@contextmanager
-def _as_before_on_error(model: nn.Module) -> Iterator[None]:
-    """Puts the modules of ``model`` back if adapting it, or training adapters alone, fails."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    needed = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        for name, layer in list(model.named_modules(remove_duplicate=False)):
-            if layer is not modules.get(name) and name in modules:
-                replace_module(model, name, modules[name])
-        reopen_fused_paths(model)
-        for parameter, flag in needed:
-            parameter.requires_grad_(flag)
-        raise

@@ -22,7 +22,8 @@ from metalora.meta.peft_adapters import (
     peft_adapters,
     settings_of,
 )
-from metalora.meta.seeds import derive_seed
+from metalora.meta.restore import as_before_on_error
+from metalora.meta.seeds import derive_seed, own_random_state
 from metalora.meta.steps import Forward, GradientStep, Loss, call_model, cross_entropy
 
 
@@ -99,8 +100,9 @@ def finetune_peft(
     The tasks go through the model one after the other. `finetune_lora` does LoRA in one pass.
 
     Args:
-        model: a plain model, and the same afterwards. ``peft.get_peft_model`` and
-            ``peft.set_peft_model_state_dict`` put one of the result's adapters onto it.
+        model: a plain model, and the same afterwards, also after an error.
+            ``peft.get_peft_model`` and ``peft.set_peft_model_state_dict`` put one of the result's
+            adapters onto it.
         rounds: the tasks to fine-tune for.
         config: settings.
         peft_config: a ``peft.PeftConfig``.
@@ -117,20 +119,22 @@ def finetune_peft(
         RuntimeError: see `peft_ml`.
         FloatingPointError: if the loss is not finite.
     """
-    return _train(
-        "finetune_peft",
-        model,
-        rounds,
-        config,
-        peft_config,
-        train_shared=False,
-        loss=loss,
-        forward=forward,
-        validation=validation,
-        callbacks=callbacks,
-    )
+    with as_before_on_error(model):
+        return _train(
+            "finetune_peft",
+            model,
+            rounds,
+            config,
+            peft_config,
+            train_shared=False,
+            loss=loss,
+            forward=forward,
+            validation=validation,
+            callbacks=callbacks,
+        )
 
 
+@own_random_state()
 def _train(
     function: str,
     model: nn.Module,

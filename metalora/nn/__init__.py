@@ -1,10 +1,12 @@
 """Layers that hold something per task, and the way to say which sample belongs to which task."""
 
+from metalora.nn.checkpointing import keep_tasks_in_checkpoints
+from metalora.nn.context import current_tasks, keep_tasks, tasks
 from metalora.nn.head import MultiTaskHead
 from metalora.nn.layer import TaskLayer
 from metalora.nn.lora_linear import MultiTaskLoRALinear
 from metalora.nn.symmetric_lora_linear import SymmetricLoRALinear
-from metalora.nn.task_batch import TaskBatch, current_tasks, tasks
+from metalora.nn.task_batch import TaskBatch
 
 __all__ = [
     "MultiTaskHead",
@@ -13,5 +15,8 @@ __all__ = [
     "TaskBatch",
     "TaskLayer",
     "current_tasks",
+    "keep_tasks",
     "tasks",
 ]
+
+keep_tasks_in_checkpoints()

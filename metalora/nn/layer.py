@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from metalora._checks import check_count
-from metalora.nn.task_batch import TaskBatch, current_tasks
+from metalora.nn.context import current_tasks
+from metalora.nn.task_batch import TaskBatch
 
 
 class TaskLayer(nn.Module):
@@ -66,8 +67,8 @@ class TaskLayer(nn.Module):
                 return None
             raise ValueError(
                 f"{self._where()}: which task does each sample belong to? Call the model inside "
-                f"`with metalora.tasks(task_ids):` ({self.num_tasks} tasks; under activation "
-                "checkpointing call backward() inside it too)"
+                f"`with metalora.tasks(task_ids):` ({self.num_tasks} tasks; metalora.nn.keep_tasks "
+                "takes them to another thread)"
             )
         if not isinstance(batch, TaskBatch):
             got = type(batch).__name__

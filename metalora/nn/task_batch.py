@@ -1,8 +1,7 @@
-"""Which task each sample of a batch belongs to, and how that reaches the layers."""
+"""Which task each sample of a batch belongs to, in the form the layers need."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metalora._checks import check_count
+from metalora._transforms import transformed
 
 
 class TaskBatch:
@@ -19,6 +19,9 @@ class TaskBatch:
     Built once per batch and shared by all layers. How many rows a task has must be known on the
     host: from ``counts``, or from ``task_ids`` on the CPU. From ids on a GPU they are read back by
     the first layer, the only time that anything here waits for a device.
+
+    The batch keeps a copy of the ids, so the caller's tensor may be written to afterwards. It may
+    be made and used under `torch.inference_mode` and still serve a training later.
 
     Args:
         task_ids: int64 [B], the task of each sample, in any order.
@@ -34,8 +37,11 @@ class TaskBatch:
         TypeError: if ``task_ids`` is no int64 tensor.
         ValueError: if it is not one-dimensional, an id is outside 0..T-1, or ``counts`` or
             ``lengths`` do not fit the ids.
+        RuntimeError: under FakeTensorMode, which has no ids to read. Layers run in it with a batch
+            made before and on native routes, if it allows inputs that are not fake.
     """
 
+    @torch.inference_mode(False)  # see `kept_tensors`
     def __init__(
         self,
         task_ids: Tensor,
@@ -44,6 +50,11 @@ class TaskBatch:
         counts: Sequence[int] | None = None,
         lengths: Sequence[int] | None = None,
     ) -> None:
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            raise RuntimeError(
+                "tasks: under FakeTensorMode the ids have no values to read; make the TaskBatch "
+                "before entering FakeTensorMode(allow_non_fake_inputs=True)"
+            )
         if not isinstance(task_ids, Tensor):
             got = type(task_ids).__name__
             raise TypeError(f"tasks: task_ids must be an int64 tensor [B], got {got}")
@@ -53,6 +64,7 @@ class TaskBatch:
             )
         if task_ids.dim() != 1:
             raise ValueError(f"tasks: task_ids must be [B], got shape {list(task_ids.shape)}")
+        task_ids = task_ids.clone()
         self.task_ids = task_ids
         on_host = task_ids.device.type == "cpu"
         self._starts: Tensor | None = None  # int64 [number of counts + 1] on the host
@@ -127,11 +139,17 @@ class TaskBatch:
         self.check_range(num_tasks)
         key = (num_tasks, rows_per_sample)
         if key not in self._pointers:
+            self._keep_ptr(num_tasks, rows_per_sample)
+        return self._pointers[key]
+
+    def _keep_ptr(self, num_tasks: int, rows_per_sample: int | None) -> None:
+        with kept_tensors():
             one = (num_tasks, 1)
             if one not in self._pointers:
                 self._pointers[one] = self._make_ptr(num_tasks)
-            self._pointers[key] = self._scaled(self._pointers[one], rows_per_sample)
-        return self._pointers[key]
+            if rows_per_sample != 1:
+                ptr = self._scaled(self._pointers[one], rows_per_sample)
+                self._pointers[num_tasks, rows_per_sample] = ptr
 
     def _scaled(self, ptr: Tensor, rows_per_sample: int | None) -> Tensor:
         return self._ends[ptr] if rows_per_sample is None else ptr * rows_per_sample
@@ -152,21 +170,22 @@ class TaskBatch:
         """Brings ``samples`` [B, ...] into task order; as they are if they have it."""
         if self.order is None:
             return samples
-        return _Permute.apply(samples, *self._permutations(samples.device))
+        return _permute(samples, *self._permutations(samples.device))
 
     def unsort(self, samples: Tensor) -> Tensor:
         """Undoes `sort`."""
         if self.inverse is None:
             return samples
         order, inverse = self._permutations(samples.device)
-        return _Permute.apply(samples, inverse, order)
+        return _permute(samples, inverse, order)
 
     def _permutations(self, device: torch.device) -> tuple[Tensor, Tensor]:
         assert self.order is not None and self.inverse is not None
         if self.order.device == device:
             return self.order, self.inverse
         if device not in self._moved:
-            self._moved[device] = self.order.to(device), self.inverse.to(device)
+            with kept_tensors():
+                self._moved[device] = self.order.to(device), self.inverse.to(device)
         return self._moved[device]
 
 
@@ -200,6 +219,23 @@ def _ends(lengths: Sequence[int], size: int, is_sorted: bool) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
 
 
+@contextmanager
+def kept_tensors() -> Iterator[None]:
+    """Where tensors are made that outlive the mode in which they were first needed.
+
+    Those made in inference mode cannot be saved for backward later, and those made inside a
+    `torch.func` transform are wrapped in it.
+    """
+    with torch.inference_mode(False), torch._C._DisableFuncTorch():
+        yield
+
+
+def _permute(samples: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    if transformed():
+        return samples.index_select(0, order)
+    return _Permute.apply(samples, order, inverse)
+
+
 class _Permute(torch.autograd.Function):
     """samples[order], whose gradient is gathered by the inverse, where torch would scatter-add."""
 
@@ -212,68 +248,3 @@ class _Permute(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         order, inverse = ctx.saved_tensors
         return _Permute.apply(grad, inverse, order), None, None
-
-
-# The batch is global to the process and not to a thread: backward runs in autograd's own threads,
-# and activation checkpointing recomputes layers there.
-_current: TaskBatch | None = None
-_owner: int | None = None
-
-
-@contextmanager
-def tasks(
-    task_ids: Tensor | TaskBatch,
-    num_tasks: int | None = None,
-    *,
-    counts: Sequence[int] | None = None,
-    lengths: Sequence[int] | None = None,
-) -> Iterator[TaskBatch]:
-    """Says which task each sample belongs to, for every adapted layer called inside.
-
-    Example:
-        ``with metalora.tasks(task_ids): logits = model(inputs)``
-
-    Contexts nest: the innermost counts. With activation checkpointing, ``backward()`` belongs
-    inside as well, for it runs layers again.
-
-    Args:
-        task_ids: int64 [B], the task of each sample, in any order; or a `TaskBatch`.
-        num_tasks: see `TaskBatch`.
-        counts: see `TaskBatch`.
-        lengths: see `TaskBatch`.
-
-    Raises:
-        RuntimeError: if another thread is inside such a context.
-    """
-    global _current, _owner
-    if isinstance(task_ids, TaskBatch):
-        batch = task_ids
-    else:
-        batch = TaskBatch(task_ids, num_tasks, counts=counts, lengths=lengths)
-    _check_thread()
-    before = _current, _owner
-    _current, _owner = batch, _owner or threading.get_ident()
-    try:
-        yield batch
-    finally:
-        _current, _owner = before
-
-
-def current_tasks() -> TaskBatch | None:
-    """The batch of the innermost ``with metalora.tasks(...)`` around the caller, None outside.
-
-    Raises:
-        RuntimeError: if the context is another thread's.
-    """
-    if _current is not None and not torch.compiler.is_compiling():
-        _check_thread()
-    return _current
-
-
-def _check_thread() -> None:
-    foreign = _owner is not None and _owner != threading.get_ident()
-    if foreign and torch._C._current_graph_task_id() == -1:  # -1: no backward runs in this thread
-        raise RuntimeError(
-            "tasks: another thread is inside `with metalora.tasks(...)`, which holds for the whole "
-            "process; give the layers their tasks by argument, or run the threads as processes"
-        )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metalora._library import constant_when_compiled, gpu_problem, native_available
+from metalora._transforms import transformed
 from metalora._warn import warn_user
 from metalora.ops._arguments import SHORT
 
@@ -20,6 +21,8 @@ _warned: set[str] = set()
 
 def usable(tensor: Tensor) -> bool:
     """Whether native kernels take tensors of this device; says once why a GPU goes without."""
+    if transformed():
+        return False
     if tensor.is_cpu:
         return native_available()
     if not tensor.is_cuda:

@@ -11,6 +11,7 @@ from torch import Tensor
 from metalora import reference
 from metalora._checks import check_choice
 from metalora._library import cpu_status, gpu_memory, gpu_problem
+from metalora._transforms import transformed
 from metalora.ops._arguments import (
     FLOATS,
     SHORT,
@@ -58,8 +59,9 @@ def lora_linear(
 ) -> Tensor:
     """y_t = x_t Wᵀ + b + s · drop(x_t) A_tᵀ B_tᵀ for the rows x_t of every task t (paper, eq. 6).
 
-    Differentiable any number of times in x, weight, bias, lora_A and lora_B; under `torch.func`
-    with route="reference" only. Under autocast, x and bias are cast to its dtype, and so are the
+    Differentiable any number of times in x, weight, bias, lora_A and lora_B. Under the transforms
+    of `torch.func` (grad, vmap, jvp, …) and in forward mode, route="auto" takes "reference", and
+    native routes are refused. Under autocast, x and bias are cast to its dtype, and so are the
     weights once the LoRA update is in.
 
     Args:
@@ -318,6 +320,8 @@ def _problem_of_device(x: Tensor) -> str | None:
     """Why there are no native kernels for x; None if there are."""
     if usable(x):
         return None
+    if transformed():
+        return "transforms of torch.func and forward-mode derivatives have plain PyTorch only"
     if x.is_cuda:
         return gpu_problem(x.get_device())
     if x.is_cpu:

@@ -1,12 +1,11 @@
-"""Which sample belongs to which task: ids of any order, pointers, ranges, and the context."""
+"""Which sample belongs to which task: ids of any order, pointers and ranges."""
 
 import re
-import threading
 
 import pytest
 import torch
 
-from metalora.nn import MultiTaskLoRALinear, TaskBatch, current_tasks, tasks
+from metalora.nn import MultiTaskHead, MultiTaskLoRALinear, TaskBatch, current_tasks
 
 
 def test_pointer_counts_the_rows_of_each_task_and_knows_empty_ones():
@@ -118,47 +117,37 @@ def test_counts_of_more_tasks_than_there_are_are_refused():
         batch.task_ptr(2, 1)
 
 
-def test_contexts_nest_and_are_left_on_errors():
-    assert current_tasks() is None
-    with tasks(torch.tensor([0])) as outer:
-        assert current_tasks() is outer
-        with tasks(torch.tensor([1, 0])) as inner:
-            assert current_tasks() is inner
-        assert current_tasks() is outer
-        with pytest.raises(KeyError), tasks(torch.tensor([1])):
-            raise KeyError
-        assert current_tasks() is outer
-    assert current_tasks() is None
+@pytest.mark.parametrize("values", [[0, 0, 1, 2], [2, 0, 1, 0]], ids=["sorted", "mixed"])
+def test_the_ids_are_copied(values):
+    ids = torch.tensor(values)
+    batch, samples = TaskBatch(ids), torch.randn(4, 2)
+    want = batch.sort(samples)
+    ids.fill_(1)
+    assert batch.task_ids.tolist() == values
+    assert torch.equal(batch.sort(samples), want)
+    assert batch.task_ptr(3, 1).tolist() == [0, 2, 3, 4]
 
 
-def test_context_takes_a_finished_batch():
-    batch = TaskBatch(torch.tensor([0]))
-    with tasks(batch) as entered:
-        assert entered is batch
+@pytest.mark.parametrize("made_inside", [True, False])
+@pytest.mark.parametrize("values", [[0, 0, 1, 2], [2, 0, 1, 0]], ids=["sorted", "mixed"])
+@pytest.mark.parametrize("make", [MultiTaskLoRALinear, MultiTaskHead])
+def test_a_batch_that_inference_mode_saw_trains_afterwards(make, values, made_inside):
+    options = {"rank": 1} if make is MultiTaskLoRALinear else {}
+    layer, x = make(2, 3, num_tasks=3, **options), torch.randn(4, 2, 2, requires_grad=True)
+    batch = None if made_inside else TaskBatch(torch.tensor(values))
+    with torch.inference_mode():
+        batch = batch or TaskBatch(torch.tensor(values))
+        seen = layer(x, batch)
+    y = layer(x, batch)
+    assert torch.equal(y, seen)
+    y.sum().backward()
+    assert x.grad.abs().sum() > 0
 
 
-def test_other_threads_get_an_error_instead_of_these_tasks():
-    def errors_of(action):
-        caught = []
-
-        def run():
-            try:
-                action()
-            except RuntimeError as error:
-                caught.append(str(error))
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-        return caught
-
-    def enter():
-        with tasks(torch.tensor([1])):
-            pass
-
-    with tasks(torch.tensor([0])) as mine:
-        for action in (enter, current_tasks):
-            (message,) = errors_of(action)
-            assert "another thread is inside `with metalora.tasks(...)`" in message
-        assert current_tasks() is mine
-    assert errors_of(enter) == []
+def test_a_packed_batch_that_inference_mode_saw_trains_afterwards():
+    layer, x = MultiTaskLoRALinear(2, 3, num_tasks=3, rank=1), torch.randn(1, 4, 2)
+    with torch.inference_mode():
+        batch = TaskBatch(torch.tensor([0, 2]), lengths=[1, 3])
+        layer(x, batch)
+    layer(x, batch).sum().backward()
+    assert layer.weight.grad.abs().sum() > 0

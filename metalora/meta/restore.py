@@ -1,0 +1,36 @@
+"""A model as it was, after a training that failed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from metalora.adapters.fused_paths import reopen_fused_paths
+
+
+@contextmanager
+def as_before_on_error(model: nn.Module) -> Iterator[None]:
+    """After any exception inside, an interrupt too, ``model`` is as it was on entering.
+
+    It consists of its own modules, in their modes, with their buffers' values and their parameters'
+    ``requires_grad``. The parameters' values are left alone: fine-tuning does not change them.
+    """
+    modules = [(module, dict(module._modules), module.training) for module in model.modules()]
+    parameters = [(p, p.requires_grad) for p in model.parameters()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    except BaseException:
+        for module, children, training in modules:
+            module._modules.update(children)
+            module.training = training
+        reopen_fused_paths(model)
+        for parameter, flag in parameters:
+            parameter.requires_grad_(flag)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        raise
