@@ -13,7 +13,7 @@ from metalora.meta.callbacks import Callback
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds
 from metalora.meta.evaluation import Evaluation, evaluate
-from metalora.meta.schedule import learning_rate
+from metalora.meta.schedule import schedule_factor
 from metalora.meta.seeds import derive_seed
 from metalora.meta.steps import Forward, Step, call_model
 
@@ -99,9 +99,10 @@ def train(
         model.train()
         losses = []
         for batches in step.split(rounds):
-            lr = learning_rate(config, epoch, training.steps_done, training.steps_per_epoch)
+            when = epoch, training.steps_done, training.steps_per_epoch
+            factor = schedule_factor(config, *when)
             for group in step.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
             losses.append(step(batches))
             training.steps_done += 1
             for callback in callbacks:
@@ -113,6 +114,7 @@ def train(
                 f"train: the loss of epoch {epoch} is {loss}; lower lr={config.lr:g} "
                 "or clip gradients with grad_clip"
             )
+        lr = config.lr * factor
         record = {"epoch": epoch, "loss": loss, "lr": lr, **_validate(model, validation, forward)}
         training.history.append(record)
         training.next_epoch, training.kept_epoch = epoch + 1, epoch

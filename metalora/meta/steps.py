@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from metalora._checks import check_choice, check_count, check_positive
 from metalora.adapters import adapted_layers
-from metalora.meta.config import OPTIMIZERS, TrainConfig
+from metalora.meta.config import TrainConfig
 from metalora.meta.data import Batch, Rounds
-from metalora.meta.optimizer import TaskwiseLeaves, make_optimizer
+from metalora.meta.mean import sample_weights, weighted_mean
+from metalora.meta.optimizer import NAMED, make_optimizer
+from metalora.meta.task_optimizer import TaskOptimizer
 from metalora.nn import tasks
 
 Loss = Callable[[Any, Batch], Tensor]
@@ -107,30 +109,25 @@ class Objective:
                     f"loss: must return one loss per sample, [{len(batch.task_ids)}], "
                     f"got {list(losses.shape)}"
                 )
-            value = (losses * batch.weights.to(losses)).sum()
+            value = weighted_mean(losses, batch.weights)
             scaler.scale(value).backward()  # in the context: checkpointed layers run again
         return value.detach()
 
     def _weights(self, batch: Batch) -> Tensor:
         if not self.pooled:
-            return sample_weights(batch.task_ids, self.num_tasks)
+            return sample_weights(batch.task_ids)
         size = batch.task_ids.shape
         return torch.full(size, 1 / size[0], dtype=torch.float64, device=batch.task_ids.device)
-
-
-def sample_weights(task_ids: Tensor, num_tasks: int) -> Tensor:
-    """[B]: 1 / (number of tasks present · samples of the own task), the loss's weights (eq. 5)."""
-    ones = torch.ones_like(task_ids, dtype=torch.float64)
-    counts = ones.new_zeros(num_tasks).index_add(0, task_ids, ones)
-    return 1 / (counts[task_ids] * (counts > 0).sum())
 
 
 class GradientStep:
     """One step of the optimiser on the loss of a round, or of one task's part of it.
 
+    The adapters of tasks that are absent stay as they are, see `metalora.TaskOptimizer`.
+
     Args:
         model: plain or adapted; its trainable parameters are trained.
-        rounds: the loader, asked whether tasks can be absent from a batch.
+        rounds: the loader.
         config: settings.
         loss: the loss of each sample.
         forward: how the model is called.
@@ -152,14 +149,8 @@ class GradientStep:
         self.objective = Objective(
             model, rounds.num_tasks, config, pooled=rounds.pooled, loss=loss, forward=forward
         )
-        # Stacked adapters are stepped whole where that is the same: fewer and larger tensors.
-        complete = not rounds.pooled and min(rounds.rounds_per_task) == len(rounds)
-        taskwise = config.step_per == "task" or not complete
-        self.leaves = TaskwiseLeaves(model) if taskwise and adapted_layers(model) else None
-        self.parameters = trainable(model) if self.leaves is None else self.leaves.parameters()
-        self.optimizer = make_optimizer(
-            config.optimizer, self.parameters, config.lr, config.weight_decay
-        )
+        self.parameters = trainable(model)
+        self.optimizer = _optimizer(model, config)
         self.scaler = make_scaler(model, config)
 
     def per_epoch(self, rounds: Rounds) -> int:
@@ -177,10 +168,8 @@ class GradientStep:
     def __call__(self, batches: list[Batch]) -> Tensor:
         """Takes one step on the one batch; returns its loss."""
         (batch,) = batches
-        self.model.zero_grad()
+        self.optimizer.zero_grad()
         value = self.objective.backward(batch, self.scaler)
-        if self.leaves is not None:
-            self.leaves.give_gradients(batch.tasks_present())
         clip(self.optimizer, self.scaler, self.config, self.parameters)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -227,9 +216,7 @@ class ReptileStep:
         self.model, self.config, self.average = model, config, average
         self.inner_steps = check_count("reptile", "inner_steps", inner_steps)
         self.inner_lr = check_positive("reptile", "inner_lr", inner_lr)
-        self.inner_optimizer = check_choice(
-            "reptile", "inner_optimizer", inner_optimizer, OPTIMIZERS
-        )
+        self.inner_optimizer = check_choice("reptile", "inner_optimizer", inner_optimizer, NAMED)
         check_choice("reptile", "outer_sign", outer_sign, ("towards", "away"))
         self.sign = {"towards": 1.0, "away": -1.0}[outer_sign]
         self.settings: dict[str, Any] = {
@@ -296,6 +283,19 @@ def group_by_task(batches: list[Batch]) -> list[list[Batch]]:
     for batch in batches:
         groups.setdefault(batch.tasks_present()[0], []).append(batch)
     return [groups[task] for task in sorted(groups)]
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    if not adapted_layers(model):
+        return make_optimizer(config.optimizer, trainable(model), config.lr, config.weight_decay)
+    return TaskOptimizer(
+        model,
+        NAMED[config.optimizer],
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adapter_lr=config.adapter_lr,
+        adapter_weight_decay=config.adapter_weight_decay,
+    )
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
