@@ -84,12 +84,10 @@ def test_the_first_loop_is_lora_ml(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             "loader": [(batch.inputs, batch.targets, batch.task_ids) for batch in batches],
         }
         torch.manual_seed(meta.derive_seed("adapters", 0))  # lora_ml draws adapters from it
-        adapters: list[dict[str, torch.Tensor]] = []
-        spy = text.replace("\nplain =", "\nkeep(model)\nplain =")
-        names["keep"] = lambda model: adapters.extend(
-            metalora.task_state_dict(model, task) for task in range(10)
-        )
-        exec(spy, names)
+        training, removal = text.split("\nplain =")
+        exec(training, names)
+        adapters = [metalora.task_state_dict(names["model"], task) for task in range(10)]
+        exec("plain =" + removal, names)
 
         config = meta.TrainConfig(epochs=1, lr=rate, weight_decay=0.01, optimizer="adamw")
         result = meta.lora_ml(start, rounds, config, names["config"])

@@ -337,12 +337,11 @@ def test_the_weights_stay_those_of_the_last_good_step(average):
             after_step.append(flat(training.model))
 
     model, config = network(), TrainConfig(epochs=3, lr=0.1)
+    retrain, options = standard, {}
+    if average is not None:
+        retrain, options = reptile, {"average": average, "inner_steps": 1 if average else 3}
     with pytest.raises(DivergedError, match="the loss of a step is nan"):
-        if average is None:
-            standard(model, rounds(), config, loss=loss, callbacks=[Keep()])
-        else:
-            options = {"average": average, "inner_steps": 1 if average else 3}
-            reptile(model, rounds(), config, loss=loss, callbacks=[Keep()], **options)
+        retrain(model, rounds(), config, loss=loss, callbacks=[Keep()], **options)
     assert len(after_step) >= 1 and len(passes) == 5
     assert torch.equal(flat(model), after_step[-1]) and torch.isfinite(flat(model)).all()
 
