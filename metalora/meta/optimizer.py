@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -14,8 +15,9 @@ def make_optimizer(
     name: str, parameters: Sequence[Tensor], lr: float, weight_decay: float
 ) -> Optimizer:
     """The optimiser called ``name``, fused where torch can."""
-    fused = {"fused": can_fuse(parameters)}
-    return NAMED[name](parameters, lr=lr, weight_decay=weight_decay, **fused)  # type: ignore[call-arg]
+    kind: Callable[..., Optimizer] = NAMED[name]
+    options: dict[str, Any] = {"weight_decay": weight_decay, "fused": can_fuse(parameters)}
+    return kind(parameters, lr=lr, **options)
 
 
 def can_fuse(parameters: Iterable[Tensor]) -> bool:
