@@ -2,6 +2,8 @@
 
     metalora.adapt(model, config, num_tasks)    adapters of all tasks on the linear layers
     with metalora.tasks(task_ids): model(x)     which sample belongs to which task
+    metalora.task_mean(losses, task_ids)        the loss: the mean over tasks
+    metalora.TaskOptimizer(model, AdamW)        leaves the adapters of absent tasks alone
     metalora.meta                               LoRA-ML and its rivals, and fine-tuning after them
     metalora.nn, metalora.ops                   the layers and the operators under them
     metalora.linear, metalora.shallow           the paper's linear model and shallow network
@@ -24,11 +26,13 @@ from metalora.adapters import (
     task_parameters,
     task_state_dict,
 )
+from metalora.meta import TaskOptimizer, task_mean
 from metalora.nn import TaskBatch, tasks
 
 __all__ = [
     "LoRAConfig",
     "TaskBatch",
+    "TaskOptimizer",
     "__version__",
     "adapt",
     "base_state_dict",
@@ -43,6 +47,7 @@ __all__ = [
     "remove",
     "reset_adapters",
     "shallow",
+    "task_mean",
     "task_parameters",
     "task_state_dict",
     "tasks",

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from metalora.adapters import adapted_layers
-from metalora.meta import Batch, cross_entropy
-from metalora.meta.steps import Loss, sample_weights
+from metalora.meta import Batch, cross_entropy, task_mean
+from metalora.meta.steps import Loss
 from metalora.nn import TaskBatch, tasks
 
 
@@ -56,13 +56,13 @@ class TaskIds:
         Raises:
             ValueError: if the latest call was without ``task_ids``, or of another size.
         """
-        ids = self._latest_ids().to(losses.device)
-        if losses.shape != ids.shape:
+        batch = self._latest()
+        if losses.shape != batch.task_ids.shape:
             raise ValueError(
-                f"TaskIds.mean: losses must be those of the latest call's samples, [{len(ids)}], "
-                f"got {list(losses.shape)}"
+                "TaskIds.mean: losses must be those of the latest call's samples, "
+                f"[{batch.size}], got {list(losses.shape)}"
             )
-        return (losses * sample_weights(ids, self._num_tasks).to(losses)).sum()
+        return task_mean(losses, batch)
 
     def loss(
         self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
@@ -75,7 +75,7 @@ class TaskIds:
             num_items_in_batch: labels in all batches whose gradients are accumulated; each batch
                 counts by its share of them.
         """
-        batch = Batch(None, labels, self._latest_ids())
+        batch = Batch(None, labels, self._latest().task_ids)
         value = self.mean(self._loss(outputs.logits, batch))
         if num_items_in_batch is None:
             return value
@@ -87,13 +87,13 @@ class TaskIds:
         for handle in self._handles:
             handle.remove()
 
-    def _latest_ids(self) -> Tensor:
+    def _latest(self) -> TaskBatch:
         if self._batch is None:
             raise ValueError(
                 "TaskIds: the model's latest call was without task_ids; is TaskCollator the "
                 "data_collator?"
             )
-        return self._batch.task_ids
+        return self._batch
 
     def _before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         self._scope.close()  # left open by an interrupt, behind which torch calls no hooks

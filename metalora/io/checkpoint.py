@@ -20,6 +20,7 @@ from metalora._warn import warn_user
 from metalora.adapters import adapted_layers, task_parameters
 from metalora.meta import Callback, Training
 from metalora.meta.identity import digest_of_tensors, identity_of
+from metalora.meta.task_optimizer import TASKS_WITH_STATE, TaskOptimizer
 
 _FORMAT = "metalora training 2"
 _VALUES = {
@@ -355,6 +356,7 @@ def _optimizer_state(
 ) -> dict[int, dict[str, Tensor]]:
     """By the parameter's number; refuses all that the optimiser could not have made."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    kind = type(optimizer.inner if isinstance(optimizer, TaskOptimizer) else optimizer)
     by_number: dict[str, dict[str, Tensor]] = {}
     for name, tensor in found.items():
         prefix, _, key = name.partition(".")
@@ -362,14 +364,20 @@ def _optimizer_state(
     state = {}
     for number, parameter in enumerate(parameters):
         own = by_number.pop(str(number), {})
-        known = type(optimizer) in _STATES
-        keys = _STATES[type(optimizer)] if known else tuple(own)
-        for key in {**own, **dict.fromkeys(keys)} if own else ():
-            if key not in keys or key not in own or not _fits(key, own[key], parameter, known):
+        apart = isinstance(optimizer, TaskOptimizer) and TASKS_WITH_STATE in own
+        keys = _STATES.get(kind, tuple(own))
+        wanted = [*keys, TASKS_WITH_STATE] if apart else keys
+        for key in {**own, **dict.fromkeys(wanted)} if own else ():
+            fits = key in wanted and key in own
+            if fits and kind in _STATES:
+                fits = _fits(key, own[key], parameter, apart)
+            elif fits:
+                fits = own[key].shape in ((), parameter.shape[:1], parameter.shape)
+            if not fits:
                 got = _shapes(own).get(key, "nothing")
                 raise CheckpointError(
                     f"Checkpoint: {path} has optimizer state {_short(f'{number}.{key}')}: {got}, "
-                    f"wanted {', '.join(_STATES.get(type(optimizer), ())) or 'none'} of shape "
+                    f"wanted {', '.join(_STATES.get(kind, ())) or 'none'} of shape "
                     f"{list(parameter.shape)}"
                 )
         if own:
@@ -384,11 +392,14 @@ def _optimizer_state(
     return state
 
 
-def _fits(key: str, state: Tensor, parameter: Tensor, known: bool) -> bool:
-    if not known:
-        return state.shape in ((), parameter.shape[:1], parameter.shape)
+def _fits(key: str, state: Tensor, parameter: Tensor, apart: bool) -> bool:
+    """Whether Adam could have such a state; ``apart``: of tasks that were not stepped alike."""
+    if key == TASKS_WITH_STATE:
+        return state.dtype == torch.bool and state.shape == parameter.shape[:1]
     if key == "step":
-        return state.dim() == 0 and state.is_floating_point() and 0 <= float(state) < math.inf
+        wanted = parameter.shape[:1] if apart else ()
+        counts = state.shape == wanted and state.is_floating_point()
+        return counts and bool(((state >= 0) & (state < math.inf)).all())
     return state.dtype == parameter.dtype and state.shape == parameter.shape
 
 

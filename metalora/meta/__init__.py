@@ -1,10 +1,12 @@
 """Retraining for adaptability, and the fine-tuning that follows it."""
 
+from metalora._checks import DivergedError
 from metalora.meta.callbacks import Callback, KeepBest, MetricsLog, Progress
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Batch, RoundLoader, Rounds, by_task
 from metalora.meta.evaluation import Evaluation, accuracy, evaluate
 from metalora.meta.loop import Result, Training, train
+from metalora.meta.mean import task_mean
 from metalora.meta.methods import (
     finetune_last_layer,
     finetune_lora,
@@ -17,10 +19,12 @@ from metalora.meta.peft_ml import finetune_peft, peft_ml
 from metalora.meta.schedule import learning_rate
 from metalora.meta.seeds import derive_seed
 from metalora.meta.steps import GradientStep, ReptileStep, cross_entropy
+from metalora.meta.task_optimizer import TaskOptimizer
 
 __all__ = [
     "Batch",
     "Callback",
+    "DivergedError",
     "Evaluation",
     "GradientStep",
     "KeepBest",
@@ -30,6 +34,7 @@ __all__ = [
     "Result",
     "RoundLoader",
     "Rounds",
+    "TaskOptimizer",
     "TrainConfig",
     "Training",
     "accuracy",
@@ -46,5 +51,6 @@ __all__ = [
     "peft_ml",
     "reptile",
     "standard",
+    "task_mean",
     "train",
 ]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metalora._checks import check_choice, check_count, check_nonnegative, check_positive
-
-OPTIMIZERS = ("adam", "adamw", "sgd")
+from metalora.meta.optimizer import NAMED
 
 
 @dataclass(frozen=True)
@@ -17,6 +16,9 @@ class TrainConfig:
         epochs: passes over the data.
         lr: learning rate, before the schedule.
         weight_decay: as the optimiser means it.
+        adapter_lr: learning rate of adapters and heads, before the schedule; None means ``lr``.
+            A model without any has no use for it.
+        adapter_weight_decay: weight decay of adapters and heads; None means ``weight_decay``.
         optimizer: "adam", "adamw" or "sgd" (without momentum).
         schedule: "constant", "cosine" (to zero) or "linear" (to zero).
         schedule_unit: whether the rate changes with every "epoch" or optimiser "step".
@@ -46,12 +48,18 @@ class TrainConfig:
     precision: str = "fp32"
     step_per: str = "round"
     seed: int = 0
+    adapter_lr: float | None = None
+    adapter_weight_decay: float | None = None
 
     def __post_init__(self) -> None:
         check_count("TrainConfig", "epochs", self.epochs)
         check_positive("TrainConfig", "lr", self.lr)
         check_nonnegative("TrainConfig", "weight_decay", self.weight_decay)
-        check_choice("TrainConfig", "optimizer", self.optimizer, OPTIMIZERS)
+        if self.adapter_lr is not None:
+            check_positive("TrainConfig", "adapter_lr", self.adapter_lr)
+        if self.adapter_weight_decay is not None:
+            check_nonnegative("TrainConfig", "adapter_weight_decay", self.adapter_weight_decay)
+        check_choice("TrainConfig", "optimizer", self.optimizer, NAMED)
         check_choice("TrainConfig", "schedule", self.schedule, ("constant", "cosine", "linear"))
         check_choice("TrainConfig", "schedule_unit", self.schedule_unit, ("epoch", "step"))
         if check_nonnegative("TrainConfig", "warmup", self.warmup) > 1:

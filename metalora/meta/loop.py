@@ -13,9 +13,9 @@ from metalora.meta.callbacks import Callback
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds
 from metalora.meta.evaluation import Evaluation, evaluate
-from metalora.meta.schedule import learning_rate
+from metalora.meta.schedule import schedule_factor
 from metalora.meta.seeds import derive_seed, own_random_state
-from metalora.meta.steps import Forward, Step, call_model
+from metalora.meta.steps import Forward, Step, call_model, check_finite
 
 Validation = Rounds | Callable[[nn.Module], Evaluation | float]
 """A loader, of which the accuracy is taken, or a function of the model."""
@@ -90,7 +90,9 @@ def train(
         forward: how the model is called in validation.
 
     Raises:
-        FloatingPointError: if the loss of an epoch is not finite.
+        DivergedError: if the loss is NaN or infinite. On a CPU this is found before the step is
+            taken, so the weights are those of the last good step; on a GPU, which is waited for
+            once an epoch, at the epoch's end, when they may be NaN.
     """
     callbacks = list(callbacks)
     steps_per_epoch = step.per_epoch(rounds)
@@ -104,20 +106,18 @@ def train(
         model.train()
         losses = []
         for batches in step.split(rounds):
-            lr = learning_rate(config, epoch, training.steps_done, training.steps_per_epoch)
+            when = epoch, training.steps_done, training.steps_per_epoch
+            factor = schedule_factor(config, *when)
             for group in step.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
             losses.append(step(batches))
             training.steps_done += 1
             for callback in callbacks:
                 callback.on_step(training, losses[-1])
 
         loss = float(torch.stack(losses).mean())  # the epoch's only wait for the device
-        if not torch.isfinite(torch.tensor(loss)):
-            raise FloatingPointError(
-                f"train: the loss of epoch {epoch} is {loss}; lower lr={config.lr:g} "
-                "or clip gradients with grad_clip"
-            )
+        check_finite(loss, f"the mean loss of epoch {epoch}", config)
+        lr = config.lr * factor
         record = {"epoch": epoch, "loss": loss, "lr": lr, **_validate(model, validation, forward)}
         training.history.append(record)
         training.next_epoch, training.kept_epoch = epoch + 1, epoch

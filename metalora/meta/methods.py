@@ -58,7 +58,7 @@ def standard(
 
     Raises:
         ValueError: if ``model`` has adapters.
-        FloatingPointError: if the loss is not finite.
+        DivergedError: if the loss is not finite, see `train`.
     """
     _check_plain("standard", model)
     step = GradientStep(model, rounds, config, loss=loss, forward=forward)
@@ -94,7 +94,7 @@ def lora_ml(
 
     Raises:
         ValueError: if ``model`` has adapters already, or ``adapter`` does not fit it.
-        FloatingPointError: if the loss is not finite.
+        DivergedError: if the loss is not finite, see `train`.
     """
     _check_plain("lora_ml", model)
     named = model.named_parameters(remove_duplicate=False)
@@ -140,7 +140,7 @@ def last_layer_ml(
 
     Raises:
         ValueError: if ``model`` has adapters already, or ``heads`` are not in it.
-        FloatingPointError: if the loss is not finite.
+        DivergedError: if the loss is not finite, see `train`.
     """
     return lora_ml(
         model,
@@ -189,7 +189,7 @@ def reptile(
 
     Raises:
         ValueError: if ``model`` has adapters, or a setting is outside its range.
-        FloatingPointError: if the loss is not finite.
+        DivergedError: if the loss is not finite, see `train`.
     """
     _check_plain("reptile", model)
     step = ReptileStep(
@@ -241,7 +241,7 @@ def finetune_lora(
 
     Raises:
         ValueError: if ``model`` has adapters already, or ``adapter`` does not fit it.
-        FloatingPointError: if the loss is not finite.
+        DivergedError: if the loss is not finite, see `train`.
     """
     _check_plain("finetune_lora", model)
     with as_before_on_error(model):
@@ -285,7 +285,7 @@ def finetune_last_layer(
 
     Raises:
         ValueError: if ``model`` has adapters already, or ``heads`` are not in it.
-        FloatingPointError: if the loss is not finite.
+        DivergedError: if the loss is not finite, see `train`.
     """
     return finetune_lora(
         model,

@@ -70,7 +70,7 @@ def peft_ml(
             adapter per task, or does not let the shared weights be trained.
         RuntimeError: if the method does not work on ``model`` with the installed versions of peft
             and of the model's package: it fails where the plain model runs.
-        FloatingPointError: if the loss is not finite.
+        DivergedError: if the loss is not finite, see `train`.
     """
     adapter = _as_fused(model, peft_config) if fused else None
     how: dict[str, Any] = {
@@ -117,7 +117,7 @@ def finetune_peft(
         ValueError: if ``model`` has adapters already, or the method does not fit it or cannot have
             an adapter per task.
         RuntimeError: see `peft_ml`.
-        FloatingPointError: if the loss is not finite.
+        DivergedError: if the loss is not finite, see `train`.
     """
     with as_before_on_error(model):
         return _train(

@@ -8,10 +8,15 @@ from metalora.meta.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, epoch: int, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of one optimiser step.
+    """The learning rate of one optimiser step: ``config.lr`` times `schedule_factor`."""
+    return config.lr * schedule_factor(config, epoch, step, steps_per_epoch)
+
+
+def schedule_factor(config: TrainConfig, epoch: int, step: int, steps_per_epoch: int) -> float:
+    """The factor on all learning rates for one optimiser step.
 
     With i the epoch or the step, n = schedule_scale times their number and w = warmup · n, the
-    factor on ``config.lr`` is (i + 1) / w while i < w, and after that, with p = (i - w) / (n - w):
+    factor is (i + 1) / w while i < w, and after that, with p = (i - w) / (n - w):
     1 (constant), (1 + cos πp) / 2 (cosine) or 1 - p (linear).
 
     Args:
@@ -25,10 +30,10 @@ def learning_rate(config: TrainConfig, epoch: int, step: int, steps_per_epoch: i
     length = config.schedule_scale * config.epochs * (1 if by_epoch else steps_per_epoch)
     warmup = config.warmup * length
     if now < warmup:
-        return config.lr * min(1.0, (now + 1) / warmup)
+        return min(1.0, (now + 1) / warmup)
     if config.schedule == "constant":
-        return config.lr
+        return 1.0
     progress = min(1.0, (now - warmup) / (length - warmup))
     if config.schedule == "linear":
-        return config.lr * (1 - progress)
-    return config.lr * (1 + math.cos(math.pi * progress)) / 2
+        return 1 - progress
+    return (1 + math.cos(math.pi * progress)) / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
@@ -11,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metalora._checks import check_choice, check_count, check_positive
+from metalora._checks import DivergedError, check_choice, check_count, check_positive
 from metalora.adapters import adapted_layers
-from metalora.meta.config import OPTIMIZERS, TrainConfig
+from metalora.meta.config import TrainConfig
 from metalora.meta.data import Batch, Rounds
 from metalora.meta.identity import identity_of
-from metalora.meta.optimizer import TaskwiseLeaves, make_optimizer
+from metalora.meta.mean import sample_weights, weighted_mean
+from metalora.meta.optimizer import NAMED, make_optimizer
+from metalora.meta.task_optimizer import TaskOptimizer
 from metalora.nn import tasks
 
 Loss = Callable[[Any, Batch], Tensor]
@@ -64,7 +67,6 @@ class Objective:
 
     Args:
         model: plain or adapted.
-        num_tasks: number of tasks T.
         config: settings; of them, the precision.
         pooled: take the mean over samples instead.
         loss: the loss of each sample.
@@ -74,24 +76,30 @@ class Objective:
     def __init__(
         self,
         model: nn.Module,
-        num_tasks: int,
         config: TrainConfig,
         *,
         pooled: bool = False,
         loss: Loss = cross_entropy,
         forward: Forward = call_model,
     ) -> None:
-        self.model, self.num_tasks, self.pooled = model, num_tasks, pooled
+        self.model, self.config, self.pooled = model, config, pooled
         self.loss, self.forward = loss, forward
         self.device = next(model.parameters()).device
         self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
 
     def backward(self, batch: Batch, scaler: torch.amp.GradScaler) -> Tensor:
-        """Adds the batch's gradients, times the scaler's scale, to the parameters; its loss."""
+        """Adds the batch's gradients, times the scaler's scale, to the parameters; its loss.
+
+        Raises:
+            DivergedError: if the loss is NaN or infinite; known here on a CPU alone.
+        """
         if batch.weights is None:
             batch = replace(batch, weights=self._weights(batch))
         values = [self._pass_backward(part, scaler) for part in batch.passes()]
-        return values[0] if len(values) == 1 else torch.stack(values).sum()
+        value = values[0] if len(values) == 1 else torch.stack(values).sum()
+        if value.device.type == "cpu":  # reading it waits for nothing
+            check_finite(float(value), "the loss of a step", self.config)
+        return value
 
     def _pass_backward(self, batch: Batch, scaler: torch.amp.GradScaler) -> Tensor:
         if batch.weights is None:
@@ -108,30 +116,25 @@ class Objective:
                     f"loss: must return one loss per sample, [{len(batch.task_ids)}], "
                     f"got {list(losses.shape)}"
                 )
-            value = (losses * batch.weights.to(losses)).sum()
+            value = weighted_mean(losses, batch.weights)
             scaler.scale(value).backward()  # in the context: checkpointed layers run again
         return value.detach()
 
     def _weights(self, batch: Batch) -> Tensor:
         if not self.pooled:
-            return sample_weights(batch.task_ids, self.num_tasks)
+            return sample_weights(batch.task_ids)
         size = batch.task_ids.shape
         return torch.full(size, 1 / size[0], dtype=torch.float64, device=batch.task_ids.device)
-
-
-def sample_weights(task_ids: Tensor, num_tasks: int) -> Tensor:
-    """[B]: 1 / (number of tasks present · samples of the own task), the loss's weights (eq. 5)."""
-    ones = torch.ones_like(task_ids, dtype=torch.float64)
-    counts = ones.new_zeros(num_tasks).index_add(0, task_ids, ones)
-    return 1 / (counts[task_ids] * (counts > 0).sum())
 
 
 class GradientStep:
     """One step of the optimiser on the loss of a round, or of one task's part of it.
 
+    The adapters of tasks that are absent stay as they are, see `metalora.TaskOptimizer`.
+
     Args:
         model: plain or adapted; its trainable parameters are trained.
-        rounds: the loader, asked whether tasks can be absent from a batch.
+        rounds: the loader.
         config: settings.
         loss: the loss of each sample.
         forward: how the model is called.
@@ -155,17 +158,9 @@ class GradientStep:
             "loss": identity_of(loss),
             "forward": identity_of(forward),
         }
-        self.objective = Objective(
-            model, rounds.num_tasks, config, pooled=rounds.pooled, loss=loss, forward=forward
-        )
-        # Stacked adapters are stepped whole where that is the same: fewer and larger tensors.
-        complete = not rounds.pooled and min(rounds.rounds_per_task) == len(rounds)
-        taskwise = config.step_per == "task" or not complete
-        self.leaves = TaskwiseLeaves(model) if taskwise and adapted_layers(model) else None
-        self.parameters = trainable(model) if self.leaves is None else self.leaves.parameters()
-        self.optimizer = make_optimizer(
-            config.optimizer, self.parameters, config.lr, config.weight_decay
-        )
+        self.objective = Objective(model, config, pooled=rounds.pooled, loss=loss, forward=forward)
+        self.parameters = trainable(model)
+        self.optimizer = _optimizer(model, config)
         self.scaler = make_scaler(model, config)
 
     def per_epoch(self, rounds: Rounds) -> int:
@@ -183,10 +178,8 @@ class GradientStep:
     def __call__(self, batches: list[Batch]) -> Tensor:
         """Takes one step on the one batch; returns its loss."""
         (batch,) = batches
-        self.model.zero_grad()
+        self.optimizer.zero_grad()
         value = self.objective.backward(batch, self.scaler)
-        if self.leaves is not None:
-            self.leaves.give_gradients(batch.tasks_present())
         clip(self.optimizer, self.scaler, self.config, self.parameters)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -233,9 +226,7 @@ class ReptileStep:
         self.model, self.config, self.average = model, config, average
         self.inner_steps = check_count("reptile", "inner_steps", inner_steps)
         self.inner_lr = check_positive("reptile", "inner_lr", inner_lr)
-        self.inner_optimizer = check_choice(
-            "reptile", "inner_optimizer", inner_optimizer, OPTIMIZERS
-        )
+        self.inner_optimizer = check_choice("reptile", "inner_optimizer", inner_optimizer, NAMED)
         check_choice("reptile", "outer_sign", outer_sign, ("towards", "away"))
         self.sign = {"towards": 1.0, "away": -1.0}[outer_sign]
         self.settings: dict[str, Any] = {
@@ -248,7 +239,7 @@ class ReptileStep:
             "loss": identity_of(loss),
             "forward": identity_of(forward),
         }
-        self.objective = Objective(model, rounds.num_tasks, config, loss=loss, forward=forward)
+        self.objective = Objective(model, config, loss=loss, forward=forward)
         self.parameters = trainable(model)
         self.optimizer = make_optimizer(
             config.optimizer, self.parameters, config.lr, config.weight_decay
@@ -274,8 +265,23 @@ class ReptileStep:
     def __call__(self, batches: list[Batch]) -> Tensor:
         """Takes one outer step; returns the mean loss of its inner steps."""
         start = [p.detach().clone() for p in self.parameters]
+        try:
+            gradients, loss = self._outer_gradients(start, group_by_task(batches))
+        except DivergedError:
+            with torch.no_grad():
+                for p, before in zip(self.parameters, start, strict=True):
+                    p.copy_(before)
+            raise
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            p.grad = gradient
+        self.optimizer.step()
+        return loss
+
+    def _outer_gradients(
+        self, start: list[Tensor], per_task: list[list[Batch]]
+    ) -> tuple[list[Tensor], Tensor]:
+        """W − W_inner, averaged over tasks, and the mean loss of the inner steps."""
         gradients = [torch.zeros_like(p) for p in start]
-        per_task = group_by_task(batches)
         losses = []
         for of_task in per_task:
             inner = make_optimizer(self.inner_optimizer, self.parameters, self.inner_lr, 0.0)
@@ -284,10 +290,7 @@ class ReptileStep:
                 for p, before, gradient in zip(self.parameters, start, gradients, strict=True):
                     gradient.add_(before - p, alpha=self.sign / len(per_task))
                     p.copy_(before)
-        for p, gradient in zip(self.parameters, gradients, strict=True):
-            p.grad = gradient
-        self.optimizer.step()
-        return torch.stack(losses).mean()
+        return gradients, torch.stack(losses).mean()
 
     def _inner_step(self, inner: torch.optim.Optimizer, batch: Batch) -> Tensor:
         self.model.zero_grad()
@@ -298,12 +301,33 @@ class ReptileStep:
         return value
 
 
+def check_finite(loss: float, what: str, config: TrainConfig) -> None:
+    """Raises DivergedError if ``loss`` is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"train: {what} is {loss}; lower lr={config.lr:g} or clip gradients with grad_clip"
+        )
+
+
 def group_by_task(batches: list[Batch]) -> list[list[Batch]]:
     """Batches of one task each → per task its batches, in their order."""
     groups: dict[int, list[Batch]] = {}
     for batch in batches:
         groups.setdefault(batch.tasks_present()[0], []).append(batch)
     return [groups[task] for task in sorted(groups)]
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    if not adapted_layers(model):
+        return make_optimizer(config.optimizer, trainable(model), config.lr, config.weight_decay)
+    return TaskOptimizer(
+        model,
+        NAMED[config.optimizer],
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adapter_lr=config.adapter_lr,
+        adapter_weight_decay=config.adapter_weight_decay,
+    )
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -5,12 +5,14 @@ from metalora.nn.context import current_tasks, keep_tasks, tasks
 from metalora.nn.head import MultiTaskHead
 from metalora.nn.layer import TaskLayer
 from metalora.nn.lora_linear import MultiTaskLoRALinear
+from metalora.nn.seen_tasks import SeenTasks
 from metalora.nn.symmetric_lora_linear import SymmetricLoRALinear
 from metalora.nn.task_batch import TaskBatch
 
 __all__ = [
     "MultiTaskHead",
     "MultiTaskLoRALinear",
+    "SeenTasks",
     "SymmetricLoRALinear",
     "TaskBatch",
     "TaskLayer",

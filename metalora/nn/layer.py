@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from metalora._checks import check_count
 from metalora.nn.context import current_tasks
+from metalora.nn.seen_tasks import SeenTasks
 from metalora.nn.task_batch import TaskBatch
 
 
@@ -21,6 +22,8 @@ class TaskLayer(nn.Module):
 
     in_features: int
     out_features: int
+    seen: SeenTasks | None = None
+    """Notes which tasks the gradients are of, once `watch_tasks` was called."""
 
     def __init__(self, num_tasks: int, name: str = "") -> None:
         super().__init__()
@@ -49,6 +52,16 @@ class TaskLayer(nn.Module):
                 f"{self._where()}: task must be in 0..{self.num_tasks - 1}, got {task}"
             )
         return task
+
+    def watch_tasks(self) -> SeenTasks:
+        """From now on notes which tasks the gradients of the trainable per-task parameters are of.
+
+        For an optimiser that steps those tasks alone.
+        """
+        if self.seen is None:
+            self.seen = SeenTasks(self.num_tasks)
+        self.seen.watch([p for p in self.own_task_parameters().values() if p.requires_grad])
+        return self.seen
 
     def batch_of(self, x: Tensor, tasks: TaskBatch | None) -> TaskBatch | None:
         """The tasks for ``x`` [B, ..., in]; None where there is only one task and nothing was said.
@@ -81,6 +94,8 @@ class TaskLayer(nn.Module):
                 f"[B·n, ..., in] sample by sample{packed}, as task_ids are [{batch.size}]; "
                 f"got {list(x.shape)}"
             )
+        if self.seen is not None and torch.is_grad_enabled():
+            self.seen.note(batch)
         return batch
 
     def sort_rows(self, x: Tensor, batch: TaskBatch | None) -> tuple[Tensor, Tensor]:

@@ -89,6 +89,7 @@ class TaskBatch:
             self._range = int(self.sorted_ids[0]), int(self.sorted_ids[-1])
         self._known: dict[int, None] = {}
         self._pointers: dict[tuple[int, int | None], Tensor] = {}
+        self._present: dict[int, frozenset[int]] = {}
         self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
         if num_tasks is not None:
             self.check_range(check_count("tasks", "num_tasks", num_tasks))
@@ -150,6 +151,13 @@ class TaskBatch:
             if rows_per_sample != 1:
                 ptr = self._scaled(self._pointers[one], rows_per_sample)
                 self._pointers[num_tasks, rows_per_sample] = ptr
+
+    def present(self, num_tasks: int) -> frozenset[int]:
+        """The tasks that have samples here, known on the host as soon as `task_ptr` is."""
+        if num_tasks not in self._present:
+            counts = self.task_ptr(num_tasks, 1).diff().tolist()
+            self._present[num_tasks] = frozenset(t for t, count in enumerate(counts) if count)
+        return self._present[num_tasks]
 
     def _scaled(self, ptr: Tensor, rows_per_sample: int | None) -> Tensor:
         return self._ends[ptr] if rows_per_sample is None else ptr * rows_per_sample

@@ -211,7 +211,14 @@ def test_an_absent_task_does_not_move(optimizer):
             assert all(moved), name
 
 
-def test_complete_rounds_are_stepped_as_whole_tensors():
-    net = adapted_net("lora")
-    step = GradientStep(net, rounds(absent=False), TrainConfig(epochs=1, lr=0.1))
-    assert len(step.optimizer.param_groups[0]["params"]) == len(list(net.parameters()))
+@pytest.mark.parametrize("absent", [False, True])
+def test_complete_rounds_are_stepped_as_whole_tensors(absent):
+    net, loader = adapted_net("lora"), rounds(absent)
+    step = GradientStep(net, loader, TrainConfig(epochs=1, lr=0.1))
+    for batch in loader:
+        step([batch])
+    stepped = [p for group in step.optimizer.inner.param_groups for p in group["params"]]
+    every = list(net.parameters())
+    assert sum(len(group["params"]) for group in step.optimizer.param_groups) == len(every)
+    own = 4  # lora_A and lora_B of two layers, whose tasks are taken apart once one is absent
+    assert len(stepped) == len(every) + (T - 1) * own * absent
