@@ -447,17 +447,17 @@ def test_a_full_disk_ends_the_run_in_one_line(small_disk: Path) -> None:
         f"error: cannot write to {folder}: No space left on device; make room, then go on with "
         f"--resume --out {folder}\n"
     )
-    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
-        while file.write(bytes(4096)):
-            pass
-    again = start_on(folder, 2)
-    assert (again.returncode, again.stderr) == (2, done.stderr)
-    (small_disk / "filler").unlink()
     again = start_on(folder, 2)  # what is there is whole
     assert again.returncode == 0, again.stderr
     assert manifest(folder)["status"] == "completed"
     lines = (folder / "results.csv").read_text().splitlines()
     assert len(lines) % 50 == 1 and {line.count(",") for line in lines} == {1}
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    again = start_on(folder, 9)  # not even the manifest can be replaced
+    assert (again.returncode, again.stderr) == (2, done.stderr)
+    assert manifest(folder)["status"] == "completed"
 
 
 def test_on_a_full_disk_no_new_run_is_left_half_made(small_disk: Path) -> None:
