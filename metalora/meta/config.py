@@ -22,7 +22,11 @@ class TrainConfig:
         optimizer: "adam", "adamw" or "sgd" (without momentum).
         schedule: "constant", "cosine" (to zero) or "linear" (to zero).
         schedule_unit: whether the rate changes with every "epoch" or optimiser "step".
-        warmup: fraction of the scheduled length over which the rate rises linearly first.
+        warmup: part of the training, 0 to 1, over which the rate rises linearly first. It is a part
+            of the epochs, or with ``schedule_unit="step"`` of all optimiser steps; a longer
+            schedule (``schedule_scale``) does not change it.
+        warmup_steps: the same in optimiser steps, instead of ``warmup``; needs
+            ``schedule_unit="step"``.
         schedule_scale: the schedule is this many times as long as the training, so that above 1
             the rate never decays to zero.
         grad_clip: largest norm of the loss gradient; None does not clip.
@@ -43,6 +47,7 @@ class TrainConfig:
     schedule: str = "constant"
     schedule_unit: str = "epoch"
     warmup: float = 0.0
+    warmup_steps: int | None = None
     schedule_scale: float = 1.0
     grad_clip: float | None = None
     precision: str = "fp32"
@@ -64,6 +69,7 @@ class TrainConfig:
         check_choice("TrainConfig", "schedule_unit", self.schedule_unit, ("epoch", "step"))
         if check_nonnegative("TrainConfig", "warmup", self.warmup) > 1:
             raise ValueError(f"TrainConfig: warmup must be a fraction in 0..1, got {self.warmup}")
+        self._check_warmup_steps()
         if check_positive("TrainConfig", "schedule_scale", self.schedule_scale) < 1:
             raise ValueError(f"TrainConfig: schedule_scale must be >= 1, got {self.schedule_scale}")
         if self.grad_clip is not None:
@@ -71,3 +77,18 @@ class TrainConfig:
         check_choice("TrainConfig", "precision", self.precision, ("fp32", "bf16", "fp16"))
         check_choice("TrainConfig", "step_per", self.step_per, ("round", "task"))
         check_count("TrainConfig", "seed", self.seed, minimum=0)
+
+    def _check_warmup_steps(self) -> None:
+        if self.warmup_steps is None:
+            return
+        check_count("TrainConfig", "warmup_steps", self.warmup_steps, minimum=0)
+        if self.warmup > 0:
+            raise ValueError(
+                "TrainConfig: give warmup or warmup_steps, not both, got "
+                f"warmup={self.warmup} and warmup_steps={self.warmup_steps}"
+            )
+        if self.schedule_unit != "step":
+            raise ValueError(
+                "TrainConfig: warmup_steps needs schedule_unit='step', got "
+                f"{self.schedule_unit!r}; give warmup as a part of the training instead"
+            )
