@@ -212,7 +212,14 @@ class ReptileStep:
         forward: Forward = call_model,
     ) -> None:
         if rounds.pooled:
-            raise ValueError("reptile: pooled rounds ignore tasks; use a loader with pooled=False")
+            raise ValueError(
+                "reptile: pooled rounds ignore tasks; use a loader with order='rounds'"
+            )
+        if len(rounds) != max(rounds.rounds_per_task):
+            raise ValueError(
+                "reptile: takes inner_steps rounds of all tasks at a time, got batches of single "
+                "tasks; use a loader with order='rounds'"
+            )
         self.model, self.config, self.average = model, config, average
         self.inner_steps = check_count("reptile", "inner_steps", inner_steps)
         self.inner_lr = check_positive("reptile", "inner_lr", inner_lr)
