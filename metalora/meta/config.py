@@ -19,6 +19,10 @@ class TrainConfig:
         adapter_lr: learning rate of adapters and heads, before the schedule; None means ``lr``.
             A model without any has no use for it.
         adapter_weight_decay: weight decay of adapters and heads; None means ``weight_decay``.
+        adapter_steps: optimiser steps on adapters and heads for each step on the shared weights. 1
+            takes both in one step, from one gradient. k > 1 takes k steps on the adapters and heads
+            alone, all on the same batch, and then one on the shared weights alone, as the paper's
+            algorithm for the linear model does with k = 10. Schedules count the shared steps.
         optimizer: "adam", "adamw" or "sgd" (without momentum).
         schedule: "constant", "cosine" (to zero) or "linear" (to zero).
         schedule_unit: whether the rate changes with every "epoch" or optimiser "step".
@@ -55,6 +59,7 @@ class TrainConfig:
     seed: int = 0
     adapter_lr: float | None = None
     adapter_weight_decay: float | None = None
+    adapter_steps: int = 1
 
     def __post_init__(self) -> None:
         check_count("TrainConfig", "epochs", self.epochs)
@@ -64,6 +69,7 @@ class TrainConfig:
             check_positive("TrainConfig", "adapter_lr", self.adapter_lr)
         if self.adapter_weight_decay is not None:
             check_nonnegative("TrainConfig", "adapter_weight_decay", self.adapter_weight_decay)
+        check_count("TrainConfig", "adapter_steps", self.adapter_steps)
         check_choice("TrainConfig", "optimizer", self.optimizer, NAMED)
         check_choice("TrainConfig", "schedule", self.schedule, ("constant", "cosine", "linear"))
         check_choice("TrainConfig", "schedule_unit", self.schedule_unit, ("epoch", "step"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -11,10 +12,14 @@ NAMED: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD}
 
 
 def make_optimizer(
-    name: str, parameters: Sequence[Tensor], lr: float, weight_decay: float
+    name: str,
+    parameters: Sequence[Tensor] | Sequence[dict[str, Any]],
+    lr: float,
+    weight_decay: float,
 ) -> Optimizer:
-    """The optimiser called ``name``, fused where torch can."""
-    fused = {"fused": can_fuse(parameters)}
+    """The optimiser called ``name`` of parameters, or of groups of them, fused where torch can."""
+    groups = (p["params"] if isinstance(p, dict) else [p] for p in parameters)
+    fused = {"fused": can_fuse(p for group in groups for p in group)}
     return NAMED[name](parameters, lr=lr, weight_decay=weight_decay, **fused)  # type: ignore[call-arg]
 
 
