@@ -25,7 +25,7 @@ RETRAINED, WITH_TASKS = METHODS[1:], ("lora-ml", "last-layer-ml")
 # Settings that only some methods and fine-tunings have a use for; the others are for all.
 PART_OF: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("rank", "alpha", "dropout"), ("lora-ml", "lora")),
-    **dict.fromkeys(("epochs", "batch_size", "validation_dialogues"), RETRAINED),
+    **dict.fromkeys(("epochs", "batch_size"), RETRAINED),
     **dict.fromkeys(("lr", "warmup", "schedule_scale"), (*WITH_TASKS, "standard")),
     **dict.fromkeys(
         ("step_per", "adapter_lr", "adapter_weight_decay", "adapter_steps", "shared_head"),

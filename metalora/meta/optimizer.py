@@ -19,8 +19,8 @@ def make_optimizer(
 ) -> Optimizer:
     """The optimiser called ``name`` of parameters, or of groups of them, fused where torch can."""
     groups = (p["params"] if isinstance(p, dict) else [p] for p in parameters)
-    fused = {"fused": can_fuse(p for group in groups for p in group)}
-    return NAMED[name](parameters, lr=lr, weight_decay=weight_decay, **fused)  # type: ignore[call-arg]
+    fused: dict[str, Any] = {"fused": can_fuse(p for group in groups for p in group)}
+    return NAMED[name](parameters, lr=lr, weight_decay=weight_decay, **fused)
 
 
 def can_fuse(parameters: Iterable[Tensor]) -> bool:

@@ -144,7 +144,8 @@ def test_what_is_left_out_or_cut_is_said_and_listed_on_request(
     given = {"data": tmp_path, "test_tasks": 1, "max_length": 12, "retrain": ("none",)}
     monkeypatch.setattr(figures, "draw", lambda *_: [])
     run(settings(**given, validation_dialogues=1, out=tmp_path / "run"))
-    printed = capsys.readouterr().err.splitlines()
+    without_part, *printed = capsys.readouterr().err.splitlines()
+    assert without_part.startswith("note: --batch-size has no part in this run")
     path = tmp_path / "valid_self_original_no_cands.txt"
     left_out = f"note: {path}: 4 dialogues are left out, whose personas match no cluster"
     assert printed[:2] == [
@@ -350,6 +351,7 @@ def test_settings_without_a_part_in_the_run_or_beyond_the_data_are_said(
     printed = capsys.readouterr().err
     for line in (
         "note: --rank has no part in this run: it is for lora-ml, lora alone\n",
+        "note: --batch-size has no part in this run: it is for lora-ml, last-layer-ml, standard, ",
         "note: --reptile-lr has no part in this run: it is for reptile alone\n",
         "note: --adapter-steps has no part in this run: it is for lora-ml, last-layer-ml alone\n",
         "note: --dialogues 99: the tasks have at most ",
@@ -358,7 +360,7 @@ def test_settings_without_a_part_in_the_run_or_beyond_the_data_are_said(
         "note: --max-length 9999: the model takes at most ",
     ):
         assert line in printed
-    assert printed.count("note: ") == 7
+    assert printed.count("note: ") == 8
 
 
 def test_packed_and_padded_measure_the_same() -> None:
