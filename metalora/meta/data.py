@@ -102,8 +102,11 @@ class Rounds(Protocol):
 
     num_tasks: int
     """Number of tasks T."""
-    pooled: bool
-    """Whether batches ignore tasks, so that the loss is the mean over samples."""
+
+    @property
+    def pooled(self) -> bool:
+        """Whether batches ignore tasks, so that the loss is the mean over samples."""
+        ...
 
     @property
     def rounds_per_task(self) -> Sequence[int]:
