@@ -33,7 +33,7 @@ def main() -> list[float]:
     train = samples(900)
     rounds = TaskRounds(train, [f["task_id"] for f in train], batch_size=16)
     loader = DataLoader(rounds, collate_fn=TaskCollator(transformers.default_data_collator))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = metalora.TaskOptimizer(model, torch.optim.AdamW, lr=3e-3)
 
     accelerator = accelerate.Accelerator()
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

@@ -33,6 +33,7 @@ def main() -> dict[str, float]:
     config = transformers.RobertaConfig(**sizes, num_attention_heads=2, max_position_embeddings=8)
     model = transformers.RobertaForSequenceClassification(config)
     metalora.adapt(model, metalora.LoRAConfig(rank=4, heads=["classifier"]), TASKS)
+    optimizer = metalora.TaskOptimizer(model, torch.optim.AdamW, lr=5e-3, weight_decay=0.0)
     train = samples(900)
     trainer = transformers.Trainer(
         model,
@@ -40,7 +41,6 @@ def main() -> dict[str, float]:
             output_dir=tempfile.mkdtemp(),
             per_device_train_batch_size=1,  # an item of TaskRounds is a whole batch
             num_train_epochs=8,
-            learning_rate=5e-3,
             remove_unused_columns=False,  # keeps task_id
             label_names=["labels", "task_ids"],  # what compute_metrics is given
             save_strategy="no",
@@ -50,6 +50,7 @@ def main() -> dict[str, float]:
         eval_dataset=samples(300),
         compute_loss_func=accept_task_ids(model).loss,  # the mean over tasks (paper, eq. 5)
         compute_metrics=accuracy,
+        optimizers=(optimizer, None),  # instead of the trainer's, which would move absent tasks too
     )
     trainer.train()
     measured = trainer.evaluate()

@@ -16,6 +16,7 @@ from experiments.runs import RunError, RunFolder
 from metalora.adapters import LoRAConfig
 from metalora.meta import (
     Callback,
+    DivergedError,
     Result,
     RoundLoader,
     TrainConfig,
@@ -90,7 +91,7 @@ def divergence(unit: str, rates: str) -> Iterator[None]:
     """Divergence is for the user to put right: says of which training, and with which flag."""
     try:
         yield
-    except FloatingPointError as error:
+    except DivergedError as error:
         raise RunError(f"{unit} diverged; lower {rates} ({error})") from error
 
 

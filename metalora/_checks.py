@@ -8,6 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 
+class DivergedError(FloatingPointError):
+    """A training whose loss is NaN or infinite."""
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x' or 'y'?"`` with the names nearest to ``name``, or ``""``."""
     by_lower = {known.lower(): known for known in names}

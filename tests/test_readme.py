@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import metalora
 from metalora import meta
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -51,6 +54,48 @@ def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names["task_ids"] = ids  # the first snippet's loop has bound the name
     exec(second.replace("epochs=100", "epochs=2"), names)
     assert names["model"].body.lora_A.shape == (1, 1, 6)
+
+
+class Interleaved(meta.RoundLoader):
+    """Every task's samples in an order of their own, in batches that are not sorted by task."""
+
+    def __iter__(self) -> Iterator[meta.Batch]:
+        for batch in super().__iter__():
+            order = torch.randperm(len(batch.targets), generator=torch.Generator().manual_seed(3))
+            yield batch.take(order)
+
+
+def test_the_first_loop_is_lora_ml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text as it stands equals meta.lora_ml bit for bit, with ragged batches of some tasks."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(4)
+    ids = torch.arange(10).repeat_interleave(torch.tensor([9, 1, 4, 2, 7, 3, 3, 8, 2, 5]))
+    images, labels = torch.randn(len(ids), 6), torch.randint(2, (len(ids),))
+    rounds = Interleaved(images, labels, ids, batch_size=2, seed=0)
+    batches = list(rounds)
+    assert min(len(batch.task_ids.unique()) for batch in batches) == 1
+    first = snippets()[0]
+    lr, *_ = re.findall(r"lr=([-\de.]+)", first)
+    faster = first.replace(f"lr={lr}", "lr=0.01")  # 5e-5 would hardly move anything in five steps
+    for rate, text in ((float(lr), first), (0.01, faster)):
+        start = Model()
+        names: dict[str, Any] = {
+            "model": copy.deepcopy(start),
+            "loader": [(batch.inputs, batch.targets, batch.task_ids) for batch in batches],
+        }
+        torch.manual_seed(meta.derive_seed("adapters", 0))  # lora_ml draws adapters from it
+        training, removal = text.split("\nplain =")
+        exec(training, names)
+        adapters = [metalora.task_state_dict(names["model"], task) for task in range(10)]
+        exec("plain =" + removal, names)
+
+        config = meta.TrainConfig(epochs=1, lr=rate, weight_decay=0.01, optimizer="adamw")
+        result = meta.lora_ml(start, rounds, config, names["config"])
+        for name, value in start.state_dict().items():
+            assert torch.equal(names["plain"].state_dict()[name], value), name
+        for ours, theirs in zip(adapters, result.adapters, strict=True):
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_hugging_face_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,8 @@ class TaskRounds(Dataset[list[Any]]):
 
     Give it to transformers.Trainer with ``per_device_train_batch_size=1``, or to a DataLoader with
     ``batch_size=1``, and a `TaskCollator`. Rounds are those of `metalora.meta.RoundLoader`: an
-    epoch gives every sample once, and tasks with fewer samples are through earlier.
+    epoch gives every sample once, and tasks with fewer samples are through earlier. A
+    `metalora.TaskOptimizer` leaves their adapters alone from then on.
 
     Trainer and accelerate call `set_epoch`; in a plain loop do so before each epoch.
 
@@ -97,8 +98,7 @@ class TaskRounds(Dataset[list[Any]]):
         seed: of the order.
         shuffle: whether the order changes with each epoch.
         max_rounds: end the epoch after so many rounds. With the number that the smallest task has,
-            every task is in every round; else an optimiser with momentum also moves the adapters
-            of a task that is absent.
+            every task is in every round.
 
     Raises:
         ValueError: if lengths differ, a task has no samples, or a number is outside its range.

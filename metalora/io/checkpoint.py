@@ -171,11 +171,12 @@ def _restore(path: Path, training: Training) -> None:
                 f"Checkpoint: {path} has optimizer state {name!r}, but there are "
                 f"{len(parameters)} parameters"
             )
-        wanted = [[], list(parameters[int(number)].shape)]
+        shape = list(parameters[int(number)].shape)
+        wanted = [[], shape[:1], shape]  # shape[:1]: one number per task, see TaskOptimizer
         if list(tensor.shape) not in wanted:
             raise CheckpointError(
                 f"Checkpoint: {path} has optimizer state {name!r} of shape {list(tensor.shape)}, "
-                f"wanted {wanted[1]}"
+                f"wanted {shape}"
             )
         state.setdefault(int(number), {})[key] = tensor
     device = parameters[0].device

@@ -1,5 +1,6 @@
 """Retraining for adaptability, and the fine-tuning that follows it."""
 
+from metalora._checks import DivergedError
 from metalora.meta.callbacks import Callback, KeepBest, MetricsLog, Progress
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Batch, RoundLoader, Rounds, by_task
@@ -24,6 +25,7 @@ from metalora.meta.task_optimizer import TaskOptimizer
 __all__ = [
     "Batch",
     "Callback",
+    "DivergedError",
     "Evaluation",
     "GradientStep",
     "KeepBest",

@@ -15,7 +15,7 @@ from metalora.meta.data import Rounds
 from metalora.meta.evaluation import Evaluation, evaluate
 from metalora.meta.schedule import schedule_factor
 from metalora.meta.seeds import derive_seed
-from metalora.meta.steps import Forward, Step, call_model
+from metalora.meta.steps import Forward, Step, call_model, check_finite
 
 Validation = Rounds | Callable[[nn.Module], Evaluation | float]
 """A loader, of which the accuracy is taken, or a function of the model."""
@@ -86,7 +86,9 @@ def train(
         forward: how the model is called in validation.
 
     Raises:
-        FloatingPointError: if the loss of an epoch is not finite.
+        DivergedError: if the loss is NaN or infinite. On a CPU this is found before the step is
+            taken, so the weights are those of the last good step; on a GPU, which is waited for
+            once an epoch, at the epoch's end, when they may be NaN.
     """
     callbacks = list(callbacks)
     training = Training(model, step, config, validation, callbacks, step.per_epoch(rounds))
@@ -109,11 +111,7 @@ def train(
                 callback.on_step(training, losses[-1])
 
         loss = float(torch.stack(losses).mean())  # the epoch's only wait for the device
-        if not torch.isfinite(torch.tensor(loss)):
-            raise FloatingPointError(
-                f"train: the loss of epoch {epoch} is {loss}; lower lr={config.lr:g} "
-                "or clip gradients with grad_clip"
-            )
+        check_finite(loss, f"the mean loss of epoch {epoch}", config)
         lr = config.lr * factor
         record = {"epoch": epoch, "loss": loss, "lr": lr, **_validate(model, validation, forward)}
         training.history.append(record)

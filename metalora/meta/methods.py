@@ -57,7 +57,7 @@ def standard(
 
     Raises:
         ValueError: if ``model`` has adapters.
-        FloatingPointError: if the loss is not finite.
+        DivergedError: if the loss is not finite, see `train`.
     """
     _check_plain("standard", model)
     step = GradientStep(model, rounds, config, loss=loss, forward=forward)
@@ -92,7 +92,7 @@ def lora_ml(
 
     Raises:
         ValueError: if ``model`` has adapters already, or ``adapter`` does not fit it.
-        FloatingPointError: if the loss is not finite.
+        DivergedError: if the loss is not finite, see `train`.
     """
     _check_plain("lora_ml", model)
     torch.manual_seed(derive_seed("adapters", config.seed))
@@ -133,7 +133,7 @@ def last_layer_ml(
 
     Raises:
         ValueError: if ``model`` has adapters already, or ``heads`` are not in it.
-        FloatingPointError: if the loss is not finite.
+        DivergedError: if the loss is not finite, see `train`.
     """
     return lora_ml(
         model,
@@ -182,7 +182,7 @@ def reptile(
 
     Raises:
         ValueError: if ``model`` has adapters, or a setting is outside its range.
-        FloatingPointError: if the loss is not finite.
+        DivergedError: if the loss is not finite, see `train`.
     """
     _check_plain("reptile", model)
     step = ReptileStep(
@@ -232,7 +232,7 @@ def finetune_lora(
 
     Raises:
         ValueError: if ``model`` has adapters already, or ``adapter`` does not fit it.
-        FloatingPointError: if the loss is not finite.
+        DivergedError: if the loss is not finite, see `train`.
     """
     _check_plain("finetune_lora", model)
     torch.manual_seed(derive_seed("adapters", config.seed))
@@ -274,7 +274,7 @@ def finetune_last_layer(
 
     Raises:
         ValueError: if ``model`` has adapters already, or ``heads`` are not in it.
-        FloatingPointError: if the loss is not finite.
+        DivergedError: if the loss is not finite, see `train`.
     """
     return finetune_lora(
         model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,8 +19,9 @@ def make_optimizer(
 ) -> Optimizer:
     """The optimiser called ``name`` of parameters, or of groups of them, fused where torch can."""
     groups = (p["params"] if isinstance(p, dict) else [p] for p in parameters)
-    fused: dict[str, Any] = {"fused": can_fuse(p for group in groups for p in group)}
-    return NAMED[name](parameters, lr=lr, weight_decay=weight_decay, **fused)
+    fused = can_fuse(p for group in groups for p in group)
+    kind: Callable[..., Optimizer] = NAMED[name]
+    return kind(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
 
 
 def can_fuse(parameters: Iterable[Tensor]) -> bool:

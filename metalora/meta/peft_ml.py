@@ -67,7 +67,7 @@ def peft_ml(
         TypeError: if ``peft_config`` is none.
         ValueError: if ``model`` has adapters already, or the method does not fit it, cannot have an
             adapter per task, or does not let the shared weights be trained.
-        FloatingPointError: if the loss is not finite.
+        DivergedError: if the loss is not finite, see `train`.
     """
     adapter = _as_fused(model, peft_config) if fused else None
     how: dict[str, Any] = {
@@ -112,7 +112,7 @@ def finetune_peft(
         TypeError: if ``peft_config`` is none.
         ValueError: if ``model`` has adapters already, or the method does not fit it or cannot have
             an adapter per task.
-        FloatingPointError: if the loss is not finite.
+        DivergedError: if the loss is not finite, see `train`.
     """
     return _train(
         "finetune_peft",

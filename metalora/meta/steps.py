@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metalora._checks import check_choice, check_count, check_positive
+from metalora._checks import DivergedError, check_choice, check_count, check_positive
 from metalora.adapters import adapted_layers, task_parameters
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Batch, Rounds
@@ -65,7 +66,6 @@ class Objective:
 
     Args:
         model: plain or adapted.
-        num_tasks: number of tasks T.
         config: settings; of them, the precision.
         pooled: take the mean over samples instead.
         loss: the loss of each sample.
@@ -75,14 +75,13 @@ class Objective:
     def __init__(
         self,
         model: nn.Module,
-        num_tasks: int,
         config: TrainConfig,
         *,
         pooled: bool = False,
         loss: Loss = cross_entropy,
         forward: Forward = call_model,
     ) -> None:
-        self.model, self.num_tasks, self.pooled = model, num_tasks, pooled
+        self.model, self.config, self.pooled = model, config, pooled
         self.loss, self.forward = loss, forward
         self.device = next(model.parameters()).device
         self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
@@ -96,11 +95,17 @@ class Objective:
         """Adds the batch's gradients, times the scaler's scale, to the parameters; its loss.
 
         With ``only`` those parameters alone get gradients.
+
+        Raises:
+            DivergedError: if the loss is NaN or infinite; known here on a CPU alone.
         """
         if batch.weights is None:
             batch = replace(batch, weights=self._weights(batch))
         values = [self._pass_backward(part, scaler, only) for part in batch.passes()]
-        return values[0] if len(values) == 1 else torch.stack(values).sum()
+        value = values[0] if len(values) == 1 else torch.stack(values).sum()
+        if value.device.type == "cpu":  # reading it waits for nothing
+            check_finite(float(value), "the loss of a step", self.config)
+        return value
 
     def _pass_backward(
         self, batch: Batch, scaler: torch.amp.GradScaler, only: Sequence[Tensor] | None
@@ -165,9 +170,7 @@ class GradientStep:
             raise ValueError("train: pooled rounds ignore tasks; use step_per='round' with them")
         self.model, self.config = model, config
         self.settings: dict[str, Any] = {"num_tasks": rounds.num_tasks, "pooled": rounds.pooled}
-        self.objective = Objective(
-            model, rounds.num_tasks, config, pooled=rounds.pooled, loss=loss, forward=forward
-        )
+        self.objective = Objective(model, config, pooled=rounds.pooled, loss=loss, forward=forward)
         self.parameters = trainable(model)
         of_tasks = {id(p) for p in (task_parameters(model) if own is None else own)}
         self.own = [p for p in self.parameters if id(p) in of_tasks]
@@ -275,7 +278,7 @@ class ReptileStep:
                 f"reptile: adapter_steps must be 1, as there are no adapters, "
                 f"got {config.adapter_steps}"
             )
-        self.objective = Objective(model, rounds.num_tasks, config, loss=loss, forward=forward)
+        self.objective = Objective(model, config, loss=loss, forward=forward)
         self.parameters = trainable(model)
         self.optimizer = make_optimizer(
             config.optimizer, self.parameters, config.lr, config.weight_decay
@@ -301,8 +304,23 @@ class ReptileStep:
     def __call__(self, batches: list[Batch]) -> Tensor:
         """Takes one outer step; returns the mean loss of its inner steps."""
         start = [p.detach().clone() for p in self.parameters]
+        try:
+            gradients, loss = self._outer_gradients(start, group_by_task(batches))
+        except DivergedError:
+            with torch.no_grad():
+                for p, before in zip(self.parameters, start, strict=True):
+                    p.copy_(before)
+            raise
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            p.grad = gradient
+        self.optimizer.step()
+        return loss
+
+    def _outer_gradients(
+        self, start: list[Tensor], per_task: list[list[Batch]]
+    ) -> tuple[list[Tensor], Tensor]:
+        """W − W_inner, averaged over tasks, and the mean loss of the inner steps."""
         gradients = [torch.zeros_like(p) for p in start]
-        per_task = group_by_task(batches)
         losses = []
         for of_task in per_task:
             inner = make_optimizer(self.inner_optimizer, self.parameters, self.inner_lr, 0.0)
@@ -311,10 +329,7 @@ class ReptileStep:
                 for p, before, gradient in zip(self.parameters, start, gradients, strict=True):
                     gradient.add_(before - p, alpha=self.sign / len(per_task))
                     p.copy_(before)
-        for p, gradient in zip(self.parameters, gradients, strict=True):
-            p.grad = gradient
-        self.optimizer.step()
-        return torch.stack(losses).mean()
+        return gradients, torch.stack(losses).mean()
 
     def _inner_step(self, inner: torch.optim.Optimizer, batch: Batch) -> Tensor:
         self.model.zero_grad()
@@ -323,6 +338,14 @@ class ReptileStep:
         self.scaler.step(inner)
         self.scaler.update()
         return value
+
+
+def check_finite(loss: float, what: str, config: TrainConfig) -> None:
+    """Raises DivergedError if ``loss`` is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"train: {what} is {loss}; lower lr={config.lr:g} or clip gradients with grad_clip"
+        )
 
 
 def group_by_task(batches: list[Batch]) -> list[list[Batch]]:
@@ -350,7 +373,7 @@ def _optimizer(
         )
     # Adapters of peft are parameters of one task each, without a gradient where it is absent.
     given = {name: value for name, value in apart.items() if value is not None}
-    groups = [{"params": shared}, {"params": own, **given}]
+    groups: list[dict[str, Any]] = [{"params": shared}, {"params": own, **given}]
     return make_optimizer(
         config.optimizer, [g for g in groups if g["params"]], config.lr, config.weight_decay
     )

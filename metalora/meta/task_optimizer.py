@@ -57,7 +57,8 @@ class TaskOptimizer(Optimizer):
         adapter_lr: learning rate of adapters and heads; None means that of the shared parameters.
         adapter_weight_decay: their weight decay; None means that of the shared parameters.
         options: what ``optimizer`` takes beside the parameters, such as ``lr``. SGD, Adam and
-            AdamW are fused unless ``fused`` or ``foreach`` is given, as slices are many and small.
+            AdamW are fused unless ``fused`` or ``foreach`` is given, as slices are many and small;
+            SGD with momentum is not, which torch can only fuse if all begin in the same step.
 
     Raises:
         TypeError: if ``optimizer`` is no class of optimisers, or does not take ``options``.
@@ -76,16 +77,15 @@ class TaskOptimizer(Optimizer):
         adapter_weight_decay: float | None = None,
         **options: Any,
     ) -> None:
-        _check_class(optimizer)
+        _check_class(optimizer, options)
         self._seen = _watch(model, optimizer)
         trainable = [p for p in model.parameters() if p.requires_grad]
         own = [p for p in trainable if p in self._seen]
         shared = [p for p in trainable if p not in self._seen]
         if not trainable:
             raise ValueError("TaskOptimizer: the model has no trainable parameters; it is frozen")
-        if optimizer in NAMED.values() and not {"fused", "foreach"} & options.keys():
-            plain = not (isinstance(options.get("lr"), Tensor) or options.get("differentiable"))
-            options["fused"] = plain and can_fuse(trainable)
+        if optimizer in NAMED.values():
+            options = {"fused": _fuses(options) and can_fuse(trainable), **options}
         self._whole = optimizer in _ELEMENTWISE
         # What is stepped for each parameter [T, ...]: itself, or the slices of its tasks.
         self._leaves: dict[Tensor, list[Tensor]] = {
@@ -218,8 +218,18 @@ class TaskOptimizer(Optimizer):
                 inner_state[first] = values
             first += len(self._leaves.get(parameter, [parameter]))
         self.inner.load_state_dict({**self.inner.state_dict(), "state": inner_state})
+        self._keep_scalars(inner_state)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _keep_scalars(self, saved: dict[int, dict[str, Any]]) -> None:
+        """Undoes that torch rounds scalars, such as NAdam's products, to the parameters' dtype."""
+        leaves = [leaf for group in self.inner.param_groups for leaf in group["params"]]
+        for number, values in saved.items():
+            state = self.inner.state[leaves[number]]
+            for key, value in values.items():
+                if key != "step" and isinstance(value, Tensor) and value.dim() == 0:
+                    state[key] = value.to(state[key].device, copy=True)
 
     def _check_fits(self, saved: dict[str, Any]) -> None:
         where = "TaskOptimizer.load_state_dict: the state"
@@ -329,18 +339,30 @@ class TaskOptimizer(Optimizer):
         return slices
 
 
-def _check_class(optimizer: Any) -> None:
+def _check_class(optimizer: Any, options: dict[str, Any]) -> None:
     is_class = isinstance(optimizer, type) and issubclass(optimizer, Optimizer)
     if not is_class or issubclass(optimizer, TaskOptimizer):
         raise TypeError(
             "TaskOptimizer: optimizer must be a class of optimisers, such as torch.optim.AdamW, "
             f"got {optimizer.__name__ if isinstance(optimizer, type) else repr(optimizer)}"
         )
+    if issubclass(optimizer, optim.SGD) and options.get("fused") and options.get("momentum"):
+        raise ValueError(
+            "TaskOptimizer: SGD with momentum cannot be fused: torch would have all tasks begin in "
+            "the same step; pass fused=False"
+        )
     if issubclass(optimizer, optim.LBFGS):
         raise ValueError(
             "TaskOptimizer: LBFGS takes several passes per step, of which each could have other "
             "tasks; use one that takes a single pass, such as torch.optim.AdamW"
         )
+
+
+def _fuses(options: dict[str, Any]) -> bool:
+    """Whether SGD, Adam or AdamW is fused with these options, if they do not say so themselves."""
+    if "foreach" in options or options.get("differentiable"):
+        return False
+    return not isinstance(options.get("lr"), Tensor) and not options.get("momentum")
 
 
 def _check_settable(name: str, optimizer: type, inner: Optimizer, own: list[nn.Parameter]) -> None:

@@ -260,7 +260,7 @@ def test_divergence_is_the_users_to_put_right(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
     assert json.loads((out / "manifest.json").read_text())["status"] == "failed"
-    assert "FloatingPointError" in (out / "error.txt").read_text()
+    assert "DivergedError" in (out / "error.txt").read_text()
 
 
 def test_without_bias_no_linear_layer_has_one() -> None:

@@ -8,13 +8,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from metalora import TaskOptimizer
+from metalora.adapters import task_parameters, task_state_dict
 from metalora.hf import TaskCollator, TaskRounds, accept_task_ids
 from metalora.nn import current_tasks, tasks
 
 accelerate = pytest.importorskip("accelerate", reason="needs the package accelerate")
 pytest.importorskip("transformers", reason="needs the package transformers")
 
-from tests.hf.tiny import adapted_model, features, pad  # noqa: E402
+from tests.hf.tiny import T, adapted_model, features, pad  # noqa: E402
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DATA = features()
@@ -63,6 +65,47 @@ def test_a_loop_with_accelerate_equals_one_without(group, dispatch):
     assert seen[: len(rounds)] != seen[len(rounds) :]  # accelerate sets the epoch
     for name, value in accelerator.unwrap_model(model).state_dict().items():
         torch.testing.assert_close(value.cpu(), other.state_dict()[name], rtol=0, atol=1e-10)
+
+
+def state_of_task(model, optimizer, task):
+    found = list(task_state_dict(model, task).values())
+    for parameter in task_parameters(model):
+        for key, value in optimizer.state[parameter].items():
+            if key != "tasks_with_state":
+                found.append((value[task] if value.dim() else value).clone())
+    return found
+
+
+def test_absent_tasks_stay_as_they_are_with_accumulated_gradients():
+    model = adapted_model()
+    objective = accept_task_ids(model)
+    rounds = TaskRounds(DATA, IDS, batch_size=1, seed=4)
+    loader = DataLoader(rounds, collate_fn=TaskCollator(pad))
+    accelerator = accelerate.Accelerator(gradient_accumulation_steps=2)
+    optimizer = TaskOptimizer(model, torch.optim.AdamW, lr=0.01)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    before, present, absent = None, set(), 0
+    for _ in range(3):
+        for batch in loader:
+            with accelerator.accumulate(model):
+                present |= set(batch["task_ids"].tolist())
+                labels = batch.pop("labels")
+                logits = model(**batch).logits
+                losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+                accelerator.backward(objective.mean(losses))
+                optimizer.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            plain = accelerator.unwrap_model(model)
+            after = [state_of_task(plain, optimizer, task) for task in range(T)]
+            if before is not None:
+                for task in range(T):
+                    pairs = zip(before[task], after[task], strict=True)
+                    assert all(torch.equal(a, b) for a, b in pairs) == (task not in present)
+                absent += T - len(present)
+            before, present = after, set()
+    assert absent > 0
 
 
 def test_the_example_with_accelerate_learns(capsys):

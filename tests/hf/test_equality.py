@@ -124,7 +124,7 @@ class Round:
         counts = tuple(torch.bincount(TASKS).tolist())
         samples = torch.arange(len(TASKS))
         batch = Batch(samples, samples, TASKS, counts, collate=collate)
-        objective = Objective(self.model, T, TrainConfig(epochs=1, lr=1), loss=loss)
+        objective = Objective(self.model, TrainConfig(epochs=1, lr=1), loss=loss)
         value = objective.backward(batch, torch.amp.GradScaler("cpu", enabled=False))
         return value, {name: p.grad for name, p in self.model.named_parameters()}
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from metalora.adapters import remove
+from metalora import TaskOptimizer
+from metalora.adapters import remove, task_parameters, task_state_dict
 from metalora.hf import TaskCollator, TaskRounds, accept_task_ids
 from metalora.meta import Batch, GradientStep, TrainConfig, evaluate
 from metalora.nn import current_tasks, tasks
@@ -20,6 +21,10 @@ DATA = features()
 IDS = [feature["task_id"] for feature in DATA]
 
 
+def optimizer_for(model):
+    return TaskOptimizer(model, torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+
+
 def trainer(model, folder, *, batch_size=2, data=None, callbacks=(), **options):
     accepted = accept_task_ids(model)
     arguments = transformers.TrainingArguments(
@@ -27,7 +32,6 @@ def trainer(model, folder, *, batch_size=2, data=None, callbacks=(), **options):
         **{
             "per_device_train_batch_size": 1,
             "num_train_epochs": 2,
-            "learning_rate": 1e-2,
             "lr_scheduler_type": "constant",
             "max_grad_norm": 0.0,
             "remove_unused_columns": False,
@@ -48,6 +52,7 @@ def trainer(model, folder, *, batch_size=2, data=None, callbacks=(), **options):
         compute_loss_func=accepted.loss,
         compute_metrics=accuracy_of_tasks,
         callbacks=list(callbacks),
+        optimizers=(optimizer_for(model), None),
     )
 
 
@@ -82,10 +87,8 @@ def as_batch(batch):
 
 
 def own_loop(model, batches, **fields):
-    config = TrainConfig(epochs=1, lr=1e-2, **fields)
+    config = TrainConfig(epochs=1, lr=1e-2, optimizer="adamw", **fields)
     step = GradientStep(model.train(), Rounds(batches), config)
-    step.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    step.leaves = None  # the trainer's optimiser knows no absent tasks either
     return [float(step([batch])) for batch in batches]
 
 
@@ -143,7 +146,7 @@ def test_accumulated_rounds_are_averaged(tmp_path):
     made.data_collator = seen = Seen(made.data_collator)
     made.train()
     accepted = accept_task_ids(other)
-    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer = optimizer_for(other)
     total = sum(len(batch["labels"]) for batch in seen.batches[:2])
     for batch in seen.batches[:2]:
         labels = batch.pop("labels")
@@ -151,6 +154,53 @@ def test_accumulated_rounds_are_averaged(tmp_path):
         (accepted.mean(losses) * len(labels) / total).backward()
     optimizer.step()
     assert_same(model, other)
+
+
+class StateOfTasks(transformers.TrainerCallback):
+    """After each step what every task has: adapters, moments, step counts."""
+
+    def __init__(self, model, optimizer):
+        self.model, self.optimizer, self.states = model, optimizer, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.states.append([state_of_task(self.model, self.optimizer, t) for t in range(T)])
+
+
+def state_of_task(model, optimizer, task):
+    found = list(task_state_dict(model, task).values())
+    for parameter in task_parameters(model):
+        for key, value in optimizer.state[parameter].items():
+            if key != "tasks_with_state":
+                found.append((value[task] if value.dim() else value).clone())
+    return found
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_absent_tasks_stay_as_they_are(accumulation, tmp_path):
+    """Their adapters, moments and step counts; also over rounds whose gradients are added up."""
+    model = adapted_model()
+    options = {"gradient_accumulation_steps": accumulation, "num_train_epochs": 3}
+    made = trainer(model, tmp_path, batch_size=1, **options)
+    made.data_collator = seen = Seen(made.data_collator)
+    recorder = StateOfTasks(model, made.optimizer)
+    made.add_callback(recorder)
+    made.train()
+    rounds = len(made.train_dataset)
+    sets = [set(batch["task_ids"].tolist()) for batch in seen.batches]
+    present = []
+    for epoch in range(3):  # an epoch's last step takes the rounds that are left
+        of_epoch = sets[epoch * rounds : (epoch + 1) * rounds]
+        for start in range(0, rounds, accumulation):
+            present.append(set().union(*of_epoch[start : start + accumulation]))
+    assert len(present) == len(recorder.states) and any(len(tasks) < T for tasks in present[1:])
+    for number in range(1, len(present)):
+        before, after = recorder.states[number - 1 : number + 1]
+        moved = {
+            task
+            for task in range(T)
+            if not all(torch.equal(a, b) for a, b in zip(before[task], after[task], strict=True))
+        }
+        assert moved == present[number]
 
 
 def test_evaluation_and_prediction(tmp_path):

@@ -14,8 +14,11 @@ from torch import nn
 from metalora.adapters import LoRAConfig, adapted_layers, remove
 from metalora.meta import (
     Batch,
+    Callback,
+    DivergedError,
     RoundLoader,
     TrainConfig,
+    cross_entropy,
     evaluate,
     finetune_last_layer,
     finetune_lora,
@@ -76,6 +79,10 @@ def weights_after(method, source=None, model=None, **fields):
     model = network() if model is None else model
     config = TrainConfig(**{"epochs": 2, "lr": 0.01, **fields})
     METHODS[method](model, rounds() if source is None else source, config)
+    return flat(model)
+
+
+def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -356,10 +363,69 @@ def test_own_loss_and_forward():
 
 
 def test_a_loss_that_is_not_finite_stops_the_training():
-    with pytest.raises(
-        FloatingPointError, match=r"the loss of epoch 0 is (nan|inf); lower lr=1e\+3"
-    ):
+    with pytest.raises(DivergedError, match=r"the loss of a step is (nan|inf); lower lr=1e\+3"):
         standard(network(), rounds(), TrainConfig(epochs=3, lr=1e30, optimizer="sgd"))
+    assert issubclass(DivergedError, FloatingPointError)
+
+
+@pytest.mark.parametrize("average", [None, False, True])
+def test_the_weights_stay_those_of_the_last_good_step(average):
+    """The loss is NaN from the fifth pass on; Reptile is then inside a second outer step."""
+    passes, after_step = [], []
+
+    def loss(outputs, batch):
+        passes.append(None)
+        return cross_entropy(outputs, batch) * (math.nan if len(passes) >= 5 else 1.0)
+
+    class Keep(Callback):
+        def on_step(self, training, loss):
+            after_step.append(flat(training.model))
+
+    model, config = network(), TrainConfig(epochs=3, lr=0.1)
+    retrain, options = standard, {}
+    if average is not None:
+        retrain, options = reptile, {"average": average, "inner_steps": 1 if average else 3}
+    with pytest.raises(DivergedError, match="the loss of a step is nan"):
+        retrain(model, rounds(), config, loss=loss, callbacks=[Keep()], **options)
+    assert len(after_step) >= 1 and len(passes) == 5
+    assert torch.equal(flat(model), after_step[-1]) and torch.isfinite(flat(model)).all()
+
+
+@pytest.mark.parametrize(("lr", "decay"), [(0.003, None), (None, 0.7)])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_adapters_have_a_rate_and_a_decay_of_their_own(optimizer, lr, decay):
+    """After one step the shared weights are the same; adapters moved by their own rate."""
+    config = TrainConfig(epochs=1, lr=0.1, weight_decay=0.1, optimizer=optimizer)
+    changed = replace(config, adapter_lr=lr, adapter_weight_decay=decay)
+    adapter = LoRAConfig(rank=2, heads=[])
+    found = []
+    for settings in (config, changed):
+        model = network()
+        result = lora_ml(model, rounds(max_rounds=1), settings, adapter)
+        found.append((flat(model), torch.cat([t.flatten() for t in result.adapters[0].values()])))
+    assert torch.equal(found[0][0], found[1][0])
+    assert not torch.allclose(found[0][1], found[1][1], rtol=1e-3)
+    tuned = []
+    for settings in (config, changed):
+        result = finetune_lora(network(), rounds(max_rounds=1), settings, adapter)
+        tuned.append(torch.cat([t.flatten() for t in result.adapters[0].values()]))
+    assert not torch.allclose(*tuned, rtol=1e-3)
+
+
+def test_the_rate_of_adapters_is_scheduled_too():
+    rates = []
+
+    class Rates(Callback):
+        def on_step(self, training, loss):
+            rates.append([group["lr"] for group in training.step.optimizer.param_groups])
+
+    config = TrainConfig(epochs=2, lr=0.1, adapter_lr=0.02, schedule="linear")
+    lora_ml(network(), rounds(max_rounds=1), config, LORA, callbacks=[Rates()])
+    assert rates == [pytest.approx([0.1, 0.02]), pytest.approx([0.05, 0.01])]
+    wrong = {"adapter_lr": 0.0, "adapter_weight_decay": -1.0}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"TrainConfig: {name} must be a finite number >"):
+            replace(config, **{name: value})
 
 
 def test_a_failed_retraining_gives_the_plain_model_back():
