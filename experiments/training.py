@@ -32,6 +32,10 @@ from metalora.meta import (
 
 Value = TypeVar("Value")
 
+# Of standard retraining's batches, see `RoundLoader`: a batch of one task is a step.
+STANDARD_ORDERS = ("pooled", "interleaved", "blocked")
+SHARED_HEADS = ("mean", "refit")
+
 
 class EpochLog(Callback):
     """Writes every epoch to the run's metrics, and measures the throughput."""
@@ -139,6 +143,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError):
         raise RunError(f"--resume: {path} is missing or damaged; start a new run") from None
+
+
+def with_tasks(settings: Any) -> dict[str, Any]:
+    """Fields of a `TrainConfig` for the methods whose tasks have adapters or heads of their own."""
+    names = ("step_per", "adapter_lr", "adapter_weight_decay", "adapter_steps")
+    return {name: getattr(settings, name) for name in names}
 
 
 def retrain(

@@ -17,6 +17,7 @@ from experiments.language.protocol import Protocol
 from experiments.language.settings import Settings
 from experiments.language.tokens import TokenizedTurns, tokenize
 from experiments.training import check_rank, known
+from experiments.unused import at_most
 
 
 def load_corpus(settings: Settings) -> Corpus:
@@ -45,6 +46,7 @@ def load_corpus(settings: Settings) -> Corpus:
             test_held_out=settings.held_out_dialogues,
             strict=settings.strict,
             candidates=settings.candidates,
+            seed=settings.data_seed,
             turns=settings.turns,
         )
 
@@ -85,8 +87,11 @@ def prepare(settings: Settings, corpus: Corpus, device: torch.device) -> Protoco
 
 
 def notes(corpus: Corpus, protocol: Protocol, list_unmatched: bool) -> list[str]:
-    """What of the data is left out or cut, a line each; on request every unmatched dialogue's."""
-    lines = []
+    """Lines on what of the data is left out or cut, and settings that ask for more than there is.
+
+    On request there is a line for every unmatched dialogue too.
+    """
+    lines = _beyond(corpus, protocol)
     for file in corpus.files:
         if file.unmatched or list_unmatched:
             hint = "" if list_unmatched else "; --list-unmatched lists them"
@@ -103,6 +108,22 @@ def notes(corpus: Corpus, protocol: Protocol, list_unmatched: bool) -> list[str]
                 "long for the model and lose their oldest tokens"
             )
     return lines
+
+
+def _beyond(corpus: Corpus, protocol: Protocol) -> list[str]:
+    """A line for each setting that asks for more than there is."""
+    s, every = protocol.settings, [*corpus.retraining, *corpus.testing]
+    dialogues = [d for task in every for d in (*task.train, *task.held_out)]
+    utterances = max(2 * len(d.turns) - 1 for d in dialogues)
+    most = max(len(task.train) for task in every)
+    turns = max(len(d.turns) for d in dialogues)
+    longest = max_length(protocol.encoders.new(0))
+    return [
+        *at_most("dialogues", s.dialogues, most, "the tasks have"),
+        *at_most("turns", s.turns, turns, "the dialogues have"),
+        *at_most("history", s.history, utterances, "before a response there are"),
+        *at_most("max_length", s.max_length, longest, "the model takes"),
+    ]
 
 
 def facts(corpus: Corpus, protocol: Protocol) -> dict[str, Any]:

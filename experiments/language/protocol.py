@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from experiments.language.encoders import Encoders, head_names
 from experiments.language.report import BEFORE, BEST, LAST
-from experiments.language.settings import Settings
+from experiments.language.settings import WITH_TASKS, Settings
 from experiments.language.tokens import TokenizedTurns
 from experiments.runs import RunError
-from experiments.training import known, retrain
+from experiments.training import known, retrain, with_tasks
 from metalora.adapters import LoRAConfig
 from metalora.hf import (
     SequencePasses,
@@ -36,6 +36,7 @@ from metalora.meta import (
     evaluate,
     finetune_last_layer,
     finetune_lora,
+    refit_heads,
 )
 
 # Of one turn and epoch, in forward passes: the gradients of all weights cost two more, those of
@@ -102,17 +103,9 @@ class Protocol:
         s = self.settings
         model = self.new_model(seed)
         own_seed = derive_seed("retraining", seed)
-        loader = self._loader(
-            self.retraining, s.batch_size, seed=own_seed, pooled=method == "standard"
-        )
-        config = TrainConfig(
-            epochs=known(s.epochs),
-            lr=s.reptile_lr if method == "reptile" else s.lr,
-            schedule_scale=s.schedule_scale,
-            step_per=s.step_per if method in ("lora-ml", "last-layer-ml") else "round",
-            seed=own_seed,
-            **self._common_config(),
-        )
+        order = s.standard_order if method == "standard" else "rounds"
+        loader = self._loader(self.retraining, s.batch_size, seed=own_seed, order=order)
+        config = self.retraining_config(method, own_seed)
         common = self._common(
             self.validation, Progress(f"{method}, trial {seed}"), KeepBest(), *callbacks
         )
@@ -123,7 +116,57 @@ class Protocol:
             "inner_optimizer": "adamw",
         }
         result = retrain(method, model, loader, config, adapter, self.heads, inner, **common)
+        if method in WITH_TASKS and s.shared_head == "refit":
+            self._refit(model, method, seed)
         return model, result
+
+    def retraining_config(self, method: str, seed: int) -> TrainConfig:
+        """How a method is trained.
+
+        The authors' schedules are given in the number of batches of the largest task, len_0, and
+        the epochs E. Their warm-up of 0.1 · len_0 · E steps is 1.5 % of retraining, and their
+        length of 6.67 · len_0 · E steps is the whole of it, because their ten tasks together have
+        6.67 · len_0 batches. Reptile's are 0.1 · T · E and 6.67 · T · E outer steps. It takes T · E
+        of them, one per task and epoch, so this is 10 % and 6.67 times its training. The settings
+        are such parts, so they hold as well where a task has more batches than inner steps.
+        """
+        s = self.settings
+        reptile = method == "reptile"
+        return TrainConfig(
+            epochs=known(s.epochs),
+            lr=s.reptile_lr if reptile else s.lr,
+            warmup=s.reptile_warmup if reptile else s.warmup,
+            schedule_scale=s.reptile_schedule_scale if reptile else s.schedule_scale,
+            seed=seed,
+            **(with_tasks(s) if method in WITH_TASKS else {}),
+            **self._common_config(),
+        )
+
+    def _refit(self, model: nn.Module, method: str, seed: int) -> None:
+        """Fits the shared head to all retraining tasks, as long as a fine-tuning does."""
+        own_seed = derive_seed("refitting", seed)
+        size = self.settings.finetune_batch_size
+        loader = self._loader(self.retraining, size, seed=own_seed, order="pooled")
+        refit_heads(
+            model,
+            loader,
+            self.finetuning_config(own_seed),
+            self.heads,
+            loss=choice_loss,
+            callbacks=[Progress(f"{method}, shared head, trial {seed}")],
+        )
+
+    def finetuning_config(self, seed: int) -> TrainConfig:
+        """How the test tasks are fine-tuned."""
+        s = self.settings
+        return TrainConfig(
+            epochs=known(s.finetune_epochs),
+            lr=s.finetune_lr,
+            warmup=s.finetune_warmup,
+            schedule_scale=s.finetune_schedule_scale,
+            seed=seed,
+            **self._common_config(),
+        )
 
     def finetune(
         self, model: nn.Module, kind: str, rank: int | None, seed: int, *callbacks: Callback
@@ -143,13 +186,7 @@ class Protocol:
         before = self._accuracy(self.held_out)(model)
         own_seed = derive_seed("finetuning", seed)
         loader = self._loader(self.test, s.finetune_batch_size, seed=own_seed)
-        config = TrainConfig(
-            epochs=known(s.finetune_epochs),
-            lr=s.finetune_lr,
-            schedule_scale=s.finetune_schedule_scale,
-            seed=own_seed,
-            **self._common_config(),
-        )
+        config = self.finetuning_config(own_seed)
         common = self._common(self.held_out, Progress(f"{kind}, trial {seed}"), *callbacks)
         fresh = s.finetune_head == "fresh"
         if kind == "lora":
@@ -178,7 +215,6 @@ class Protocol:
             "weight_decay": s.weight_decay,
             "schedule": "linear",
             "schedule_unit": "step",
-            "warmup": s.warmup,
             "precision": s.precision,
         }
 

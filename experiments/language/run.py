@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from experiments.language import figures, report
 from experiments.language.prepare import facts, load_corpus, notes, prepare
 from experiments.language.progress import Clock, EpochLine
 from experiments.language.protocol import Protocol
-from experiments.language.settings import TINY, Settings
+from experiments.language.settings import PART_OF, TINY, Settings
 from experiments.runs import RunFolder, one_thread
 from experiments.training import (
     EpochLog,
@@ -27,6 +26,7 @@ from experiments.training import (
     load_weights,
     save_weights,
 )
+from experiments.unused import say, unused
 
 NAME = "language"
 
@@ -55,6 +55,7 @@ def run(settings: Settings) -> RunFolder:
             training diverged.
     """
     device = choose_device(settings.device)
+    said = unused(settings, PART_OF, settings.kinds())
     settings = settings.resolved(device.type)
     corpus = load_corpus(settings)
     protocol = prepare(settings, corpus, device)
@@ -69,8 +70,7 @@ def run(settings: Settings) -> RunFolder:
             for part, sha256 in file.sha256.items():
                 folder.add_data(part, sha256)
         folder.note(**facts(corpus, protocol))
-        for line in notes(corpus, protocol, settings.list_unmatched):
-            print(line, file=sys.stderr)
+        say([*said, *notes(corpus, protocol, settings.list_unmatched)])
         clusters = [str(task.cluster) for task in corpus.testing]
         with one_thread() if settings.model == TINY else contextlib.nullcontext():
             _Run(folder, protocol, name, clusters).everything()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cli import MOST_TRIALS, check_numbers, option, unique
+from experiments.training import SHARED_HEADS, STANDARD_ORDERS
 from metalora._checks import check_count
 
 METHODS = ("none", "lora-ml", "last-layer-ml", "standard", "reptile")
@@ -16,6 +17,33 @@ ALL, OWN = "all", "own"
 # What a method prepares for; the others prepare for nothing in particular.
 OWN_FINETUNES = {"lora-ml": ("lora",), "last-layer-ml": ("last-layer",)}
 MINILM, TINY = "minilm", "tiny"
+WARMUPS = ("warmup", "finetune_warmup", "reptile_warmup")
+SCHEDULE_SCALES = ("schedule_scale", "finetune_schedule_scale", "reptile_schedule_scale")
+DECAYS, SEEDS = ("weight_decay", "adapter_weight_decay"), ("first_seed", "data_seed")
+ZERO = ("dropout", *DECAYS, *SEEDS, *WARMUPS)  # these may be zero
+
+RETRAINED, WITH_TASKS = METHODS[1:], ("lora-ml", "last-layer-ml")
+# Settings that only some methods and fine-tunings have a use for; the others are for all.
+PART_OF: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("rank", "alpha", "dropout"), ("lora-ml", "lora")),
+    **dict.fromkeys(("epochs", "batch_size"), RETRAINED),
+    **dict.fromkeys(("lr", "warmup", "schedule_scale"), (*WITH_TASKS, "standard")),
+    **dict.fromkeys(
+        ("step_per", "adapter_lr", "adapter_weight_decay", "adapter_steps", "shared_head"),
+        WITH_TASKS,
+    ),
+    "standard_order": ("standard",),
+    **dict.fromkeys(
+        (
+            "reptile_lr",
+            "reptile_warmup",
+            "reptile_schedule_scale",
+            "reptile_inner_lr",
+            "reptile_inner_steps",
+        ),
+        ("reptile",),
+    ),
+}
 
 # What stands for None.
 DEFAULTS: Mapping[str, Any] = {
@@ -49,6 +77,11 @@ class Settings:
     test_file: str | None = option(None, help="in --data; may be the same, for tasks of one file")
     strict: bool = option(True, help="leave out personas that match their cluster only in part")
     candidates: int = option(20, help="of each turn; they are drawn where a file has no lists")
+    data_seed: int = option(
+        0,
+        help="of the drawn candidates and the order of all; the same for every method and trial, "
+        "so that they are compared on the same questions",
+    )
     model: str | None = option(
         None,
         help="name or folder of a sequence-classification model; minilm: that of the package "
@@ -86,10 +119,11 @@ class Settings:
     seeds: int | None = option(None, help="trials, each with seeds of its own (default: 5)")
     first_seed: int = option(0, help="seed of the first trial; the others follow")
     epochs: int | None = option(None, help="of retraining (default: 10)")
-    batch_size: int = option(8, help="turns per task; standard: of all tasks together")
+    batch_size: int = option(8, help="turns of a batch; pooled: of all tasks together")
     lr: float = option(5e-5, help="of retraining")
+    warmup: float = option(0.015, help="part of retraining in which the rate rises")
     schedule_scale: float = option(
-        6.67, help="length of retraining's linear schedule, in retrainings"
+        1.0, help="length of retraining's linear schedule, in retrainings"
     )
     validation_dialogues: int = option(3, help="the last of each task, to choose the epoch by")
     step_per: str = option(
@@ -98,22 +132,48 @@ class Settings:
         "round of all tasks",
         choices=("round", "task"),
     )
+    adapter_lr: float | None = option(
+        None, help="of the tasks' adapters and heads in retraining (default: --lr)"
+    )
+    adapter_weight_decay: float | None = option(
+        None, help="of the tasks' adapters and heads in retraining (default: --weight-decay)"
+    )
+    adapter_steps: int = option(
+        1,
+        help="lora-ml, last-layer-ml: steps on adapters and heads alone before each step on the "
+        "shared weights; 1: both in one step",
+    )
+    standard_order: str = option(
+        "pooled",
+        help="standard: batches drawn from all tasks together, or of one task each, task after "
+        "task in turn (interleaved) or, as in the authors' runs, in blocks",
+        choices=STANDARD_ORDERS,
+    )
+    shared_head: str = option(
+        "mean",
+        help="lora-ml, last-layer-ml: the head they leave behind is the mean of the tasks' heads, "
+        "or refitted to the retraining tasks without adapters, as long as a fine-tuning",
+        choices=SHARED_HEADS,
+    )
     finetune_epochs: int | None = option(None, help="of fine-tuning; the last counts (default: 10)")
     finetune_batch_size: int = option(8, help="turns per task")
     finetune_lr: float = option(1e-4, help="of fine-tuning")
+    finetune_warmup: float = option(0.1, help="part of fine-tuning in which the rate rises")
     finetune_schedule_scale: float = option(
         4.0, help="length of fine-tuning's linear schedule, in fine-tunings"
     )
     finetune_head: str = option(
-        "retrained",
-        help="where the test tasks' heads start; retrained: the retrained head, of lora-ml and "
-        "last-layer-ml the mean of the tasks' heads",
-        choices=("retrained", "fresh"),
+        "fresh",
+        help="where the test tasks' heads start: anew, or from the retrained head (--shared-head)",
+        choices=("fresh", "retrained"),
     )
     held_out_dialogues: int = option(2, help="the last of each test task, for the accuracy")
-    warmup: float = option(0.1, help="part of both schedules in which the rate rises")
     weight_decay: float = option(0.01, help="of AdamW, inner steps of Reptile excepted")
     reptile_lr: float = option(1e-4, help="of the outer AdamW")
+    reptile_warmup: float = option(0.1, help="part of its outer steps in which the rate rises")
+    reptile_schedule_scale: float = option(
+        6.67, help="length of the outer linear schedule, in retrainings by Reptile"
+    )
     reptile_inner_lr: float = option(5e-5, help="of the inner AdamW")
     reptile_inner_steps: int = option(20, help="per task and outer step")
     packed: bool | None = option(
@@ -137,19 +197,23 @@ class Settings:
         set_field(self, "retrain", METHODS if ALL in self.retrain else unique(self.retrain))
         set_field(self, "finetune", unique(self.finetune))
         set_field(self, "rank", unique(self.rank))
-        check_numbers("language", self, zero=("first_seed", "weight_decay", "dropout", "warmup"))
+        check_numbers("language", self, zero=ZERO)
         if self.seeds is not None:
             check_count("language", "--seeds", self.seeds, maximum=MOST_TRIALS)
         for name, fits, wanted in (
             ("candidates", self.candidates > 1, "at least 2"),
             ("dropout", self.dropout < 1, "below 1"),
-            ("warmup", self.warmup <= 1, "a part, at most 1"),
-            ("schedule_scale", self.schedule_scale >= 1, "at least 1"),
-            ("finetune_schedule_scale", self.finetune_schedule_scale >= 1, "at least 1"),
+            *((name, getattr(self, name) <= 1, "a part, at most 1") for name in WARMUPS),
+            *((name, getattr(self, name) >= 1, "at least 1") for name in SCHEDULE_SCALES),
         ):
             if not fits:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"argument {flag}: must be {wanted}, got {getattr(self, name)}")
+        if OWN in self.finetune and len(self.finetune) > 1:
+            raise ValueError(
+                "argument --finetune: own decides by itself, so it stands alone; got "
+                + " ".join(self.finetune)
+            )
 
     def resolved(self, device_type: str) -> Settings:
         """These settings with every default filled in."""
@@ -167,6 +231,13 @@ class Settings:
         if OWN in self.finetune:
             return OWN_FINETUNES.get(method, FINETUNES)
         return self.finetune
+
+    def kinds(self) -> set[str]:
+        """The methods and fine-tunings of this run."""
+        return {
+            *self.retrain,
+            *(kind for method in self.retrain for kind in self.finetunes(method)),
+        }
 
     def ranks(self, kind: str) -> tuple[int | None, ...]:
         """The ranks to run a method or fine-tuning with; None: it has no adapters."""

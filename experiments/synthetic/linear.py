@@ -18,6 +18,7 @@ from experiments import cli
 from experiments.runs import RunError, RunFolder
 from experiments.synthetic.settings import LinearSettings, Point
 from experiments.synthetic.trials import METHODS, run_point
+from experiments.unused import cut, say
 from metalora._files import replacing
 
 EXPERIMENT = "linear"
@@ -49,7 +50,9 @@ def run(settings: LinearSettings, folder: RunFolder) -> list[Path]:
     Raises:
         RunError: a training diverged with these settings.
     """
-    settings = settings.shortened()
+    shortened = settings.shortened()
+    say(cut(settings, shortened))
+    settings = shortened
     points = settings.points()
     with tqdm(points, unit="setting", disable=None) as progress:
         for point in progress:

@@ -24,6 +24,7 @@ from experiments.synthetic.phase_trials import (
     recover_base,
     recover_test_task,
 )
+from experiments.unused import cut, say
 
 EXPERIMENT = "phase"
 # A training is at its end with this much of its first loss, or if the last tenth of its steps took
@@ -70,7 +71,9 @@ def run(settings: PhaseSettings, folder: RunFolder) -> Path:
     Raises:
         RunError: a training diverged with these settings.
     """
-    settings = settings.shortened()
+    shortened = settings.shortened()
+    say(cut(settings, shortened))
+    settings = shortened
     units = [(t, k) for k in settings.ranks for t in settings.tasks] + [
         (None, k) for k in settings.ranks
     ]

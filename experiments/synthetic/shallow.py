@@ -19,6 +19,7 @@ from experiments.runs import RunError, RunFolder
 from experiments.synthetic.settings import Point, ShallowSettings
 from experiments.synthetic.shallow_trials import METRICS, run_trials
 from experiments.synthetic.trials import METHODS
+from experiments.unused import cut, say
 
 EXPERIMENT = "shallow"
 
@@ -58,7 +59,9 @@ def run(settings: ShallowSettings, folder: RunFolder) -> list[Path]:
     Raises:
         RunError: a training diverged with these settings.
     """
-    settings = settings.shortened()
+    shortened = settings.shortened()
+    say(cut(settings, shortened))
+    settings = shortened
     points = settings.points()
     with tqdm(total=len(points) * settings.trials, unit="trial", disable=None) as progress:
         for point in points:

@@ -17,8 +17,9 @@ from tqdm import tqdm
 from experiments import cli
 from experiments.runs import RunError, RunFolder, one_thread
 from experiments.theory.checks import Check, Outcome
-from experiments.theory.settings import TheorySettings
+from experiments.theory.settings import PART_OF, TheorySettings
 from experiments.theory.statements import CONTROLS, STATEMENTS
+from experiments.unused import say, unused
 
 EXPERIMENT = "theory"
 _ALL = {**STATEMENTS, **CONTROLS}
@@ -53,6 +54,7 @@ def run(settings: TheorySettings, folder: RunFolder) -> tuple[dict[str, Outcome]
     Raises:
         RunError: a training diverged with these settings, or a file of the folder is damaged.
     """
+    say(unused(settings, PART_OF, set(settings.statements)))
     chosen = [name for name in (*CONTROLS, *STATEMENTS) if name in settings.statements]
     outcomes = {}
     with tqdm(chosen, unit="statement", disable=None) as progress, one_thread():

@@ -14,6 +14,11 @@ from metalora._checks import check_choice, check_count, check_positive
 STATEMENTS = tuple(str(number) for number in range(1, 13))
 # Wrong on purpose: the same checks must refute them.
 CONTROLS = ("wrong-2", "wrong-6", "wrong-7")
+# Settings that only some statements have a use for.
+PART_OF = {
+    "noise": ("8",),
+    **dict.fromkeys(("outer_lr", "inner_lr"), ("5", "6", "10", "11", "12", "wrong-6")),
+}
 _SMOKE = 8  # so many times fewer draws
 
 

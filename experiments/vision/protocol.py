@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.training import known, retrain
+from experiments.training import known, retrain, with_tasks
+from experiments.unused import at_most
 from experiments.vision.augment import Normalize, frozen
 from experiments.vision.data import Dataset, Images
 from experiments.vision.mixer import Mixer
 from experiments.vision.passes import ImagePasses
-from experiments.vision.settings import AUGMENTATIONS, MODELS, Settings
+from experiments.vision.settings import AUGMENTATIONS, MODELS, WITH_TASKS, Settings
 from experiments.vision.tasks import binary_tasks, few_shot, first_per_class
 from metalora.adapters import LoRAConfig
 from metalora.meta import (
@@ -26,6 +27,7 @@ from metalora.meta import (
     derive_seed,
     finetune_last_layer,
     finetune_lora,
+    refit_heads,
 )
 
 HEADS = ("head",)
@@ -54,12 +56,19 @@ class Protocol:
 
     Attributes:
         sha256: of the data set.
+        notes: a line for each setting that asks for more than there is.
     """
 
     def __init__(self, settings: Settings, dataset: Dataset, device: torch.device):
         self.settings, self.device, self.sha256 = settings, device, dataset.sha256
         *retraining, test = settings.pairs()
         train, held_out = dataset.train, dataset.held_out
+        self.notes = [
+            line
+            for name, images in (("train_per_class", train), ("held_out_per_class", held_out))
+            for most in [int(torch.bincount(images.labels).max())]
+            for line in at_most(name, getattr(settings, name), most, "a class has")
+        ]
         mean, deviation = dataset.channel_statistics()
         if settings.train_per_class is not None:
             train = first_per_class(train, settings.train_per_class)
@@ -99,7 +108,7 @@ class Protocol:
             self.retraining,
             seed=derive_seed("retraining", seed),
             batch_size=s.batch_size,
-            pooled=method == "standard",
+            order=s.standard_order if method == "standard" else "rounds",
             max_rounds=self._max_rounds(method),
         )
         config = TrainConfig(
@@ -109,8 +118,8 @@ class Protocol:
             weight_decay=known(s.weight_decay),
             schedule="cosine",
             precision=s.precision,
-            step_per=s.step_per if method in ("lora-ml", "last-layer-ml") else "round",
             seed=derive_seed("retraining", seed),
+            **(with_tasks(s) if method in WITH_TASKS else {}),
         )
         common: dict[str, Any] = {
             "validation": self._held_out(self.validation),
@@ -123,7 +132,27 @@ class Protocol:
             "outer_sign": s.reptile_sign,
         }
         result = retrain(method, model, loader, config, self._adapter(), HEADS, inner, **common)
+        if method == "last-layer-ml" and s.shared_head == "refit":
+            self._refit(model, seed)
         return model, result
+
+    def _refit(self, model: nn.Module, seed: int) -> None:
+        """Fits the shared head to all retraining tasks, as long as a fine-tuning does."""
+        own_seed, size = derive_seed("refitting", seed), self.settings.finetune_batch_size
+        loader = self._loader(self.retraining, seed=own_seed, batch_size=size, order="pooled")
+        progress = Progress(f"shared head, trial {seed}")
+        refit_heads(model, loader, self._finetuning(own_seed), HEADS, callbacks=[progress])
+
+    def _finetuning(self, seed: int) -> TrainConfig:
+        s = self.settings
+        return TrainConfig(
+            epochs=known(s.finetune_epochs),
+            lr=known(s.finetune_lr),
+            weight_decay=known(s.weight_decay),
+            schedule="cosine",
+            precision=s.precision,
+            seed=seed,
+        )
 
     def images_per_epoch(self, method: str) -> int:
         """How many images an epoch of retraining runs through the model."""
@@ -150,21 +179,15 @@ class Protocol:
             seed=derive_seed("finetuning", seed),
             batch_size=s.finetune_batch_size,
         )
-        config = TrainConfig(
-            epochs=known(s.finetune_epochs),
-            lr=known(s.finetune_lr),
-            weight_decay=known(s.weight_decay),
-            schedule="cosine",
-            precision=s.precision,
-            seed=derive_seed("finetuning", seed),
-        )
+        config = self._finetuning(derive_seed("finetuning", seed))
         common: dict[str, Any] = {
             "validation": self._held_out(self.test_held_out),
             "callbacks": [Progress(f"{kind}, {shots} shots, trial {seed}"), *callbacks],
         }
         if kind == "lora":
             return finetune_lora(model, loader, config, self._adapter(), **common)
-        return finetune_last_layer(model, loader, config, HEADS, **common)
+        fresh = s.finetune_head == "fresh"
+        return finetune_last_layer(model, loader, config, HEADS, fresh=fresh, **common)
 
     def _test_task(self, shots: str, seed: int) -> Tasks:
         if shots == "all":

@@ -21,11 +21,12 @@ from experiments.training import (
     load_weights,
     save_weights,
 )
+from experiments.unused import say, unused
 from experiments.vision import report
 from experiments.vision.data import load
 from experiments.vision.mixer import Mixer
 from experiments.vision.protocol import Protocol
-from experiments.vision.settings import Settings
+from experiments.vision.settings import PART_OF, Settings
 
 NAME = "vision"
 
@@ -56,6 +57,7 @@ def run(settings: Settings, *, go_on: str = "") -> RunFolder:
         RunError: the data, the device or the output folder are not usable, or a training diverged.
     """
     device = choose_device(settings.device)
+    said = unused(settings, PART_OF, settings.kinds())
     settings = settings.resolved(device.type)
     protocol = Protocol(
         settings, load(settings.data, settings.data_root, settings.download), device
@@ -73,6 +75,7 @@ def run(settings: Settings, *, go_on: str = "") -> RunFolder:
     )
     with folder:
         folder.add_data(settings.data, protocol.sha256)
+        say([*said, *protocol.notes])
         for trial, method in _progress(settings):
             model = _retrained(folder, protocol, method, trial)
             for kind in settings.finetune:

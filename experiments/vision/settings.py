@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cli import MOST_TRIALS, check_numbers, option, unique
+from experiments.training import SHARED_HEADS, STANDARD_ORDERS
 from experiments.vision.augment import Augmentation
 from experiments.vision.mixer import MixerConfig
 from experiments.vision.tasks import Pair
@@ -24,6 +25,33 @@ METHODS = ("lora-ml", "last-layer-ml", "standard", "reptile")
 FINETUNES = ("lora", "last-layer")
 PAIRS = ("0-1", "2-3", "4-5", "6-7", "8-9")
 ALL = "all"
+ZERO = ("first_seed", "weight_decay", "adapter_weight_decay")  # these may be zero
+WITH_TASKS = ("lora-ml", "last-layer-ml")
+# Settings that only some methods, fine-tunings or data have a use for; the others are for all.
+PART_OF: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("data_root", "download"), ("cifar10",)),
+    "lr": (*WITH_TASKS, "standard"),
+    **dict.fromkeys(
+        ("step_per", "adapter_lr", "adapter_weight_decay", "adapter_steps"), WITH_TASKS
+    ),
+    "shared_head": ("last-layer-ml",),
+    "standard_order": ("standard",),
+    "rank": ("lora-ml", "lora"),
+    "finetune_head": ("last-layer",),
+    **dict.fromkeys(
+        (
+            "reptile",
+            "reptile_sign",
+            "reptile_epochs",
+            "reptile_optimizer",
+            "reptile_lr",
+            "reptile_inner_optimizer",
+            "reptile_inner_lr",
+            "reptile_inner_steps",
+        ),
+        ("reptile",),
+    ),
+}
 
 # What stands for None. CIFAR-10: the paper's appendix E.1; digits: see above.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -113,7 +141,7 @@ class Settings:
     tasks: tuple[str, ...] = option(PAIRS, help="pairs of classes; the last is the test task")
     epochs: int | None = option(None, help="of retraining (cifar10: 100, digits: 20)")
     batch_size: int | None = option(
-        None, help="per task; standard: of all tasks together (cifar10: 256, digits: 32)"
+        None, help="of a batch; pooled: of all tasks together (cifar10: 256, digits: 32)"
     )
     lr: float | None = option(None, help="of retraining (cifar10: 1e-4, digits: 1e-2)")
     weight_decay: float | None = option(None, help="of all optimisers but inner ones (1e-5)")
@@ -124,6 +152,35 @@ class Settings:
         "round",
         help="lora-ml, last-layer-ml: an optimiser step per round of all tasks, or per task",
         choices=("round", "task"),
+    )
+    adapter_lr: float | None = option(
+        None, help="of the tasks' adapters and heads in retraining (default: --lr)"
+    )
+    adapter_weight_decay: float | None = option(
+        None, help="of the tasks' adapters and heads in retraining (default: --weight-decay)"
+    )
+    adapter_steps: int = option(
+        1,
+        help="lora-ml, last-layer-ml: steps on adapters and heads alone before each step on the "
+        "shared weights; 1: both in one step",
+    )
+    standard_order: str = option(
+        "pooled",
+        help="standard: batches drawn from all tasks together, or of one task each, task after "
+        "task in turn (interleaved) or in blocks",
+        choices=STANDARD_ORDERS,
+    )
+    shared_head: str = option(
+        "mean",
+        help="last-layer-ml: the head it leaves behind is the mean of the tasks' heads, or "
+        "refitted to the retraining tasks, as long as a fine-tuning",
+        choices=SHARED_HEADS,
+    )
+    finetune_head: str = option(
+        "fresh",
+        help="last-layer: the test task's head starts anew, or from the retrained head; lora "
+        "goes on from the retrained head, which has LoRA as every linear layer",
+        choices=("fresh", "retrained"),
     )
     rank: int = option(1, help="of LoRA, on every linear layer, with scale 1")
     bias: bool = option(True, help="linear layers have a bias; the authors' runs leave it out")
@@ -171,9 +228,13 @@ class Settings:
         if len(self.tasks) < 2:
             raise ValueError("argument --tasks: needs a retraining task and the test task")
         self.pairs()
-        check_numbers("vision", self, zero=("first_seed", "weight_decay"))
+        check_numbers("vision", self, zero=ZERO)
         if self.seeds is not None:
             check_count("vision", "--seeds", self.seeds, maximum=MOST_TRIALS)
+
+    def kinds(self) -> set[str]:
+        """The methods, fine-tunings and data of this run."""
+        return {*self.retrain, *self.finetune, self.data}
 
     def pairs(self) -> list[Pair]:
         """The tasks' classes; the last pair is the test task's."""

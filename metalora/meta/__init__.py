@@ -16,6 +16,7 @@ from metalora.meta.methods import (
     standard,
 )
 from metalora.meta.peft_ml import finetune_peft, peft_ml
+from metalora.meta.refit import refit_heads
 from metalora.meta.schedule import learning_rate
 from metalora.meta.seeds import derive_seed
 from metalora.meta.steps import GradientStep, ReptileStep, cross_entropy
@@ -49,6 +50,7 @@ __all__ = [
     "learning_rate",
     "lora_ml",
     "peft_ml",
+    "refit_heads",
     "reptile",
     "standard",
     "task_mean",

@@ -19,10 +19,18 @@ class TrainConfig:
         adapter_lr: learning rate of adapters and heads, before the schedule; None means ``lr``.
             A model without any has no use for it.
         adapter_weight_decay: weight decay of adapters and heads; None means ``weight_decay``.
+        adapter_steps: optimiser steps on adapters and heads for each step on the shared weights. 1
+            takes both in one step, from one gradient. k > 1 takes k steps on the adapters and heads
+            alone, all on the same batch, and then one on the shared weights alone, as the paper's
+            algorithm for the linear model does with k = 10. Schedules count the shared steps.
         optimizer: "adam", "adamw" or "sgd" (without momentum).
         schedule: "constant", "cosine" (to zero) or "linear" (to zero).
         schedule_unit: whether the rate changes with every "epoch" or optimiser "step".
-        warmup: fraction of the scheduled length over which the rate rises linearly first.
+        warmup: part of the training, 0 to 1, over which the rate rises linearly first. It is a part
+            of the epochs, or with ``schedule_unit="step"`` of all optimiser steps; a longer
+            schedule (``schedule_scale``) does not change it.
+        warmup_steps: the same in optimiser steps, instead of ``warmup``; needs
+            ``schedule_unit="step"``.
         schedule_scale: the schedule is this many times as long as the training, so that above 1
             the rate never decays to zero.
         grad_clip: largest norm of the loss gradient; None does not clip.
@@ -43,6 +51,7 @@ class TrainConfig:
     schedule: str = "constant"
     schedule_unit: str = "epoch"
     warmup: float = 0.0
+    warmup_steps: int | None = None
     schedule_scale: float = 1.0
     grad_clip: float | None = None
     precision: str = "fp32"
@@ -50,6 +59,7 @@ class TrainConfig:
     seed: int = 0
     adapter_lr: float | None = None
     adapter_weight_decay: float | None = None
+    adapter_steps: int = 1
 
     def __post_init__(self) -> None:
         check_count("TrainConfig", "epochs", self.epochs)
@@ -59,11 +69,13 @@ class TrainConfig:
             check_positive("TrainConfig", "adapter_lr", self.adapter_lr)
         if self.adapter_weight_decay is not None:
             check_nonnegative("TrainConfig", "adapter_weight_decay", self.adapter_weight_decay)
+        check_count("TrainConfig", "adapter_steps", self.adapter_steps)
         check_choice("TrainConfig", "optimizer", self.optimizer, NAMED)
         check_choice("TrainConfig", "schedule", self.schedule, ("constant", "cosine", "linear"))
         check_choice("TrainConfig", "schedule_unit", self.schedule_unit, ("epoch", "step"))
         if check_nonnegative("TrainConfig", "warmup", self.warmup) > 1:
             raise ValueError(f"TrainConfig: warmup must be a fraction in 0..1, got {self.warmup}")
+        self._check_warmup_steps()
         if check_positive("TrainConfig", "schedule_scale", self.schedule_scale) < 1:
             raise ValueError(f"TrainConfig: schedule_scale must be >= 1, got {self.schedule_scale}")
         if self.grad_clip is not None:
@@ -71,3 +83,18 @@ class TrainConfig:
         check_choice("TrainConfig", "precision", self.precision, ("fp32", "bf16", "fp16"))
         check_choice("TrainConfig", "step_per", self.step_per, ("round", "task"))
         check_count("TrainConfig", "seed", self.seed, minimum=0)
+
+    def _check_warmup_steps(self) -> None:
+        if self.warmup_steps is None:
+            return
+        check_count("TrainConfig", "warmup_steps", self.warmup_steps, minimum=0)
+        if self.warmup > 0:
+            raise ValueError(
+                "TrainConfig: give warmup or warmup_steps, not both, got "
+                f"warmup={self.warmup} and warmup_steps={self.warmup_steps}"
+            )
+        if self.schedule_unit != "step":
+            raise ValueError(
+                "TrainConfig: warmup_steps needs schedule_unit='step', got "
+                f"{self.schedule_unit!r}; give warmup as a part of the training instead"
+            )

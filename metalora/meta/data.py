@@ -10,9 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from metalora._checks import check_count
+from metalora._checks import check_choice, check_count
 from metalora.meta.identity import digest_of_data, identity_of
 from metalora.meta.seeds import generator
+
+ORDERS = ("rounds", "interleaved", "blocked", "pooled")
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,11 @@ class Rounds(Protocol):
 
     num_tasks: int
     """Number of tasks T."""
-    pooled: bool
-    """Whether batches ignore tasks, so that the loss is the mean over samples."""
+
+    @property
+    def pooled(self) -> bool:
+        """Whether batches ignore tasks, so that the loss is the mean over samples."""
+        ...
 
     @property
     def rounds_per_task(self) -> Sequence[int]:
@@ -157,20 +162,29 @@ def _passes_by_task(collate: Collate | None, batch: Batch) -> Iterator[Batch]:
 
 
 class RoundLoader:
-    """Rounds of samples from tensors: up to ``batch_size`` samples of every task per batch.
+    """Batches of samples from tensors; by default rounds, each with samples of every task.
 
-    An epoch gives every sample once. Tasks with fewer samples are through earlier, and absent from
-    the last rounds. Batches are sorted by task. Order and augmentation are a pure function of
-    (seed, epoch).
+    An epoch gives every sample once, in one of these orders:
+
+    - "rounds": up to ``batch_size`` samples of every task per batch. Tasks with fewer samples are
+      through earlier, and absent from the last rounds.
+    - "interleaved": a batch of task 0, a batch of task 1, and so on, then the next batch of each
+      task that has samples left.
+    - "blocked": all batches of task 0, then all of task 1, and so on.
+    - "pooled": batches drawn from all tasks together, as if there were but one; the loss is the
+      mean over a batch's samples.
+
+    A batch of one task is one optimiser step, and its loss is the mean over its samples. Batches
+    are sorted by task. Order and augmentation are a pure function of (seed, epoch).
 
     Args:
         inputs: [N, ...], or a mapping of such tensors; on the device where they are wanted.
         targets: [N, ...], beside them.
         task_ids: int64 [N], tasks numbered 0..T-1 without gaps; -1 leaves a sample out.
-        batch_size: samples per task and round; with ``pooled``, samples per batch.
+        batch_size: samples per task and batch; with "pooled", samples per batch.
         seed: of order and augmentation.
         shuffle: whether the order changes with each epoch; without, it is that of the tensors.
-        pooled: draw batches from all tasks together, as if there were but one.
+        order: "rounds", "interleaved", "blocked" or "pooled", see above.
         max_rounds: end the epoch after so many batches.
         transform: ``transform(inputs, generator) -> inputs``, applied to each batch.
         collate: see `Batch`. Where samples do not fit into tensors, ``inputs`` may be their
@@ -178,7 +192,8 @@ class RoundLoader:
 
     Raises:
         TypeError: if an argument has a wrong type.
-        ValueError: if lengths differ, a task has no samples, or a number is outside its range.
+        ValueError: if lengths differ, a task has no samples, or a number or the order is not one
+            of those allowed.
     """
 
     def __init__(
@@ -190,18 +205,19 @@ class RoundLoader:
         batch_size: int,
         seed: int = 0,
         shuffle: bool = True,
-        pooled: bool = False,
+        order: str = "rounds",
         max_rounds: int | None = None,
         transform: Callable[[Any, torch.Generator], Any] | None = None,
         collate: Collate | None = None,
     ) -> None:
         check_count("RoundLoader", "batch_size", batch_size)
         check_count("RoundLoader", "seed", seed, minimum=0)
+        self.order = check_choice("RoundLoader", "order", order, ORDERS)
         if max_rounds is not None:
             check_count("RoundLoader", "max_rounds", max_rounds)
         ids = _checked_ids(inputs, targets, task_ids)
         self.inputs, self.targets, self.task_ids = inputs, targets, task_ids.to(targets.device)
-        self.batch_size, self.seed, self.shuffle, self.pooled = batch_size, seed, shuffle, pooled
+        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.transform, self.collate = transform, collate
         self.num_tasks = int(ids.max()) + 1
         self._ids = ids
@@ -212,6 +228,7 @@ class RoundLoader:
                     f"RoundLoader: task_ids must number the tasks 0..T-1, but task {task} of "
                     f"{self.num_tasks} has no samples"
                 )
+        self._batches_per_task = [self._batches(len(samples)) for samples in self._of_task]
         self._max_rounds = max_rounds
         self._epoch = 0
 
@@ -225,7 +242,7 @@ class RoundLoader:
             "batch_size": self.batch_size,
             "seed": self.seed,
             "shuffle": self.shuffle,
-            "pooled": self.pooled,
+            "order": self.order,
             "max_rounds": self._max_rounds,
             "transform": identity_of(self.transform),
             "collate": identity_of(self.collate),
@@ -239,20 +256,29 @@ class RoundLoader:
         check_count("RoundLoader.set_epoch", "epoch", epoch, minimum=0)
         self._epoch = epoch
 
+    @property
+    def pooled(self) -> bool:
+        """Whether batches ignore tasks, so that the loss is the mean over samples."""
+        return self.order == "pooled"
+
     def __len__(self) -> int:
         if self.pooled:
-            longest = sum(map(len, self._of_task))
+            batches = self._batches(sum(map(len, self._of_task)))
+        elif self.order == "rounds":
+            batches = max(self._batches_per_task)
         else:
-            longest = max(map(len, self._of_task))
-        rounds = -(-longest // self.batch_size)
-        return rounds if self._max_rounds is None else min(rounds, self._max_rounds)
+            batches = sum(self._batches_per_task)
+        return batches if self._max_rounds is None else min(batches, self._max_rounds)
 
     @property
     def rounds_per_task(self) -> list[int]:
         """How many batches of an epoch have samples of each task; pooled: at most."""
         if self.pooled:
             return [len(self)] * self.num_tasks
-        return [min(len(self), -(-len(samples) // self.batch_size)) for samples in self._of_task]
+        found = [0] * self.num_tasks
+        for task in (task for visits in self._visits() for task, _ in visits):
+            found[task] += 1
+        return found
 
     def __iter__(self) -> Iterator[Batch]:
         device = self.targets.device
@@ -272,7 +298,7 @@ class RoundLoader:
             yield Batch(inputs, targets, task_ids, counts, collate=self.collate)
 
     def _rounds(self) -> list[tuple[Tensor, tuple[int, ...]]]:
-        """Per round the samples [B] in order, and how many each task has of them."""
+        """Per batch the samples [B] in order, and how many each task has of them."""
         order = generator(torch.device("cpu"), "order", self.seed, self._epoch)
         if self.pooled:
             every = self._shuffled(torch.cat(self._of_task).sort().values, order)
@@ -280,12 +306,29 @@ class RoundLoader:
             counts = [torch.bincount(self._ids[b], minlength=self.num_tasks) for b in batches]
             return [(b, tuple(c.tolist())) for b, c in zip(batches, counts, strict=True)]
         chunks = [self._shuffled(s, order).split(self.batch_size) for s in self._of_task]
-        nothing = torch.empty(0, dtype=torch.int64)
         rounds = []
-        for i in range(len(self)):
-            parts = [c[i] if i < len(c) else nothing for c in chunks]
-            rounds.append((torch.cat(parts), tuple(map(len, parts))))
+        for visits in self._visits():
+            parts = {task: chunks[task][i] for task, i in visits}
+            sizes = tuple(len(parts.get(task, ())) for task in range(self.num_tasks))
+            rounds.append((torch.cat(list(parts.values())), sizes))
         return rounds
+
+    def _visits(self) -> list[list[tuple[int, int]]]:
+        """Per batch of an epoch the tasks it has samples of, each with which of its batches."""
+        per_task = self._batches_per_task
+        if self.order == "blocked":
+            visits = [[(task, i)] for task, count in enumerate(per_task) for i in range(count)]
+        else:
+            visits = [
+                [(task, i) for task, count in enumerate(per_task) if i < count]
+                for i in range(max(per_task))
+            ]
+        if self.order == "interleaved":
+            visits = [[visit] for together in visits for visit in together]
+        return visits[: self._max_rounds]
+
+    def _batches(self, samples: int) -> int:
+        return -(-samples // self.batch_size)
 
     def _shuffled(self, samples: Tensor, order: torch.Generator) -> Tensor:
         if not self.shuffle:

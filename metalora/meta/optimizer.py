@@ -12,12 +12,16 @@ NAMED: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD}
 
 
 def make_optimizer(
-    name: str, parameters: Sequence[Tensor], lr: float, weight_decay: float
+    name: str,
+    parameters: Sequence[Tensor] | Sequence[dict[str, Any]],
+    lr: float,
+    weight_decay: float,
 ) -> Optimizer:
-    """The optimiser called ``name``, fused where torch can."""
+    """The optimiser called ``name`` of parameters, or of groups of them, fused where torch can."""
+    groups = (p["params"] if isinstance(p, dict) else [p] for p in parameters)
+    fused = can_fuse(p for group in groups for p in group)
     kind: Callable[..., Optimizer] = NAMED[name]
-    options: dict[str, Any] = {"weight_decay": weight_decay, "fused": can_fuse(parameters)}
-    return kind(parameters, lr=lr, **options)
+    return kind(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
 
 
 def can_fuse(parameters: Iterable[Tensor]) -> bool:

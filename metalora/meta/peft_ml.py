@@ -155,11 +155,13 @@ def _train(
     if validation is not None and not callable(validation):
         validation = by_task(validation)
     one_by_one = by_task(rounds)
+    plain = {id(p) for p in model.parameters()}
     torch.manual_seed(derive_seed("adapters", config.seed))
     with peft_adapters(
         function, model, peft_config, rounds.num_tasks, train_shared=train_shared
     ) as adapted:
-        step = GradientStep(adapted, one_by_one, config, loss=loss, forward=forward)
+        own = [p for p in adapted.parameters() if id(p) not in plain]
+        step = GradientStep(adapted, one_by_one, config, own=own, loss=loss, forward=forward)
         step.settings["peft"] = settings_of(peft_config)
         result = train(
             adapted,

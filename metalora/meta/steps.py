@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metalora._checks import DivergedError, check_choice, check_count, check_positive
-from metalora.adapters import adapted_layers
+from metalora.adapters import adapted_layers, task_parameters
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Batch, Rounds
 from metalora.meta.identity import identity_of
@@ -87,21 +87,30 @@ class Objective:
         self.device = next(model.parameters()).device
         self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
 
-    def backward(self, batch: Batch, scaler: torch.amp.GradScaler) -> Tensor:
+    def backward(
+        self,
+        batch: Batch,
+        scaler: torch.amp.GradScaler,
+        only: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """Adds the batch's gradients, times the scaler's scale, to the parameters; its loss.
+
+        With ``only`` those parameters alone get gradients.
 
         Raises:
             DivergedError: if the loss is NaN or infinite; known here on a CPU alone.
         """
         if batch.weights is None:
             batch = replace(batch, weights=self._weights(batch))
-        values = [self._pass_backward(part, scaler) for part in batch.passes()]
+        values = [self._pass_backward(part, scaler, only) for part in batch.passes()]
         value = values[0] if len(values) == 1 else torch.stack(values).sum()
         if value.device.type == "cpu":  # reading it waits for nothing
             check_finite(float(value), "the loss of a step", self.config)
         return value
 
-    def _pass_backward(self, batch: Batch, scaler: torch.amp.GradScaler) -> Tensor:
+    def _pass_backward(
+        self, batch: Batch, scaler: torch.amp.GradScaler, only: Sequence[Tensor] | None
+    ) -> Tensor:
         if batch.weights is None:
             raise ValueError(
                 "collate: must give its batches the samples' weights, as Batch.take does, got None"
@@ -117,7 +126,10 @@ class Objective:
                     f"got {list(losses.shape)}"
                 )
             value = weighted_mean(losses, batch.weights)
-            scaler.scale(value).backward()  # in the context: checkpointed layers run again
+            # peft switches off the gradients of adapters that are not in use.
+            inputs = None if only is None else [p for p in only if p.requires_grad]
+            # In the context: checkpointed layers run again.
+            scaler.scale(value).backward(inputs=inputs)
         return value.detach()
 
     def _weights(self, batch: Batch) -> Tensor:
@@ -130,12 +142,17 @@ class Objective:
 class GradientStep:
     """One step of the optimiser on the loss of a round, or of one task's part of it.
 
+    With ``config.adapter_steps`` above 1, that many steps on the adapters and heads, then one on
+    the shared weights; the loss is that before the latter.
+
     The adapters of tasks that are absent stay as they are, see `metalora.TaskOptimizer`.
 
     Args:
         model: plain or adapted; its trainable parameters are trained.
         rounds: the loader.
         config: settings.
+        own: what the tasks have of their own; None means the adapters and heads that
+            `metalora.adapt` puts in.
         loss: the loss of each sample.
         forward: how the model is called.
     """
@@ -146,6 +163,7 @@ class GradientStep:
         rounds: Rounds,
         config: TrainConfig,
         *,
+        own: Sequence[nn.Parameter] | None = None,
         loss: Loss = cross_entropy,
         forward: Forward = call_model,
     ) -> None:
@@ -160,7 +178,16 @@ class GradientStep:
         }
         self.objective = Objective(model, config, pooled=rounds.pooled, loss=loss, forward=forward)
         self.parameters = trainable(model)
-        self.optimizer = _optimizer(model, config)
+        of_tasks = {id(p) for p in (task_parameters(model) if own is None else own)}
+        self.own = [p for p in self.parameters if id(p) in of_tasks]
+        self.shared = [p for p in self.parameters if id(p) not in of_tasks]
+        if config.adapter_steps > 1 and not (self.own and self.shared):
+            lacking = "weights that the tasks share" if self.own else "adapters or heads of tasks"
+            raise ValueError(
+                f"train: adapter_steps must be 1 where no {lacking} are trained, "
+                f"got {config.adapter_steps}"
+            )
+        self.optimizer = _optimizer(model, config, self.shared, self.own)
         self.scaler = make_scaler(model, config)
 
     def per_epoch(self, rounds: Rounds) -> int:
@@ -178,8 +205,16 @@ class GradientStep:
     def __call__(self, batches: list[Batch]) -> Tensor:
         """Takes one step on the one batch; returns its loss."""
         (batch,) = batches
+        if self.config.adapter_steps == 1:
+            return self._step(batch)
+        for _ in range(self.config.adapter_steps):
+            self._step(batch, self.own)
+        return self._step(batch, self.shared)
+
+    def _step(self, batch: Batch, only: Sequence[nn.Parameter] | None = None) -> Tensor:
+        """An optimiser step, which leaves alone what gets no gradient; the loss before it."""
         self.optimizer.zero_grad()
-        value = self.objective.backward(batch, self.scaler)
+        value = self.objective.backward(batch, self.scaler, only)
         clip(self.optimizer, self.scaler, self.config, self.parameters)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -222,7 +257,14 @@ class ReptileStep:
         forward: Forward = call_model,
     ) -> None:
         if rounds.pooled:
-            raise ValueError("reptile: pooled rounds ignore tasks; use a loader with pooled=False")
+            raise ValueError(
+                "reptile: pooled rounds ignore tasks; use a loader with order='rounds'"
+            )
+        if len(rounds) != max(rounds.rounds_per_task):
+            raise ValueError(
+                "reptile: takes inner_steps rounds of all tasks at a time, got batches of single "
+                "tasks; use a loader with order='rounds'"
+            )
         self.model, self.config, self.average = model, config, average
         self.inner_steps = check_count("reptile", "inner_steps", inner_steps)
         self.inner_lr = check_positive("reptile", "inner_lr", inner_lr)
@@ -239,6 +281,11 @@ class ReptileStep:
             "loss": identity_of(loss),
             "forward": identity_of(forward),
         }
+        if config.adapter_steps > 1:
+            raise ValueError(
+                f"reptile: adapter_steps must be 1, as there are no adapters, "
+                f"got {config.adapter_steps}"
+            )
         self.objective = Objective(model, config, loss=loss, forward=forward)
         self.parameters = trainable(model)
         self.optimizer = make_optimizer(
@@ -317,16 +364,26 @@ def group_by_task(batches: list[Batch]) -> list[list[Batch]]:
     return [groups[task] for task in sorted(groups)]
 
 
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    if not adapted_layers(model):
-        return make_optimizer(config.optimizer, trainable(model), config.lr, config.weight_decay)
-    return TaskOptimizer(
-        model,
-        NAMED[config.optimizer],
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        adapter_lr=config.adapter_lr,
-        adapter_weight_decay=config.adapter_weight_decay,
+def _optimizer(
+    model: nn.Module,
+    config: TrainConfig,
+    shared: list[nn.Parameter],
+    own: list[nn.Parameter],
+) -> torch.optim.Optimizer:
+    apart = {"lr": config.adapter_lr, "weight_decay": config.adapter_weight_decay}
+    if adapted_layers(model):
+        return TaskOptimizer(
+            model,
+            NAMED[config.optimizer],
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            **{f"adapter_{name}": value for name, value in apart.items()},
+        )
+    # Adapters of peft are parameters of one task each, without a gradient where it is absent.
+    given = {name: value for name, value in apart.items() if value is not None}
+    groups: list[dict[str, Any]] = [{"params": shared}, {"params": own, **given}]
+    return make_optimizer(
+        config.optimizer, [g for g in groups if g["params"]], config.lr, config.weight_decay
     )
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from experiments.language.run import main, run
 from experiments.language.settings import METHODS, Settings
 from experiments.runs import RunError
 from metalora.adapters import LoRAConfig, adapt, adapted_layers
-from metalora.meta import Batch
+from metalora.meta import Batch, evaluate, learning_rate
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -97,6 +98,11 @@ def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--smoke", "--dropout", "1"], "argument --dropout: must be below 1, got 1.0"),
         (["--smoke", "--candidates", "1"], "argument --candidates: must be at least 2, got 1"),
         (["--smoke", "--schedule-scale", "0.5"], "--schedule-scale: must be at least 1, got 0.5"),
+        (["--smoke", "--finetune-warmup", "1.5"], "--finetune-warmup: must be a part, at most 1"),
+        (["--smoke", "--standard-order", "block"], "got 'block'; did you mean 'blocked'?"),
+        (["--smoke", "--adapter-steps", "0"], "--adapter-steps must be an int >= 1, got 0"),
+        (["--smoke", "--data-seed", "-1"], "--data-seed must be an int >= 0, got -1"),
+        (["--smoke", "--finetune", "own", "lora"], "--finetune: own decides by itself, so it"),
         (["--smoke", "--max-length", "4"], "max_length must be above 4, got 4"),
         (["--smoke", "--device", "gpu7"], "--device gpu7 cannot be used here"),
         (["--smoke", "--resume"], "--resume needs --out"),
@@ -138,7 +144,8 @@ def test_what_is_left_out_or_cut_is_said_and_listed_on_request(
     given = {"data": tmp_path, "test_tasks": 1, "max_length": 12, "retrain": ("none",)}
     monkeypatch.setattr(figures, "draw", lambda *_: [])
     run(settings(**given, validation_dialogues=1, out=tmp_path / "run"))
-    printed = capsys.readouterr().err.splitlines()
+    without_part, *printed = capsys.readouterr().err.splitlines()
+    assert without_part.startswith("note: --batch-size has no part in this run")
     path = tmp_path / "valid_self_original_no_cands.txt"
     left_out = f"note: {path}: 4 dialogues are left out, whose personas match no cluster"
     assert printed[:2] == [
@@ -233,8 +240,16 @@ def test_methods_differ_from_one_start_and_repeat() -> None:
         ("lora-ml", {"alpha": 1.0}),
         ("lora-ml", {"dropout": 0.5}),
         ("last-layer-ml", {"step_per": "round"}),
-        ("standard", {"warmup": 0.0}),
-        ("standard", {"schedule_scale": 1.0}),
+        ("lora-ml", {"shared_head": "refit"}),
+        ("lora-ml", {"adapter_lr": 1e-2}),
+        ("lora-ml", {"adapter_weight_decay": 0.9}),
+        ("lora-ml", {"adapter_steps": 2}),
+        ("standard", {"standard_order": "interleaved"}),
+        ("standard", {"standard_order": "blocked"}),
+        ("standard", {"warmup": 0.5}),
+        ("standard", {"schedule_scale": 6.67}),
+        ("reptile", {"reptile_warmup": 0.9}),
+        ("reptile", {"reptile_schedule_scale": 1.0}),
         ("standard", {"weight_decay": 0.5}),
         ("standard", {"max_length": 8}),
         ("standard", {"precision": "bf16"}),
@@ -263,6 +278,89 @@ def test_fine_tuning_leaves_the_encoder_and_starts_where_it_is_told(kind: str) -
         change = after["classifier.dense.weight"] - before["classifier.dense.weight"]
         heads[start] = float(change.abs().max())
     assert heads["retrained"] < 1e-6 < 1e-3 < heads["fresh"]
+
+
+def test_the_default_schedules_are_the_authors() -> None:
+    """Their formulas in batches of the largest task and epochs, for tasks such as theirs."""
+    batches, epochs = (30, 25, 25, 20, 20, 20, 20, 15, 15, 10), 10  # 200 = 6.67 * 30 together
+
+    def wanted(step: int, warmup: float, length: float) -> float:
+        return min((step + 1) / warmup, (length - step) / (length - warmup))
+
+    prepared = protocol(epochs=epochs, finetune_epochs=epochs)
+    cases = [
+        (prepared.retraining_config(method, 0), 5e-5, sum(batches), 0.1 * 30, 6.67 * 30)
+        for method in ("standard", "lora-ml", "last-layer-ml")
+    ]
+    cases.append((prepared.retraining_config("reptile", 0), 1e-4, 10, 0.1 * 10, 6.67 * 10))
+    cases += [(prepared.finetuning_config(0), 1e-4, b, 0.1 * b, 4 * b) for b in batches]
+    for config, lr, per_epoch, warmup, length in cases:
+        for step in range(per_epoch * epochs):
+            got = learning_rate(config, step // per_epoch, step, per_epoch)
+            want = lr * wanted(step, warmup * epochs, length * epochs)
+            # 1.5 % stands for 0.1 / 6.67, and one training for 200.1 batches.
+            assert abs(got - want) < 1e-3 * lr
+    assert learning_rate(cases[0][0], 9, 1999, 200) < 1e-3 * 5e-5
+    own, common = cases[-1], cases[4]  # fine-tuning: the smallest task by itself, and the largest
+    for step in range(10, 100):  # after the warm-up, a task's own rate is near the common one
+        epoch, round_ = divmod(step, 10)
+        alone = learning_rate(own[0], epoch, step, 10)
+        together = learning_rate(common[0], epoch, epoch * 30 + round_, 30)
+        assert abs(alone - together) < 0.02 * 1e-4
+
+
+def test_the_head_left_behind_is_the_mean_or_fits_the_pooled_data_better() -> None:
+    """And re-centring leaves the encoder's weights bit for bit."""
+    losses, encoders = {}, {}
+    for kind in ("mean", "refit"):
+        prepared = protocol(shared_head=kind, finetune_lr=1e-3, finetune_epochs=4, dropout=0.0)
+        model, _ = prepared.retrain("last-layer-ml", None, 0)
+        turns = prepared.retraining
+
+        def metric(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+            return choice_loss(logits, batch).double()
+
+        loader = prepared._loader(turns, len(turns), shuffle=False)
+        losses[kind] = evaluate(model, loader, metric).mean
+        encoders[kind] = {k: v for k, v in model.state_dict().items() if "classifier" not in k}
+    assert losses["refit"] < losses["mean"]
+    assert all(torch.equal(v, encoders["refit"][k]) for k, v in encoders["mean"].items())
+
+
+def candidates_of(data_seed: int, **given: Any) -> list[list[tuple[str, ...]]]:
+    corpus = load_corpus(settings(data_seed=data_seed, **given).resolved("cpu"))
+    tasks = (*corpus.retraining, *corpus.testing)
+    return [[t.candidates for d in task.train for t in d.turns] for task in tasks]
+
+
+def test_candidates_are_drawn_by_the_data_seed_alone() -> None:
+    assert candidates_of(0) == candidates_of(0, first_seed=3) != candidates_of(1)
+    cache = Path(os.environ["METALORA_CACHE"])
+    tokens = [protocol(data_seed=seed).test.fields["input_ids"] for seed in (0, 1, 0)]
+    assert torch.equal(tokens[0], tokens[2]) and not torch.equal(tokens[0], tokens[1])
+    assert len(list(cache.glob("turns-*"))) == 2 * 4  # four parts, each once per data seed
+
+
+def test_settings_without_a_part_in_the_run_or_beyond_the_data_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(figures, "draw", lambda *_: [])
+    given: dict[str, Any] = {"retrain": ("none",), "finetune": ("last-layer",), "rank": (4,)}
+    given |= {"reptile_lr": 1e-3, "adapter_steps": 2, "dialogues": 99, "turns": 50, "history": 99}
+    run(settings(**given, max_length=9999, out=tmp_path / "run"))
+    printed = capsys.readouterr().err
+    for line in (
+        "note: --rank has no part in this run: it is for lora-ml, lora alone\n",
+        "note: --batch-size has no part in this run: it is for lora-ml, last-layer-ml, standard, ",
+        "note: --reptile-lr has no part in this run: it is for reptile alone\n",
+        "note: --adapter-steps has no part in this run: it is for lora-ml, last-layer-ml alone\n",
+        "note: --dialogues 99: the tasks have at most ",
+        "note: --turns 50: the dialogues have at most ",
+        "note: --history 99: before a response there are at most ",
+        "note: --max-length 9999: the model takes at most ",
+    ):
+        assert line in printed
+    assert printed.count("note: ") == 8
 
 
 def test_packed_and_padded_measure_the_same() -> None:
@@ -311,8 +409,11 @@ def test_bert_in_the_roberta_classes_and_the_heads_of_both() -> None:
 def test_defaults_are_the_papers_and_what_is_given_wins() -> None:
     paper = Settings().resolved("cuda")
     assert (paper.model, paper.tasks, paper.test_tasks, paper.seeds) == ("minilm", 10, 10, 5)
-    assert (paper.epochs, paper.batch_size, paper.lr, paper.schedule_scale) == (10, 8, 5e-5, 6.67)
-    assert (paper.rank, paper.alpha, paper.dropout, paper.warmup) == ((8,), 16.0, 0.1, 0.1)
+    assert (paper.epochs, paper.batch_size, paper.lr, paper.schedule_scale) == (10, 8, 5e-5, 1.0)
+    assert (paper.rank, paper.alpha, paper.dropout, paper.warmup) == ((8,), 16.0, 0.1, 0.015)
+    assert (paper.finetune_warmup, paper.finetune_head) == (0.1, "fresh")
+    assert (paper.reptile_warmup, paper.reptile_schedule_scale) == (0.1, 6.67)
+    assert (paper.standard_order, paper.shared_head, paper.adapter_steps) == ("pooled", "mean", 1)
     assert (paper.validation_dialogues, paper.held_out_dialogues) == (3, 2)
     assert (paper.reptile_inner_steps, paper.reptile_inner_lr, paper.reptile_lr) == (20, 5e-5, 1e-4)
     assert (paper.finetune_epochs, paper.finetune_batch_size, paper.finetune_lr) == (10, 8, 1e-4)

@@ -46,6 +46,8 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "joined"
     with pytest.raises(RunError, match="differ in lr; only runs that are equal"):
         join([first, other], out)
+    with pytest.raises(RunError, match="differ in data_seed; only runs that are equal"):
+        join([first, made(tmp_path / "e", 1, 0.4, data_seed=1)], out)
     changed = made(tmp_path / "d", 2, 0.3) / "manifest.json"
     changed.write_text(changed.read_text().replace("0" * 64, "1" * 64))
     with pytest.raises(RunError, match="differ in data; only"):

@@ -158,6 +158,12 @@ def test_methods_differ_from_one_start_and_repeat() -> None:
         ("standard", {"tasks": ("0-1", "8-9")}),
         ("lora-ml", {"rank": 2}),
         ("lora-ml", {"step_per": "task"}),
+        ("lora-ml", {"adapter_lr": 1e-4}),
+        ("lora-ml", {"adapter_weight_decay": 0.9}),
+        ("lora-ml", {"adapter_steps": 2}),
+        ("last-layer-ml", {"shared_head": "refit"}),
+        ("standard", {"standard_order": "interleaved"}),
+        ("standard", {"standard_order": "blocked"}),
         ("last-layer-ml", {"step_per": "task"}),
         ("lora-ml", {"precision": "bf16"}),
         ("reptile", {"reptile_sign": "away"}),
@@ -172,6 +178,48 @@ def test_each_switch_does_something(method: str, switch: dict[str, Any]) -> None
 def test_a_step_per_task_is_not_for_methods_without_a_round() -> None:
     for method in ("standard", "reptile"):
         assert torch.equal(retrained(method), retrained(method, step_per="task"))
+
+
+@pytest.mark.parametrize("augment", ["fresh", "frozen", "none"])
+def test_frozen_images_are_the_same_in_every_epoch_and_fresh_ones_are_not(augment: str) -> None:
+    protocol = Protocol(settings(augment=augment).resolved("cpu"), load_digits(), CPU)
+
+    def images(epoch: int) -> set[bytes]:
+        loader = protocol._loader(protocol.retraining, seed=1, batch_size=64)
+        loader.set_epoch(epoch)
+        return {image.numpy().tobytes() for batch in loader for image in batch.inputs}
+
+    plain = protocol._held_out(protocol.retraining)
+    untouched = {image.numpy().tobytes() for batch in plain for image in batch.inputs}
+    assert (images(0) == images(1)) == (augment != "fresh")
+    assert (images(0) == untouched) == (augment == "none")
+
+
+@pytest.mark.parametrize("fine_tuned", ["fresh", "retrained"])
+def test_the_last_layer_starts_where_it_is_told(fine_tuned: str) -> None:
+    given = settings(finetune_head=fine_tuned, finetune_lr=1e-9, augment="none")
+    protocol = Protocol(given.resolved("cpu"), load_digits(), CPU)
+    model = protocol.new_model(0)
+    start = model.head.weight.detach().clone()
+    protocol.finetune(model, "last-layer", "4", 0)
+    change = float((model.head.weight[0].detach() - start).abs().max())
+    assert (change < 1e-6) == (fine_tuned == "retrained")
+
+
+def test_settings_without_a_part_in_the_run_or_beyond_the_data_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "figures", lambda folder: [])
+    given: dict[str, Any] = {"data": "digits", "smoke": True, "device": "cpu", "seeds": 1}
+    given |= {"retrain": ("standard",), "finetune": ("last-layer",), "shots": ("4",), "rank": 2}
+    given |= {"reptile_lr": 0.1, "download": True, "train_per_class": 99999}
+    run(Settings(**given, out=tmp_path / "run"))
+    assert capsys.readouterr().err.splitlines() == [
+        "note: --download has no part in this run: it is for cifar10 alone",
+        "note: --rank has no part in this run: it is for lora-ml, lora alone",
+        "note: --reptile-lr has no part in this run: it is for reptile alone",
+        "note: --train-per-class 99999: a class has at most 110, so all are used",
+    ]
 
 
 @pytest.mark.parametrize(

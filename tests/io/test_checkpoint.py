@@ -211,7 +211,7 @@ def test_pooled_and_separate_tasks_are_other_trainings(tmp_path):
     path = tmp_path / "run.safetensors"
     standard(network(), rounds(batch_size=20), CONFIG, callbacks=[Checkpoint(path)])
     with pytest.raises(CheckpointError, match="pooled False, here True"):
-        standard(network(), rounds(pooled=True), CONFIG, callbacks=[Checkpoint(path)])
+        standard(network(), rounds(order="pooled"), CONFIG, callbacks=[Checkpoint(path)])
 
 
 @pytest.mark.parametrize("change", [{"alpha": 3}, {"dropout": 0.0}])

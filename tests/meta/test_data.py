@@ -64,7 +64,7 @@ def test_without_shuffling_the_order_is_that_of_the_tensors():
 
 
 def test_pooled_batches_ignore_tasks():
-    source = loader(pooled=True, batch_size=4)
+    source = loader(order="pooled", batch_size=4)
     batches = list(source)
     assert [len(batch.targets) for batch in batches] == [4, 4, 3]
     assert len(source) == 3
@@ -74,10 +74,59 @@ def test_pooled_batches_ignore_tasks():
         assert torch.bincount(batch.task_ids, minlength=3).tolist() == list(batch.counts)
 
 
-@pytest.mark.parametrize("pooled", [False, True])
-def test_max_rounds_ends_the_epoch(pooled):
-    source = loader(max_rounds=2, pooled=pooled)
+SINGLE = {
+    "interleaved": [0, 1, 2, 0, 0],
+    "blocked": [0, 0, 0, 1, 2],
+}  # the batches' tasks, 3 samples each at most, of 7, 2 and 2
+
+
+@pytest.mark.parametrize("order", SINGLE)
+def test_batches_of_one_task_come_in_turn_or_in_blocks(order):
+    source = loader(order=order)
+    batches = list(source)
+    assert [batch.tasks_present() for batch in batches] == [[task] for task in SINGLE[order]]
+    assert len(source) == 5 and source.rounds_per_task == [3, 1, 1] and not source.pooled
+    assert sorted(seen(batches)) == [i for i, t in enumerate(IDS) if t >= 0]
+    for batch in batches:
+        rows = batch.inputs[:, 0].long()
+        assert torch.equal(batch.targets, Y[rows])
+        assert torch.equal(batch.task_ids, IDS[rows])
+        assert torch.bincount(batch.task_ids, minlength=3).tolist() == list(batch.counts)
+
+
+@pytest.mark.parametrize("order", ["rounds", "interleaved", "blocked", "pooled"])
+def test_every_order_repeats_by_seed_and_epoch_and_gives_each_sample_once(order):
+    def epoch(number, seed=5):
+        source = loader(order=order, seed=seed)
+        source.set_epoch(number)
+        return seen(source)
+
+    assert epoch(2) == epoch(2) != epoch(3)
+    assert epoch(2, seed=6) != epoch(2)
+    assert sorted(epoch(2)) == sorted(epoch(3)) == [i for i, t in enumerate(IDS) if t >= 0]
+
+
+def test_orders_of_single_tasks_hold_the_same_batches():
+    found = {
+        order: sorted(tuple(seen([batch])) for batch in loader(order=order)) for order in SINGLE
+    }
+    by_rounds = [part for batch in loader() for part in batch.by_task()]
+    assert found["interleaved"] == found["blocked"] == sorted(tuple(seen([p])) for p in by_rounds)
+
+
+@pytest.mark.parametrize(
+    ("order", "per_task"),
+    [
+        ("rounds", [2, 1, 1]),
+        ("interleaved", [1, 1, 0]),
+        ("blocked", [2, 0, 0]),
+        ("pooled", [2] * 3),
+    ],
+)
+def test_max_rounds_ends_the_epoch(order, per_task):
+    source = loader(max_rounds=2, order=order)
     assert len(source) == len(list(source)) == 2
+    assert source.rounds_per_task == per_task
 
 
 def test_transform_gets_fresh_randomness_that_repeats():
@@ -130,6 +179,12 @@ def test_taking_samples_keeps_what_belongs_to_them():
     ("change", "error", "message"),
     [
         ({"batch_size": 0}, ValueError, "batch_size must be an int >= 1, got 0"),
+        (
+            {"order": "block"},
+            ValueError,
+            "order must be one of ['rounds', 'interleaved', 'blocked'",
+        ),
+        ({"order": "block"}, ValueError, "got 'block'; did you mean 'blocked'?"),
         ({"max_rounds": 0}, ValueError, "max_rounds must be an int >= 1"),
         ({"inputs": [1]}, TypeError, "inputs must be a tensor, got list"),
         ({"inputs": {"x": X, "y": 1}}, TypeError, "inputs['y'] must be a tensor, got int"),

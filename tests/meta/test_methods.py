@@ -209,7 +209,7 @@ def test_low_precision_stays_near(method, precision):
 
 def test_pooled_standard_retraining_is_the_mean_over_samples():
     """Against a plain loop."""
-    source = rounds(pooled=True, batch_size=16)
+    source = rounds(order="pooled", batch_size=16)
     model, plain = network(dropout=0.0), network(dropout=0.0)
     standard(model, source, TrainConfig(epochs=1, lr=0.1, optimizer="sgd"))
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
@@ -223,6 +223,51 @@ def test_pooled_standard_retraining_is_the_mean_over_samples():
         standard(model, source, TrainConfig(epochs=1, lr=0.1, step_per="task"))
     with pytest.raises(ValueError, match="reptile: pooled rounds ignore tasks"):
         reptile(model, source, TrainConfig(epochs=1, lr=0.1))
+    for order in ("interleaved", "blocked"):
+        with pytest.raises(ValueError, match="got batches of single tasks; use a loader with"):
+            reptile(model, rounds(order=order), TrainConfig(epochs=1, lr=0.1))
+
+
+@pytest.mark.parametrize("order", ["interleaved", "blocked"])
+def test_standard_retraining_task_by_task_is_a_step_on_each_batchs_mean(order):
+    """Against a plain loop; 40, 30 and 20 samples."""
+    inputs, labels, _ = data()
+    ids = torch.tensor([0] * 40 + [1] * 30 + [2] * 20)
+    model, plain = network(dropout=0.0), network(dropout=0.0)
+    result = standard(
+        model,
+        RoundLoader(inputs, labels, ids, batch_size=16, seed=1, order=order),
+        TrainConfig(epochs=1, lr=0.1, optimizer="sgd"),
+    )
+    optimizer, losses = torch.optim.SGD(plain.parameters(), lr=0.1), []
+    for batch in RoundLoader(inputs, labels, ids, batch_size=16, seed=1, order=order):
+        assert len(batch.tasks_present()) == 1
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(plain(batch.inputs), batch.targets)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert len(losses) == 3 + 2 + 2
+    assert result.history[0]["loss"] == pytest.approx(sum(losses) / 7)
+    for got, want in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_blocks_leave_the_last_task_best_and_turns_do_not():
+    """The order of tasks has the effect it is known for: the last block is remembered best."""
+
+    def losses(order):
+        inputs, labels, ids = data()
+        labels = torch.where(ids == T - 1, 1 - labels, labels)  # the last task contradicts
+        source = RoundLoader(inputs, labels, ids, batch_size=5, seed=1, order=order)
+        model = network(dropout=0.0)
+        standard(model, source, TrainConfig(epochs=3, lr=0.3, optimizer="sgd"))
+        each = nn.functional.cross_entropy(model(inputs), labels, reduction="none")
+        return [float(each[ids == task].mean().detach()) for task in range(T)]
+
+    blocked, interleaved = losses("blocked"), losses("interleaved")
+    assert blocked[T - 1] < 0.9 * interleaved[T - 1]
+    assert min(blocked[:-1]) > blocked[T - 1]
 
 
 class Watch(nn.Module):
@@ -254,7 +299,7 @@ def in_passes(batch):
 @pytest.mark.parametrize("method", METHODS)
 def test_passes_add_up_to_the_batch(method, precision):
     def weights(collate):
-        source = rounds(collate=collate, pooled=method == "standard")
+        source = rounds(collate=collate, order="pooled" if method == "standard" else "rounds")
         kind = torch.float64 if precision == "fp32" else torch.float32
         source.inputs = source.inputs.to(kind)
         model = network(0.0).to(kind)

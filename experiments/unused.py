@@ -1,0 +1,72 @@
+"""Settings that were given but have no part in a run: what a command says instead of nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence, Set
+from typing import Any
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a settings field."""
+    return "--" + name.replace("_", "-")
+
+
+def unused(settings: Any, part_of: Mapping[str, Sequence[str]], kinds: Set[str]) -> list[str]:
+    """A line for each setting that differs from its default and that nothing in the run reads.
+
+    Args:
+        settings: a settings dataclass as given, before its defaults are filled in.
+        part_of: by field the methods and the like that read it; the others are for all.
+        kinds: those of this run.
+    """
+    lines = []
+    for field in dataclasses.fields(settings):
+        given, readers = getattr(settings, field.name), part_of.get(field.name)
+        if readers is not None and given != field.default and kinds.isdisjoint(readers):
+            lines.append(
+                f"note: {flag(field.name)} has no part in this run: "
+                f"it is for {', '.join(readers)} alone"
+            )
+    return lines
+
+
+def cut(given: Any, used: Any) -> list[str]:
+    """A line for each setting that differs from its default and that ``--smoke`` cut down.
+
+    Args:
+        given, used: a settings dataclass before and after.
+    """
+    lines = []
+    for field in dataclasses.fields(given):
+        before, after = getattr(given, field.name), getattr(used, field.name)
+        if before not in (field.default, after):
+            lines.append(
+                f"note: {flag(field.name)} {_shown(before)} is cut to {_shown(after)} by --smoke"
+            )
+    return lines
+
+
+def say(lines: Sequence[str]) -> None:
+    """Prints notes on stderr."""
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def at_most(name: str, wanted: int | None, most: int, what: str) -> list[str]:
+    """A line if more was asked for than there is, so that all of it is used.
+
+    Args:
+        name: the settings field.
+        wanted: its value; None asks for nothing.
+        most: the most that there is anywhere.
+        what: the most of what, for the message.
+    """
+    if wanted is None or wanted <= most:
+        return []
+    return [f"note: {flag(name)} {wanted}: {what} at most {most}, so all are used"]
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,97 @@
+"""Every field of every experiment's settings is read by a run: none is ignored silently.
+
+A field that nobody reads yet fails here by itself, since the fields are walked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+# What reads all fields alike, whether or not anything comes of it.
+ALIKE = ("__post_init__", "check_numbers", "resolved", "shortened", "unused")
+EXPERIMENTS: dict[str, tuple[str, str, list[str]]] = {
+    "linear": ("experiments.synthetic.linear", "LinearSettings", ["--vary", "d"]),
+    "shallow": ("experiments.synthetic.shallow", "ShallowSettings", ["--vary", "d"]),
+    "phase": (
+        "experiments.synthetic.phase",
+        "PhaseSettings",
+        ["--tasks", "3", "--ranks", "1", "--samples", "12", "--trials", "1"],
+    ),
+    "theory": ("experiments.theory.run", "TheorySettings", ["8", "12"]),
+    "vision": (
+        "experiments.vision.run",
+        "Settings",
+        ["--data", "digits", "--shots", "4", "--seeds", "1"],
+    ),
+    "language": (
+        "experiments.language.run",
+        "Settings",
+        [
+            *("--tasks", "2", "--candidates", "3", "--turns", "1", "--batch-size", "1"),
+            *("--finetune-epochs", "1", "--seeds", "1", "--no-packed"),
+        ],
+    ),
+}
+
+
+def reading(base: Any) -> tuple[Any, set[str]]:
+    """A subclass of the settings, and the names of the fields that were read of its objects."""
+    names, read = {field.name for field in dataclasses.fields(base)}, set()
+
+    class Reading(base):
+        def __getattribute__(self, name: str) -> Any:
+            if name in names and _is_use(sys._getframe(1)):
+                read.add(name)
+            return super().__getattribute__(name)
+
+    return Reading, read
+
+
+def _is_use(frame: FrameType) -> bool:
+    while frame.f_code.co_name.startswith("<") and frame.f_back is not None:
+        frame = frame.f_back  # out of comprehensions
+    copied = Path(frame.f_code.co_filename).name == "dataclasses.py"
+    return not copied and frame.f_code.co_name not in ALIKE
+
+
+def unread(name: str, extra: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The fields that a smoke run of an experiment did not read."""
+    module_name, class_name, arguments = EXPERIMENTS[name]
+    module = importlib.import_module(module_name)
+    settings = getattr(module, class_name)
+    if extra is not None:
+        settings = dataclasses.make_dataclass(
+            settings.__name__, [("new", int, extra)], bases=(settings,), frozen=True
+        )
+    counted, read = reading(settings)
+    monkeypatch.setattr(module, class_name, counted)
+    monkeypatch.setenv("METALORA_CACHE", str(folder / "cache"))
+    with contextlib.suppress(SystemExit):
+        module.main([*arguments, "--smoke", "--out", str(folder / "run")])
+    return {field.name for field in dataclasses.fields(settings)} - read
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_field_is_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "language":
+        pytest.importorskip("transformers")
+    # What ``smoke`` changes is filled in before; that it does so is tested where it is defined.
+    assert unread(name, None, tmp_path, monkeypatch) <= {"smoke"}
+
+
+@pytest.mark.slow
+def test_a_field_that_nobody_reads_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "new" in unread("linear", dataclasses.field(default=3), tmp_path, monkeypatch)
