@@ -107,6 +107,14 @@ class LinearSettings:
         None, help="fine-tuning: steps (default: 10000 for T and k, 1400 for d, 1000 for n and N)"
     )
     noise: float = option(0.1, help="standard deviation of the noise in the data")
+    symmetric_base: bool = option(
+        False, help="a symmetric A*, (A + Aᵀ) / 2, as in the authors' runs"
+    )
+    one_truth: bool = option(
+        False,
+        help="one random problem for all trials of a setting, as in the authors' runs: the band is "
+        "then over data alone",
+    )
     smoke: bool = option(False, help="a run of seconds with few steps; its numbers mean nothing")
     device: str = option("cpu", choices=DEVICES, run_only=True, help="where to train")
     out: Path | None = option(None, run_only=True, help="folder to write (default: under runs/)")

@@ -9,6 +9,7 @@ from torch import Tensor
 from experiments.runs import one_thread
 from experiments.synthetic.settings import SWEEPS, LinearSettings, Point
 from metalora.linear import (
+    LinearProblem,
     SufficientStatistics,
     finetune_lora,
     retrain_lora_ml,
@@ -31,7 +32,7 @@ def run_point(point: Point, settings: LinearSettings) -> dict[str, Tensor]:
         step of fine-tuning, [trials, finetune_steps + 1].
     """
     with one_thread():
-        drawn = [_Trial(point, settings, trial) for trial in range(settings.trials)]
+        drawn = [Trial(point, settings, trial) for trial in range(settings.trials)]
     device = torch.device(settings.device)
     retrain_stats = SufficientStatistics.stack([t.retrain_stats for t in drawn]).to(device)
     test_stats = SufficientStatistics.stack([t.test_stats for t in drawn]).to(device)
@@ -75,12 +76,21 @@ def trial_generator(point: Point, seed: int, trial: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
 
 
-class _Trial:
+def _problem(point: Point, settings: LinearSettings, generator: torch.Generator) -> LinearProblem:
+    sizes = point.num_tasks, point.dim, point.rank
+    return sample_problem(*sizes, symmetric_base=settings.symmetric_base, generator=generator)
+
+
+class Trial:
     """What one trial draws."""
 
     def __init__(self, point: Point, settings: LinearSettings, trial: int):
         generator = trial_generator(point, settings.seed, trial)
-        problem = sample_problem(point.num_tasks, point.dim, point.rank, generator=generator)
+        problem = _problem(point, settings, generator)
+        if settings.one_truth:
+            # The generator has drawn a problem all the same: the data of trial 0 would else be made
+            # of the very numbers that its truth is made of.
+            problem = _problem(point, settings, trial_generator(point, settings.seed, 0))
         self.test_truth = problem.test_truth
         self.retrain_stats = sample_statistics(
             problem.truths, point.retrain_samples, noise=settings.noise, generator=generator

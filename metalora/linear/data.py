@@ -47,17 +47,19 @@ def sample_problem(
     rank: int,
     *,
     batch_shape: Sequence[int] = (),
+    symmetric_base: bool = False,
     generator: torch.Generator | None = None,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
 ) -> LinearProblem:
-    """Draws A* and U_1*, ..., U_{T+1}* with independent N(0, 1) entries.
+    """Draws A* and U_1*, ..., U_{T+1}* with independent N(0, 1) entries (paper, section 3).
 
     Args:
         num_tasks: T, the number of retraining tasks; the test task comes on top.
         dim: d.
         rank: k, at most d.
         batch_shape: leading dimensions: so many independent problems.
+        symmetric_base: whether A* is (A + Aᵀ) / 2 of such an A, as in the authors' runs.
         generator: source of randomness; None is torch's own.
         dtype: float32 or float64; one seed gives the same problem in both.
         device: where the problem is to live.
@@ -77,6 +79,8 @@ def sample_problem(
     batch = tuple(check_count(name, "each of batch_shape", size) for size in batch_shape)
     place = torch.device(device)
     base = randn((*batch, dim, dim), generator, dtype, place)
+    if symmetric_base:
+        base = (base + base.mT) / 2
     factors = randn((*batch, num_tasks + 1, dim, rank), generator, dtype, place)
     return LinearProblem(base, factors)
 

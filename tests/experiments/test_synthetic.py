@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from experiments.runs import RunFolder
 from experiments.synthetic import linear
 from experiments.synthetic.__main__ import main
 from experiments.synthetic.settings import LinearSettings
+from experiments.synthetic.trials import Trial
 from tests.processes import start_interruptible
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +105,21 @@ def test_trials_and_seeds(all_sweeps: Path, tmp_path: Path) -> None:
     one, two, seed = (values(tmp_path / name) for name in ("one", "two", "seed"))
     assert {key: two[key] for key in one} == pytest.approx(one, rel=1e-9)
     assert all(two[key] != seed[key] for key in two)
+
+
+def test_one_truth_leaves_the_data_of_each_trial_its_own() -> None:
+    point = LinearSettings(vary="T").points()[0]
+    own, one = (
+        [Trial(point, LinearSettings(one_truth=choice), trial) for trial in range(3)]
+        for choice in (False, True)
+    )
+    assert not torch.equal(own[0].test_truth, own[1].test_truth)
+    for trial in one:
+        assert torch.equal(trial.test_truth, own[0].test_truth)
+    moments = [trial.test_stats.gram for trial in one]
+    assert not torch.equal(moments[0], moments[1]) and not torch.equal(moments[1], moments[2])
+    for before, now in zip(own, one, strict=True):  # the inputs are those of the usual run
+        assert torch.equal(before.test_stats.gram, now.test_stats.gram)
 
 
 def test_an_existing_folder_is_refused_and_resumed(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]

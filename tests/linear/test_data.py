@@ -21,6 +21,17 @@ def test_problem_is_the_papers() -> None:
     assert bool((torch.linalg.matrix_rank(adapters, rtol=1e-10) == 2).all())
 
 
+def test_a_symmetric_base_is_that_of_the_same_draw() -> None:
+    plain, symmetric = (
+        sample_problem(3, 6, 2, symmetric_base=choice, generator=torch.Generator().manual_seed(1))
+        for choice in (False, True)
+    )
+    assert torch.equal(symmetric.base, symmetric.base.mT)
+    assert torch.equal(symmetric.base, (plain.base + plain.base.mT) / 2)
+    assert not torch.equal(plain.base, plain.base.mT)
+    assert torch.equal(symmetric.factors, plain.factors)
+
+
 def test_samples_follow_the_truth() -> None:
     truth = sample_problem(1, 4, 1, generator=seeded()).truths
     x, y = sample_data(truth, 100_000, noise=0.5, generator=seeded(1))
