@@ -4,7 +4,7 @@
     with metalora.tasks(task_ids): model(x)     which sample belongs to which task
     metalora.task_mean(losses, task_ids)        the loss: the mean over tasks
     metalora.TaskOptimizer(model, AdamW)        leaves the adapters of absent tasks alone
-    metalora.meta                               LoRA-ML and its rivals, and fine-tuning after them
+    metalora.meta                               LoRA-ML, its baselines, and fine-tuning after them
     metalora.nn, metalora.ops                   the layers and the operators under them
     metalora.linear, metalora.shallow           the paper's linear model and shallow network
 

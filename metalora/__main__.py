@@ -1,4 +1,4 @@
-"""`python -m metalora`: what is installed, what is built and loaded, and why not where not."""
+"""`python -m metalora`: what is built and loaded and, for anything missing, the reason."""
 
 from __future__ import annotations
 

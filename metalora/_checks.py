@@ -1,4 +1,4 @@
-"""Argument checks shared by every layer: one clear line that says what was wanted and what came."""
+"""Argument checks shared by every layer: one clear line: what was expected and what was passed."""
 
 from __future__ import annotations
 

@@ -174,10 +174,10 @@ class Protocol:
         """Adapts the model, in place, to all test tasks side by side, each for itself.
 
         The tasks share only the frozen weights, so each is trained almost as it would be alone:
-        Adam does not see its gradients' factor, one over the tasks of the round, but where it grows
-        in an epoch's last rounds, and a task absent from a round is left as it is. The rate is
-        common. It follows the rounds, of which an epoch has as many as the
-        largest task needs; a smaller task takes its steps at the beginning of each epoch.
+        Adam is invariant to the constant factor 1/T of its gradients, which changes only once small
+        tasks run out, and a task absent from a round is left as it is. The learning rate is common
+        to all tasks. It follows the rounds; an epoch has as many as the largest task needs, and a
+        smaller task takes its steps at the beginning of each epoch.
 
         Returns:
             held-out accuracies per task: before, in the last epoch, and in the best one.

@@ -59,7 +59,7 @@ def _check_not_quantised(modules: dict[str, nn.Module]) -> None:
 
 
 def check_linear_alone(model: nn.Module, config: LoRAConfig) -> None:
-    """Raises ValueError if a pattern of PEFT's, to whom it means all layers, means other layers."""
+    """Raises ValueError if the pattern also matches non-linear layers, which PEFT would adapt."""
     pattern = config.target_modules
     if not isinstance(pattern, str) or pattern == "all-linear":
         return

@@ -189,7 +189,7 @@ def attention(
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers' "sdpa" mask, without its look whether anything is masked: it waits for that."""
+    """transformers' "sdpa" mask. Skips the all-true mask check, which synchronises the device."""
     from transformers.masking_utils import sdpa_mask
 
     if kwargs.get("attention_mask") is not None:

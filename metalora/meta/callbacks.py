@@ -29,7 +29,7 @@ class Callback:
         """Before the first epoch."""
 
     def on_step(self, training: Training, loss: Tensor) -> None:
-        """After an optimiser step; ``loss`` has not been waited for."""
+        """After an optimiser step; ``loss`` is not synchronised with the host."""
 
     def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
         """After an epoch and its validation; ``record`` is the newest of the history."""

@@ -30,7 +30,7 @@ class Batch:
             the samples are sorted by task.
         lengths: rows of each sample, B numbers, where the inputs are packed, see `metalora.tasks`.
         weights: [B], each sample's part in the loss; None leaves that to the training.
-        collate: makes of this batch what the model is called with, in one or several passes, each
+        collate: turns this batch into one or more model inputs, in passes that each come
             with some of the samples and their weights (of `take`): for samples that have to be
             padded or packed first, or batches too large for memory. None: ``inputs`` are ready.
     """

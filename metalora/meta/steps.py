@@ -58,7 +58,7 @@ class Step(Protocol):
         ...
 
     def __call__(self, batches: list[Batch]) -> Tensor:
-        """Takes one step; returns its loss, a scalar without graph, not yet waited for."""
+        """Takes one step; returns its loss, a scalar without graph that the host need not have."""
         ...
 
 

@@ -27,7 +27,7 @@ class TaskBatch:
         task_ids: int64 [B], the task of each sample, in any order.
         num_tasks: number of tasks T; ids are then checked at once, else by the first layer.
         counts: the number of samples of each task, at most T numbers, for ids that ascend; they
-            are checked against ids on the CPU and believed elsewhere. A sorted batch costs its
+            are checked against ids on the CPU and trusted elsewhere. A sorted batch costs its
             layers no permutation.
         lengths: the number of rows of each sample, B numbers, where samples of unequal length are
             packed: layers then also take x [1, sum(lengths), in] or [sum(lengths), in], one sample

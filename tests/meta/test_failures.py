@@ -118,7 +118,7 @@ def test_a_diverged_fine_tuning_leaves_the_model_as_it_was(method):
     model = network()
     before = structure(model), values(model)
     config = TrainConfig(epochs=1, lr=1e30, optimizer="sgd")
-    with pytest.raises(FloatingPointError, match="the loss of epoch 0"):
+    with pytest.raises(FloatingPointError, match=r"of a step is (nan|inf); lower lr=1e\+30"):
         METHODS[method](model, rounds(), config, loss=lambda logits, batch: logits.pow(4).sum(1))
     assert_as_it_was(model, before)
 

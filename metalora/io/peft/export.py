@@ -29,7 +29,7 @@ from metalora.io.peft.settings import ask_peft, check_complete, lora_config
 from metalora.io.peft.twin import twin_of
 from metalora.nn import SymmetricLoRALinear, TaskLayer
 
-# For these PEFT saves further modules whole, such as the classifier; what else there is needs none.
+# For these PEFT saves further modules whole, such as the classifier. Others need no task type.
 _TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
