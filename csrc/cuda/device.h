@@ -90,8 +90,8 @@ __device__ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uin
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Makes the compiler take the value for a new one: what depends on it is computed where it is
-// needed, not ahead of a loop, where it would hold registers.
+// Optimisation barrier: prevents hoisting what depends on the value out of a loop, which would hold
+// registers.
 __device__ inline void forget(int64_t& value) { asm volatile("" : "+l"(value)); }
 __device__ inline void forget(unsigned& value) { asm volatile("" : "+r"(value)); }
 

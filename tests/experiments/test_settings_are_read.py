@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 # What reads all fields alike, whether or not anything comes of it.
-ALIKE = ("__post_init__", "check_numbers", "resolved", "shortened", "unused")
+ALIKE = ("__post_init__", "check_numbers", "resolved", "shortened", "unused", "cut")
 EXPERIMENTS: dict[str, tuple[str, str, list[str]]] = {
     "linear": ("experiments.synthetic.linear", "LinearSettings", ["--vary", "d"]),
     "shallow": ("experiments.synthetic.shallow", "ShallowSettings", ["--vary", "d"]),
