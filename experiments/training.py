@@ -74,7 +74,10 @@ def choose_device(name: str) -> torch.device:
             device = torch.device(name)
             torch.ones(1, device=device).add(1).item()
     except Exception:  # each of torch's backends fails in its own way
-        hint = did_you_mean(name, ("auto", "cpu", "cuda")) or "; try auto or cpu"
+        known_names = ("auto", "cpu", "cuda")
+        is_known = name.partition(":")[0] in known_names
+        hint = "" if is_known else did_you_mean(name, known_names)
+        hint = hint or "; try auto or cpu"
         raise RunError(f"--device {name} cannot be used here{hint}") from None
     return device
 

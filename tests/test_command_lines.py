@@ -90,7 +90,7 @@ def test_help(
         ((*DIGITS, "--device", "meta"), "--device meta cannot be used here; try auto or cpu"),
         ((*DIGITS, "--device", "cdua"), "did you mean 'cuda'"),
         ((*DIGITS, "--device", "mkldnn"), "--device mkldnn cannot be used here; try auto or cpu"),
-        ((*DIGITS, "--device", "cuda:99"), "--device cuda:99 cannot be used here"),
+        ((*DIGITS, "--device", "cuda:99"), "--device cuda:99 cannot be used here; try auto or cpu"),
         ((*DIGITS, "--batch-size", "9" * 20), "--batch-size: must be at most 10^18, got 999"),
         ((*DIGITS, "--rank", "999999999"), "--rank must be at most 32, the largest of any linear"),
         ((*DIGITS, "--seeds", "999999999"), "--seeds must be an int <= 10000, got 999999999"),

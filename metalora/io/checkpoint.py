@@ -248,6 +248,7 @@ def _identity(training: Training) -> dict[str, Any]:
         "rounds": identity_of(training.rounds),
         "validation": identity_of(training.validation),
         "steps_per_epoch": training.steps_per_epoch,
+        "modules": _digest({}, repr(model))[:16],
         "trained": f"{len(trained)} parameters {_digest({}, json.dumps(trained))[:16]}",
         "device": next(model.parameters()).device.type,
         "initial_weights": digest_of_tensors(weights[False])[:16],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -15,13 +16,41 @@ SAMPLE_BYTES = 2**24
 
 
 def identity_of(part: Any) -> Any:
-    """What ``part.identity()`` returns, with its class; without that method, its name alone.
+    """What ``part.identity()`` returns, with its class; else what can be seen of it.
 
-    A loader's ``identity()`` returns whatever determines its batches, as JSON can hold it.
+    That is the name of a function or class, the arguments of a ``functools.partial``, and the
+    fields of a frozen dataclass. A loader's ``identity()`` returns whatever determines its batches,
+    as JSON can hold it.
     """
     if callable(identity := getattr(part, "identity", None)):
         return {"kind": qualified_name(type(part)), **identity()}
+    if isinstance(part, functools.partial):
+        arguments = {**{str(i): v for i, v in enumerate(part.args)}, **part.keywords}
+        return {"function": identity_of(part.func), **_values(arguments)}
+    if is_dataclass(part) and not isinstance(part, type) and type(part).__hash__ is not None:
+        return {
+            "kind": qualified_name(type(part)),
+            **_values({f.name: getattr(part, f.name) for f in fields(part) if f.compare}),
+        }
     return qualified_name(part)
+
+
+def _values(named: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _value(value) for name, value in named.items()}
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        return repr(value)  # JSON knows no infinity, and NaN would differ from itself
+    if isinstance(value, Tensor):
+        return digest_of_data(value)
+    if isinstance(value, Mapping):
+        return {str(name): _value(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_value(one) for one in value]
+    return identity_of(value)
 
 
 def qualified_name(part: Any) -> str | None:

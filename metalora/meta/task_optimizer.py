@@ -339,12 +339,18 @@ class TaskOptimizer(Optimizer):
         return slices
 
 
+def _named(optimizer: Any) -> str:
+    """A class by its name, anything else by that of its class."""
+    is_class = isinstance(optimizer, type)
+    return optimizer.__name__ if is_class else f"an object of {type(optimizer).__name__}"
+
+
 def _check_class(optimizer: Any, options: dict[str, Any]) -> None:
     is_class = isinstance(optimizer, type) and issubclass(optimizer, Optimizer)
     if not is_class or issubclass(optimizer, TaskOptimizer):
         raise TypeError(
             "TaskOptimizer: optimizer must be a class of optimisers, such as torch.optim.AdamW, "
-            f"got {optimizer.__name__ if isinstance(optimizer, type) else repr(optimizer)}"
+            f"got {_named(optimizer)}"
         )
     if issubclass(optimizer, optim.SGD) and options.get("fused") and options.get("momentum"):
         raise ValueError(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -54,12 +55,30 @@ def other_loss(outputs, batch):
     return F.cross_entropy(outputs, batch.targets, reduction="none", label_smoothing=0.5)
 
 
+def smooth(outputs, batch, by):
+    return F.cross_entropy(outputs, batch.targets, reduction="none", label_smoothing=by)
+
+
 def flip_sign(inputs, generator):
     return -inputs
 
 
 def one_pass(batch):
     yield batch
+
+
+def scale(inputs, generator, by):
+    return inputs * by
+
+
+@dataclass(frozen=True)
+class Width:
+    """A collate that is a frozen dataclass."""
+
+    images: int
+
+    def __call__(self, batch):
+        yield batch
 
 
 def other_forward(model, inputs):
@@ -87,6 +106,22 @@ def start(path, rounds=None, model=None, config=CONFIG, **options):
     )  # fmt: skip
 
 
+def test_the_arguments_of_a_loss_must_be_the_same(tmp_path):
+    path = tmp_path / "run.safetensors"
+    start(path, loss=partial(smooth, by=0.1))
+    with pytest.raises(CheckpointError, match=r"loss\.by '0\.1', here '0\.4'"):
+        start(path, loss=partial(smooth, by=0.4))
+    start(path, loss=partial(smooth, by=0.1))
+
+
+def test_modules_without_weights_must_be_the_same(tmp_path):
+    path, other = tmp_path / "run.safetensors", network()
+    start(path)
+    other[2] = nn.ReLU()
+    with pytest.raises(CheckpointError, match="does not fit the training: modules '"):
+        start(path, model=other)
+
+
 ROTATED = torch.arange(40).roll(1) % 3
 
 
@@ -102,6 +137,12 @@ ROTATED = torch.arange(40).roll(1) % 3
         ({}, {"transform": flip_sign}, "rounds.transform None, here 'test"),
         ({}, {"collate": one_pass}, "rounds.collate None, here 'test"),
         ({"collate": Collate(1)}, {"collate": Collate(2)}, "rounds.collate.width 1, here 2" + HINT),
+        (
+            {"transform": partial(scale, by=1.5)},
+            {"transform": partial(scale, by=2.5)},
+            "rounds.transform.by '1.5', here '2.5'" + HINT,
+        ),
+        ({"collate": Width(1)}, {"collate": Width(2)}, "rounds.collate.images 1, here 2" + HINT),
     ],
     ids=str,
 )
