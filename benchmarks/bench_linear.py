@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cli import TableSettings, parse
-from benchmarks.tables import write_table
+from benchmarks.lib.cli import TableSettings, parse
+from benchmarks.lib.tables import write_table
 from experiments.cli import main_guard
 from experiments.runs import RunFolder
 from experiments.synthetic import linear, trials

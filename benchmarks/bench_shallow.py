@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cli import TableSettings, parse
-from benchmarks.measure import CpuClock, Timing, side_by_side
-from benchmarks.tables import write_table
+from benchmarks.lib.cli import TableSettings, parse
+from benchmarks.lib.measure import CpuClock, Timing, side_by_side
+from benchmarks.lib.tables import write_table
 from experiments.cli import main_guard, option
 from metalora._checks import check_count
 from metalora._library import native_available

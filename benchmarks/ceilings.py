@@ -11,9 +11,9 @@ from functools import partial
 
 import torch
 
-from benchmarks.cli import DeviceSettings, parse
-from benchmarks.measure import Timing, side_by_side
-from benchmarks.tables import write_table
+from benchmarks.lib.cli import DeviceSettings, parse
+from benchmarks.lib.measure import Timing, side_by_side
+from benchmarks.lib.tables import write_table
 from experiments.cli import main_guard
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}

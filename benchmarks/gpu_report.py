@@ -25,8 +25,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from benchmarks.cli import check_folder, parse
-from benchmarks.tables import read_json
+from benchmarks.lib.cli import check_folder, parse
+from benchmarks.lib.tables import read_json
 from experiments.cli import main_guard, option
 from experiments.synthetic.settings import DEVICES
 from metalora._checks import did_you_mean

@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks import cli
-from benchmarks.tables import read_json, write_json
+from benchmarks.lib import cli
+from benchmarks.lib.tables import read_json, write_json
 from experiments.cli import main_guard, option
 from experiments.runs import RunError
 

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import cli
-from benchmarks.dialogues import CANDIDATES, drawn, read
-from benchmarks.language_versions import (
+from benchmarks.lib import cli
+from benchmarks.lib.dialogues import CANDIDATES, drawn, read
+from benchmarks.lib.language_versions import (
     AUTHORS,
     BESIDE,
     TOLERANCE,
@@ -36,8 +36,8 @@ from benchmarks.language_versions import (
     results,
     versions,
 )
-from benchmarks.measure import one_by_one, peak_bytes
-from benchmarks.tables import write_table
+from benchmarks.lib.measure import one_by_one, peak_bytes
+from benchmarks.lib.tables import write_table
 from experiments.cli import check_numbers, main_guard, option
 from experiments.language.models import load_model, load_tokenizer
 from metalora.meta import RoundLoader

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import cli
-from benchmarks.baselines import BASELINES, COMPILED, EAGER, ROUTES, NotOfferedError, Setup
-from benchmarks.gate import SEED, GateError, Run, check, exact_results, wanted_gradients
-from benchmarks.measure import (
+from benchmarks.lib import cli
+from benchmarks.lib.baselines import BASELINES, COMPILED, EAGER, ROUTES, NotOfferedError, Setup
+from benchmarks.lib.gate import SEED, GateError, Run, check, exact_results, wanted_gradients
+from benchmarks.lib.measure import (
     Budget,
     Steps,
     beside_default_stream,
@@ -32,8 +32,8 @@ from benchmarks.measure import (
     peak_bytes,
     side_by_side,
 )
-from benchmarks.registry import PRECISIONS, Case, Precision, select
-from benchmarks.tables import layer_tables, machine, read_json, write_json
+from benchmarks.lib.registry import PRECISIONS, Case, Precision, select
+from benchmarks.lib.tables import layer_tables, machine, read_json, write_json
 from experiments.cli import main_guard, option
 from experiments.runs import RunError
 from metalora import ops

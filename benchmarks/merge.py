@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.ceilings import ceilings, copy_bandwidth
-from benchmarks.cli import DeviceSettings, parse
-from benchmarks.gate import GateError
-from benchmarks.measure import (
+from benchmarks.lib.cli import DeviceSettings, parse
+from benchmarks.lib.gate import GateError
+from benchmarks.lib.measure import (
     Steps,
     beside_default_stream,
     copies_past_the_cache,
     graphed,
     side_by_side,
 )
-from benchmarks.registry import PRECISIONS, SCALING, Precision
-from benchmarks.tables import write_table
+from benchmarks.lib.registry import PRECISIONS, SCALING, Precision
+from benchmarks.lib.tables import write_table
 from experiments.cli import main_guard
 from metalora import ops, reference
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from benchmarks.cli import check_folder, parse
-from benchmarks.registry import GOAL
-from benchmarks.tables import read_json
+from benchmarks.lib.cli import check_folder, parse
+from benchmarks.lib.registry import GOAL
+from benchmarks.lib.tables import read_json
 from experiments import plotting
 from experiments.cli import main_guard, option
 from experiments.runs import RunError

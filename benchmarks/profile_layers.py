@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.baselines import BASELINES, Setup
-from benchmarks.cli import DeviceSettings, parse
-from benchmarks.gate import Run, check, exact_results, wanted_gradients
-from benchmarks.registry import GOAL, PRECISIONS, Case, Precision
-from benchmarks.tables import write_table
+from benchmarks.lib.baselines import BASELINES, Setup
+from benchmarks.lib.cli import DeviceSettings, parse
+from benchmarks.lib.gate import Run, check, exact_results, wanted_gradients
+from benchmarks.lib.registry import GOAL, PRECISIONS, Case, Precision
+from benchmarks.lib.tables import write_table
 from experiments.cli import main_guard
 
 CALLS = 10

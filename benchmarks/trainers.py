@@ -17,9 +17,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.cli import DeviceSettings, parse
-from benchmarks.measure import side_by_side
-from benchmarks.tables import write_table
+from benchmarks.lib.cli import DeviceSettings, parse
+from benchmarks.lib.measure import side_by_side
+from benchmarks.lib.tables import write_table
 from experiments.cli import main_guard
 from metalora import linear, shallow
 

@@ -36,6 +36,12 @@ def commands() -> list[str]:
     return ["metalora", *found]
 
 
+def test_all_that_stands_in_benchmarks_is_a_command() -> None:
+    """What they share stands in benchmarks/lib: run by itself, it would do nothing."""
+    modules = {f"benchmarks.{p.stem}" for p in (ROOT / "benchmarks").glob("*.py")}
+    assert modules - set(commands()) == {"benchmarks.__init__"}
+
+
 def run(module: str, *arguments: str) -> int:
     """Runs a command in this process and returns its exit code."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():

@@ -12,9 +12,9 @@ from __future__ import annotations
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.baselines import BASELINES, Setup
-from benchmarks.gate import SEED, Run, check, exact_results, wanted_gradients
-from benchmarks.registry import PRECISIONS, Case, select
+from benchmarks.lib.baselines import BASELINES, Setup
+from benchmarks.lib.gate import SEED, Run, check, exact_results, wanted_gradients
+from benchmarks.lib.registry import PRECISIONS, Case, select
 
 PRECISION = PRECISIONS["fp32"]
 

@@ -12,9 +12,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import ceilings, cli, gpu_report, language, layers, merge, profile_layers
+from benchmarks import ceilings, gpu_report, language, layers, merge, profile_layers
 from benchmarks.gpu_report import LIMIT, Part, parts, run
-from benchmarks.registry import select
+from benchmarks.lib import cli
+from benchmarks.lib.registry import select
 
 
 def python(code: str, **changes: object) -> Part:

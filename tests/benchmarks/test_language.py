@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import language, language_versions
-from benchmarks.dialogues import AT, CANDIDATES, UTTERANCE, Turns, drawn
-from benchmarks.gate import GateError
-from benchmarks.language_versions import (
+from benchmarks import language
+from benchmarks.lib import language_versions
+from benchmarks.lib.dialogues import AT, CANDIDATES, UTTERANCE, Turns, drawn
+from benchmarks.lib.gate import GateError
+from benchmarks.lib.language_versions import (
     AUTHORS,
     PEFT,
     TOLERANCE,

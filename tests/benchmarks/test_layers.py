@@ -13,12 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import baselines, layers, plot
-from benchmarks.baselines import BASELINES, COMPILED, EAGER, ROUTES, Layer, NotOfferedError, Setup
-from benchmarks.gate import SEED, GateError, Run, check, exact_results, wanted_gradients
+from benchmarks import layers, plot
 from benchmarks.layers import LEFT_OUT, Options, measure_case
-from benchmarks.measure import Budget
-from benchmarks.registry import INPUTS, PRECISIONS, Case, equal, ragged
+from benchmarks.lib import baselines
+from benchmarks.lib.baselines import (
+    BASELINES,
+    COMPILED,
+    EAGER,
+    ROUTES,
+    Layer,
+    NotOfferedError,
+    Setup,
+)
+from benchmarks.lib.gate import SEED, GateError, Run, check, exact_results, wanted_gradients
+from benchmarks.lib.measure import Budget
+from benchmarks.lib.registry import INPUTS, PRECISIONS, Case, equal, ragged
 from experiments.runs import RunError
 from tests.pairs import every_pair
 

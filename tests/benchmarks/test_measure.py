@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.measure import (
+from benchmarks.lib.measure import (
     Budget,
     CpuClock,
     graphed,

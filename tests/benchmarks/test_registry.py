@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from benchmarks.registry import CASES, GOAL, PRECISIONS, equal, select, zipf
+from benchmarks.lib.registry import CASES, GOAL, PRECISIONS, equal, select, zipf
 
 
 def shapes(group: str) -> set[tuple[object, ...]]:

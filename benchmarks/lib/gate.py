@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.baselines import Layer
-from benchmarks.registry import INPUTS, SCALING, Case, Precision
+from benchmarks.lib.baselines import Layer
+from benchmarks.lib.registry import INPUTS, SCALING, Case, Precision
 from metalora import reference
 
 FROZEN = ("x", "lora_A", "lora_B")  # what gets gradients where W is frozen

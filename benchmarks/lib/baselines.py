@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.registry import SCALING, Case, Precision
+from benchmarks.lib.registry import SCALING, Case, Precision
 from metalora import ops
 
 Layer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]

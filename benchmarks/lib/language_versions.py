@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from benchmarks.dialogues import Turns
-from benchmarks.gate import GateError
-from benchmarks.task_by_task import (
+from benchmarks.lib.dialogues import Turns
+from benchmarks.lib.gate import GateError
+from benchmarks.lib.task_by_task import (
     ALPHA,
     DROPOUT,
     HEAD,

@@ -1,0 +1,1 @@
+"""What the commands of benchmarks/ share; nothing here is run by itself."""
