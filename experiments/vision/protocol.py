@@ -32,10 +32,11 @@ from metalora.meta import (
 
 HEADS = ("head",)
 EVALUATION_BATCH = 512
-# In a pass of the model on a CPU, where memory grows with it: with batches of 256 CIFAR-10 images,
-# passes of 32 (2048 patches), 64, 128 and 256 images kept about 0.4, 0.7, 1.3 and 2.3 GiB resident
-# beside what the process had before (one run each). Smaller passes were not seen to be slower.
-CPU_PATCHES = 2048
+# In a pass of the model on a CPU, where memory grows with it: standard retraining with batches of
+# 256 CIFAR-10 images in passes of 32, 64 (4096 patches), 128 and 256 took 1.03, 0.98, 0.97 and 1.00
+# of the time, and 0.4, 0.7, 1.1 and 1.9 GiB beside what the process had before (medians of three
+# runs in turns); LoRA-ML with its 4 times 256 images in one pass took 7 GiB.
+CPU_PATCHES = 4096
 
 
 @dataclass(frozen=True)
