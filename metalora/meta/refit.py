@@ -61,7 +61,10 @@ def refit_heads(
             "refit_heads: heads must name the layers to fit, got none; a model without a shared "
             "head cannot be re-centred"
         )
-    chosen = select(model, LoRAConfig(target_modules=(), heads=heads)).heads
+    try:
+        chosen = select(model, LoRAConfig(target_modules=(), heads=heads)).heads
+    except ValueError as error:
+        raise ValueError(f"refit_heads: {str(error).partition(': ')[2]}") from None
     of_heads = {id(p) for layer, _ in chosen for p in layer.parameters()}
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:
