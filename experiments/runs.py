@@ -36,7 +36,7 @@ import torch
 import metalora
 from experiments import lock
 from experiments.errors import too_large
-from metalora._files import replacing, sync_folder
+from metalora._files import replacing, sync_path
 
 MANIFEST, METRICS, RESULTS, UNITS, ERROR = (
     "manifest.json",
@@ -250,7 +250,7 @@ class RunFolder:
         record = {"unit": unit, "lengths": lengths}
         _append(self.path(UNITS), json.dumps(record) + "\n")
         _sync(self.path(UNITS))
-        sync_folder(self.folder)
+        sync_path(self.folder)
         self._units[unit] = record
 
     def write_json(self, name: str, value: Any) -> None:

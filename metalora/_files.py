@@ -42,7 +42,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
-    sync_folder(path.parent)
+    sync_path(path.parent)
 
 
 def partial_beside(path: Path) -> Path:
@@ -69,13 +69,13 @@ def remove_partials(path: Path) -> None:
                 found.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Has the system write a folder's entries to the disk, where it can do that.
+def sync_path(path: Path) -> None:
+    """Has the system write a file, or a folder's entries, to the disk, where it can do that.
 
-    Windows and some file systems cannot: there the rename is on the disk when the system sees fit.
+    Windows and some file systems cannot: there a rename is on the disk when the system sees fit.
     """
     with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

@@ -124,6 +124,8 @@ def test_a_killed_export_leaves_the_old_or_the_new_folder(tmp_path, monkeypatch,
         folder.restore(out)
         assert contents(out) in (OLD, NEW)
         assert not [*out.parent.glob("*.aside")]
+        write(out, NEW)
+        assert [p.name for p in out.parent.iterdir()] == ["[out]"]  # nothing of the killed one
         if ended == 0:
             break
         assert ended == -signal.SIGKILL

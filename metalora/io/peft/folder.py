@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
+from metalora._files import partial_beside, remove_partials, sync_path
 from metalora.io.peft.exchange import exchange
 
 BASE = "base"
@@ -47,26 +48,28 @@ def replacing(folder: Path) -> Iterator[Path]:
 
     The two change places in one step, so that a process killed at any moment leaves the old or the
     new folder there. On a file system without that step the old one is moved aside first; if the
-    process is killed before the new one is moved in, `restore` puts the old one back.
+    process is killed before the new one is moved in, `restore` puts the old one back. What a killed
+    process left of its own attempt is removed.
 
     Raises:
         PeftFolderError: if it could not be written. Whatever goes wrong, ``folder`` is as before.
     """
     from safetensors import SafetensorError
 
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    remove_partials(folder)
+    partial = partial_beside(folder)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}{_ASIDE}")
     try:
         partial.mkdir(parents=True)
         yield partial
         for path in (*partial.rglob("*"), partial):
-            _sync(path)
+            sync_path(path)
         if not folder.exists():
             partial.replace(folder)
         elif not exchange(partial, folder):
             folder.replace(aside)
             partial.replace(folder)
-        _sync(folder.parent)
+        sync_path(folder.parent)
     except (OSError, SafetensorError) as error:
         raise PeftFolderError(
             f"export_peft: {folder} could not be written ({error}); what was there is unchanged"
@@ -87,17 +90,7 @@ def restore(folder: Path) -> None:
     for aside in folder.parent.glob(f".{escape(folder.name)}.*{_ASIDE}"):
         with suppress(OSError):
             if folder.exists():
-                old = aside.replace(aside.with_suffix(".partial"))  # or half of it might come back
+                old = aside.replace(partial_beside(folder))  # or half of it might come back
                 shutil.rmtree(old, ignore_errors=True)
             else:
                 aside.replace(folder)
-
-
-def _sync(path: Path) -> None:
-    """Has the system write a file, or a folder's entries, to the disk, where it can do that."""
-    with suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
