@@ -27,7 +27,6 @@ from benchmarks.lib.measure import (
     Steps,
     beside_default_stream,
     copies_past_the_cache,
-    first_line,
     graphed,
     peak_bytes,
     side_by_side,
@@ -37,7 +36,7 @@ from benchmarks.lib.tables import layer_tables, machine, read_json, write_json
 from experiments.cli import main_guard, option
 from experiments.runs import RunError
 from metalora import ops
-from metalora._checks import check_positive
+from metalora._checks import check_positive, first_line
 
 FLOOR = "dense"
 LEFT_OUT = "left out: the time was up"

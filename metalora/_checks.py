@@ -65,6 +65,11 @@ def check_choice(function: str, argument: str, value: Any, choices: Iterable[str
     return str(value)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _finite_number(function: str, argument: str, value: Any, wanted: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(

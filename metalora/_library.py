@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from metalora._checks import first_line
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _HERE = Path(__file__).parent
@@ -41,7 +43,7 @@ def _load_cpu() -> tuple[ModuleType | None, str]:
         return importlib.import_module("metalora._C"), "loaded"
     except (ImportError, OSError) as error:
         how = _REINSTALL.format("cpu")
-        return None, f"built, but does not load: {_first_line(error)}; to rebuild: {how}"
+        return None, f"built, but does not load: {first_line(error)}; to rebuild: {how}"
 
 
 def _load_cuda(cpu: ModuleType | None) -> tuple[str | None, str]:
@@ -59,7 +61,7 @@ def _load_cuda(cpu: ModuleType | None) -> tuple[str | None, str]:
         architectures = ctypes.CDLL(str(path)).metalora_cuda_architectures
     except (ImportError, OSError, AttributeError) as error:
         how = _REINSTALL.format("cuda")
-        return None, f"built, but does not load: {_first_line(error)}; to rebuild: {how}"
+        return None, f"built, but does not load: {first_line(error)}; to rebuild: {how}"
     architectures.restype = ctypes.c_char_p
     return architectures().decode(), "loaded"
 
@@ -74,10 +76,6 @@ def _shadowed(name: str) -> Path | None:
     """The folder of another metalora on Python's path that has this library."""
     folders = [Path(entry, "metalora") for entry in sys.path]
     return next((f for f in folders if f.resolve() != _HERE.resolve() and _built(name, f)), None)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 _cpu_module, cpu_status = _load_cpu()

@@ -6,6 +6,8 @@ import importlib
 from importlib import metadata
 from typing import Any
 
+from metalora._checks import first_line
+
 
 def require(package: str, function: str) -> Any:
     """Imports and returns ``package`` for ``function``.
@@ -28,9 +30,10 @@ def require(package: str, function: str) -> Any:
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             raise ImportError(f"{function}: needs the package {package}; {install}") from None
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         which = f"{package} {version}" if version else f"the package {package}"
-        raise ImportError(f"{function}: {which} cannot be imported: {reason}; {install}") from error
+        raise ImportError(
+            f"{function}: {which} cannot be imported: {first_line(error)}; {install}"
+        ) from error
 
 
 def _installed(package: str) -> str | None:

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from metalora._checks import first_line
+
 Step = Callable[[], object]
 Steps = Mapping[str, Step]  # run one after the other and timed apart: {"forward": …, …}
 
@@ -213,10 +215,6 @@ def graphed(steps: Mapping[str, Step]) -> tuple[Steps, str]:
         torch.cuda.synchronize()
         return steps, f"not captured: {first_line(error)}"
     return {name: graph.replay for name, graph in graphs.items()}, ""
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Budget:

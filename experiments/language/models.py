@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from experiments.language.dialogues import DataError
+from metalora._checks import first_line
 
 HUB_SECONDS = 10.0  # to wait for an answer before a name is given up
 OTHER_TOKENIZER = "give the folder of one with --tokenizer"
@@ -42,7 +43,7 @@ def model_folder(name: str, flag: str = "--model") -> Path:
     except Exception as error:  # whatever the network, the Hub or the disk make it raise
         raise DataError(
             f"{flag} {name}: neither a folder nor downloaded before, and the Hugging Face Hub "
-            f"gives none ({_first_line(error)}); give the folder of a model"
+            f"gives none ({first_line(error)}); give the folder of a model"
         ) from None
 
 
@@ -60,7 +61,7 @@ def load_tokenizer(name: str, flag: str = "--model") -> Any:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever missing or damaged files make it raise
         raise DataError(
-            f"{folder} has no usable tokenizer ({_first_line(error)}); {OTHER_TOKENIZER}"
+            f"{folder} has no usable tokenizer ({first_line(error)}); {OTHER_TOKENIZER}"
         ) from None
     # Without any of its files transformers makes an empty one.
     files = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
@@ -99,7 +100,7 @@ def load_model(name: str, tokenizer: Any) -> nn.Module:
                 output_loading_info=True,
             )
     except Exception as error:  # whatever missing or damaged files make it raise
-        raise DataError(f"{folder} has no usable model ({_first_line(error)})") from None
+        raise DataError(f"{folder} has no usable model ({first_line(error)})") from None
     unusable = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
     encoder = [n for n in unusable if n.startswith(f"{model.base_model_prefix}.")]
     encoder = sorted(n for n in encoder if ".pooler." not in n)
@@ -151,8 +152,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
