@@ -25,17 +25,17 @@ from torch import Tensor
 
 from benchmarks.lib.cli import TableSettings, parse
 from benchmarks.lib.tables import write_table
-from experiments.cli import main_guard
-from experiments.runs import RunFolder
+from experiments.lib.cli import main_guard
+from experiments.lib.runs import RunFolder
 from experiments.synthetic import linear, trials
 from experiments.synthetic.settings import LinearSettings, Point
 from metalora._library import native_available
 from metalora.linear import (
     finetune_lora,
-    retrain_lora_ml,
-    retrain_standard,
+    lora_ml,
     sample_data,
     sample_problem,
+    standard,
     sufficient_statistics,
 )
 from metalora.reference import linear as reference
@@ -86,10 +86,10 @@ def _one_training() -> list[Row]:
     single, single_start = stats.to(dtype=torch.float32), start.float()
 
     def native(outer_steps: int = OUTER) -> Tensor:
-        return retrain_lora_ml(stats, RANK, outer_steps=outer_steps, initial_factors=start).weight
+        return lora_ml(stats, RANK, outer_steps=outer_steps, initial_factors=start).weight
 
     def native_single() -> Tensor:
-        return retrain_lora_ml(single, RANK, initial_factors=single_start).weight
+        return lora_ml(single, RANK, initial_factors=single_start).weight
 
     zero = torch.zeros(DIM, DIM, dtype=torch.float64)
 
@@ -119,7 +119,7 @@ def _one_training() -> list[Row]:
         _time(
             "sufficient statistics", "of 3 x 5000 samples", lambda: sufficient_statistics(x, y), 21
         ),
-        _time("one standard retraining", "native, float64", lambda: retrain_standard(stats), 21),
+        _time("one standard retraining", "native, float64", lambda: standard(stats), 21),
     ]
 
 
@@ -142,7 +142,7 @@ def _many_trainings(threads: int) -> Row:
     row = _time(
         f"{MANY} LoRA-ML trainings at once",
         "native, float64",
-        lambda: retrain_lora_ml(stats, RANK, generator=generator),
+        lambda: lora_ml(stats, RANK, generator=generator),
         5,
         threads=threads,
     )
@@ -227,10 +227,10 @@ class LoopProblem:
         )
         assert tuned.errors is not None
         wanted = {
-            "LoRA-ML": retrain_lora_ml(
+            "LoRA-ML": lora_ml(
                 stats, self.point.rank, outer_steps=SHORT, initial_factors=factors
             ).weight,
-            "standard": retrain_standard(stats, steps=SHORT).weight,
+            "standard": standard(stats, steps=SHORT).weight,
             "fine-tuning": tuned.errors[-1],
         }
         for algorithm, expected in wanted.items():

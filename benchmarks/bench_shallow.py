@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.lib.cli import TableSettings, parse
 from benchmarks.lib.measure import CpuClock, Timing, side_by_side
 from benchmarks.lib.tables import write_table
-from experiments.cli import main_guard, option
+from experiments.lib.cli import main_guard, option
 from metalora._checks import check_count
 from metalora._library import native_available
 from metalora.reference import shallow as reference
@@ -35,10 +35,10 @@ from metalora.shallow import (
     finetune_lora,
     initial_adapters,
     initial_network,
-    retrain_lora_ml,
-    retrain_standard,
+    lora_ml,
     sample_data,
     sample_problem,
+    standard,
 )
 
 TRAININGS, TASKS, SAMPLES, DIM, RANK, FEW = 10, 3, 1000, 10, 1, 100
@@ -78,10 +78,10 @@ def start(group: str, dtype: torch.dtype) -> Start:
 def native(s: Start, epochs: int) -> Tensor:
     """The losses [B, epochs] of metalora's trainer."""
     if s.group == "standard retraining":
-        return retrain_standard(s.x, s.y, s.network, epochs=epochs).losses
+        return standard(s.x, s.y, s.network, epochs=epochs).losses
     assert s.adapters is not None
     if s.group == "LoRA-ML retraining":
-        return retrain_lora_ml(s.x, s.y, s.network, s.adapters, epochs=epochs).losses
+        return lora_ml(s.x, s.y, s.network, s.adapters, epochs=epochs).losses
     adapters = Adapters(s.adapters.lora_A[:, 0], s.adapters.lora_B[:, 0])
     return finetune_lora(s.x[:, 0], s.y[:, 0], s.network, adapters, epochs=epochs).losses
 

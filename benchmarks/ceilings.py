@@ -14,7 +14,7 @@ import torch
 from benchmarks.lib.cli import DeviceSettings, parse
 from benchmarks.lib.measure import Timing, side_by_side
 from benchmarks.lib.tables import write_table
-from experiments.cli import main_guard
+from experiments.lib.cli import main_guard
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from benchmarks.lib.cli import check_folder, parse
 from benchmarks.lib.tables import read_json
-from experiments.cli import main_guard, option
+from experiments.lib.cli import main_guard, option
 from experiments.synthetic.settings import DEVICES
 from metalora._checks import did_you_mean
 

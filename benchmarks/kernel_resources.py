@@ -23,8 +23,8 @@ from types import ModuleType
 
 from benchmarks.lib import cli
 from benchmarks.lib.tables import read_json, write_json
-from experiments.cli import main_guard, option
-from experiments.runs import RunError
+from experiments.lib.cli import main_guard, option
+from experiments.lib.runs import RunError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -38,8 +38,8 @@ from benchmarks.lib.language_versions import (
 )
 from benchmarks.lib.measure import one_by_one, peak_bytes
 from benchmarks.lib.tables import write_table
-from experiments.cli import check_numbers, main_guard, option
 from experiments.language.models import load_model, load_tokenizer
+from experiments.lib.cli import check_numbers, main_guard, option
 from metalora.meta import RoundLoader
 
 # layers, hidden size, heads, intermediate size, vocabulary

@@ -23,7 +23,7 @@ from benchmarks.lib.measure import (
 )
 from benchmarks.lib.registry import PRECISIONS, SCALING, Precision
 from benchmarks.lib.tables import write_table
-from experiments.cli import main_guard
+from experiments.lib.cli import main_guard
 from metalora import ops, reference
 
 LARGE = 64e6  # bytes from which on the kernels are to reach 80 % of a copy

@@ -18,9 +18,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from benchmarks.lib.cli import check_folder, parse
 from benchmarks.lib.registry import GOAL
 from benchmarks.lib.tables import read_json
-from experiments import plotting
-from experiments.cli import main_guard, option
-from experiments.runs import RunError
+from experiments.lib import plotting
+from experiments.lib.cli import main_guard, option
+from experiments.lib.runs import RunError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

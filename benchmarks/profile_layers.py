@@ -16,7 +16,7 @@ from benchmarks.lib.cli import DeviceSettings, parse
 from benchmarks.lib.gate import Run, check, exact_results, wanted_gradients
 from benchmarks.lib.registry import GOAL, PRECISIONS, Case, Precision
 from benchmarks.lib.tables import write_table
-from experiments.cli import main_guard
+from experiments.lib.cli import main_guard
 
 CALLS = 10
 SHOWN = 12

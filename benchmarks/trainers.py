@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.lib.cli import DeviceSettings, parse
 from benchmarks.lib.measure import side_by_side
 from benchmarks.lib.tables import write_table
-from experiments.cli import main_guard
+from experiments.lib.cli import main_guard
 from metalora import linear, shallow
 
 TASKS, DIM, RANK = 3, 10, 1
@@ -45,7 +45,7 @@ def linear_trainings(count: int, device: str) -> Trainings:
     start = start.to(device)
 
     def run(steps: int) -> Tensor:
-        return linear.retrain_lora_ml(stats, RANK, outer_steps=steps, initial_factors=start).losses
+        return linear.lora_ml(stats, RANK, outer_steps=steps, initial_factors=start).losses
 
     return Trainings(count, run)
 
@@ -60,7 +60,7 @@ def shallow_trainings(count: int, device: str) -> Trainings:
     adapters = shallow.Adapters(*(t.to(device) for t in (adapters.lora_A, adapters.lora_B)))
 
     def run(steps: int) -> Tensor:
-        return shallow.retrain_lora_ml(x, y, network, adapters, epochs=steps).losses
+        return shallow.lora_ml(x, y, network, adapters, epochs=steps).losses
 
     return Trainings(count, run)
 

@@ -49,7 +49,7 @@ def main() -> list[float]:
             optimizer.zero_grad()
             losses.append(loss.detach())
         history.append(float(torch.stack(losses).mean()))
-    metalora.remove(accelerator.unwrap_model(model))  # plain again, with the retrained weights
+    metalora.unload(accelerator.unwrap_model(model))  # plain again, with the retrained weights
     return history
 
 

@@ -54,7 +54,7 @@ def main() -> dict[str, float]:
     )
     trainer.train()
     measured = trainer.evaluate()
-    metalora.remove(model)  # plain again, with the retrained weights
+    metalora.unload(model)  # plain again, with the retrained weights
     return measured
 
 

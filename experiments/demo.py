@@ -8,8 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from experiments import cli
-from experiments.runs import (
+from experiments.lib import cli
+from experiments.lib.runs import (
     MANIFEST,
     RunError,
     RunFolder,

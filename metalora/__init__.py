@@ -6,12 +6,16 @@
     metalora.TaskOptimizer(model, AdamW)        leaves the adapters of absent tasks alone
     metalora.meta                               LoRA-ML, its baselines, and fine-tuning after them
     metalora.nn, metalora.ops                   the layers and the operators under them
+    metalora.hf, metalora.io                    Hugging Face models and trainers; PEFT's folders
     metalora.linear, metalora.shallow           the paper's linear model and shallow network
 
 The method is that of "Provable Meta-Learning with Low-Rank Adaptations" (NeurIPS 2025).
 """
 
 __version__ = "0.1.0"
+
+import importlib
+from typing import Any
 
 from metalora import linear, meta, nn, ops, reference, shallow
 from metalora._library import build_info
@@ -21,13 +25,27 @@ from metalora.adapters import (
     base_state_dict,
     freeze_base,
     load_task_state_dict,
-    remove,
+    merge_and_unload,
     reset_adapters,
     task_parameters,
     task_state_dict,
+    unload,
 )
 from metalora.meta import TaskOptimizer, task_mean
 from metalora.nn import TaskBatch, tasks
+
+_LAZY = ("hf", "io")  # imported when first used: they are for optional packages
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"metalora.{name}")
+    raise AttributeError(f"module 'metalora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
 
 __all__ = [
     "LoRAConfig",
@@ -38,17 +56,20 @@ __all__ = [
     "base_state_dict",
     "build_info",
     "freeze_base",
+    "hf",
+    "io",
     "linear",
     "load_task_state_dict",
+    "merge_and_unload",
     "meta",
     "nn",
     "ops",
     "reference",
-    "remove",
     "reset_adapters",
     "shallow",
     "task_mean",
     "task_parameters",
     "task_state_dict",
     "tasks",
+    "unload",
 ]

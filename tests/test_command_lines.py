@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import cli
-from experiments.training import choose_device
+from experiments.lib import cli
+from experiments.lib.training import choose_device
 from tests.processes import start_interruptible
 
 ROOT = Path(__file__).parents[1]

@@ -31,13 +31,11 @@ def results() -> list[Tensor]:
     for dim, dtype in ((5, f64), (10, f64), (21, f64), (10, f32)):
         truths = linear.sample_problem(3, dim, 2, generator=generator, dtype=dtype).truths
         stats = linear.sample_statistics(truths, 50, generator=generator)
-        trained = linear.retrain_lora_ml(
-            stats, 2, outer_steps=20, inner_lr=0.001, generator=generator
-        )
+        trained = linear.lora_ml(stats, 2, outer_steps=20, inner_lr=0.001, generator=generator)
         found.append(trained.weight)
     for dim, dtype in ((5, f64), (12, f64), (10, f32)):
         s = start(3, 50, dim, 2, dtype=dtype)
-        found.append(shallow.retrain_lora_ml(s.x, s.y, s.network, s.adapters, epochs=100).losses)
+        found.append(shallow.lora_ml(s.x, s.y, s.network, s.adapters, epochs=100).losses)
     return found
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from experiments import cli
-from experiments.cli import option
+from experiments.lib import cli
+from experiments.lib.cli import option
 from experiments.synthetic.settings import DEVICES, check_device
 
 Settings = TypeVar("Settings")

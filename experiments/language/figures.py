@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.language.report import LAST, by_task, summary
 from experiments.language.settings import FINETUNES
-from experiments.runs import RunFolder
+from experiments.lib.runs import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ def draw(run: RunFolder, chance: float) -> list[Path]:
         run: a run of the experiment.
         chance: accuracy of a blind choice, in percent.
     """
-    from experiments import plotting
+    from experiments.lib import plotting
 
     lines = summary(run.rows())
     plotting.style()
@@ -32,7 +32,7 @@ def draw(run: RunFolder, chance: float) -> list[Path]:
 def _accuracy(run: RunFolder, lines: Sequence[Mapping[str, Any]], chance: float) -> Path:
     import matplotlib.pyplot as plt
 
-    from experiments import plotting
+    from experiments.lib import plotting
 
     kinds = [k for k in FINETUNES if any(line["finetune"] == k for line in lines)]
     fig, axes = plt.subplots(
@@ -72,7 +72,7 @@ def _chance(ax: Axes, chance: float) -> None:
 
 
 def _dots(ax: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
-    from experiments import plotting
+    from experiments.lib import plotting
 
     for place, line in enumerate(lines):
         error = line[f"{LAST}_se"]
@@ -104,7 +104,7 @@ def _dots(ax: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _over_ranks(ax: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
-    from experiments import plotting
+    from experiments.lib import plotting
 
     ranks = sorted({int(line["rank"]) for line in lines})
     methods = list(dict.fromkeys(line["method"] for line in lines))
@@ -136,7 +136,7 @@ def _tasks(run: RunFolder, lines: Sequence[Mapping[str, Any]], chance: float) ->
     """Accuracy of every test task: a panel per fine-tuning and rank, a mark per method."""
     import matplotlib.pyplot as plt
 
-    from experiments import plotting
+    from experiments.lib import plotting
 
     panels = list(dict.fromkeys((line["finetune"], line["rank"]) for line in lines))
     tasks = list(dict.fromkeys(line["task"] for line in lines))

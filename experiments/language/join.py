@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import cli
 from experiments.language import figures, report
 from experiments.language.settings import Settings
-from experiments.runs import MANIFEST, RESULTS, RunError, RunFolder, read_rows
+from experiments.lib import cli
+from experiments.lib.runs import MANIFEST, RESULTS, RunError, RunFolder, read_rows
 
 # May differ between runs that are joined; the trials must.
 FREE = {"seeds", "first_seed"} | {

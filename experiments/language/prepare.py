@@ -16,8 +16,8 @@ from experiments.language.models import has_token_types, max_length
 from experiments.language.protocol import Protocol
 from experiments.language.settings import Settings
 from experiments.language.tokens import TokenizedTurns, tokenize
-from experiments.training import check_rank, known
-from experiments.unused import at_most
+from experiments.lib.training import check_rank, known
+from experiments.lib.unused import at_most
 
 
 def load_corpus(settings: Settings) -> Corpus:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.runs import RunFolder, standard_error, with_error
+from experiments.lib.runs import RunFolder, standard_error, with_error
 
 BEFORE, LAST, BEST = "accuracy_before", "accuracy_last", "accuracy_best"
 METRICS = (BEFORE, LAST, BEST)

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 from torch import nn
 
-from experiments import cli
 from experiments.language import figures, report
 from experiments.language.prepare import facts, load_corpus, notes, prepare
 from experiments.language.progress import Clock, EpochLine
 from experiments.language.protocol import Protocol
 from experiments.language.settings import PART_OF, TINY, Settings
-from experiments.runs import RunFolder, one_thread
-from experiments.training import (
+from experiments.lib import cli
+from experiments.lib.runs import RunFolder, one_thread
+from experiments.lib.training import (
     EpochLog,
     choose_device,
     divergence,
@@ -26,7 +26,7 @@ from experiments.training import (
     load_weights,
     save_weights,
 )
-from experiments.unused import say, unused
+from experiments.lib.unused import say, unused
 
 NAME = "language"
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.cli import MOST_TRIALS, check_numbers, option, unique
-from experiments.training import SHARED_HEADS, STANDARD_ORDERS
+from experiments.lib.cli import MOST_TRIALS, check_numbers, option, unique
+from experiments.lib.training import SHARED_HEADS, STANDARD_ORDERS
 from metalora._checks import check_count
 
 METHODS = ("none", "lora-ml", "last-layer-ml", "standard", "reptile")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from experiments import cli
+from experiments.lib import cli
 from experiments.synthetic import linear, phase, shallow
 from metalora._checks import did_you_mean
 

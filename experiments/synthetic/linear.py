@@ -14,11 +14,11 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments import cli
-from experiments.runs import RunError, RunFolder
+from experiments.lib import cli
+from experiments.lib.runs import RunError, RunFolder
+from experiments.lib.unused import cut, say
 from experiments.synthetic.settings import LinearSettings, Point
 from experiments.synthetic.trials import METHODS, run_point
-from experiments.unused import cut, say
 from metalora._files import replacing
 
 EXPERIMENT = "linear"

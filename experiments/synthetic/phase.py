@@ -15,8 +15,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments import cli
-from experiments.runs import RunError, RunFolder
+from experiments.lib import cli
+from experiments.lib.runs import RunError, RunFolder
+from experiments.lib.unused import cut, say
 from experiments.synthetic.phase_settings import RETRAIN_TASKS, PhaseSettings
 from experiments.synthetic.phase_trials import (
     METRICS,
@@ -24,7 +25,6 @@ from experiments.synthetic.phase_trials import (
     recover_base,
     recover_test_task,
 )
-from experiments.unused import cut, say
 
 EXPERIMENT = "phase"
 # A training is at its end with this much of its first loss, or if the last tenth of its steps took

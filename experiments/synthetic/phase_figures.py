@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments import plotting
-from experiments.runs import RunFolder
+from experiments.lib import plotting
+from experiments.lib.runs import RunFolder
 from experiments.synthetic.phase_settings import RETRAIN_TASKS, PhaseSettings
 
 if TYPE_CHECKING:

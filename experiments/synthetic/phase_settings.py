@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.cli import MOST_TRIALS, option
+from experiments.lib.cli import MOST_TRIALS, option
 from experiments.synthetic.settings import DEVICES, check_device
 from metalora._checks import check_count, check_positive
 

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.runs import one_thread
+from experiments.lib.runs import one_thread
 from experiments.synthetic.phase_settings import PhaseSettings
 from metalora.linear import (
     LinearProblem,
     RetrainResult,
     SufficientStatistics,
     finetune_lora,
-    retrain_lora_ml,
+    lora_ml,
     sample_data,
     sample_problem,
     sufficient_statistics,
@@ -103,7 +103,7 @@ def _retrain(drawn: _Drawn, rank: int, settings: PhaseSettings) -> RetrainResult
     truths = drawn.problem.truths
     identity = torch.eye(settings.dim, dtype=truths.dtype).expand(truths.shape)
     population = SufficientStatistics(identity, truths, truths.square().sum((-2, -1)), count=1)
-    return retrain_lora_ml(
+    return lora_ml(
         population.to(settings.device),
         rank,
         outer_steps=settings.outer_steps,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.cli import MOST_TRIALS, option
+from experiments.lib.cli import MOST_TRIALS, option
 from metalora._checks import check_choice, check_count, check_nonnegative, check_positive
 from metalora.shallow.network import INITIALIZATIONS
 

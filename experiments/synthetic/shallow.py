@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from experiments import cli
-from experiments.runs import RunError, RunFolder
+from experiments.lib import cli
+from experiments.lib.runs import RunError, RunFolder
+from experiments.lib.unused import cut, say
 from experiments.synthetic.settings import Point, ShallowSettings
 from experiments.synthetic.shallow_trials import METRICS, run_trials
 from experiments.synthetic.trials import METHODS
-from experiments.unused import cut, say
 
 EXPERIMENT = "shallow"
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from experiments import plotting
-from experiments.runs import RunFolder
+from experiments.lib import plotting
+from experiments.lib.runs import RunFolder
 from experiments.synthetic.figures import LINES, MEANINGS
 from experiments.synthetic.settings import Point
 from experiments.synthetic.trials import METHODS

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.runs import one_thread
+from experiments.lib.runs import one_thread
 from experiments.synthetic.settings import Point, ShallowSettings
 from experiments.synthetic.trials import METHODS, trial_generator
 from metalora.shallow import (
@@ -18,10 +18,10 @@ from metalora.shallow import (
     finetune_lora,
     initial_adapters,
     initial_network,
-    retrain_lora_ml,
-    retrain_standard,
+    lora_ml,
     sample_data,
     sample_problem,
+    standard,
 )
 
 HELD_OUT = 10000  # fresh inputs of the test task
@@ -53,9 +53,9 @@ def run_trials(
     results = {}
     for method in METHODS:
         if method == "lora-ml":
-            trained = retrain_lora_ml(*data, start, adapters, epochs=epochs, optimizer=adamw)
+            trained = lora_ml(*data, start, adapters, epochs=epochs, optimizer=adamw)
         else:
-            trained = retrain_standard(*data, start, epochs=epochs, optimizer=adamw)
+            trained = standard(*data, start, epochs=epochs, optimizer=adamw)
         tuned = finetune_lora(
             *few, trained.network, fresh, epochs=settings.finetune_epochs, optimizer=adamw
         )

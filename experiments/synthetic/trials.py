@@ -6,16 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.runs import one_thread
+from experiments.lib.runs import one_thread
 from experiments.synthetic.settings import SWEEPS, LinearSettings, Point
 from metalora.linear import (
     LinearProblem,
     SufficientStatistics,
     finetune_lora,
-    retrain_lora_ml,
-    retrain_standard,
+    lora_ml,
     sample_problem,
     sample_statistics,
+    standard,
 )
 from metalora.linear.training import INITIAL_STD
 
@@ -37,7 +37,7 @@ def run_point(point: Point, settings: LinearSettings) -> dict[str, Tensor]:
     retrain_stats = SufficientStatistics.stack([t.retrain_stats for t in drawn]).to(device)
     test_stats = SufficientStatistics.stack([t.test_stats for t in drawn]).to(device)
     weights = {
-        "lora-ml": retrain_lora_ml(
+        "lora-ml": lora_ml(
             retrain_stats,
             point.rank,
             outer_steps=settings.outer_steps,
@@ -46,7 +46,7 @@ def run_point(point: Point, settings: LinearSettings) -> dict[str, Tensor]:
             inner_lr=settings.inner_lr,
             initial_factors=torch.stack([t.adapters for t in drawn]).to(device),
         ).weight,
-        "standard": retrain_standard(
+        "standard": standard(
             retrain_stats, steps=settings.outer_steps, lr=settings.outer_lr
         ).weight,
     }

@@ -10,8 +10,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import NullLocator
 
-from experiments import plotting
-from experiments.runs import RunFolder
+from experiments.lib import plotting
+from experiments.lib.runs import RunFolder
 from experiments.theory.checks import Outcome
 from metalora.linear.theory import expected_finetune_error, expected_standard_loss
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments import cli
-from experiments.runs import RunError, RunFolder, one_thread
+from experiments.lib import cli
+from experiments.lib.runs import RunError, RunFolder, one_thread
+from experiments.lib.unused import say, unused
 from experiments.theory.checks import Check, Outcome
 from experiments.theory.settings import PART_OF, TheorySettings
 from experiments.theory.statements import CONTROLS, STATEMENTS
-from experiments.unused import say, unused
 
 EXPERIMENT = "theory"
 _ALL = {**STATEMENTS, **CONTROLS}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.cli import option
+from experiments.lib.cli import option
 from metalora._checks import check_choice, check_count, check_positive
 
 STATEMENTS = tuple(str(number) for number in range(1, 13))

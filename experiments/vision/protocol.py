@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.training import known, retrain, with_tasks
-from experiments.unused import at_most
+from experiments.lib.training import known, retrain, with_tasks
+from experiments.lib.unused import at_most
 from experiments.vision.augment import Normalize, frozen
 from experiments.vision.data import Dataset, Images
 from experiments.vision.mixer import Mixer

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.runs import RunFolder, standard_error, with_error
+from experiments.lib.runs import RunFolder, standard_error, with_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +72,7 @@ def table(lines: Iterable[Mapping[str, Any]]) -> str:
 
 def figures(run: RunFolder) -> list[Path]:
     """Draws accuracy.png (the table) and curves.png (accuracy during fine-tuning), with numbers."""
-    from experiments import plotting
+    from experiments.lib import plotting
 
     lines = summary(run.rows())
     if not lines:
@@ -84,7 +84,7 @@ def figures(run: RunFolder) -> list[Path]:
 def _accuracy(run: RunFolder, lines: Sequence[Mapping[str, Any]]) -> Path:
     import matplotlib.pyplot as plt
 
-    from experiments import plotting
+    from experiments.lib import plotting
 
     kinds = list(dict.fromkeys(line["finetune"] for line in lines))
     shots = list(dict.fromkeys(line["shots"] for line in lines))
@@ -114,7 +114,7 @@ def _accuracy(run: RunFolder, lines: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def _dots(ax: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
-    from experiments import plotting
+    from experiments.lib import plotting
 
     for place, line in enumerate(lines):
         color, marker = plotting.COLORS[line["method"]], plotting.MARKERS[line["method"]]
@@ -148,7 +148,7 @@ def _dots(ax: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _lines_over_shots(ax: Axes, lines: Sequence[Mapping[str, Any]], shots: Sequence[str]) -> None:
-    from experiments import plotting
+    from experiments.lib import plotting
 
     methods = list(dict.fromkeys(line["method"] for line in lines))
     for number, method in enumerate(methods):
@@ -176,7 +176,7 @@ def _curves(run: RunFolder) -> Path:
     """Accuracy during fine-tuning, mean over trials, a row of panels for each number of shots."""
     import matplotlib.pyplot as plt
 
-    from experiments import plotting
+    from experiments.lib import plotting
 
     settings = run.manifest["settings"]
     kinds, shots = settings["finetune"], settings["shots"]

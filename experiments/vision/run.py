@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from tqdm import tqdm
 
-from experiments import cli
-from experiments.runs import RunFolder
-from experiments.training import (
+from experiments.lib import cli
+from experiments.lib.runs import RunFolder
+from experiments.lib.training import (
     EpochLog,
     check_rank,
     choose_device,
@@ -21,7 +21,7 @@ from experiments.training import (
     load_weights,
     save_weights,
 )
-from experiments.unused import say, unused
+from experiments.lib.unused import say, unused
 from experiments.vision import report
 from experiments.vision.data import load
 from experiments.vision.mixer import Mixer

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.cli import MOST_TRIALS, check_numbers, option, unique
-from experiments.training import SHARED_HEADS, STANDARD_ORDERS
+from experiments.lib.cli import MOST_TRIALS, check_numbers, option, unique
+from experiments.lib.training import SHARED_HEADS, STANDARD_ORDERS
 from experiments.vision.augment import Augmentation
 from experiments.vision.mixer import MixerConfig
 from experiments.vision.tasks import Pair

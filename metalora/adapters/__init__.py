@@ -2,7 +2,7 @@
 
 from metalora.adapters.config import LoRAConfig, as_lora_config
 from metalora.adapters.insert import adapt
-from metalora.adapters.removal import remove
+from metalora.adapters.removal import merge_and_unload, unload
 from metalora.adapters.state import (
     adapted_layers,
     base_state_dict,
@@ -21,8 +21,9 @@ __all__ = [
     "base_state_dict",
     "freeze_base",
     "load_task_state_dict",
-    "remove",
+    "merge_and_unload",
     "reset_adapters",
     "task_parameters",
     "task_state_dict",
+    "unload",
 ]

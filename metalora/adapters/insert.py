@@ -19,7 +19,7 @@ def adapt(model: nn.Module, config: Any, num_tasks: int) -> nn.Module:
 
     The layers keep their weights' own Parameter objects and names, so an optimiser, tied weights
     and ``state_dict`` keys of the plain model stay valid. Run the model inside
-    ``with metalora.tasks(task_ids):``. `metalora.remove` undoes it.
+    ``with metalora.tasks(task_ids):``. `metalora.unload` undoes it.
 
     Args:
         model: any module; not a bare nn.Linear.

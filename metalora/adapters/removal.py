@@ -12,15 +12,31 @@ from metalora.adapters.state import _adapted
 from metalora.nn import TaskLayer
 
 
-def remove(model: nn.Module, task: int | None = None) -> nn.Module:
-    """Makes ``model`` plain again, in place.
+def unload(model: nn.Module) -> nn.Module:
+    """Makes ``model`` plain again, in place, without the adapters: what PEFT-ML keeps.
+
+    The shared weights stay, with their own Parameter objects; heads are averaged over tasks.
 
     Args:
         model: an adapted model.
-        task: None drops the adapters, which leaves the shared weights' own Parameter objects, and
-            averages the heads over tasks: what PEFT-ML keeps of its retraining. A task keeps its
-            head and merges its adapters into new weights, W + s·B_t A_t; one that was tied to
-            another layer's is then tied no longer.
+
+    Returns:
+        ``model``, all of whose adapted layers are nn.Linear again.
+
+    Raises:
+        ValueError: if ``model`` is not adapted, or is sharded. It is then as it was.
+    """
+    return _make_plain("unload", model, None)
+
+
+def merge_and_unload(model: nn.Module, task: int) -> nn.Module:
+    """Makes ``model`` plain again, in place, with one task's adapters and head: W + s·B_t A_t.
+
+    A merged weight is a new Parameter; one that was tied to another layer's is then tied no longer.
+
+    Args:
+        model: an adapted model.
+        task: index of the task, in [0, T).
 
     Returns:
         ``model``, all of whose adapted layers are nn.Linear again.
@@ -29,8 +45,12 @@ def remove(model: nn.Module, task: int | None = None) -> nn.Module:
         ValueError: if ``model`` is not adapted, has no such task, or is sharded. It is then as it
             was.
     """
-    _adapted("remove", model)
-    _check_whole(model)
+    return _make_plain("merge_and_unload", model, task)
+
+
+def _make_plain(function: str, model: nn.Module, task: int | None) -> nn.Module:
+    _adapted(function, model)
+    _check_whole(function, model)
     plain: dict[TaskLayer, nn.Linear] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, TaskLayer):
@@ -41,7 +61,7 @@ def remove(model: nn.Module, task: int | None = None) -> nn.Module:
     return model
 
 
-def _check_whole(model: nn.Module) -> None:
+def _check_whole(function: str, model: nn.Module) -> None:
     """Refuses parameters in shards: what holds the shards would not know the new layers."""
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is None:
@@ -49,7 +69,7 @@ def _check_whole(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, distributed.DTensor):
             raise ValueError(
-                f"remove: the model must not be sharded, got shards of {name!r}, as fully_shard "
-                "makes them; load its full state dict into an adapted model on one device, and "
-                "remove there"
+                f"{function}: the model must not be sharded, got shards of {name!r}, as "
+                "fully_shard makes them; load its full state dict into an adapted model on one "
+                "device, and unload there"
             )

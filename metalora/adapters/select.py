@@ -148,7 +148,7 @@ def _obstacle(modules: dict[str, nn.Module], name: str, symmetric: bool = False)
     module = modules[name]
     parent = modules.get(name.rpartition(".")[0])
     if isinstance(module, TaskLayer):
-        return "it has one already; metalora.remove(model) takes adapters out"
+        return "it has one already; metalora.unload(model) takes adapters out"
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight and never calls it"
     if type(module) is not nn.Linear:

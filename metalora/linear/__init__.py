@@ -14,8 +14,8 @@ from metalora.linear.training import (
     FinetuneResult,
     RetrainResult,
     finetune_lora,
-    retrain_lora_ml,
-    retrain_standard,
+    lora_ml,
+    standard,
 )
 
 __all__ = [
@@ -24,11 +24,11 @@ __all__ = [
     "RetrainResult",
     "SufficientStatistics",
     "finetune_lora",
+    "lora_ml",
     "prediction_error",
-    "retrain_lora_ml",
-    "retrain_standard",
     "sample_data",
     "sample_problem",
     "sample_statistics",
+    "standard",
     "sufficient_statistics",
 ]

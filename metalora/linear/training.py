@@ -49,7 +49,7 @@ class FinetuneResult:
     errors: Tensor | None
 
 
-def retrain_lora_ml(
+def lora_ml(
     stats: SufficientStatistics,
     rank: int,
     *,
@@ -83,7 +83,7 @@ def retrain_lora_ml(
         ValueError, TypeError: wrong shapes, dtypes, devices or numbers.
         RuntimeError: a training diverged; names the step.
     """
-    name = "retrain_lora_ml"
+    name = "lora_ml"
     _check_tasks(name, stats)
     tasks, dim = stats.gram.shape[-3:-1]
     _check_rank(name, rank, dim)
@@ -107,7 +107,7 @@ def retrain_lora_ml(
     return RetrainResult(weight, factors, losses)
 
 
-def retrain_standard(
+def standard(
     stats: SufficientStatistics,
     *,
     steps: int = 3000,
@@ -126,7 +126,7 @@ def retrain_standard(
         ValueError, TypeError: wrong shapes, dtypes, devices or numbers.
         RuntimeError: a training diverged; names the step.
     """
-    name = "retrain_standard"
+    name = "standard"
     _check_tasks(name, stats)
     check_count(name, "steps", steps, minimum=0)
     check_nonnegative(name, "lr", lr)

@@ -2,6 +2,7 @@
 
 from metalora._checks import DivergedError
 from metalora.meta.callbacks import Callback, KeepBest, MetricsLog, Progress
+from metalora.meta.checkpoint import Checkpoint, CheckpointError
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Batch, RoundLoader, Rounds, by_task
 from metalora.meta.evaluation import Evaluation, accuracy, evaluate
@@ -25,6 +26,8 @@ from metalora.meta.task_optimizer import TaskOptimizer
 __all__ = [
     "Batch",
     "Callback",
+    "Checkpoint",
+    "CheckpointError",
     "DivergedError",
     "Evaluation",
     "GradientStep",

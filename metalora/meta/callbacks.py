@@ -92,8 +92,8 @@ class Progress(Callback):
 class MetricsLog(Callback):
     """Appends each epoch's record to a file, a line of JSON each.
 
-    Of a training that goes on from a `metalora.io.Checkpoint`, the lines are removed that it wrote
-    after the checkpoint's last save, so that each epoch has one line. Lines of others stay, such as
+    Of a training that goes on from a `Checkpoint`, the lines are removed that it wrote after the
+    checkpoint's last save, so that each epoch has one line. Lines of others stay, such as
     those with another ``extra``. No other process should append to the file at that moment.
 
     Args:

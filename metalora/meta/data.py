@@ -102,7 +102,7 @@ class Rounds(Protocol):
     """What the training loop asks of a loader. `RoundLoader` is one.
 
     A loader may also have a method ``identity()``, see `RoundLoader.identity`. Without it,
-    `metalora.io.Checkpoint` cannot tell whether a training goes on with the same data.
+    `metalora.meta.Checkpoint` cannot tell whether a training goes on with the same data.
     """
 
     num_tasks: int

@@ -75,7 +75,7 @@ def train(
     """Trains ``model`` in place.
 
     Every epoch starts torch's generator from (seed, epoch), so it is the same whatever came before:
-    `metalora.io.Checkpoint` can go on between any two. The generator is then as the caller left it.
+    `Checkpoint` can go on between any two. The generator is then as the caller left it.
     It belongs to the process: of trainings in several threads at once, those that draw from it, as
     for dropout, do not repeat bit for bit.
 

@@ -15,9 +15,9 @@ from metalora.adapters import (
     adapted_layers,
     as_lora_config,
     freeze_base,
-    remove,
     reset_adapters,
     task_state_dict,
+    unload,
 )
 from metalora.meta.callbacks import Callback
 from metalora.meta.config import TrainConfig
@@ -109,7 +109,7 @@ def lora_ml(
         return _with_adapters(result, model, rounds)
     finally:
         if adapted_layers(model):
-            remove(model)
+            unload(model)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(trainable[name])
 
@@ -229,7 +229,7 @@ def finetune_lora(
 
     Args:
         model: a plain model; it is left adapted and frozen; after an error it is as it was.
-            `metalora.remove` with a task merges.
+            `metalora.merge_and_unload` takes one task's adapters into the weights.
         rounds: the tasks to fine-tune for.
         config: settings.
         adapter: a `LoRAConfig` or a ``peft.LoraConfig``; its heads are trained too.
@@ -314,5 +314,5 @@ def _with_adapters(result: Result, model: nn.Module, rounds: Rounds) -> Result:
 def _check_plain(function: str, model: nn.Module) -> None:
     if adapted_layers(model):
         raise ValueError(
-            f"{function}: the model has adapters already; metalora.remove(model) takes them out"
+            f"{function}: the model has adapters already; metalora.unload(model) takes them out"
         )

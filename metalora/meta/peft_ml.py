@@ -150,7 +150,7 @@ def _train(
 ) -> Result:
     if adapted_layers(model):
         raise ValueError(
-            f"{function}: the model has adapters already; metalora.remove(model) takes them out"
+            f"{function}: the model has adapters already; metalora.unload(model) takes them out"
         )
     if validation is not None and not callable(validation):
         validation = by_task(validation)

@@ -54,7 +54,7 @@ def refit_heads(
     if adapted_layers(model):
         raise ValueError(
             "refit_heads: the model has adapters or heads of tasks, and no head that they share; "
-            "metalora.remove(model) makes it plain"
+            "metalora.unload(model) makes it plain"
         )
     if not heads:
         raise ValueError(

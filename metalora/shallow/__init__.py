@@ -16,8 +16,8 @@ from metalora.shallow.training import (
     FinetuneResult,
     RetrainResult,
     finetune_lora,
-    retrain_lora_ml,
-    retrain_standard,
+    lora_ml,
+    standard,
 )
 
 __all__ = [
@@ -30,8 +30,8 @@ __all__ = [
     "finetune_lora",
     "initial_adapters",
     "initial_network",
-    "retrain_lora_ml",
-    "retrain_standard",
+    "lora_ml",
     "sample_data",
     "sample_problem",
+    "standard",
 ]

@@ -77,7 +77,7 @@ class FinetuneResult:
     losses: Tensor
 
 
-def retrain_lora_ml(
+def lora_ml(
     x: Tensor,
     y: Tensor,
     network: Network,
@@ -100,7 +100,7 @@ def retrain_lora_ml(
         ValueError, TypeError: wrong shapes, dtypes, devices or numbers.
         RuntimeError: a training diverged; names the epoch.
     """
-    name = "retrain_lora_ml"
+    name = "lora_ml"
     batch = _check(name, x, y, network, epochs, optimizer, 1)
     _check_adapters(name, adapters, x)
     weight, output, lora_A, lora_B, losses, diverged_at = train(
@@ -113,7 +113,7 @@ def retrain_lora_ml(
     return RetrainResult(Network(weight, output), Adapters(lora_A, lora_B), losses)
 
 
-def retrain_standard(
+def standard(
     x: Tensor,
     y: Tensor,
     network: Network,
@@ -123,9 +123,9 @@ def retrain_standard(
 ) -> RetrainResult:
     """Standard retraining (paper, eq. 1): A and c on the samples of all tasks.
 
-    Arguments and errors as for ``retrain_lora_ml``.
+    Arguments and errors as for ``lora_ml``.
     """
-    name = "retrain_standard"
+    name = "standard"
     batch = _check(name, x, y, network, epochs, optimizer, 1)
     weight, output, _, _, losses, diverged_at = train(
         "shallow_retrain",

@@ -14,9 +14,10 @@ from metalora.adapters import (
     base_state_dict,
     freeze_base,
     load_task_state_dict,
-    remove,
+    merge_and_unload,
     reset_adapters,
     task_state_dict,
+    unload,
 )
 from metalora.nn import MultiTaskHead, MultiTaskLoRALinear, SymmetricLoRALinear, tasks
 
@@ -139,7 +140,7 @@ def test_dtype_device_and_mode_follow_the_layer():
     adapted = adapt(plain, LoRAConfig(rank=1, heads=["head"]), 2)
     assert {p.dtype for p in adapted.parameters()} == {torch.float64}
     assert not any(m.training for m in adapted.modules())
-    assert not any(m.training for m in remove(adapted).modules())
+    assert not any(m.training for m in unload(adapted).modules())
 
 
 def test_deepcopy_and_pickle_free_state_dict_round_trip():
@@ -198,7 +199,7 @@ def test_remove_leaves_the_plain_model_and_its_own_parameters():
     before, layout = dict(plain.named_parameters()), str(plain)
     adapted = randomise(adapt(plain, LoRAConfig(rank=2, heads=["head"]), 3))
     heads = adapted.head.weight.detach().clone()
-    remove(adapted)
+    unload(adapted)
     assert str(plain) == layout
     after = dict(plain.named_parameters())
     assert all(after[name] is before[name] for name in before if not name.startswith("head"))
@@ -222,7 +223,7 @@ def test_remove_with_a_task_merges_it(task, symmetric):
     adapted, x = randomise(adapt(plain, config, 3)), torch.randn(4, 3, 4, dtype=torch.float64)
     with tasks(torch.full((4,), task)):
         want = adapted(x)
-    remove(adapted, task)
+    merge_and_unload(adapted, task)
     assert not adapted_layers(adapted)
     torch.testing.assert_close(adapted(x), want, rtol=0, atol=1e-12)
     assert torch.equal(weight, unmerged), "the shared weight must not change under other users"
@@ -255,7 +256,7 @@ def test_one_module_in_two_places_stays_one():
     assert both[0] is both[2]
     state = base_state_dict(both)
     assert set(state) == {f"{i}.{n}" for i in (0, 2) for n in ("weight", "bias")}
-    remove(both)
+    unload(both)
     assert both[0] is both[2]
     with pytest.raises(ValueError, match="'2' and '0' are one and the same module"):
         adapt(both, LoRAConfig(rank=1, target_modules=["2"]), 2)
@@ -277,11 +278,11 @@ class Tied(nn.Module):
 def test_tied_weights_stay_tied_until_merged():
     tied = adapt(Tied(), LoRAConfig(rank=1, target_modules=["output"]), 2)
     assert tied.output.weight is tied.embedding.weight
-    remove(tied)
+    unload(tied)
     assert tied.output.weight is tied.embedding.weight
     randomise(adapt(tied, LoRAConfig(rank=1, target_modules=["output"]), 2))
     embedding = tied.embedding.weight.detach().clone()
-    remove(tied, 1)
+    merge_and_unload(tied, 1)
     assert tied.output.weight is not tied.embedding.weight
     assert torch.equal(tied.embedding.weight, embedding)
 
@@ -420,7 +421,7 @@ def test_unknown_names_are_refused_with_the_nearest(config, message):
 def test_adapting_twice_is_refused():
     adapted = adapt(model(), LoRAConfig(rank=1, target_modules=["query"]), 2)
     for targets in (["query"], "all-linear"):
-        with pytest.raises(ValueError, match=r"it has one already; metalora\.remove"):
+        with pytest.raises(ValueError, match=r"it has one already; metalora\.unload"):
             adapt(adapted, LoRAConfig(rank=1, target_modules=targets), 2)
     with pytest.raises(ValueError, match=r"num_tasks must be 2, .* got 3"):
         adapt(adapted, LoRAConfig(rank=1, target_modules=["value"]), 3)
@@ -441,12 +442,12 @@ def test_wrong_arguments_are_explained():
         adapt([], LoRAConfig(), 2)
     with pytest.raises(ValueError, match="the model itself is the layer"):
         adapt(nn.Linear(3, 3), LoRAConfig(rank=1), 2)
-    for function in (remove, freeze_base, reset_adapters):
+    for function in (unload, freeze_base, reset_adapters):
         with pytest.raises(ValueError, match=f"{function.__name__}: the model has no adapters"):
             function(model())
     adapted = adapt(model(), LoRAConfig(rank=1), 2)
     with pytest.raises(ValueError, match=r"task must be in 0\.\.1, got 2"):
-        remove(adapted, 2)
+        merge_and_unload(adapted, 2)
     with pytest.raises(ValueError, match=r"task must be in 0\.\.1, got -1"):
         task_state_dict(adapted, -1)
 

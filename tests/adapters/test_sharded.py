@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from metalora.adapters import LoRAConfig, adapt, remove
+from metalora.adapters import LoRAConfig, adapt, merge_and_unload, unload
 from metalora.nn import tasks
 
 pytestmark = pytest.mark.skipif(
@@ -37,14 +37,14 @@ def refuse_and_go_on(rank, port):
         fully_shard(model, mesh=mesh)
         with tasks(IDS):
             want = model(x)
-        for task in (None, 1):
-            with pytest.raises(ValueError, match="remove: the model must not be sharded"):
-                remove(model, task)
+        for undo in (unload, lambda m: merge_and_unload(m, 1)):
+            with pytest.raises(ValueError, match="unload: the model must not be sharded"):
+                undo(model)
         with tasks(IDS):
             assert torch.equal(model(x), want)
         whole = network()
         whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(True)))
-        torch.testing.assert_close(remove(whole, 1)(x)[1], want[1])
+        torch.testing.assert_close(merge_and_unload(whole, 1)(x)[1], want[1])
     finally:
         torch.distributed.destroy_process_group()
 

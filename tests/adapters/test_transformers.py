@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from metalora.adapters import LoRAConfig, adapt, adapted_layers, remove
+from metalora.adapters import LoRAConfig, adapt, adapted_layers, unload
 from metalora.nn import tasks
 
 
@@ -55,7 +55,7 @@ def test_the_fused_path_would_be_wrong():
 def test_remove_gives_the_fused_path_back():
     model, plain = adapted_encoder(), encoder()
     assert not model.use_nested_tensor
-    remove(model)
+    unload(model)
     assert model.use_nested_tensor is plain.use_nested_tensor is True
     assert model.layers[0].activation_relu_or_gelu == plain.layers[0].activation_relu_or_gelu == 1
     assert vars(model.layers[0]).keys() == vars(plain.layers[0]).keys()

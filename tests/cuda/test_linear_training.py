@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not native_available(), reason="the native libra
 F64, F32 = torch.float64, torch.float32
 Run = Callable[..., tuple[Tensor, ...]]
 
-NAMES = ["retrain_lora_ml", "retrain_standard", "finetune_lora"]
+NAMES = ["lora_ml", "standard", "finetune_lora"]
 # Trainings, T, d, k: lanes left over, tasks on several warps, more rows than lanes, and every rank
 # that kernels are compiled for.
 SIZES = [
@@ -63,9 +63,9 @@ def arguments(
     shape = (2, trainings, tasks, dim, rank)
     start_u, start_v = (0.3 * torch.randn(shape, generator=generator, dtype=F64)).to(dtype)
     sums, weight = (stats.gram, stats.cross, stats.energy), problem.base * 0.9
-    if name == "retrain_lora_ml":
+    if name == "lora_ml":
         return [*sums, weight, start_u, 50, steps, 4, 0.03, 0.0005]
-    if name == "retrain_standard":
+    if name == "standard":
         return [*sums, weight, 50, steps, 0.03]
     tuned = (test.gram, test.cross, test.energy, weight, start_u[:, 0], start_v[:, 0])
     return [*tuned, problem.test_truth, 30, steps, 0.002]
@@ -109,10 +109,10 @@ def test_results_are_the_same_bits_in_any_order_and_company(
 
 
 def test_trainings_of_the_papers_length_are_those_of_the_cpu(run: Run) -> None:
-    inputs = arguments("retrain_lora_ml", (2, 3, 10, 1))
+    inputs = arguments("lora_ml", (2, 3, 10, 1))
     inputs[3] = torch.zeros_like(inputs[3])
     inputs[-4:] = [3000, 10, 0.03, 0.003]
-    trained, expected = run("retrain_lora_ml", *inputs), cpu("retrain_lora_ml", *inputs)
+    trained, expected = run("lora_ml", *inputs), cpu("lora_ml", *inputs)
     for result, wanted in zip(trained, expected, strict=True):
         torch.testing.assert_close(result, wanted, rtol=1e-10, atol=1e-10)
     inputs = arguments("finetune_lora", (2, 1, 10, 1), steps=3000)
@@ -130,13 +130,13 @@ def test_divergence_is_found_at_the_step_of_the_cpu(
 ) -> None:
     inputs = arguments(name, (3, 3, 6, 2), dtype, steps=400)
     inputs[-1] *= 300
-    if name == "retrain_standard":
+    if name == "standard":
         inputs[-1] = 8.0
     inputs[0][1] *= 1e-3  # this one does not diverge, or later
     results, expected = run(name, *inputs), cpu(name, *inputs)
     assert bool((expected[-1][[0, 2]] > 0).all())
     assert torch.equal(results[-1], expected[-1])
-    for record in results[2:-1] if name != "retrain_standard" else results[1:-1]:
+    for record in results[2:-1] if name != "standard" else results[1:-1]:
         for row, step in zip(record, results[-1].tolist(), strict=True):
             if step:
                 assert bool(row[: step - 1].isfinite().all())
@@ -150,9 +150,9 @@ def test_no_steps_and_no_trainings(run: Run, name: str) -> None:
         torch.testing.assert_close(result, wanted, rtol=1e-13, atol=1e-13)
     inputs = [t[:0] if isinstance(t, Tensor) else t for t in inputs]
     assert all(result.shape[0] == 0 for result in run(name, *inputs))
-    lora_ml = arguments("retrain_lora_ml", (2, 2, 5, 2))
+    lora_ml = arguments("lora_ml", (2, 2, 5, 2))
     lora_ml[-3] = 0  # inner steps
-    assert torch.equal(run("retrain_lora_ml", *lora_ml)[1], lora_ml[4])
+    assert torch.equal(run("lora_ml", *lora_ml)[1], lora_ml[4])
 
 
 def test_fine_tuning_without_truth_records_no_errors(run: Run) -> None:
@@ -193,9 +193,9 @@ def test_operators_refuse_what_they_would_read_outside_of(run: Run, name: str) -
 @pytest.mark.parametrize(
     ("name", "size"),
     [
-        ("retrain_lora_ml", (1, 9, 60, 1)),  # shared memory
-        ("retrain_lora_ml", (1, 600, 1, 1)),  # threads
-        ("retrain_standard", (1, 1, 130, 1)),
+        ("lora_ml", (1, 9, 60, 1)),  # shared memory
+        ("lora_ml", (1, 600, 1, 1)),  # threads
+        ("standard", (1, 1, 130, 1)),
         ("finetune_lora", (1, 1, 130, 1)),
     ],
 )
@@ -218,7 +218,7 @@ def test_the_public_functions_take_this_code(
     stats = linear.sample_statistics(problem.truths, 30)
     start = 0.1 * torch.randn(2, 2, 3, 6, 2, dtype=F64)
     settings = {"outer_steps": 20, "inner_lr": 0.001, "initial_factors": start}
-    expected = linear.retrain_lora_ml(stats, 2, **settings)  # type: ignore[arg-type]
+    expected = linear.lora_ml(stats, 2, **settings)  # type: ignore[arg-type]
     called = []
 
     def counted(*inputs: Any) -> Any:
@@ -226,7 +226,7 @@ def test_the_public_functions_take_this_code(
         return shim_operators.linear_retrain_lora_ml(*inputs)
 
     monkeypatch.setitem(_native._raw, "linear_retrain_lora_ml", counted)
-    result = linear.retrain_lora_ml(stats, 2, **settings)  # type: ignore[arg-type]
+    result = linear.lora_ml(stats, 2, **settings)  # type: ignore[arg-type]
     assert len(called) == 1
     for name in ("weight", "factors", "losses"):
         torch.testing.assert_close(
@@ -240,7 +240,7 @@ def test_the_public_functions_run_on_a_gpu() -> None:
     problem = linear.sample_problem(3, 10, 1, batch_shape=(4,), generator=generator)
     stats = linear.sample_statistics(problem.truths, 500, generator=generator)
     start = 0.1 * torch.randn(4, 3, 10, 1, generator=generator, dtype=F64)
-    expected = linear.retrain_lora_ml(stats, 1, initial_factors=start)
-    result = linear.retrain_lora_ml(stats.to("cuda"), 1, initial_factors=start.cuda())
+    expected = linear.lora_ml(stats, 1, initial_factors=start)
+    result = linear.lora_ml(stats.to("cuda"), 1, initial_factors=start.cuda())
     assert result.weight.is_cuda
     torch.testing.assert_close(result.weight.cpu(), expected.weight, rtol=1e-10, atol=1e-10)

@@ -11,7 +11,7 @@ from torch import Tensor
 from metalora._library import native_available
 from metalora.ops import _native
 from metalora.reference import shallow as reference
-from metalora.shallow import Adapters, Network, retrain_lora_ml
+from metalora.shallow import Adapters, Network, lora_ml
 from tests.cuda.places import Calls
 from tests.shallow.problems import start
 
@@ -180,6 +180,6 @@ def test_public_function_takes_the_cuda_operator(
     s = start(2, 20, 4, 1)
     network = Network(s.network.weight.to(device), s.network.output.to(device))
     adapters = Adapters(s.adapters.lora_A.to(device), s.adapters.lora_B.to(device))
-    result = retrain_lora_ml(s.x.to(device), s.y.to(device), network, adapters, epochs=3)
+    result = lora_ml(s.x.to(device), s.y.to(device), network, adapters, epochs=3)
     assert calls.names == ["shallow_retrain"]
     assert result.losses.device.type == device.type

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cli
-from experiments.runs import RunError
+from experiments.lib import cli
+from experiments.lib.runs import RunError
 from metalora._checks import check_positive
 
 

@@ -11,7 +11,7 @@ import pytest
 from experiments.language import report
 from experiments.language.join import join, main
 from experiments.language.settings import Settings
-from experiments.runs import RunError, RunFolder
+from experiments.lib.runs import RunError, RunFolder
 
 
 def made(path: Path, trial: int, value: float, **given: Any) -> Path:

@@ -147,7 +147,7 @@ def test_cuda_without_a_gpu_is_one_line(
 def test_divergence_is_the_users_to_put_right(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     assert run("--smoke", "--out", str(tmp_path / "run"), "--inner-lr", "10") == 2
     error = capsys.readouterr().err
-    assert "T=2 k=1: retrain_lora_ml:" in error and "diverged" in error
+    assert "T=2 k=1: lora_ml:" in error and "diverged" in error
 
 
 @pytest.mark.gpu

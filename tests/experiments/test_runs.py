@@ -20,8 +20,8 @@ import pytest
 import torch
 
 import metalora
-from experiments import cli, lock
-from experiments.runs import RunError, RunFolder
+from experiments.lib import cli, lock
+from experiments.lib.runs import RunError, RunFolder
 from tests.processes import start_interruptible
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,7 +179,7 @@ def test_an_error_is_recorded_and_goes_on(tmp_path: Path) -> None:
 WORKER = """
 import dataclasses, sys, time
 from pathlib import Path
-from experiments.runs import RunFolder
+from experiments.lib.runs import RunFolder
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -369,8 +369,8 @@ def test_a_unit_whose_line_lacks_its_end_is_done_again(tmp_path: Path) -> None:
 FULL = """
 import dataclasses, resource, sys
 from pathlib import Path
-from experiments import cli
-from experiments.runs import RunFolder
+from experiments.lib import cli
+from experiments.lib.runs import RunFolder
 
 @dataclasses.dataclass(frozen=True)
 class Settings:

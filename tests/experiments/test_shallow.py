@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.runs import RunFolder
+from experiments.lib.runs import RunFolder
 from experiments.synthetic import shallow
 from experiments.synthetic.__main__ import main
 from experiments.synthetic.settings import ShallowSettings
@@ -150,7 +150,7 @@ def test_divergence_is_the_users_to_put_right(tmp_path: Path, capsys) -> None:  
     folder = tmp_path / "run"
     assert smoke("T", folder, "--lr", "1e6") == 2
     error = capsys.readouterr().err
-    assert "T=2: retrain_lora_ml: training [0] of [" in error
+    assert "T=2: lora_ml: training [0] of [" in error
     assert "diverged, not finite at step " in error and "lower --lr" in error
     assert error.count("\n") == 1
     assert json.loads((folder / "manifest.json").read_text())["status"] == "failed"

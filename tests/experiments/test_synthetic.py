@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.runs import RunFolder
+from experiments.lib.runs import RunFolder
 from experiments.synthetic import linear
 from experiments.synthetic.__main__ import main
 from experiments.synthetic.settings import LinearSettings
@@ -177,7 +177,7 @@ def test_wrong_use_is_one_line(arguments: Sequence[str], message: str, capsys) -
 def test_divergence_is_the_users_to_put_right(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     assert run(*_sweep("T", tmp_path / "run"), "--inner-lr", "10") == 2
     error = capsys.readouterr().err
-    assert "T=2: retrain_lora_ml:" in error and "diverged" in error and "lower" in error
+    assert "T=2: lora_ml:" in error and "diverged" in error and "lower" in error
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
 
 

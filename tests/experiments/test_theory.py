@@ -150,7 +150,7 @@ def test_divergence_names_the_step_and_leaves_the_folder_whole(tmp_path: Path, c
     folder = tmp_path / "run"
     assert command("2", "12", "--smoke", "--inner-lr", "1", "--out", str(folder)) == 2
     error = capsys.readouterr().err
-    assert "statement 12: retrain_lora_ml:" in error and "not finite at step" in error
+    assert "statement 12: lora_ml:" in error and "not finite at step" in error
     assert "lower outer_lr or inner_lr" in error and error.count("\n") == 1
     assert json.loads((folder / "manifest.json").read_text())["status"] == "failed"
     with (folder / "results.csv").open(newline="") as file:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from experiments.language import settings as language
+from experiments.lib.unused import at_most, cut, unused
 from experiments.synthetic.phase_settings import PhaseSettings
 from experiments.synthetic.settings import LinearSettings, ShallowSettings
 from experiments.theory import settings as theory
-from experiments.unused import at_most, cut, unused
 from experiments.vision import settings as vision
 
 MODULES: dict[str, tuple[Any, type]] = {

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from metalora import TaskOptimizer
-from metalora.adapters import remove, task_parameters, task_state_dict
+from metalora.adapters import task_parameters, task_state_dict, unload
 from metalora.hf import TaskCollator, TaskRounds, accept_task_ids
 from metalora.meta import Batch, GradientStep, TrainConfig, evaluate
 from metalora.nn import current_tasks, tasks
@@ -260,7 +260,7 @@ def test_what_is_saved(tmp_path):
         str(tmp_path / "adapted" / "model.safetensors")
     )
     assert saved.keys() == model.state_dict().keys()
-    remove(model)
+    unload(model)
     made.save_model(tmp_path / "plain")
     loaded = type(model).from_pretrained(tmp_path / "plain", dtype=torch.float64)
     assert_same(loaded, model)
@@ -281,7 +281,7 @@ def test_calls_without_tasks_are_as_before():
     model(**batch)
     with pytest.raises(ValueError, match=r"latest call's samples, \[4\], got \[3\]"):
         accepted.mean(torch.zeros(3))
-    accepted.remove()
+    accepted.unload()
     with pytest.raises(ValueError, match="which task does each sample belong to"):
         model(**inputs, task_ids=batch["task_ids"])
 
@@ -294,7 +294,7 @@ def test_accepting_again_takes_the_earlier_objective_off():
         accepted = accept_task_ids(accepting)
         accepting(**batch)
         assert accepted.mean(torch.ones(4)) == 1
-        accepted.remove()
+        accepted.unload()
         assert not accepting._forward_pre_hooks and not accepting._forward_hooks
 
 

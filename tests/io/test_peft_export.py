@@ -13,10 +13,10 @@ from metalora.adapters import (
     adapt,
     adapted_layers,
     load_task_state_dict,
-    remove,
     task_state_dict,
+    unload,
 )
-from metalora.io.peft import export_peft, import_peft
+from metalora.io import export_peft, import_peft
 from metalora.meta import RoundLoader, TrainConfig, lora_ml
 from metalora.nn import tasks
 from tests.io.peft_models import (
@@ -88,7 +88,7 @@ def test_without_a_task_type_peft_takes_the_class_from_the_adapter(tmp_path):
 def test_the_base_is_the_plain_model_with_the_mean_head(tmp_path):
     model = adapted_model(LORA)
     export_peft(model, tmp_path / "out")
-    wanted = remove(model).state_dict()
+    wanted = unload(model).state_dict()
     got = load_base(tmp_path / "out/base").state_dict()
     assert got.keys() == wanted.keys()
     for name, tensor in wanted.items():
@@ -144,7 +144,7 @@ def test_the_model_and_the_random_numbers_stay_as_they_are(tmp_path):
     config, random = model.config.to_dict(), torch.get_rng_state()
     export_peft(model, tmp_path / "out")
     state = [task_state_dict(model, task) for task in (0, 1)]
-    export_peft(remove(model), tmp_path / "again", adapters=state, config=LORA)
+    export_peft(unload(model), tmp_path / "again", adapters=state, config=LORA)
     assert torch.equal(torch.get_rng_state(), random)
     assert model.config.to_dict() == config
     for name, parameter in model.named_parameters():

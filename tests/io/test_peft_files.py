@@ -14,7 +14,7 @@ import safetensors.torch
 from huggingface_hub import ModelCard
 
 from metalora.adapters import LoRAConfig
-from metalora.io.peft import PeftFolderError, export_peft, folder, import_peft
+from metalora.io import PeftFolderError, export_peft, folder, import_peft
 from tests.io.peft_models import adapted_model, load_base, plain_model
 
 LORA = LoRAConfig(rank=2, target_modules=["query"], heads=["classifier"])
@@ -248,6 +248,6 @@ def test_without_peft_it_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_the_module_itself_imports_neither_peft_nor_transformers():
-    code = "import sys, metalora.io.peft; print({'peft', 'transformers'} & sys.modules.keys())"
+    code = "import sys, metalora.io; print({'peft', 'transformers'} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == "set()", run.stderr

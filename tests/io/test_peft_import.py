@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from metalora.adapters import LoRAConfig, adapted_layers, remove
-from metalora.io.peft import PeftFolderError, export_peft, import_peft, patterns
+from metalora.adapters import LoRAConfig, adapted_layers, unload
+from metalora.io import PeftFolderError, export_peft, import_peft, patterns
 from tests.io.peft_damage import damage
 from tests.io.peft_models import (
     adapted_model,
@@ -297,7 +297,7 @@ def test_settings_of_any_type_give_a_clear_line(tmp_path):
         for wrong in (None, "x", 2.5, ["x"], {"x": "y"}):
             path.write_text(json.dumps({**values, name: wrong}))
             try:
-                remove(import_peft(model, tmp_path / "a"))
+                unload(import_peft(model, tmp_path / "a"))
             except PeftFolderError as error:
                 messages.append(str(error))
     assert len(messages) > len(values)
@@ -416,7 +416,7 @@ def test_bad_arguments_are_refused(tmp_path):
     refused(plain_model(), tmp_path / "no", "no is no folder; an adapter of a hub must be downlo")
     refused(plain_model(), [], "folders must hold at least one folder, got none", ValueError)
     model = adapted_model(LoRAConfig(rank=1, target_modules=["query"]))
-    refused(model, tmp_path, "the model has adapters already; metalora.remove", ValueError)
+    refused(model, tmp_path, "the model has adapters already; metalora.unload", ValueError)
     with pytest.raises(TypeError, match=r"import_peft: model must be an nn\.Module, got str"):
         import_peft("roberta-base", tmp_path)
 
@@ -426,4 +426,4 @@ def test_the_imported_base_is_the_same_objects(exported):
     weight = model.roberta.encoder.layer[0].attention.self.query.weight
     import_peft(model, exported / "task_0")
     assert isinstance(weight, nn.Parameter)
-    assert remove(model).roberta.encoder.layer[0].attention.self.query.weight is weight
+    assert unload(model).roberta.encoder.layer[0].attention.self.query.weight is weight

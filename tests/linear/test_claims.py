@@ -8,11 +8,11 @@ import torch
 from metalora._library import native_available
 from metalora.linear import (
     finetune_lora,
+    lora_ml,
     prediction_error,
-    retrain_lora_ml,
-    retrain_standard,
     sample_problem,
     sample_statistics,
+    standard,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -28,8 +28,8 @@ def errors(tasks: int) -> dict[str, torch.Tensor]:
     stats = sample_statistics(problem.truths, 5000, generator=generator)
     test_stats = sample_statistics(problem.test_truth, 100, generator=generator)
     weights = {
-        "lora-ml": retrain_lora_ml(stats, 1, generator=generator).weight,
-        "standard": retrain_standard(stats).weight,
+        "lora-ml": lora_ml(stats, 1, generator=generator).weight,
+        "standard": standard(stats).weight,
     }
     final = {}
     for method, weight in weights.items():

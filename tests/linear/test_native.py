@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from metalora._library import native_available
-from metalora.linear import finetune_lora, retrain_lora_ml, sample_problem, sample_statistics
+from metalora.linear import finetune_lora, lora_ml, sample_problem, sample_statistics
 from metalora.reference import linear as reference
 
 pytestmark = pytest.mark.skipif(not native_available(), reason="the native library is not built")
@@ -49,7 +49,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        trained = retrain_lora_ml(stats, 2, outer_steps=50, generator=seeded(2))
+        trained = lora_ml(stats, 2, outer_steps=50, generator=seeded(2))
         tuned = finetune_lora(stats, trained.weight, 2, steps=50, generator=seeded(3))
         results.append((trained.weight, trained.factors, trained.losses, *tuned.factors))
     for other in results[1:]:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from metalora.linear import (
+    lora_ml,
     prediction_error,
-    retrain_lora_ml,
-    retrain_standard,
     sample_problem,
     sample_statistics,
+    standard,
     theory,
 )
 
@@ -96,9 +96,7 @@ def test_trainers_descend_the_population_loss() -> None:
     stats = theory.population_statistics(problem.truths)
     start = torch.randn(3, 5, 1, generator=generator(1), dtype=torch.float64)
     zero = torch.zeros(5, 5, dtype=torch.float64)
-    result = retrain_lora_ml(
-        *(stats, 1), outer_steps=1, inner_steps=0, outer_lr=0.1, initial_factors=start
-    )
+    result = lora_ml(*(stats, 1), outer_steps=1, inner_steps=0, outer_lr=0.1, initial_factors=start)
     torch.testing.assert_close(result.losses[0], theory.loss(problem.truths, zero, start) / 3)
     slope, _ = theory.gradient(problem.truths, zero, start)
     torch.testing.assert_close(result.weight, -0.1 / 3 * slope)
@@ -106,7 +104,7 @@ def test_trainers_descend_the_population_loss() -> None:
 
 def test_standard_minimum_is_where_standard_retraining_ends() -> None:
     problem = sample_problem(4, 5, 2, batch_shape=(3,), generator=generator())
-    ended = retrain_standard(theory.population_statistics(problem.truths)).weight
+    ended = standard(theory.population_statistics(problem.truths)).weight
     torch.testing.assert_close(ended, theory.standard_minimum(problem.truths))
 
 

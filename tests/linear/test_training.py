@@ -9,11 +9,11 @@ import torch
 from metalora.linear import (
     SufficientStatistics,
     finetune_lora,
-    retrain_lora_ml,
-    retrain_standard,
+    lora_ml,
     sample_data,
     sample_problem,
     sample_statistics,
+    standard,
     sufficient_statistics,
 )
 
@@ -47,7 +47,7 @@ def test_iterates_are_those_of_looping_over_samples(
     stats = sufficient_statistics(x, y)
     start, factors = normal(dim, dim, seed=3), normal(tasks, dim, rank)
     lr = 0.003 / rank
-    result = retrain_lora_ml(
+    result = lora_ml(
         stats,
         rank,
         outer_steps=12,
@@ -63,11 +63,11 @@ def test_iterates_are_those_of_looping_over_samples(
     close(result.factors, expected_factors, 1e-10)
     close(result.losses, losses, 1e-10)
 
-    standard = retrain_standard(stats, steps=20, initial_weight=start)
+    plain = standard(stats, steps=20, initial_weight=start)
     weight, losses = oracle.standard_by_samples(x.numpy(), y.numpy(), start.numpy(), 20, 0.03)
-    close(standard.weight, weight, 1e-10)
-    close(standard.losses, losses, 1e-10)
-    assert standard.factors is None
+    close(plain.weight, weight, 1e-10)
+    close(plain.losses, losses, 1e-10)
+    assert plain.factors is None
 
 
 @pytest.mark.parametrize(("count", "dim", "rank"), [(12, 10, 1), (4, 5, 5), (9, 7, 3), (30, 27, 4)])
@@ -98,7 +98,7 @@ def test_a_run_of_the_papers_length(oracle: SimpleNamespace, backend: str) -> No
     problem = sample_problem(3, 10, 1, generator=seeded(11))
     stats = sample_statistics(problem.truths, 1000, generator=seeded(12))
     factors = normal(3, 10, 1)
-    result = retrain_lora_ml(stats, 1, outer_steps=steps, initial_factors=factors)
+    result = lora_ml(stats, 1, outer_steps=steps, initial_factors=factors)
     weight, expected = oracle.lora_ml(
         *(stats.gram.numpy(), stats.cross.numpy(), 1000, np.zeros((10, 10)), factors.numpy()),
         *(steps, 10, 0.03, 0.003),
@@ -129,11 +129,11 @@ def test_each_step_is_a_gradient_step() -> None:
     stats = sufficient_statistics(x, y)
     start = {"initial_weight": a.detach(), "initial_factors": u.detach()}
     (gradient,) = torch.autograd.grad(loss(a, u).sum(), u)
-    stepped = retrain_lora_ml(stats, 2, outer_steps=1, inner_steps=1, outer_lr=0.0, **start)
+    stepped = lora_ml(stats, 2, outer_steps=1, inner_steps=1, outer_lr=0.0, **start)
     torch.testing.assert_close(stepped.factors, (u - 0.003 * gradient).detach())
 
     (gradient,) = torch.autograd.grad(loss(a, u).mean(), a)
-    stepped = retrain_lora_ml(stats, 2, outer_steps=1, inner_steps=0, **start)
+    stepped = lora_ml(stats, 2, outer_steps=1, inner_steps=0, **start)
     torch.testing.assert_close(stepped.weight, (a - 0.03 * gradient).detach())
     torch.testing.assert_close(stepped.losses[0], loss(a, u).mean().detach())
     assert torch.equal(stepped.factors, u.detach())
@@ -147,8 +147,8 @@ def test_batches_are_separate_trainings(dtype: torch.dtype) -> None:
     factors = normal(2, 3, 3, 6, 2, dtype=dtype)
     u, v = normal(2, 3, 6, 3, seed=1, dtype=dtype), normal(2, 3, 6, 3, seed=2, dtype=dtype)
     steps = {"outer_steps": 30, "inner_lr": 0.002}
-    whole = retrain_lora_ml(stats, 2, initial_factors=factors, **steps)
-    standard = retrain_standard(stats, steps=30)
+    whole = lora_ml(stats, 2, initial_factors=factors, **steps)
+    plain = standard(stats, steps=30)
     tuned = finetune_lora(
         *(test_stats, whole.weight, 3),
         steps=40,
@@ -157,24 +157,22 @@ def test_batches_are_separate_trainings(dtype: torch.dtype) -> None:
         truth=problem.test_truth,
     )
     assert whole.weight.dtype == dtype
-    assert whole.losses.shape == (2, 3, 30) and standard.losses.shape == (2, 3, 30)
+    assert whole.losses.shape == (2, 3, 30) and plain.losses.shape == (2, 3, 30)
     assert tuned.errors is not None and tuned.errors.shape == (2, 3, 41)
     tolerance = {"rtol": 0.0, "atol": 1e-12} if dtype == torch.float64 else {}
     for i in np.ndindex(2, 3):
         one = SufficientStatistics(stats.gram[i], stats.cross[i], stats.energy[i], 50)
-        alone = retrain_lora_ml(one, 2, initial_factors=factors[i], **steps)
+        alone = lora_ml(one, 2, initial_factors=factors[i], **steps)
         torch.testing.assert_close(whole.weight[i], alone.weight, **tolerance)
         torch.testing.assert_close(whole.factors[i], alone.factors, **tolerance)
-        torch.testing.assert_close(
-            standard.weight[i], retrain_standard(one, steps=30).weight, **tolerance
-        )
+        torch.testing.assert_close(plain.weight[i], standard(one, steps=30).weight, **tolerance)
 
 
 def test_float32_follows_float64() -> None:
     problem = sample_problem(3, 10, 1, generator=seeded())
     stats = sample_statistics(problem.truths, 500, generator=seeded(1))
-    double = retrain_lora_ml(stats, 1, outer_steps=200, generator=seeded(2))
-    single = retrain_lora_ml(stats.to(dtype=torch.float32), 1, outer_steps=200, generator=seeded(2))
+    double = lora_ml(stats, 1, outer_steps=200, generator=seeded(2))
+    single = lora_ml(stats.to(dtype=torch.float32), 1, outer_steps=200, generator=seeded(2))
     torch.testing.assert_close(single.weight.double(), double.weight, rtol=0, atol=1e-4)
 
 
@@ -211,17 +209,17 @@ def test_starts() -> None:
     problem = sample_problem(3, 30, 20, generator=seeded())
     stats = sample_statistics(problem.truths, 100, generator=seeded(1))
     none = {"outer_steps": 0}
-    start = retrain_lora_ml(stats, 20, generator=seeded(5), **none)
+    start = lora_ml(stats, 20, generator=seeded(5), **none)
     assert start.losses.shape == (0,)
     assert not start.weight.any()
     assert start.factors is not None
     assert float(start.factors.std()) == pytest.approx(0.1, rel=0.1)
-    again = retrain_lora_ml(stats, 20, generator=seeded(5), **none)
+    again = lora_ml(stats, 20, generator=seeded(5), **none)
     assert torch.equal(start.factors, again.factors)
-    other = retrain_lora_ml(stats, 20, generator=seeded(6), **none)
+    other = lora_ml(stats, 20, generator=seeded(6), **none)
     assert not torch.equal(start.factors, other.factors)
     torch.manual_seed(5)
-    default = retrain_lora_ml(stats, 20, **none)
+    default = lora_ml(stats, 20, **none)
     assert torch.equal(start.factors, default.factors)
 
 
@@ -230,7 +228,7 @@ def test_inputs_are_left_alone_and_layout_does_not_matter() -> None:
     stats = sample_statistics(problem.truths, 20, generator=seeded(1))
     factors = normal(3, 2, 5, 1)
     before = [t.clone() for t in (stats.gram, stats.cross, stats.energy, factors)]
-    result = retrain_lora_ml(stats, 1, outer_steps=5, initial_factors=factors)
+    result = lora_ml(stats, 1, outer_steps=5, initial_factors=factors)
     for tensor, copy in zip((stats.gram, stats.cross, stats.energy, factors), before, strict=True):
         assert torch.equal(tensor, copy)
     strided = SufficientStatistics(
@@ -239,7 +237,7 @@ def test_inputs_are_left_alone_and_layout_does_not_matter() -> None:
         stats.energy.T.contiguous().T,
         20,
     )
-    other = retrain_lora_ml(
+    other = lora_ml(
         strided,
         1,
         outer_steps=5,
@@ -251,9 +249,9 @@ def test_inputs_are_left_alone_and_layout_does_not_matter() -> None:
 def test_no_trainings_at_all() -> None:
     empty = torch.zeros(0, 3, 4, 4, dtype=torch.float64)
     stats = SufficientStatistics(empty, empty, empty[..., 0, 0], 10)
-    result = retrain_lora_ml(stats, 1, outer_steps=5)
+    result = lora_ml(stats, 1, outer_steps=5)
     assert result.weight.shape == (0, 4, 4) and result.losses.shape == (0, 5)
-    assert retrain_standard(stats, steps=5).weight.shape == (0, 4, 4)
+    assert standard(stats, steps=5).weight.shape == (0, 4, 4)
 
 
 @pytest.mark.parametrize("method", ["lora-ml", "standard", "finetune"])
@@ -270,8 +268,8 @@ def test_divergence_names_the_step_and_the_training(method: str) -> None:
     one = SufficientStatistics(tame.gram[:, 0], tame.cross[:, 0], tame.energy[:, 0], 20)
     zero = torch.zeros(3, 4, 4, dtype=torch.float64)
     train = {
-        "lora-ml": lambda: retrain_lora_ml(tame, 1, inner_lr=10.0, outer_steps=50),
-        "standard": lambda: retrain_standard(tame, lr=100.0, steps=1000),
+        "lora-ml": lambda: lora_ml(tame, 1, inner_lr=10.0, outer_steps=50),
+        "standard": lambda: standard(tame, lr=100.0, steps=1000),
         "finetune": lambda: finetune_lora(one, zero, 1, steps=400, lr=10.0),
     }
     with pytest.raises(RuntimeError) as caught:

@@ -8,10 +8,10 @@ import torch
 from metalora.linear import (
     SufficientStatistics,
     finetune_lora,
-    retrain_lora_ml,
-    retrain_standard,
+    lora_ml,
     sample_problem,
     sample_statistics,
+    standard,
 )
 
 
@@ -47,7 +47,7 @@ def test_retrain_lora_ml(
     stats: SufficientStatistics, change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     arguments = {"rank": 1, "outer_steps": 2, **change}
-    _raises(error, f"retrain_lora_ml: {message}", lambda: retrain_lora_ml(stats, **arguments))
+    _raises(error, f"lora_ml: {message}", lambda: lora_ml(stats, **arguments))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_retrain_lora_ml(
 def test_retrain_standard(
     stats: SufficientStatistics, change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    _raises(error, f"retrain_standard: {message}", lambda: retrain_standard(stats, **change))
+    _raises(error, f"standard: {message}", lambda: standard(stats, **change))
 
 
 @pytest.mark.parametrize(
@@ -87,13 +87,13 @@ def test_finetune_lora(
 
 def test_statistics_that_cannot_be(stats: SufficientStatistics) -> None:
     one = SufficientStatistics(EYE, EYE, EYE[0, 0], 3)
-    wanted = "retrain_standard: stats.gram must be [..., T, d, d] with T >= 1, got [4, 4]"
-    _raises(ValueError, wanted, lambda: retrain_standard(one))
-    _raises(TypeError, "retrain_standard: stats must be", lambda: retrain_standard(EYE))  # type: ignore[arg-type]
+    wanted = "standard: stats.gram must be [..., T, d, d] with T >= 1, got [4, 4]"
+    _raises(ValueError, wanted, lambda: standard(one))
+    _raises(TypeError, "standard: stats must be", lambda: standard(EYE))  # type: ignore[arg-type]
     crooked = SufficientStatistics(stats.gram.triu(), stats.cross, stats.energy, 20)
-    _raises(ValueError, "stats.gram must be symmetric", lambda: retrain_standard(crooked))
+    _raises(ValueError, "stats.gram must be symmetric", lambda: standard(crooked))
     holed = SufficientStatistics(stats.gram, stats.cross / 0, stats.energy, 20)
-    _raises(ValueError, "stats.cross must be finite", lambda: retrain_lora_ml(holed, 1))
+    _raises(ValueError, "stats.cross must be finite", lambda: lora_ml(holed, 1))
 
 
 def _raises(error: type[Exception], message: str, call: Any) -> None:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metalora import linear
 from metalora.adapters import LoRAConfig, adapted_layers
-from metalora.linear import retrain_lora_ml, sufficient_statistics
+from metalora.linear import sufficient_statistics
 from metalora.meta import (
     RoundLoader,
     TrainConfig,
@@ -167,7 +168,7 @@ def test_it_is_the_papers_algorithm_for_the_linear_model() -> None:
     x = torch.randn(T, n, D, generator=generator, dtype=torch.float64)
     y = x @ torch.randn(T, D, D, generator=generator, dtype=torch.float64)
     start = 0.1 * torch.randn(T, D, rank, generator=generator, dtype=torch.float64)
-    want = retrain_lora_ml(
+    want = linear.lora_ml(
         sufficient_statistics(x, y), rank,
         outer_steps=7, inner_steps=10, outer_lr=lr_out, inner_lr=lr_in, initial_factors=start,
     )  # fmt: skip

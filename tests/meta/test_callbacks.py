@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from metalora.adapters import LoRAConfig
-from metalora.io import Checkpoint
 from metalora.meta import (
     Callback,
+    Checkpoint,
     Evaluation,
     KeepBest,
     MetricsLog,

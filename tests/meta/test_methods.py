@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from metalora.adapters import LoRAConfig, adapted_layers, remove
+from metalora.adapters import LoRAConfig, adapted_layers, merge_and_unload
 from metalora.meta import (
     Batch,
     Callback,
@@ -158,7 +158,7 @@ def test_removing_a_task_after_fine_tuning_merges_it():
     model, source = network(), validation()
     finetune_lora(model, rounds(), TrainConfig(epochs=3, lr=0.02), LORA)
     adapted = evaluate(model, source)
-    remove(model, 1)
+    merge_and_unload(model, 1)
     assert evaluate(model, source).per_task[1] == adapted.per_task[1]
 
 

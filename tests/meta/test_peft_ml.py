@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from metalora.adapters import LoRAConfig, adapt, adapted_layers
-from metalora.io import Checkpoint
 from metalora.meta import (
     Batch,
     Callback,
+    Checkpoint,
     RoundLoader,
     TrainConfig,
     by_task,

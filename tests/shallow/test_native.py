@@ -9,7 +9,7 @@ import torch
 
 from metalora._library import native_available
 from metalora.reference import shallow as reference
-from metalora.shallow import finetune_lora, retrain_lora_ml
+from metalora.shallow import finetune_lora, lora_ml
 from tests.shallow.problems import start
 
 pytestmark = pytest.mark.skipif(not native_available(), reason="the native library is not built")
@@ -37,7 +37,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        trained = retrain_lora_ml(s.x, s.y, s.network, s.adapters, epochs=50)
+        trained = lora_ml(s.x, s.y, s.network, s.adapters, epochs=50)
         tuned = finetune_lora(one.x, one.y, trained.network, one.adapters, epochs=50)
         assert trained.adapters is not None
         results.append(

@@ -12,8 +12,8 @@ from metalora.shallow import (
     Adapters,
     Network,
     finetune_lora,
-    retrain_lora_ml,
-    retrain_standard,
+    lora_ml,
+    standard,
 )
 from tests.shallow.problems import Start, start
 
@@ -36,7 +36,7 @@ def test_iterates_are_those_of_autograd_and_torch_adamw(
     s = start(tasks, count, dim, rank)
     options: dict[str, Any] = {"epochs": 30, "optimizer": optimizer}
     network, adapters, losses = oracle(s.x, s.y, s.network, s.adapters, 30, optimizer)
-    result = retrain_lora_ml(s.x, s.y, s.network, s.adapters, **options)
+    result = lora_ml(s.x, s.y, s.network, s.adapters, **options)
     assert result.adapters is not None
     assert_same(result.losses, losses, 1e-12)
     assert_same(result.network.weight, network.weight, 1e-9)
@@ -45,11 +45,11 @@ def test_iterates_are_those_of_autograd_and_torch_adamw(
     assert_same(result.adapters.lora_B, adapters.lora_B, 1e-9)
 
     network, _, losses = oracle(s.x, s.y, s.network, None, 30, optimizer)
-    standard = retrain_standard(s.x, s.y, s.network, **options)
-    assert standard.adapters is None
-    assert_same(standard.losses, losses, 1e-12)
-    assert_same(standard.network.weight, network.weight, 1e-9)
-    assert_same(standard.network.output, network.output, 1e-9)
+    plain = standard(s.x, s.y, s.network, **options)
+    assert plain.adapters is None
+    assert_same(plain.losses, losses, 1e-12)
+    assert_same(plain.network.weight, network.weight, 1e-9)
+    assert_same(plain.network.output, network.output, 1e-9)
 
     one = s.one_task()
     _, tuned, losses = oracle(
@@ -72,11 +72,11 @@ def test_a_thousand_steps_at_the_papers_sizes(oracle: Callable[..., Any], backen
     first = Adapters(s.adapters.lora_A[:1], s.adapters.lora_B[:1])
     pairs = [
         (
-            retrain_lora_ml(s.x, s.y, s.network, s.adapters, epochs=epochs),
+            lora_ml(s.x, s.y, s.network, s.adapters, epochs=epochs),
             oracle(s.x, s.y, s.network, s.adapters, epochs, AdamW()),
         ),
         (
-            retrain_standard(s.x, s.y, s.network, epochs=epochs),
+            standard(s.x, s.y, s.network, epochs=epochs),
             oracle(s.x, s.y, s.network, None, epochs, AdamW()),
         ),
         (
@@ -110,9 +110,9 @@ def test_float32_is_as_near_to_float64_as_pytorch(oracle: Callable[..., Any], me
 def run(method: str, s: Start, epochs: int = 100) -> torch.Tensor:
     """The losses of a training."""
     if method == "lora-ml":
-        return retrain_lora_ml(s.x, s.y, s.network, s.adapters, epochs=epochs).losses
+        return lora_ml(s.x, s.y, s.network, s.adapters, epochs=epochs).losses
     if method == "standard":
-        return retrain_standard(s.x, s.y, s.network, epochs=epochs).losses
+        return standard(s.x, s.y, s.network, epochs=epochs).losses
     one = s.one_task()
     return finetune_lora(one.x, one.y, one.network, one.adapters, epochs=epochs).losses
 
@@ -122,15 +122,15 @@ def test_saturated_hidden_units(oracle: Callable[..., Any], scale: float) -> Non
     s = start(2, 50, 5, 1)
     far = Network(scale * s.network.weight, s.network.output)
     _, _, losses = oracle(s.x, s.y, far, s.adapters, 20, AdamW())
-    result = retrain_lora_ml(s.x, s.y, far, s.adapters, epochs=20)
+    result = lora_ml(s.x, s.y, far, s.adapters, epochs=20)
     assert_same(result.losses, losses, 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_batches_are_separate_trainings(dtype: torch.dtype) -> None:
     s = start(2, 30, 6, 2, batch=(2, 3), dtype=dtype)
-    whole = retrain_lora_ml(s.x, s.y, s.network, s.adapters, epochs=20)
-    standard = retrain_standard(s.x, s.y, s.network, epochs=20)
+    whole = lora_ml(s.x, s.y, s.network, s.adapters, epochs=20)
+    plain = standard(s.x, s.y, s.network, epochs=20)
     one = s.one_task()
     tuned = finetune_lora(one.x, one.y, whole.network, one.adapters, epochs=20)
     assert whole.losses.shape == (2, 3, 20) and tuned.losses.shape == (2, 3, 20)
@@ -138,11 +138,11 @@ def test_batches_are_separate_trainings(dtype: torch.dtype) -> None:
     for i in np.ndindex(2, 3):
         network = Network(s.network.weight[i], s.network.output[i])
         adapters = Adapters(s.adapters.lora_A[i], s.adapters.lora_B[i])
-        alone = retrain_lora_ml(s.x[i], s.y[i], network, adapters, epochs=20)
+        alone = lora_ml(s.x[i], s.y[i], network, adapters, epochs=20)
         assert_same(whole.network.weight[i], alone.network.weight, tolerance, tolerance)
         assert_same(whole.losses[i], alone.losses, tolerance, tolerance)
-        other = retrain_standard(s.x[i], s.y[i], network, epochs=20)
-        assert_same(standard.network.output[i], other.network.output, tolerance, tolerance)
+        other = standard(s.x[i], s.y[i], network, epochs=20)
+        assert_same(plain.network.output[i], other.network.output, tolerance, tolerance)
         first = Adapters(one.adapters.lora_A[i], one.adapters.lora_B[i])
         again = finetune_lora(one.x[i], one.y[i], alone.network, first, epochs=20)
         assert_same(tuned.adapters.lora_B[i], again.adapters.lora_B, tolerance, tolerance)
@@ -152,10 +152,10 @@ def test_inputs_are_left_alone_and_layout_does_not_matter() -> None:
     s = start(2, 11, 5, 2, batch=(3,))
     tensors = (s.x, s.y, s.network.weight, s.network.output, s.adapters.lora_A, s.adapters.lora_B)
     before = [t.clone() for t in tensors]
-    result = retrain_lora_ml(s.x, s.y, s.network, s.adapters, epochs=5)
+    result = lora_ml(s.x, s.y, s.network, s.adapters, epochs=5)
     assert all(torch.equal(t, copy) for t, copy in zip(tensors, before, strict=True))
     x, y, weight, output, a, b = (t.mT.contiguous().mT for t in tensors)
-    strided = retrain_lora_ml(x, y, Network(weight, output), Adapters(a, b), epochs=5)
+    strided = lora_ml(x, y, Network(weight, output), Adapters(a, b), epochs=5)
     assert_same(strided.losses, result.losses, 1e-13)
     assert_same(strided.network.weight, result.network.weight, 1e-12)
 
@@ -164,9 +164,9 @@ def test_no_trainings_and_no_epochs() -> None:
     s = start(2, 5, 3, 1, batch=(1,))
     none = Network(s.network.weight[:0], s.network.output[:0])
     adapters = Adapters(s.adapters.lora_A[:0], s.adapters.lora_B[:0])
-    assert retrain_lora_ml(s.x[:0], s.y[:0], none, adapters, epochs=4).losses.shape == (0, 4)
+    assert lora_ml(s.x[:0], s.y[:0], none, adapters, epochs=4).losses.shape == (0, 4)
     s = start(2, 5, 3, 1)
-    result = retrain_lora_ml(s.x, s.y, s.network, s.adapters, epochs=0)
+    result = lora_ml(s.x, s.y, s.network, s.adapters, epochs=0)
     assert result.losses.shape == (0,)
     assert torch.equal(result.network.weight, s.network.weight)
 
@@ -186,4 +186,4 @@ def test_divergence_names_the_epoch_and_the_training(method: str) -> None:
 def test_a_learning_rate_that_diverges_is_found_within_the_run() -> None:
     s = start(2, 10, 3, 1)
     with pytest.raises(RuntimeError, match=r"not finite at step \d+ of 2000; lower optimizer.lr"):
-        retrain_standard(s.x, s.y, s.network, epochs=2000, optimizer=AdamW(lr=1e4))
+        standard(s.x, s.y, s.network, epochs=2000, optimizer=AdamW(lr=1e4))

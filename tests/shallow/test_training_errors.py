@@ -10,8 +10,8 @@ from metalora.shallow import (
     Adapters,
     Network,
     finetune_lora,
-    retrain_lora_ml,
-    retrain_standard,
+    lora_ml,
+    standard,
 )
 from tests.shallow.problems import start
 
@@ -57,10 +57,10 @@ RETRAIN = [
 def test_retraining(change: dict[str, Any], error: type[Exception], message: str) -> None:
     arguments = {"x": S.x, "y": S.y, "network": S.network, "epochs": 2, **change}
     adapters = arguments.pop("adapters", S.adapters)
-    call = lambda: retrain_lora_ml(adapters=adapters, **arguments)  # noqa: E731
-    raises(error, f"retrain_lora_ml: {message}", call)
+    call = lambda: lora_ml(adapters=adapters, **arguments)  # noqa: E731
+    raises(error, f"lora_ml: {message}", call)
     if "adapters" not in change:
-        raises(error, f"retrain_standard: {message}", lambda: retrain_standard(**arguments))
+        raises(error, f"standard: {message}", lambda: standard(**arguments))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from experiments.runs import RunError
+from experiments.lib.runs import RunError
 from experiments.theory.checks import (
     Check,
     Outcome,
@@ -18,7 +18,7 @@ from experiments.theory.checks import (
 )
 from experiments.theory.settings import TheorySettings
 from experiments.theory.statements.recovery import inner_rate
-from metalora.linear import RetrainResult, retrain_lora_ml
+from metalora.linear import RetrainResult, lora_ml
 from metalora.linear.theory import (
     CriticalPoints,
     best_weight,
@@ -233,7 +233,7 @@ def _derivatives(tasks: int, generator: torch.Generator) -> list[Check]:
 def _descend(truths: Tensor, starts: Tensor, settings: TheorySettings) -> RetrainResult:
     """Descent of eq. 14 with the truths [T, d, d] from starts [runs, T, d, k] and the best A."""
     copies = truths.expand(len(starts), *truths.shape).contiguous()
-    return retrain_lora_ml(
+    return lora_ml(
         *(population_statistics(copies), starts.shape[-1]),
         outer_steps=_STEPS,
         inner_steps=1,

@@ -14,7 +14,7 @@ from experiments.theory.checks import (
     share_at_least,
 )
 from experiments.theory.settings import TheorySettings
-from metalora.linear import LinearProblem, finetune_lora, retrain_lora_ml, sample_problem
+from metalora.linear import LinearProblem, finetune_lora, lora_ml, sample_problem
 from metalora.linear.theory import (
     base_gap_rank,
     best_finetune_loss,
@@ -119,7 +119,7 @@ def hyperbola(settings: TheorySettings) -> Outcome:
     starts = settings.draws(200)
     problem = truths.expand(starts, 2, 3, 3).contiguous()
     begin = torch.randn(starts, 2, 3, 1, generator=generator, dtype=torch.float64)
-    tuned = retrain_lora_ml(
+    tuned = lora_ml(
         *(population_statistics(problem), 1),
         outer_steps=20000,
         inner_steps=1,
@@ -214,7 +214,7 @@ def inner_rate(settings: TheorySettings, size: float) -> float:
 def _descend(
     problem: LinearProblem, steps: int, settings: TheorySettings, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    result = retrain_lora_ml(
+    result = lora_ml(
         population_statistics(problem.truths),
         problem.factors.shape[-1],
         outer_steps=steps,

@@ -17,7 +17,7 @@ from experiments.theory.checks import (
     mean_equals,
 )
 from experiments.theory.settings import TheorySettings
-from metalora.linear import finetune_lora, retrain_standard, sample_problem, sample_statistics
+from metalora.linear import finetune_lora, sample_problem, sample_statistics, standard
 from metalora.linear.theory import (
     best_finetune_loss,
     expected_standard_loss,
@@ -39,7 +39,7 @@ def standard_retraining(settings: TheorySettings) -> Outcome:
         truths = sample_problem(tasks, dim, rank, batch_shape=(20,), generator=generator).truths
         predicted = standard_minimum(truths)
         start = 10 * torch.randn(predicted.shape, generator=generator, dtype=torch.float64)
-        reached = retrain_standard(population_statistics(truths), initial_weight=start).weight
+        reached = standard(population_statistics(truths), initial_weight=start).weight
         at = f"T={tasks} k={rank} d={dim}"
         checks.append(
             at_most(
@@ -63,7 +63,7 @@ def standard_retraining(settings: TheorySettings) -> Outcome:
     distances = []
     for count in counts:
         stats = sample_statistics(problem.truths, count, noise=0.1, generator=generator)
-        gap = retrain_standard(stats).weight - standard_minimum(problem.truths)
+        gap = standard(stats).weight - standard_minimum(problem.truths)
         # Relative to the spread of the truths, which is what the error is proportional to.
         distances.append(gap.norm(dim=(-2, -1)) / _spread(problem.truths))
     checks.append(

@@ -10,8 +10,8 @@ from typing import Any
 
 from metalora._checks import check_count, check_nonnegative, check_positive
 from metalora.adapters.config import check_peft_fields, shown
-from metalora.io.peft.folder import CONFIG, PeftFolderError
-from metalora.io.peft.patterns import PatternError, first_matches
+from metalora.io.folder import CONFIG, PeftFolderError
+from metalora.io.patterns import PatternError, first_matches
 
 _MOST_BYTES = 2**24
 # The tensors' names tell which layers have an adapter; patterns are read here.

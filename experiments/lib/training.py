@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from experiments.runs import RunError, RunFolder
+from experiments.lib.runs import RunError, RunFolder
 from metalora._checks import did_you_mean
 from metalora._files import replacing
 from metalora.adapters import LoRAConfig

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metalora.io.peft.folder import PREFIX
-from metalora.io.peft.twin import twin_of
+from metalora.io.folder import PREFIX
+from metalora.io.twin import twin_of
 from metalora.nn import MultiTaskHead, TaskLayer
 
 _NO_TARGETS = "dummy-target-modules"  # PEFT's own word for an adapter of modules_to_save alone

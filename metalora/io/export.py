@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from metalora._checks import check_choice
 from metalora._optional import require
-from metalora.adapters import adapt, adapted_layers, load_task_state_dict, remove
-from metalora.io.peft.card import adapter_card, base_card
-from metalora.io.peft.folder import (
+from metalora.adapters import adapt, adapted_layers, load_task_state_dict, unload
+from metalora.io.card import adapter_card, base_card
+from metalora.io.folder import (
     BASE,
     CARD,
     CONFIG,
@@ -25,8 +25,8 @@ from metalora.io.peft.folder import (
     check_target,
     replacing,
 )
-from metalora.io.peft.settings import ask_peft, check_complete, lora_config
-from metalora.io.peft.twin import twin_of
+from metalora.io.settings import ask_peft, check_complete, lora_config
+from metalora.io.twin import twin_of
 from metalora.nn import SymmetricLoRALinear, TaskLayer
 
 # For these PEFT saves further modules whole, such as the classifier. Others need no task type.
@@ -104,7 +104,7 @@ def export_peft(
         task_type = _task_type_of(model)
     elif task_type is not None:
         check_choice("export_peft", "task_type", task_type, [t.value for t in peft.TaskType])
-    plain = remove(twin_of(adapted)) if adapters is None else twin_of(model)
+    plain = unload(twin_of(adapted)) if adapters is None else twin_of(model)
     shared = plain.state_dict()
     settings = lora_config(peft, adapted, layers, task_type, base_name)
     wanted, settings.modules_to_save = ask_peft(peft, plain, settings)
@@ -139,7 +139,7 @@ def _adapted_twin(
     if adapted_layers(model):
         raise ValueError(
             "export_peft: the model has adapters already; leave adapters out to export those, or "
-            "take them out with metalora.remove(model)"
+            "take them out with metalora.unload(model)"
         )
     if not adapters:
         raise ValueError("export_peft: adapters must hold at least one task, got none")

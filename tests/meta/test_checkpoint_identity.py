@@ -17,9 +17,9 @@ from torch import nn
 
 from metalora._files import partial_beside
 from metalora.adapters import LoRAConfig
-from metalora.io import Checkpoint, CheckpointError
-from metalora.io.checkpoint import read, write
 from metalora.meta import (
+    Checkpoint,
+    CheckpointError,
     RoundLoader,
     TrainConfig,
     by_task,
@@ -29,6 +29,7 @@ from metalora.meta import (
     lora_ml,
     standard,
 )
+from metalora.meta.checkpoint import read, write
 from metalora.meta.identity import SAMPLE_BYTES, digest_of_data, digest_of_tensors, qualified_name
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -357,7 +358,7 @@ sys.path.insert(0, sys.argv[2])
 import torch
 from torch import nn
 from test_checkpoint_identity import loader
-from metalora.io import Checkpoint
+from metalora.meta import Checkpoint
 from metalora.meta import Callback, KeepBest, TrainConfig, standard
 
 path = Path(sys.argv[1])

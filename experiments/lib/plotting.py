@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-    from experiments.runs import RunFolder
+    from experiments.lib.runs import RunFolder
 
 # Okabe and Ito, "Color Universal Design", 2008.
 COLORS = {

@@ -3,7 +3,7 @@
 A run is a list of named units of work (one retraining, one fine-tuning, ...). ``mark_done`` closes
 a unit and records how long the files were by then; ``--resume`` cuts them back to that length, so
 that a unit which was stopped half-way leaves nothing behind and is simply done again. One process
-at a time has the folder: its lock is held until the run ends, see `experiments.lock`.
+at a time has the folder: its lock is held until the run ends, see `experiments.lib.lock`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ import numpy as np
 import torch
 
 import metalora
-from experiments import lock
-from experiments.errors import too_large
+from experiments.lib import lock
+from experiments.lib.errors import too_large
 from metalora._files import replacing, sync_path
 
 MANIFEST, METRICS, RESULTS, UNITS, ERROR = (

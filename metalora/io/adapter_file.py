@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from metalora._checks import did_you_mean
 from metalora.adapters.config import shown
-from metalora.io.peft.config_file import read_settings
-from metalora.io.peft.folder import CONFIG, PREFIX, WEIGHTS, PeftFolderError, restore
+from metalora.io.config_file import read_settings
+from metalora.io.folder import CONFIG, PREFIX, WEIGHTS, PeftFolderError, restore
 
 _DTYPES = (
     torch.float64,

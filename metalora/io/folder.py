@@ -10,7 +10,7 @@ from glob import escape
 from pathlib import Path
 
 from metalora._files import partial_beside, remove_partials, sync_path
-from metalora.io.peft.exchange import exchange
+from metalora.io.exchange import exchange
 
 BASE = "base"
 CONFIG = "adapter_config.json"

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from experiments.errors import too_large
-from experiments.runs import INTERRUPTED, RunError
+from experiments.lib.errors import too_large
+from experiments.lib.runs import INTERRUPTED, RunError
 from metalora._checks import check_count, check_nonnegative, check_positive, did_you_mean
 
 Settings = TypeVar("Settings")

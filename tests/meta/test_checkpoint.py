@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from metalora.adapters import LoRAConfig
-from metalora.io import Checkpoint, CheckpointError
-from metalora.io.checkpoint import _VALUES, _digest, read, write
 from metalora.meta import (
     Callback,
+    Checkpoint,
+    CheckpointError,
     KeepBest,
     RoundLoader,
     TrainConfig,
@@ -31,6 +31,7 @@ from metalora.meta import (
     reptile,
     standard,
 )
+from metalora.meta.checkpoint import _VALUES, _digest, read, write
 
 LORA = LoRAConfig(rank=2, dropout=0.2)
 METHODS = {
@@ -441,7 +442,7 @@ import sys, torch
 from pathlib import Path
 sys.path.insert(0, {folder!r})
 from test_checkpoint import CONFIG_LONG, METHODS, network, rounds
-from metalora.io import Checkpoint
+from metalora.meta import Checkpoint
 from metalora.meta import KeepBest
 METHODS["lora-ml"](network(), rounds(), CONFIG_LONG, validation=rounds(1),
                    callbacks=[KeepBest(), Checkpoint(Path({path!r}))])

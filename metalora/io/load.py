@@ -12,9 +12,9 @@ from torch import nn
 from metalora._optional import require
 from metalora.adapters import LoRAConfig, adapt, adapted_layers, load_task_state_dict
 from metalora.adapters.config import shown
-from metalora.io.peft.adapter_file import Adapter, read_adapter
-from metalora.io.peft.folder import PeftFolderError
-from metalora.io.peft.twin import twin_of
+from metalora.io.adapter_file import Adapter, read_adapter
+from metalora.io.folder import PeftFolderError
+from metalora.io.twin import twin_of
 
 
 def import_peft(
@@ -47,7 +47,7 @@ def import_peft(
         raise TypeError(f"import_peft: model must be an nn.Module, got {type(model).__name__}")
     if adapted_layers(model):
         raise ValueError(
-            "import_peft: the model has adapters already; metalora.remove(model) takes them out"
+            "import_peft: the model has adapters already; metalora.unload(model) takes them out"
         )
     paths = _paths(folders)
     base = base or getattr(model, "name_or_path", None)

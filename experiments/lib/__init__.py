@@ -1,0 +1,1 @@
+"""What the experiments share: the command line, run folders, figures, training."""
