@@ -15,6 +15,7 @@ from metalora._library import cuda_status, native_available
 from metalora.ops import _native
 from metalora.reference import linear as reference
 from tests.ops.problems import relative_error
+from tests.pairs import every_pair
 
 pytestmark = pytest.mark.skipif(not native_available(), reason="the native library is not built")
 
@@ -75,9 +76,11 @@ def doubled(inputs: Sequence[Any]) -> list[Any]:
     return [t.double() if isinstance(t, Tensor) else t for t in inputs]
 
 
-@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@every_pair(
+    dtype=[F64, F32],
+    size=SIZES,
+    name=NAMES,
+)
 def test_results_are_those_of_the_reference(
     run: Run, name: str, size: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:

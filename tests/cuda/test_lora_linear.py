@@ -58,10 +58,12 @@ def test_agrees_with_the_oracle(
         assert relative_error(got, wanted) < 1e-12
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("sizes", [(40, 24, 3), (64, 72, 24), (33, 40, 17)], ids=str)
-@pytest.mark.parametrize("split", ["equal", "ragged"])
-@pytest.mark.parametrize("dtype", [torch.float32, *SHORT], ids=str)
+@every_pair(
+    route=ROUTES,
+    sizes=[(40, 24, 3), (64, 72, 24), (33, 40, 17)],
+    split=["equal", "ragged"],
+    dtype=[torch.float32, *SHORT],
+)
 def test_short_dtypes_err_as_plain_pytorch_does(
     device: torch.device, dtype: torch.dtype, split: str, sizes: tuple[int, int, int], route: str
 ) -> None:
@@ -76,10 +78,12 @@ def test_short_dtypes_err_as_plain_pytorch_does(
         assert relative_error(got, wanted) < allowed
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("split", ["equal", "ragged", "no_rows"])
-@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@every_pair(
+    bias=[True, False],
+    route=ROUTES,
+    split=["equal", "ragged", "no_rows"],
+    dtype=SHORT,
+)
 def test_autocast(
     device: torch.device, dtype: torch.dtype, split: str, route: str, bias: bool
 ) -> None:
@@ -113,9 +117,11 @@ def test_gradients_of_the_parameters_are_not_rounded_under_autocast(
     assert error < 1e-6 if route == "weight" else 1e-4 < error < 1e-2
 
 
-@pytest.mark.parametrize("split", ["equal", "ragged", "one_row", "no_rows"])
-@pytest.mark.parametrize("dropout_p", [0.1, 0.9])
-@pytest.mark.parametrize("sizes", [(7, 5, 3), (40, 24, 4)], ids=str)
+@every_pair(
+    split=["equal", "ragged", "one_row", "no_rows"],
+    dropout_p=[0.1, 0.9],
+    sizes=[(7, 5, 3), (40, 24, 4)],
+)
 def test_dropout_is_that_of_the_reference(
     device: torch.device, sizes: tuple[int, int, int], dropout_p: float, split: str
 ) -> None:

@@ -13,6 +13,7 @@ from metalora.ops import _native
 from metalora.reference import shallow as reference
 from metalora.shallow import Adapters, Network, lora_ml
 from tests.cuda.places import Calls
+from tests.pairs import every_pair
 from tests.shallow.problems import start
 
 pytestmark = pytest.mark.skipif(not native_available(), reason="the native library is not built")
@@ -49,9 +50,11 @@ def by_cuda(op: str, inputs: list[Any], device: torch.device) -> list[Tensor]:
     return [result.cpu() for result in results]
 
 
-@pytest.mark.parametrize("adamw", [ADAMW, OTHER], ids=["paper", "other"])
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@every_pair(
+    adamw=[ADAMW, OTHER],
+    op=OPS,
+    sizes=SIZES,
+)
 def test_agrees_with_the_cpu(
     device: torch.device, sizes: tuple[int, ...], op: str, adamw: tuple[float, ...]
 ) -> None:

@@ -20,6 +20,7 @@ from metalora.meta import Batch, TrainConfig
 from metalora.meta.steps import Objective
 from metalora.nn import MultiTaskLoRALinear
 from tests.hf.models import PAD, roberta, sequences
+from tests.pairs import every_pair
 
 T, N, P = 3, 2, 0.25  # tasks, candidates of a sample, dropout
 TASKS = torch.tensor([0, 0, 0, 1, 2, 2])  # of 6 samples
@@ -190,10 +191,12 @@ def without_native_kernels(monkeypatch):
         monkeypatch.setattr(module, "usable", lambda tensor: False)
 
 
-@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
-@pytest.mark.parametrize("max_tokens", [10_000, 25], ids=["one pass", "several"])
-@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "plain"])
+@every_pair(
+    dropout=[False, True],
+    max_tokens=[10_000, 25],
+    packed=[True, False],
+    kernels=[True, False],
+)
 def test_a_round_at_once_equals_the_loop(kernels, packed, max_tokens, dropout, monkeypatch):
     if not kernels:
         without_native_kernels(monkeypatch)

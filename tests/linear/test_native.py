@@ -10,6 +10,7 @@ import torch
 from metalora._library import native_available
 from metalora.linear import finetune_lora, lora_ml, sample_problem, sample_statistics
 from metalora.reference import linear as reference
+from tests.pairs import every_pair
 
 pytestmark = pytest.mark.skipif(not native_available(), reason="the native library is not built")
 
@@ -56,9 +57,11 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("dim", [1, 4, 5, 8, 9, 12, 13, 24, 25])
+@every_pair(
+    op=OPS,
+    dtype=[torch.float64, torch.float32],
+    dim=[1, 4, 5, 8, 9, 12, 13, 24, 25],
+)
 def test_every_column_length(op: str, dim: int, dtype: torch.dtype) -> None:
     inputs = list(arguments(dim, dtype)[op])
     rates = {"retrain_lora_ml": (-2, -1), "retrain_standard": (-1,), "finetune_lora": (-1,)}[op]

@@ -13,6 +13,7 @@ from torch import nn
 
 from metalora.adapters import LoRAConfig, adapt, adapted_layers
 from metalora.meta import Batch, GradientStep, TrainConfig
+from tests.pairs import every_pair
 
 T, D, CLASSES = 3, 6, 3
 KINDS = {
@@ -150,10 +151,12 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("step_per", ["round", "task"])
-@pytest.mark.parametrize("absent", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@every_pair(
+    optimizer=OPTIMIZERS,
+    step_per=["round", "task"],
+    absent=[False, True],
+    kind=KINDS,
+)
 def test_all_tasks_at_once_equal_task_by_task(kind, absent, step_per, optimizer):
     net, clip = adapted_net(kind), 0.5
     separate = Separate(net, kind, OPTIMIZERS[optimizer])

@@ -2,12 +2,12 @@
 
 import copy
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from metalora.meta import RoundLoader, TrainConfig, reptile
+from tests.pairs import every_pair
 
 
 def rounds():
@@ -61,10 +61,12 @@ def outer_step(model, optimizer, solutions, sign):
     optimizer.step()
 
 
-@pytest.mark.parametrize("average", [False, True])
-@pytest.mark.parametrize("outer", ["adam", "sgd"])
-@pytest.mark.parametrize("inner", ["sgd", "adam", "adamw"])
-@pytest.mark.parametrize("sign", ["towards", "away"])
+@every_pair(
+    average=[False, True],
+    outer=["adam", "sgd"],
+    inner=["sgd", "adam", "adamw"],
+    sign=["towards", "away"],
+)
 def test_equals_the_definition(sign, inner, outer, average):
     model = network()
     seen = []

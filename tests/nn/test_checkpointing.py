@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from metalora.adapters import LoRAConfig, adapt
 from metalora.nn import MultiTaskLoRALinear, current_tasks, keep_tasks, tasks
+from tests.pairs import every_pair
 
 A, B, C = torch.tensor([2, 0, 1, 0, 2]), torch.tensor([0, 1, 1, 2, 0]), torch.tensor([1] * 5)
 
@@ -88,9 +89,11 @@ def assert_same(got, want):
         assert torch.equal(value, want[name]), name
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("run", CHECKPOINTS)
-@pytest.mark.parametrize("around", [None, C], ids=["outside", "inside others"])
+@every_pair(
+    dropout=[0.0, 0.3],
+    run=CHECKPOINTS,
+    around=[None, C],
+)
 def test_backward_runs_layers_again_with_the_tasks_of_their_forward(run, around, dropout):
     want, model = network(dropout=dropout), network(CHECKPOINTS[run], dropout)
     loss_of(want, A, B).backward()

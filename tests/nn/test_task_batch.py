@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from metalora.nn import MultiTaskHead, MultiTaskLoRALinear, TaskBatch, current_tasks
+from tests.pairs import every_pair
 
 
 def test_pointer_counts_the_rows_of_each_task_and_knows_empty_ones():
@@ -128,9 +129,11 @@ def test_the_ids_are_copied(values):
     assert batch.task_ptr(3, 1).tolist() == [0, 2, 3, 4]
 
 
-@pytest.mark.parametrize("made_inside", [True, False])
-@pytest.mark.parametrize("values", [[0, 0, 1, 2], [2, 0, 1, 0]], ids=["sorted", "mixed"])
-@pytest.mark.parametrize("make", [MultiTaskLoRALinear, MultiTaskHead])
+@every_pair(
+    made_inside=[True, False],
+    values=[[0, 0, 1, 2], [2, 0, 1, 0]],
+    make=[MultiTaskLoRALinear, MultiTaskHead],
+)
 def test_a_batch_that_inference_mode_saw_trains_afterwards(make, values, made_inside):
     options = {"rank": 1} if make is MultiTaskLoRALinear else {}
     layer, x = make(2, 3, num_tasks=3, **options), torch.randn(4, 2, 2, requires_grad=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from metalora import reference
 from metalora.ops import _native
 from tests.ops.long_sums import EPS, KINDS, addends, factors, worst
+from tests.pairs import every_pair
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -33,10 +34,12 @@ def worst_of(
     return worst(got, run(Tensor.clone), run(Tensor.double), run(lambda t: t.double().abs()))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("route", ["token", "weight"])
+@every_pair(
+    kind=KINDS,
+    size=SIZES,
+    rows=ROWS,
+    route=["token", "weight"],
+)
 def test_lora_linear(route: str, rows: str, size: str, kind: str) -> None:
     in_features, out_features, rank = SIZES[size]
     tasks, total = len(ROWS[rows]), sum(ROWS[rows])
@@ -73,9 +76,11 @@ def test_merge_lora(tasks: int, kind: str) -> None:
     assert worst_of(got, reference.merge_lora_symmetric_backward, (grad, lora_B)) <= 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("shape", [(2500, 3), (1, 100_000)], ids=str)
+@every_pair(
+    kind=KINDS,
+    rank=[0, 2],
+    shape=[(2500, 3), (1, 100_000)],
+)
 def test_task_matvec(shape: tuple[int, int], rank: int, kind: str) -> None:
     tasks, samples = shape
     x = factors(kind, tasks, samples, 6)

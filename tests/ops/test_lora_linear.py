@@ -64,9 +64,11 @@ def test_seed_none_follows_torch_manual_seed() -> None:
     assert not torch.equal(draw(3), draw(4))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("route", NATIVE)
-@pytest.mark.parametrize("sizes", [(10, 10, 1), (65, 40, 9), (256, 96, 8)], ids=str)
+@every_pair(
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+    route=NATIVE,
+    sizes=[(10, 10, 1), (65, 40, 9), (256, 96, 8)],
+)
 def test_rounds_no_worse_than_pytorch(
     route: str, dtype: torch.dtype, sizes: tuple[int, int, int]
 ) -> None:
@@ -157,9 +159,11 @@ def test_expanded_and_misaligned_gradients(route: str) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("sizes", [(10, 10, 1), (65, 40, 9)], ids=str)
+@every_pair(
+    bad=[float("nan"), float("inf")],
+    route=ROUTES,
+    sizes=[(10, 10, 1), (65, 40, 9)],
+)
 def test_nan_and_inf_stay_in_their_task(
     route: str, bad: float, sizes: tuple[int, int, int]
 ) -> None:
@@ -406,9 +410,11 @@ class TestRoutes:
         assert choice.route == route
         assert reason in choice.reason
 
-    @pytest.mark.parametrize("sizes", SIZES, ids=str)
-    @pytest.mark.parametrize("rows", [(4, 4), (900, 800)])
-    @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+    @every_pair(
+        sizes=SIZES,
+        rows=[(4, 4), (900, 800)],
+        dropout_p=[0.0, 0.2],
+    )
     def test_auto_takes_what_it_says(self, monkeypatch, sizes, rows, dropout_p) -> None:
         p = problem(rows, sizes)
         choice = ops.lora_linear_route(p.x, p.weight, p.lora_A, dropout_p=dropout_p)

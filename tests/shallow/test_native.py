@@ -10,6 +10,7 @@ import torch
 from metalora._library import native_available
 from metalora.reference import shallow as reference
 from metalora.shallow import finetune_lora, lora_ml
+from tests.pairs import every_pair
 from tests.shallow.problems import start
 
 pytestmark = pytest.mark.skipif(not native_available(), reason="the native library is not built")
@@ -56,9 +57,11 @@ SIZES = [(1, 1, 1, 1), (2, 8, 2, 1), (1, 9, 3, 3), (2, 16, 4, 2), (1, 17, 5, 1),
 SIZES += [(2, 64, 8, 3), (1, 257, 11, 1), (1, 300, 14, 2), (2, 520, 10, 1), (1, 70, 33, 4)]
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("sizes", SIZES)
+@every_pair(
+    op=OPS,
+    dtype=[torch.float64, torch.float32],
+    sizes=SIZES,
+)
 def test_every_size(op: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
     inputs = arguments(op, *sizes, dtype=dtype)
     expected = getattr(reference, op.split()[0])(*inputs)
