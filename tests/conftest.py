@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process per core, and so a thread per process
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 from metalora._library import native_available

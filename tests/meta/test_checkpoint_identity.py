@@ -145,7 +145,6 @@ ROTATED = torch.arange(40).roll(1) % 3
         ),
         ({"collate": Width(1)}, {"collate": Width(2)}, "rounds.collate.images 1, here 2" + HINT),
     ],
-    ids=str,
 )
 def test_another_loader_is_refused_by_what_differs(first, then, message, tmp_path):
     path = tmp_path / "run.safetensors"
@@ -181,7 +180,6 @@ def test_the_seed_of_the_loader_must_be_the_same(tmp_path):
         ({"rounds": by_task(loader())}, "training: rounds.kind 'metalora.meta.data.RoundLoader', "),
         ({"model": network(2)}, "training: initial_weights '"),
     ],
-    ids=str,
 )
 def test_another_training_of_the_same_data_is_refused(options, message, tmp_path):
     path = tmp_path / "run.safetensors"
