@@ -1,5 +1,7 @@
 # make demo         set up, then Figure 1 and the vision experiment on handwritten digits
-# make test         set up, then the whole test suite
+# make check        set up, then the tests of every minute: all but those marked slow
+# make test         set up, then the tests of every day
+# make exhaustive   the rest: every build, and each barrier of the CUDA kernels removed in turn
 # make test-latest  the test suite with the newest packages that pyproject.toml allows
 # make lint         format and type checks
 # make bench        operators and trainers beside plain PyTorch
@@ -15,20 +17,29 @@ BUILD := "torch>=2.11,<2.15" numpy "setuptools>=77" wheel "pybind11>=2.13" ninja
 # Locked as one pair: newer ones are large, and to be tried with test-latest first.
 TORCH := torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test test-latest lint format bench lock setup check-machine clean
+# A process per core; the tests of a file stay together, and so do the fixtures that they share.
+PYTEST := -m pytest --numprocesses auto --dist loadfile
+
+.PHONY: demo check test exhaustive test-latest lint format bench lock setup check-machine clean
 
 demo: setup
 	$(BIN)/python -m experiments.demo
 
+check: setup
+	$(BIN)/python $(PYTEST) -m "not slow and not exhaustive"
+
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
+
+exhaustive: setup
+	$(BIN)/python $(PYTEST) -m exhaustive
 
 test-latest: check-machine
 	rm -rf $(LATEST)
 	$(PYTHON) -m venv $(LATEST)
 	$(LATEST)/bin/pip install --quiet $(BUILD)
 	$(LATEST)/bin/pip install --quiet --no-build-isolation --editable ".[dev]"
-	$(LATEST)/bin/python -m pytest
+	$(LATEST)/bin/python $(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .
