@@ -38,7 +38,7 @@ from benchmarks.lib.language_versions import (
 )
 from benchmarks.lib.measure import one_by_one, peak_bytes
 from benchmarks.lib.tables import write_table
-from experiments.language.models import load_model, load_tokenizer
+from experiments.language.encoders import load_model, load_tokenizer
 from experiments.lib.cli import check_numbers, main_guard, option
 from metalora.meta import RoundLoader
 

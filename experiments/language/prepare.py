@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 
-from experiments.language import templates
-from experiments.language.data import Corpus, load
-from experiments.language.encoders import Encoders
-from experiments.language.models import has_token_types, max_length
+from experiments.language.data import Corpus, load, write_made_up
+from experiments.language.encoders import Encoders, has_token_types, max_length
 from experiments.language.protocol import Protocol
 from experiments.language.settings import Settings
 from experiments.language.tokens import TokenizedTurns, tokenize
@@ -35,7 +33,7 @@ def load_corpus(settings: Settings) -> Corpus:
                     "--smoke runs without"
                 )
             root = Path(made_up)
-            templates.write(root)
+            write_made_up(root)
         return load(
             root,
             retrain_file=settings.retrain_file,
@@ -45,7 +43,7 @@ def load_corpus(settings: Settings) -> Corpus:
             held_out=settings.validation_dialogues,
             test_held_out=settings.held_out_dialogues,
             strict=settings.strict,
-            candidates=settings.candidates,
+            per_turn=settings.candidates,
             seed=settings.data_seed,
             turns=settings.turns,
         )

@@ -241,7 +241,7 @@ class Protocol:
 
     def _loader(self, turns: TokenizedTurns, batch_size: int, **keywords: Any) -> RoundLoader:
         passes = SequencePasses(
-            Sequences(turns.fields, turns.starts, turns.candidates),
+            Sequences(turns.fields, turns.starts, turns.per_turn),
             packed=self.packed,
             max_tokens=known(self.settings.max_tokens),
             pad_token_id=self.encoders.tokenizer.pad_token_id,

@@ -54,6 +54,10 @@ class RunError(Exception):
     """Something the user can put right; the command line shows it as one line with exit code 2."""
 
 
+class DataError(RunError):
+    """Data or a model are missing or damaged; the message says where and what to do."""
+
+
 class RunFolder:
     """One run's folder, open for writing.
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.lib.runs import RunError
+from experiments.lib.runs import DataError
 
 TORCHVISION_FOLDER = "cifar-10-batches-py"
 GRID_MANIFEST = "manifest.json"
@@ -22,10 +22,6 @@ TRAIN_BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 TEST_BATCH = "test_batch"
 SPLIT_SEED = 0
 DIGITS_HELD_OUT = 0.4
-
-
-class DataError(RunError):
-    """The data are missing or damaged; the message names the file and what to do."""
 
 
 @dataclass(frozen=True)
