@@ -331,7 +331,8 @@ def _from_record(record: Mapping[str, Any], per_turn: int, where: str) -> Dialog
             raise DataError(f"{where}: turn {number} must be [utterance, response]")
         if given is not None and not _is_texts(given):
             raise DataError(f"{where}: the candidates of turn {number} must be a list of texts")
-        made.append(_turn(*turn, given, per_turn, f"{where}, turn {number}"))
+        utterance, response = turn
+        made.append(_turn(utterance, response, given, per_turn, f"{where}, turn {number}"))
     return Dialogue(where, tuple(persona), tuple(made), cluster, match)
 
 
