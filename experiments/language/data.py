@@ -23,7 +23,7 @@ from experiments.language.dialogues import (
     plain,
     read,
 )
-from experiments.lib.runs import DataError
+from experiments.lib.errors import DataError
 
 # The first of these that a data folder has is taken; a name without an ending is a folder of the
 # datasets library, such as DatasetDict.save_to_disk makes for each split.

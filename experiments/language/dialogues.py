@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.lib.runs import DataError
+from experiments.lib.errors import DataError
 from metalora._checks import first_line
 
 SILENCE = "__SILENCE__"  # what ConvAI2 has the partner "say" before the responder's first words

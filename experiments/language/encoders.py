@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from experiments.language.settings import MINILM, TINY
-from experiments.lib.runs import DataError, RunError
+from experiments.lib.errors import DataError, RunError
 from metalora._checks import first_line
 from metalora.meta import derive_seed
 

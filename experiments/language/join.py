@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.language import figures, report
+from experiments.language import figures, summary
 from experiments.language.settings import Settings
 from experiments.lib import cli
-from experiments.lib.runs import MANIFEST, RESULTS, RunError, RunFolder, read_rows
+from experiments.lib.errors import RunError
+from experiments.lib.runs import MANIFEST, RESULTS, RunFolder, read_rows
 
 # May differ between runs that are joined; the trials must.
 FREE = {"seeds", "first_seed"} | {
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Makes one table and its figures of runs that differ in their seeds.",
     )
     folder, chance = join(settings.runs, settings.out)
-    report.show(folder, chance)
+    print(summary.tables(folder.rows(), chance))
+    for path in sorted(folder.folder.glob("*.png")):
+        print(f"figure:  {path}")
 
 
 def join(runs: Sequence[Path], out: Path | None) -> tuple[RunFolder, float]:

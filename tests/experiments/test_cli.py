@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.lib import cli
-from experiments.lib.runs import RunError
+from experiments.lib.errors import RunError
 from metalora._checks import check_positive
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from experiments.language.data import Corpus, load
 from experiments.language.dialogues import SILENCE, Dialogue, PersonaMap, plain, read_parlai
-from experiments.lib.runs import DataError
+from experiments.lib.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "convai2"
 CLUSTERS = {7: "i am a cook", 3: "i have two dogs", 9: "i do not sleep", 0: "i like it"}

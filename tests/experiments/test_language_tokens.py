@@ -15,7 +15,7 @@ from experiments.language import encoders, tokens
 from experiments.language.data import load
 from experiments.language.dialogues import SILENCE, Dialogue, Turn
 from experiments.language.tokens import TokenizedTurns, tokenize
-from experiments.lib.runs import DataError
+from experiments.lib.errors import DataError
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.lib.runs import DataError
+from experiments.lib.errors import DataError
 from experiments.vision.data import Images, load, load_cifar10, load_digits
 from experiments.vision.tasks import binary_tasks, few_shot, first_per_class
 
