@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import matplotlib.pyplot as plt
+
 from experiments.language.summary import LAST, by_task, summary
+from experiments.lib import accuracy_figures, plotting
 from experiments.lib.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -20,8 +23,6 @@ def draw(run: RunFolder, chance: float) -> list[Path]:
         run: a run of the experiment.
         chance: accuracy of a blind choice, in percent.
     """
-    from experiments.lib import plotting
-
     plotting.style()
     return [
         _accuracy(run, summary(run.rows()), chance),
@@ -30,8 +31,6 @@ def draw(run: RunFolder, chance: float) -> list[Path]:
 
 
 def _accuracy(run: RunFolder, lines: list[dict[str, Any]], chance: float) -> Path:
-    from experiments.lib import accuracy_figures, plotting
-
     fig, panels = accuracy_figures.panels(lines)
     for ax, kind, of_kind in panels:
         ranks = sorted({line["rank"] for line in of_kind}, key=lambda rank: int(rank or 0))
@@ -73,10 +72,6 @@ def _chance(ax: Axes, chance: float) -> None:
 
 def _tasks(run: RunFolder, lines: Sequence[dict[str, Any]], chance: float) -> Path:
     """Accuracy of every test task: a panel per fine-tuning and rank, a mark per method."""
-    import matplotlib.pyplot as plt
-
-    from experiments.lib import plotting
-
     panels = list(dict.fromkeys((line["finetune"], line["rank"]) for line in lines))
     tasks = list(dict.fromkeys(line["task"] for line in lines))
     fig, axes = plt.subplots(

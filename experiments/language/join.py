@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.language import figures, summary
-from experiments.language.settings import Settings
+from experiments.language.figures import draw
+from experiments.language.settings import LanguageSettings
+from experiments.language.summary import tables
 from experiments.lib import cli
 from experiments.lib.errors import RunError
 from experiments.lib.runs import MANIFEST, RESULTS, RunFolder, read_rows
 
 # May differ between runs that are joined; the trials must.
 FREE = {"seeds", "first_seed"} | {
-    field.name for field in dataclasses.fields(Settings) if field.metadata.get("run_only")
+    field.name for field in dataclasses.fields(LanguageSettings) if field.metadata.get("run_only")
 }
 
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Makes one table and its figures of runs that differ in their seeds.",
     )
     folder, chance = join(settings.runs, settings.out)
-    print(summary.tables(folder.rows(), chance))
+    print(tables(folder.rows(), chance))
     for path in sorted(folder.folder.glob("*.png")):
         print(f"figure:  {path}")
 
@@ -76,7 +77,7 @@ def join(runs: Sequence[Path], out: Path | None) -> tuple[RunFolder, float]:
     with RunFolder.create(out, settings, experiment="language", tag="joined") as folder:
         folder.add_rows(rows)
         folder.note(runs=manifests)
-        figures.draw(folder, chance)
+        draw(folder, chance)
     return folder, chance
 
 

@@ -1,39 +1,65 @@
-"""The command ``python -m experiments.language``."""
+"""The command: every method, rank, fine-tuning and trial.
+
+A run folder holds, besides what every run folder holds:
+``weights/<method>-<rank>-<trial>.safetensors`` with every retrained model, and the figures.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.language import figures, summary
 from experiments.language.data import Corpus, load, write_made_up
-from experiments.language.settings import PART_OF, Settings
+from experiments.language.progress import Clock, EpochLine
+from experiments.language.settings import PART_OF, TINY, LanguageSettings
+from experiments.language.summary import COLUMNS, tables
 from experiments.language.trials import Trials
 from experiments.lib.experiment import Experiment, Work, command
-from experiments.lib.machine import choose_device, keep_freed_memory
+from experiments.lib.machine import choose_device, keep_freed_memory, one_thread
+from experiments.lib.runs import RunFolder
+from experiments.lib.training import Labels, Units, unit_of
 from experiments.lib.unused import unused
 
+NAME = "language"
 
-def prepare(settings: Settings) -> Work:
-    """Checks the settings, loads the dialogues and a model, and makes the token sequences."""
-    device = choose_device(settings.device)
-    notes = unused(settings, PART_OF, settings.kinds())
-    settings = settings.resolved(device.type)
-    trials = Trials(settings, load_corpus(settings), device)
+
+def prepare(given: LanguageSettings) -> Work:
+    """Loads dialogues and a model; every retraining and every fine-tuning is a unit of work."""
+    device = choose_device(given.device)
+    settings = given.resolved(device.type)
+    corpus = load_corpus(settings)
+    trials = Trials(settings, corpus, device)
     if device.type == "cpu":
         keep_freed_memory()
-    chance = 100 / settings.candidates
+    model, chance = Path(settings.model).name, 100 / settings.candidates
+
+    def run(folder: RunFolder) -> None:
+        for file in corpus.files:
+            for part, sha256 in file.sha256.items():
+                folder.add_data(part, sha256)
+        folder.note(**trials.facts())
+        units = Units(folder, trials, COLUMNS, {"experiment": NAME, "model": model})
+        with one_thread() if settings.model == TINY else contextlib.nullcontext():
+            _run_units(units, trials, branches(settings))
+
+    def figures(folder: RunFolder) -> list[Path]:
+        from experiments.language.figures import draw  # matplotlib takes a second to import
+
+        return draw(folder, chance)
+
     return Work(
         settings,
-        trials.run,
-        table=lambda folder: summary.tables(folder.rows(), chance),
-        figures=lambda folder: figures.draw(folder, chance),
-        tag=Path(settings.model).name,
-        notes=[*notes, *trials.notes()],
+        run,
+        lambda folder: tables(folder.rows(), chance),
+        figures,
+        tag=model,
+        notes=[*unused(given, PART_OF, given.kinds()), *trials.notes()],
     )
 
 
-def load_corpus(settings: Settings) -> Corpus:
+def load_corpus(settings: LanguageSettings) -> Corpus:
     """The dialogues, or for a smoke run without data made-up ones.
 
     Raises:
@@ -65,11 +91,59 @@ def load_corpus(settings: Settings) -> Corpus:
         )
 
 
-EXPERIMENT = Experiment(
-    "language",
+Branch = tuple[Labels, list[Labels]]  # a retraining, and the fine-tunings that go on from it
+
+
+def branches(settings: LanguageSettings) -> list[Branch]:
+    """The labels of all trainings of a run."""
+    found: list[Branch] = []
+    for trial in settings.trials:
+        for method in settings.retrain:
+            for rank in settings.ranks(method):
+                finetunings: list[Labels] = [
+                    {"method": method, "finetune": kind, "rank": r, "trial": trial}
+                    for kind in settings.finetunes(method)
+                    for r in (settings.ranks(kind) if rank is None else (rank,))
+                ]
+                found.append(({"method": method, "rank": rank, "trial": trial}, finetunings))
+    return found
+
+
+def _run_units(units: Units, trials: Trials, work: Sequence[Branch]) -> None:
+    """Does what the folder does not hold yet, with a line on stderr after every epoch."""
+    done, settings = units.folder.done, trials.settings
+    clock = Clock(
+        sum(
+            settings.epochs * trials.work(labels["method"])
+            for labels, _ in work
+            if labels["method"] != "none" and not done(unit_of("retrain", labels))
+        )
+        + sum(
+            settings.finetune_epochs * trials.work(labels["finetune"])
+            for _, finetunings in work
+            for labels in finetunings
+            if not done(unit_of("finetune", labels))
+        )
+    )
+
+    def line(phase: str, labels: Labels, kind: str) -> EpochLine:
+        return EpochLine(clock, unit_of(phase, labels), trials.work(kind))
+
+    for labels, finetunings in work:
+        method = labels["method"]
+        if method == "none":
+            model = trials.new_model(labels["trial"])
+        else:
+            model = units.retrained(labels, line("retrain", labels, method))
+        for of_one in finetunings:
+            units.finetuned(of_one, model, line("finetune", of_one, of_one["finetune"]))
+
+
+LANGUAGE = Experiment(
+    NAME,
     "Retrains a language model on the dialogues of some personas, then fine-tunes it on those of "
     "others, to choose the next utterance among 20.",
-    Settings,
+    LanguageSettings,
     prepare,
 )
-main = command("python -m experiments.language", EXPERIMENT)
+main = command("python -m experiments.language", LANGUAGE)

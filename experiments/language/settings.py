@@ -50,7 +50,7 @@ SMOKE: Mapping[str, Any] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(RetrainingSettings):
+class LanguageSettings(RetrainingSettings):
     """Settings of one run; None stands for a default that ``--smoke`` changes.
 
     The authors' schedules are given in the number of batches of the largest task, len_0, and the
@@ -190,7 +190,7 @@ class Settings(RetrainingSettings):
 
 # Settings that only some methods and fine-tunings have a use for; the others are for all.
 PART_OF = part_of(
-    Settings,
+    LanguageSettings,
     {
         **dict.fromkeys(("rank", "alpha", "dropout"), ("lora-ml", "lora")),
         **dict.fromkeys(("epochs", "batch_size"), RETRAINED),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,14 +12,11 @@ from torch import Tensor, nn
 from experiments.language.data import Corpus
 from experiments.language.dialogues import Dialogue
 from experiments.language.encoders import Encoders, has_token_types, head_names, max_length
-from experiments.language.progress import Clock, EpochLine
-from experiments.language.settings import PART_OF, TINY, Settings
-from experiments.language.summary import BEFORE, BEST, COLUMNS, LAST
+from experiments.language.settings import PART_OF, LanguageSettings
+from experiments.language.summary import BEFORE, BEST, LAST
 from experiments.language.tokens import TokenizedTurns, tokenize
 from experiments.lib import training
 from experiments.lib.errors import RunError
-from experiments.lib.machine import one_thread
-from experiments.lib.runs import RunFolder
 from experiments.lib.unused import at_most
 from metalora.adapters import LoRAConfig
 from metalora.hf import (
@@ -71,13 +66,11 @@ class Trials(training.Trials[TokenizedTurns]):
 
     with_head = PART_OF["shared_head"]
     samples = "turns"
-    columns = COLUMNS
 
-    def __init__(self, settings: Settings, corpus: Corpus, device: torch.device):
+    def __init__(self, settings: LanguageSettings, corpus: Corpus, device: torch.device):
         self.settings, self.corpus, self.device = settings, corpus, device
         self.fixed = {"optimizer": "adamw", "schedule": "linear", "schedule_unit": "step"}
         self.loss = {"loss": choice_loss}
-        self.constant = {"experiment": "language", "model": Path(settings.model).name}
         every = [d for task in (*corpus.retraining, *corpus.testing) for d in task.train]
         texts = (c for d in every for turn in d.turns for c in (turn.utterance, *turn.candidates))
         self.encoders = Encoders(settings.model, settings.tokenizer, settings.as_roberta, texts)
@@ -104,52 +97,6 @@ class Trials(training.Trials[TokenizedTurns]):
             raise RunError(f"--packed: {problem}; leave it out")
         self.packed = settings.packed is not False and problem is None
         self._position_offset = position_offset(model)
-
-    def run(self, folder: RunFolder) -> None:
-        """Every method, rank, fine-tuning and trial that the folder does not hold yet."""
-        for file in self.corpus.files:
-            for part, sha256 in file.sha256.items():
-                folder.add_data(part, sha256)
-        folder.note(**self.facts())
-        with one_thread() if self.settings.model == TINY else contextlib.nullcontext():
-            clock = Clock(sum(self._work(folder, *branch) for branch in self._branches()))
-
-            def line(phase: str, labels: training.Labels) -> EpochLine:
-                work = self.work(labels.get("finetune", labels["method"]))
-                return EpochLine(clock, training.unit_of(phase, labels), work)
-
-            for labels, finetunings in self._branches():
-                if labels["method"] == "none":
-                    model = self.new_model(labels["trial"])
-                else:
-                    model = self.retrained(folder, labels, line("retrain", labels))
-                for of_one in finetunings:
-                    self.finetuned(folder, of_one, model, line("finetune", of_one))
-
-    def _branches(self) -> Iterator[tuple[training.Labels, list[training.Labels]]]:
-        """The labels of every retraining, with those of the fine-tunings that go on from it."""
-        s = self.settings
-        for trial in s.trials:
-            for method in s.retrain:
-                for rank in s.ranks(method):
-                    finetunings: list[training.Labels] = [
-                        {"method": method, "finetune": kind, "rank": r, "trial": trial}
-                        for kind in s.finetunes(method)
-                        for r in (s.ranks(kind) if rank is None else (rank,))
-                    ]
-                    yield {"method": method, "rank": rank, "trial": trial}, finetunings
-
-    def _work(
-        self, folder: RunFolder, labels: training.Labels, finetunings: Sequence[training.Labels]
-    ) -> float:
-        """What is left to do of a branch, in forward passes of a turn."""
-        s, total = self.settings, 0.0
-        if labels["method"] != "none" and not folder.done(training.unit_of("retrain", labels)):
-            total += s.epochs * self.work(labels["method"])
-        for of_one in finetunings:
-            if not folder.done(training.unit_of("finetune", of_one)):
-                total += s.finetune_epochs * self.work(of_one["finetune"])
-        return total
 
     def work(self, kind: str) -> float:
         """What an epoch of a retraining or fine-tuning costs, in forward passes of a turn."""

@@ -11,13 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.lib.plotting import COLORS, LABELS, MARKERS
+from experiments.lib.retraining_settings import FINETUNES
 
 Lines = Sequence[Mapping[str, Any]]  # of `experiments.lib.training.summarize`
 
 
 def panels(lines: Lines) -> tuple[Figure, list[tuple[Axes, str, Lines]]]:
     """A figure with a panel for each fine-tuning: its axes, its name and its lines."""
-    kinds = list(dict.fromkeys(line["finetune"] for line in lines))
+    kinds = [kind for kind in FINETUNES if any(line["finetune"] == kind for line in lines)]
     size = (6.3 * len(kinds), 5.0)
     fig, axes = plt.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False)
     for ax, kind in zip(axes[0], kinds, strict=True):

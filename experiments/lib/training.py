@@ -8,6 +8,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -50,8 +51,6 @@ class Trials(abc.ABC, Generic[Part]):
         fixed: fields of `TrainConfig` that are no settings.
         loss: keyword ``loss`` of every training; none where it is the usual one.
         samples: what is counted for the throughput.
-        columns: of results.csv.
-        constant: the same columns of all rows.
         retraining, validation: the retraining tasks' data.
     """
 
@@ -61,8 +60,6 @@ class Trials(abc.ABC, Generic[Part]):
     fixed: Mapping[str, Any]
     loss: Mapping[str, Any] = {}
     samples: str
-    columns: Sequence[str]
-    constant: Mapping[str, Any]
     retraining: Part
     validation: Part
 
@@ -92,9 +89,12 @@ class Trials(abc.ABC, Generic[Part]):
 
     @abc.abstractmethod
     def finetune(
-        self, model: nn.Module, kind: str, seed: int, *callbacks: Callback
+        self, model: nn.Module, kind: str, seed: int, *callbacks: Callback, **own: Any
     ) -> list[dict[str, Any]]:
         """Adapts a retrained model, in place, to the test tasks.
+
+        Args:
+            own: the labels that only this experiment has.
 
         Returns:
             what was measured: columns of results.csv, each time with a metric and its value.
@@ -182,54 +182,63 @@ class Trials(abc.ABC, Generic[Part]):
         fresh = fresh and len(lora.heads) > 0
         return finetune_lora(model, rounds, config, lora, fresh_heads=fresh, **common)
 
-    def retrained(self, folder: RunFolder, labels: Labels, *callbacks: Callback) -> nn.Module:
-        """The model after a retraining, done now or before the run was resumed; a unit of work."""
+
+@dataclass(frozen=True)
+class Units:
+    """The units of work of a run: trainings that are done unless its folder holds them already.
+
+    Attributes:
+        folder: the run's.
+        trials: does the trainings.
+        columns: of results.csv.
+        constant: the columns that are the same in all rows.
+    """
+
+    folder: RunFolder
+    trials: Trials[Any]
+    columns: Sequence[str]
+    constant: Mapping[str, Any]
+
+    def retrained(self, labels: Labels, *callbacks: Callback) -> nn.Module:
+        """Returns the model after a retraining."""
         method, trial, unit = labels["method"], labels["trial"], unit_of("retrain", labels)
         name = "-".join(map(_shown, labels.values()))
-        weights = folder.path("weights") / f"{name}.safetensors"
-        if folder.done(unit):
-            model = self.new_model(trial)
+        weights = self.folder.path("weights") / f"{name}.safetensors"
+        if self.folder.done(unit):
+            model = self.trials.new_model(trial)
             load_weights(model, weights)
             return model
-        log = EpochLog(folder, phase="retrain", **labels)
+        log = EpochLog(self.folder, phase="retrain", **labels)
         rates = "--reptile-lr or --reptile-inner-lr" if method == "reptile" else "--lr"
         with divergence(unit, rates):
-            model, result = self.retrain(method, trial, log, *callbacks, rank=labels.get("rank"))
-        samples = self.samples_per_epoch(method) * len(result.history)
-        throughput = {f"{self.samples}_per_second": round(samples / log.seconds, 2)}
-        folder.log(phase="retrained", **labels, kept_epoch=result.kept_epoch, **throughput)
+            model, result = self.trials.retrain(
+                method, trial, log, *callbacks, rank=labels.get("rank")
+            )
+        samples = self.trials.samples_per_epoch(method) * len(result.history)
+        throughput = {f"{self.trials.samples}_per_second": round(samples / log.seconds, 2)}
+        self.folder.log(phase="retrained", **labels, kept_epoch=result.kept_epoch, **throughput)
         measured = {"validation_best": result.best_metric, "validation_last": result.last_metric}
-        folder.add_rows(
-            [self.row(labels, {"metric": m, "value": value}) for m, value in measured.items()]
-        )
+        self._add_rows(labels, [{"metric": m, "value": value} for m, value in measured.items()])
         save_weights(model, weights)
-        folder.mark_done(unit)
+        self.folder.mark_done(unit)
         return model
 
-    def finetuned(
-        self, folder: RunFolder, labels: Labels, retrained: nn.Module, *callbacks: Callback
-    ) -> None:
-        """Fine-tunes a copy of a retrained model unless the folder has it done; a unit of work."""
+    def finetuned(self, labels: Labels, retrained: nn.Module, *callbacks: Callback) -> None:
+        """Fine-tunes a copy of a retrained model."""
         unit = unit_of("finetune", labels)
-        if folder.done(unit):
+        if self.folder.done(unit):
             return
-        log = EpochLog(folder, phase="finetune", **labels)
+        log = EpochLog(self.folder, phase="finetune", **labels)
         own = {k: v for k, v in labels.items() if k not in ("method", "finetune", "trial")}
         with divergence(unit, "--finetune-lr"):
-            measured = self.finetune(
-                copy.deepcopy(retrained),
-                labels["finetune"],
-                labels["trial"],
-                log,
-                *callbacks,
-                **own,
-            )
-        folder.add_rows([self.row(labels, values) for values in measured])
-        folder.mark_done(unit)
+            model, kind = copy.deepcopy(retrained), labels["finetune"]
+            measured = self.trials.finetune(model, kind, labels["trial"], log, *callbacks, **own)
+        self._add_rows(labels, measured)
+        self.folder.mark_done(unit)
 
-    def row(self, labels: Labels, measured: Mapping[str, Any]) -> dict[str, Any]:
-        """A row of results.csv; what it has no value for, such as a rank without LoRA, is empty."""
-        return row(self.columns, {**self.constant, **labels, **measured})
+    def _add_rows(self, labels: Labels, measured: Iterable[Mapping[str, Any]]) -> None:
+        same = {**self.constant, **labels}
+        self.folder.add_rows([row(self.columns, {**same, **values}) for values in measured])
 
 
 class EpochLog(Callback):

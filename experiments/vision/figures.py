@@ -8,14 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+
+from experiments.lib import accuracy_figures, plotting
 from experiments.lib.runs import RunFolder, standard_error
 from experiments.vision.summary import BEST, LAST, summary
 
 
 def draw(run: RunFolder) -> list[Path]:
     """Draws accuracy.png (the table) and curves.png (accuracy during fine-tuning), with numbers."""
-    from experiments.lib import plotting
-
     lines = summary(run.rows())
     if not lines:
         return []
@@ -24,8 +25,6 @@ def draw(run: RunFolder) -> list[Path]:
 
 
 def _accuracy(run: RunFolder, lines: list[dict[str, Any]]) -> Path:
-    from experiments.lib import accuracy_figures, plotting
-
     shots = list(dict.fromkeys(line["shots"] for line in lines))
     fig, panels = accuracy_figures.panels(lines)
     for ax, _, of_kind in panels:
@@ -50,10 +49,6 @@ def _accuracy(run: RunFolder, lines: list[dict[str, Any]]) -> Path:
 
 def _curves(run: RunFolder) -> Path:
     """Accuracy during fine-tuning, mean over trials, a row of panels for each number of shots."""
-    import matplotlib.pyplot as plt
-
-    from experiments.lib import plotting
-
     settings = run.manifest["settings"]
     kinds, shots = settings["finetune"], settings["shots"]
     numbers = _mean_curves(run.records())

@@ -1,39 +1,67 @@
-"""The command ``python -m experiments.vision``."""
+"""The command: every method, fine-tuning, number of shots and trial.
+
+A run folder holds, besides what every run folder holds: ``weights/<method>-<trial>.safetensors``
+with every retrained model, and the figures.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from tqdm import tqdm
+
 from experiments.lib.experiment import Experiment, Work, command
 from experiments.lib.machine import choose_device, keep_freed_memory
+from experiments.lib.runs import RunFolder
+from experiments.lib.training import Units
 from experiments.lib.unused import unused
-from experiments.vision import figures, summary
 from experiments.vision.data import load
-from experiments.vision.settings import PART_OF, Settings
+from experiments.vision.settings import PART_OF, VisionSettings
+from experiments.vision.summary import COLUMNS, summary, table
 from experiments.vision.trials import Trials
 
+NAME = "vision"
 
-def prepare(settings: Settings) -> Work:
-    """Checks the settings, loads the images, and builds what the trials need."""
-    device = choose_device(settings.device)
-    notes = unused(settings, PART_OF, settings.kinds())
-    settings = settings.resolved(device.type)
+
+def prepare(given: VisionSettings) -> Work:
+    """Loads the images; every retraining and every fine-tuning is a unit of work."""
+    device = choose_device(given.device)
+    settings = given.resolved(device.type)
     dataset = load(settings.data, settings.data_root, settings.download)
     trials = Trials(settings, dataset, device)
     if device.type == "cpu":
         keep_freed_memory()
+
+    def run(folder: RunFolder) -> None:
+        folder.add_data(settings.data, dataset.sha256)
+        units = Units(folder, trials, COLUMNS, {"experiment": NAME, "data": settings.data})
+        work = [(trial, method) for trial in settings.trials for method in settings.retrain]
+        for trial, method in tqdm(work, desc=NAME, unit="model", disable=None):
+            model = units.retrained({"method": method, "trial": trial})
+            for kind in settings.finetune:
+                for shots in settings.shots:
+                    labels = {"method": method, "finetune": kind, "shots": shots, "trial": trial}
+                    units.finetuned(labels, model)
+
+    def figures(folder: RunFolder) -> list[Path]:
+        from experiments.vision.figures import draw  # matplotlib takes a second to import
+
+        return draw(folder)
+
     return Work(
         settings,
-        trials.run,
-        table=lambda folder: summary.table(summary.summary(folder.rows())),
-        figures=figures.draw,
+        run,
+        lambda folder: table(summary(folder.rows())),
+        figures,
         tag=settings.data,
-        notes=[*notes, *trials.notes],
+        notes=[*unused(given, PART_OF, given.kinds()), *trials.notes],
     )
 
 
-EXPERIMENT = Experiment(
-    "vision",
+VISION = Experiment(
+    NAME,
     "Retrains an MLP-Mixer on binary image tasks, then fine-tunes it on another.",
-    Settings,
+    VisionSettings,
     prepare,
 )
-main = command("python -m experiments.vision", EXPERIMENT)
+main = command("python -m experiments.vision", VISION)

@@ -94,7 +94,7 @@ AUGMENTATIONS = {"cifar10": Augmentation(4, flip=True), "digits": Augmentation(1
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(RetrainingSettings):
+class VisionSettings(RetrainingSettings):
     """Settings of one run; None stands for the data set's default."""
 
     command: ClassVar[str] = "vision"
@@ -182,7 +182,7 @@ class Settings(RetrainingSettings):
 
 # Settings that only some methods, fine-tunings or data have a use for; the others are for all.
 PART_OF = part_of(
-    Settings,
+    VisionSettings,
     {
         **dict.fromkeys(("data_root", "download"), ("cifar10",)),
         "shared_head": ("last-layer-ml",),

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from experiments.lib import training
-from experiments.lib.runs import RunFolder
 from experiments.lib.unused import at_most
 from experiments.vision.augment import Normalize, frozen
 from experiments.vision.data import (
@@ -24,8 +21,8 @@ from experiments.vision.data import (
     first_per_class,
 )
 from experiments.vision.mixer import Mixer
-from experiments.vision.settings import AUGMENTATIONS, MODELS, PART_OF, Settings
-from experiments.vision.summary import BEST, COLUMNS, LAST
+from experiments.vision.settings import AUGMENTATIONS, MODELS, PART_OF, VisionSettings
+from experiments.vision.summary import BEST, LAST
 from metalora._checks import check_count
 from metalora.adapters import LoRAConfig
 from metalora.meta import Batch, Callback, RoundLoader, derive_seed
@@ -87,12 +84,10 @@ class Trials(training.Trials[Tasks]):
     heads = ("head",)
     with_head = PART_OF["shared_head"]
     samples = "images"
-    columns = COLUMNS
 
-    def __init__(self, settings: Settings, dataset: Dataset, device: torch.device):
+    def __init__(self, settings: VisionSettings, dataset: Dataset, device: torch.device):
         self.settings, self.device, self.sha256 = settings, device, dataset.sha256
         self.fixed = {"schedule": "cosine"}
-        self.constant = {"experiment": "vision", "data": settings.data}
         *retraining, test = settings.pairs()
         parts = {"train_per_class": dataset.train, "held_out_per_class": dataset.held_out}
         self.notes: list[str] = []
@@ -122,19 +117,6 @@ class Trials(training.Trials[Tasks]):
         patches = MODELS[settings.data].patches
         self._passes = ImagePasses(CPU_PATCHES // patches) if device.type == "cpu" else None
         training.check_rank(self.new_model(0), settings.rank)
-
-    def run(self, folder: RunFolder) -> None:
-        """Every method, fine-tuning, number of shots and trial that the folder does not hold."""
-        s = self.settings
-        folder.add_data(s.data, self.sha256)
-        work = [(trial, method) for trial in s.trials for method in s.retrain]
-        quiet = not sys.stderr.isatty()
-        for trial, method in tqdm(work, desc="vision", unit="model", disable=quiet):
-            model = self.retrained(folder, {"method": method, "trial": trial})
-            for kind in s.finetune:
-                for shots in s.shots:
-                    labels = {"method": method, "finetune": kind, "shots": shots, "trial": trial}
-                    self.finetuned(folder, labels, model)
 
     def new_model(self, seed: int) -> Mixer:
         torch.manual_seed(derive_seed("model", seed))
