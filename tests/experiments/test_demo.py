@@ -81,11 +81,11 @@ def test_an_interrupted_demo_names_the_command_that_goes_on(
 def interrupted_at_the_third_call(owner: Any, name: str) -> Iterator[None]:
     original, calls = getattr(owner, name), []
 
-    def counting(*args: Any) -> Any:
+    def counting(*args: Any, **keywords: Any) -> Any:
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return original(*args)
+        return original(*args, **keywords)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, counting)

@@ -19,17 +19,11 @@ from experiments.lib.training import row
 def made(path: Path, trial: int, value: float, **given: Any) -> Path:
     settings = LanguageSettings(first_seed=trial, **{"seeds": 1, **given}).resolved("cpu")
     with RunFolder.create(path, settings, experiment="language") as run:
-        labels = {
-            "model": "tiny",
-            "method": "lora-ml",
-            "finetune": "lora",
-            "rank": 8,
-            "trial": trial,
-        }
+        labels = {"model": "tiny", "method": "lora-ml", "finetune": "lora", "trial": trial}
         run.add_data("valid.jsonl", "0" * 64)
         run.add_rows(
             [
-                row(COLUMNS, {**labels, "task": task, "metric": metric, "value": value})
+                row(COLUMNS, {**labels, "rank": 8, "task": task, "metric": metric, "value": value})
                 for task in ("3", "5")
                 for metric in METRICS
             ]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from experiments.language import settings as language
+from experiments.language.settings import LanguageSettings
 from experiments.lib.retraining_settings import FINETUNES
 from experiments.lib.unused import at_most, cut, unused
 from experiments.synthetic.linear.settings import LinearSettings
@@ -16,10 +17,11 @@ from experiments.synthetic.phase.settings import PhaseSettings
 from experiments.synthetic.shallow.settings import ShallowSettings
 from experiments.theory import settings as theory
 from experiments.vision import settings as vision
+from experiments.vision.settings import VisionSettings
 
 MODULES: dict[str, tuple[Any, type]] = {
-    "language": (language, language.LanguageSettings),
-    "vision": (vision, vision.VisionSettings),
+    "language": (language, LanguageSettings),
+    "vision": (vision, VisionSettings),
     "theory": (theory, theory.TheorySettings),
 }
 
@@ -40,23 +42,23 @@ def test_part_of_names_fields_and_what_a_run_can_have(name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (language.LanguageSettings(rank=(4,), retrain=("lora-ml",)), []),
-        (language.LanguageSettings(rank=(4,), retrain=("standard",)), []),  # followed by LoRA
-        (language.LanguageSettings(rank=(4,), retrain=("last-layer-ml",)), ["--rank"]),
+        (LanguageSettings(rank=(4,), retrain=("lora-ml",)), []),
+        (LanguageSettings(rank=(4,), retrain=("standard",)), []),  # followed by LoRA
+        (LanguageSettings(rank=(4,), retrain=("last-layer-ml",)), ["--rank"]),
         (
-            language.LanguageSettings(standard_order="blocked", retrain=("reptile",)),
+            LanguageSettings(standard_order="blocked", retrain=("reptile",)),
             ["--standard-order"],
         ),
-        (language.LanguageSettings(lr=1.0, epochs=3, retrain=("reptile",)), ["--lr"]),
-        (language.LanguageSettings(epochs=3, retrain=("none",)), ["--epochs"]),
-        (vision.VisionSettings(shared_head="refit", retrain=("lora-ml",)), ["--shared-head"]),
-        (vision.VisionSettings(reptile="paper", retrain=("standard",)), ["--reptile"]),
-        (vision.VisionSettings(data_root=Path("x"), data="digits"), ["--data-root"]),
-        (vision.VisionSettings(), []),
+        (LanguageSettings(lr=1.0, epochs=3, retrain=("reptile",)), ["--lr"]),
+        (LanguageSettings(epochs=3, retrain=("none",)), ["--epochs"]),
+        (VisionSettings(shared_head="refit", retrain=("lora-ml",)), ["--shared-head"]),
+        (VisionSettings(reptile="paper", retrain=("standard",)), ["--reptile"]),
+        (VisionSettings(data_root=Path("x"), data="digits"), ["--data-root"]),
+        (VisionSettings(), []),
     ],
 )
 def test_what_nothing_in_the_run_reads_is_said(settings: Any, said: list[str]) -> None:
-    module = language if isinstance(settings, language.LanguageSettings) else vision
+    module = language if isinstance(settings, LanguageSettings) else vision
     lines = unused(settings, module.PART_OF, settings.kinds())
     assert [line.split()[1] for line in lines] == said
 
