@@ -1,4 +1,4 @@
-"""Dialogues as tasks: one persona cluster is one task, the largest come first."""
+"""Dialogues as tasks: one persona cluster is one task; the largest clusters come first."""
 
 from __future__ import annotations
 
@@ -69,8 +69,9 @@ class FileReport:
 
     Attributes:
         sha256: checksums by file name: the file's and its persona map's.
-        exact, partial, catch_all: dialogues whose persona lies in a cluster, in part in a
-            cluster, and in the catch-all cluster, which is left out whatever the match.
+        counts: the number of dialogues whose persona lies in a cluster ("exact"), in part in a
+            cluster ("partial"), in the catch-all cluster, which is left out whatever the match
+            ("catch_all"), and in none ("unmatched").
         unmatched: where each dialogue begins whose persona matches no cluster, and the persona.
         clusters: how many clusters have dialogues that can be used.
         distractors_drawn: whether the file came without candidate lists.
@@ -78,21 +79,10 @@ class FileReport:
 
     path: Path
     sha256: dict[str, str]
-    exact: int
-    partial: int
-    catch_all: int
+    counts: dict[str, int]
     unmatched: tuple[tuple[str, tuple[str, ...]], ...]
     clusters: int
     distractors_drawn: bool
-
-    def counts(self) -> dict[str, int]:
-        """Numbers of dialogues, for a log or a manifest."""
-        return {
-            "exact": self.exact,
-            "partial": self.partial,
-            "catch_all": self.catch_all,
-            "unmatched": len(self.unmatched),
-        }
 
 
 @dataclass(frozen=True)
@@ -236,9 +226,12 @@ class _Source:
         return FileReport(
             self.path,
             self.sha256,
-            exact=sum(d.match == EXACT for d in in_clusters),
-            partial=sum(d.match == PARTIAL for d in in_clusters),
-            catch_all=len(self.dialogues) - len(in_clusters),
+            counts={
+                "exact": sum(d.match == EXACT for d in in_clusters),
+                "partial": sum(d.match == PARTIAL for d in in_clusters),
+                "catch_all": len(self.dialogues) - len(in_clusters),
+                "unmatched": len(unmatched),
+            },
             unmatched=tuple((d.where, d.persona) for d in unmatched),
             clusters=len(self._clusters(strict)),
             distractors_drawn=self.lists.drawn,

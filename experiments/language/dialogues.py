@@ -195,7 +195,7 @@ def _other_side(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def plain(sentence: str) -> str:
-    """A sentence in small letters, contractions written out, without punctuation."""
+    """A sentence in lower case, contractions written out and punctuation removed."""
     sentence = sentence.lower()
     for short, written_out in CONTRACTIONS:
         sentence = sentence.replace(short, written_out)
@@ -285,7 +285,7 @@ def _read_dataset(path: Path, per_turn: int) -> list[Dialogue]:
         raise DataError(f"{path} needs the datasets library: pip install datasets") from None
     try:
         rows = load_from_disk(str(path)).to_list()
-    except Exception as error:  # whatever damaged files make pyarrow or datasets raise
+    except Exception as error:  # pyarrow and datasets raise many kinds for damaged files
         raise DataError(
             f"{path} is damaged ({first_line(error)}); save the dataset again"
         ) from None

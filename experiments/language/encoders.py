@@ -27,13 +27,13 @@ HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 
 
 class Encoders:
-    """Models of one kind and their tokenizer.
+    """Makes the models of a run, and their tokenizer.
 
     Args:
         name: a name or folder, "minilm" or "tiny".
         tokenizer: name or folder of the tokenizer; None is the model's own.
         as_roberta: see `roberta_from_bert`.
-        texts: what the vocabulary of "tiny" is made of.
+        texts: the vocabulary of "tiny" is made of these.
 
     Raises:
         RunError: there is no such model or tokenizer.
@@ -109,10 +109,10 @@ def tiny_roberta(tokenizer: Any) -> nn.Module:
 
 
 def roberta_from_bert(bert: Any, tokenizer: Any) -> nn.Module:
-    """BERT's encoder in the RoBERTa classes, with a new head: the last hidden states are the same.
+    """Puts BERT's encoder into the RoBERTa classes, with a new head.
 
-    They are those of BERT for tokens of its first type, the only one that RoBERTa has. BERT's
-    pooler is left out, for which RoBERTa has the first layer of its head.
+    The last hidden states equal BERT's for tokens of type 0, the only type that RoBERTa has. BERT's
+    pooler is dropped: the first layer of RoBERTa's head takes its place.
 
     Raises:
         RunError: ``bert`` is no BERT.
@@ -143,7 +143,7 @@ def roberta_from_bert(bert: Any, tokenizer: Any) -> nn.Module:
 
 
 def _roberta(tokenizer: Any, length: int) -> dict[str, Any]:
-    """A RoBERTa's special tokens, and positions for ``length`` tokens, behind the padding's."""
+    """A RoBERTa's special tokens, and positions for ``length`` tokens beside the padding's."""
     return {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.cls_token_id,
@@ -155,10 +155,10 @@ def _roberta(tokenizer: Any, length: int) -> dict[str, Any]:
 
 
 def head_names(model: Any) -> list[str]:
-    """The linear layers behind the encoder: RoBERTa's classifier, BERT's pooler and classifier.
+    """The linear layers after the encoder: RoBERTa's classifier, BERT's pooler and classifier.
 
-    They exist once per task, and are what last-layer fine-tuning trains. All other linear layers
-    are the encoder's, and get LoRA.
+    They exist once per task, and last-layer fine-tuning trains them. All other linear layers are
+    the encoder's and get LoRA.
     """
     base = f"{model.base_model_prefix}."
     return [
@@ -185,13 +185,13 @@ def model_folder(name: str, flag: str = "--model") -> Path:
         raise DataError(f"{flag} {name}: no such folder; give a model's folder, or its name")
     import huggingface_hub
 
-    with contextlib.suppress(Exception):  # not among the downloaded ones, whatever it raises
+    with contextlib.suppress(Exception):  # many kinds, if it was not downloaded before
         return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
     try:
-        # One short request: a download would try again for most of a minute without a network.
+        # One short request: without a network, a download would retry for most of a minute.
         huggingface_hub.HfApi().model_info(name, timeout=HUB_SECONDS)
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES)))
-    except Exception as error:  # whatever the network, the Hub or the disk make it raise
+    except Exception as error:  # of the network, the Hub or the disk
         raise DataError(
             f"{flag} {name}: neither a folder nor downloaded before, and the Hugging Face Hub "
             f"gives none ({first_line(error)}); give the folder of a model"
@@ -210,7 +210,7 @@ def load_tokenizer(name: str, flag: str = "--model") -> Any:
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever missing or damaged files make it raise
+    except Exception as error:  # many kinds, for missing or damaged files
         raise DataError(
             f"{folder} has no usable tokenizer ({first_line(error)}); {OTHER_TOKENIZER}"
         ) from None
@@ -231,7 +231,7 @@ def load_tokenizer(name: str, flag: str = "--model") -> Any:
 def load_model(name: str, tokenizer: Any) -> nn.Module:
     """A sequence-classification model with two labels, in float32.
 
-    A head that is not there, or is for other labels, is drawn anew by torch's global generator.
+    A head that is missing or has other labels is drawn anew by torch's global generator.
 
     Raises:
         DataError: there is no model, it is damaged, weights of its encoder are missing, or it does
@@ -250,7 +250,7 @@ def load_model(name: str, tokenizer: Any) -> nn.Module:
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except Exception as error:  # whatever missing or damaged files make it raise
+    except Exception as error:  # many kinds, for missing or damaged files
         raise DataError(f"{folder} has no usable model ({first_line(error)})") from None
     unusable = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
     encoder = [n for n in unusable if n.startswith(f"{model.base_model_prefix}.")]
@@ -273,7 +273,7 @@ def max_length(model: Any) -> int:
     """The longest sequence that a model has positions for."""
     for name, module in model.named_modules():
         if name.endswith(".position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa's positions begin behind the one that stands for padding.
+            # RoBERTa's positions begin after the one that stands for padding.
             unused = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - unused
     positions: int = model.config.max_position_embeddings
@@ -281,9 +281,9 @@ def max_length(model: Any) -> int:
 
 
 def has_token_types(model: Any, tokenizer: Any) -> bool:
-    """Whether pairs are told apart by token types: the tokenizer makes two and the model has two.
+    """Whether token types tell history and candidate apart, as with BERT.
 
-    BERT's do. A BERT tokenizer beside a RoBERTa model makes types that the model does not have.
+    The tokenizer must make two types and the model must have them, which RoBERTa does not.
     """
     types = getattr(model.config, "type_vocab_size", 0)
     return "token_type_ids" in tokenizer.model_input_names and types > 1

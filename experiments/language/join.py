@@ -1,4 +1,4 @@
-"""One table and its figures from several runs: trials that ran side by side, or on other machines.
+"""Joins runs into one table with its figures: trials that ran in parallel or on other machines.
 
 python -m experiments.language.join RUN RUN ... --out DIR
 """
@@ -18,7 +18,7 @@ from experiments.lib import cli
 from experiments.lib.errors import RunError
 from experiments.lib.runs import MANIFEST, RESULTS, RunFolder, read_rows
 
-# May differ between runs that are joined; the trials must.
+# These settings may differ between the runs; the trials must.
 FREE = {"seeds", "first_seed"} | {
     field.name for field in dataclasses.fields(LanguageSettings) if field.metadata.get("run_only")
 }
@@ -48,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def join(runs: Sequence[Path], out: Path | None) -> tuple[RunFolder, float]:
-    """A folder with the results of all runs, its figures made; and the chance level in percent.
+    """Joins finished runs that differ only in their trials.
+
+    Returns:
+        the folder with the results of all runs and their figures, and the chance level in percent.
 
     Raises:
         RunError: a folder holds no finished run, the runs differ in more than their trials, or

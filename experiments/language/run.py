@@ -111,18 +111,16 @@ def branches(settings: LanguageSettings) -> list[Branch]:
 
 def _run_units(units: Units, trials: Trials, work: Sequence[Branch]) -> None:
     """Does what the folder does not hold yet, with a line on stderr after every epoch."""
-    done, settings = units.folder.done, trials.settings
+    settings = trials.settings
+
+    def left(phase: str, labels: Labels, kind: str, epochs: int) -> float:
+        return 0 if units.folder.done(unit_of(phase, labels)) else epochs * trials.work(kind)
+
     clock = Clock(
         sum(
-            settings.epochs * trials.work(labels["method"])
-            for labels, _ in work
-            if labels["method"] != "none" and not done(unit_of("retrain", labels))
-        )
-        + sum(
-            settings.finetune_epochs * trials.work(labels["finetune"])
-            for _, finetunings in work
-            for labels in finetunings
-            if not done(unit_of("finetune", labels))
+            left("retrain", labels, labels["method"], settings.epochs)
+            + sum(left("finetune", f, f["finetune"], settings.finetune_epochs) for f in finetunings)
+            for labels, finetunings in work
         )
     )
 

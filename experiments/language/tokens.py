@@ -23,13 +23,13 @@ from metalora._files import replacing
 from metalora.meta.identity import digest_of_tensors
 
 FOLDER_VARIABLE = "METALORA_CACHE"
-FORM = 1  # part of the cache's key: raise it when the sequences of the same input change
-AT_ONCE = 1 << 15  # sequences assembled at a time, for the memory of their indices
+FORM = 1  # part of the cache's key; increase it when the same input gives other sequences
+AT_ONCE = 1 << 15  # sequences assembled at a time, which bounds the memory of their indices
 
 
 @dataclass(frozen=True)
 class TokenizedTurns:
-    """Every turn's candidates as token sequences, one behind the other.
+    """Every turn's candidates as token sequences, one after the other.
 
     Attributes:
         fields: "input_ids" and, where asked for, "token_type_ids", both int32 [total].
@@ -63,7 +63,7 @@ def tokenize(
     """Makes the token sequences of every turn, or reads them from the cache.
 
     The history of a turn is all that was said before the response, silence left out; each
-    utterance is tokenised by itself, behind a space unless it is the dialogue's first. With ``cls``
+    utterance is tokenised by itself, after a space unless it is the dialogue's first. With ``cls``
     and ``sep`` as the tokenizer has them (RoBERTa: ``<s>`` and ``</s>``) a sequence is
 
         token_types=False: cls history sep cls candidate sep
@@ -114,12 +114,12 @@ def tokenize(
 
 
 class _Pieces:
-    """The texts' tokens, and which of them make up every history and every candidate.
+    """The tokens of all texts, and which of them make up each history and each candidate.
 
     Attributes:
-        stream: int32, the tokens of all utterances of all dialogues, one behind the other.
+        stream: int32, the tokens of all utterances of all dialogues, one after the other.
         history_start, history_end: int64 [N], each turn's history in ``stream``.
-        tokens: int32, the tokens of all different texts, one behind the other.
+        tokens: int32, the tokens of all different texts, one after the other.
         text_start, text_length: int64 [texts], each text in ``tokens``.
         choices: int64 [N, n], each turn's candidates by text.
     """
@@ -185,7 +185,7 @@ def _assemble(
     lengths = history + candidate + (max_length - room)
     starts = np.concatenate([[0], np.cumsum(lengths)])
 
-    # Every place that nothing is written to below is a sep.
+    # Every position that is not written below stays a sep.
     ids = np.full(starts[-1], tokenizer.sep_token_id, dtype=np.int32)
     ids[starts[:-1]] = tokenizer.cls_token_id
     candidate_start = starts[1:] - 1 - candidate
@@ -219,7 +219,7 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def _key(tasks: Sequence[Sequence[Dialogue]], tokenizer: Any, settings: Sequence[Any]) -> str:
     """sha256 of all that the sequences depend on: the texts, the tokenizer, the settings."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Not the tokenizer's, but left in it by whoever called it last.
+    # The last call left these behind; the sequences do not depend on them.
     del backend["padding"], backend["truncation"]
     special = [tokenizer.cls_token_id, tokenizer.sep_token_id]
     texts = [
@@ -238,7 +238,7 @@ def default_folder() -> Path:
 
 
 def _read(folder: Path, key: str) -> dict[str, Tensor] | None:
-    """What was written under a key; None if nothing was, or (with a note on stderr) damaged."""
+    """The tensors stored under a key; None if there are none or, with a note, if damaged."""
     from safetensors import SafetensorError, safe_open
 
     path = _path(folder, key)
@@ -258,7 +258,7 @@ def _read(folder: Path, key: str) -> dict[str, Tensor] | None:
 def write(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
     """Stores tensors under a key: another process sees all of them or nothing.
 
-    A folder that cannot be written to costs a note on stderr, no more.
+    If the folder cannot be written to, a note on stderr says so.
     """
     from safetensors.torch import save
 

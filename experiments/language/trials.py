@@ -70,6 +70,7 @@ class Trials(training.Trials[TokenizedTurns]):
     def __init__(self, settings: LanguageSettings, corpus: Corpus, device: torch.device):
         self.settings, self.corpus, self.device = settings, corpus, device
         self.fixed = {"optimizer": "adamw", "schedule": "linear", "schedule_unit": "step"}
+        self.inner = {"inner_optimizer": "adamw"}
         self.loss = {"loss": choice_loss}
         every = [d for task in (*corpus.retraining, *corpus.testing) for d in task.train]
         texts = (c for d in every for turn in d.turns for c in (turn.utterance, *turn.candidates))
@@ -103,6 +104,8 @@ class Trials(training.Trials[TokenizedTurns]):
         if kind in ("lora", "last-layer"):
             each = LORA if kind == "lora" else HEAD
             return each * len(self.test) + EVALUATION * len(self.test_held_out)
+        if kind == "none":
+            return 0.0
         return FULL * len(self.retraining) + EVALUATION * len(self.validation)
 
     def notes(self) -> list[str]:
@@ -148,7 +151,7 @@ class Trials(training.Trials[TokenizedTurns]):
             "turns": {name: torch.bincount(turns.task_ids) for name, turns in parts.items()},
             "tokens": {name: int(turns.starts[-1]) for name, turns in parts.items()},
             "turns_cut_short": {name: turns.truncated for name, turns in parts.items()},
-            "dialogues": {file.path.name: file.counts() for file in corpus.files},
+            "dialogues": {file.path.name: file.counts for file in corpus.files},
             "other_sides_left_out": corpus.other_sides,
             "packed": self.packed,
         }
@@ -192,13 +195,6 @@ class Trials(training.Trials[TokenizedTurns]):
 
     def samples_per_epoch(self, method: str) -> int:
         return len(self.retraining)
-
-    def inner(self) -> dict[str, Any]:
-        return {
-            "inner_steps": self.settings.reptile_inner_steps,
-            "inner_lr": self.settings.reptile_inner_lr,
-            "inner_optimizer": "adamw",
-        }
 
     def lora(self, rank: int | None) -> LoRAConfig:
         assert rank is not None

@@ -49,7 +49,8 @@ class Trials(abc.ABC, Generic[Part]):
         heads: names of the layers that exist once per task.
         with_head: the methods that leave a shared head which may be refitted.
         fixed: fields of `TrainConfig` that are no settings.
-        loss: keyword ``loss`` of every training; none where it is the usual one.
+        inner: keywords of `reptile` that are not shared.
+        loss: the keyword ``loss`` of all trainings; empty for the default.
         samples: what is counted for the throughput.
         retraining, validation: the retraining tasks' data.
     """
@@ -58,6 +59,7 @@ class Trials(abc.ABC, Generic[Part]):
     heads: Sequence[str]
     with_head: Sequence[str]
     fixed: Mapping[str, Any]
+    inner: Mapping[str, Any]
     loss: Mapping[str, Any] = {}
     samples: str
     retraining: Part
@@ -78,10 +80,6 @@ class Trials(abc.ABC, Generic[Part]):
     @abc.abstractmethod
     def lora(self, rank: int | None) -> LoRAConfig:
         """The adapters of lora-ml and of fine-tuning with LoRA."""
-
-    @abc.abstractmethod
-    def inner(self) -> dict[str, Any]:
-        """Keywords of `reptile` alone."""
 
     @abc.abstractmethod
     def samples_per_epoch(self, method: str) -> int:
@@ -146,7 +144,9 @@ class Trials(abc.ABC, Generic[Part]):
         elif method == "standard":
             result = standard(model, rounds, config, **common)
         else:
-            result = reptile(model, rounds, config, **self.inner(), **common)
+            steps, lr = s.reptile_inner_steps, s.reptile_inner_lr
+            own = {"inner_steps": steps, "inner_lr": lr, **self.inner}
+            result = reptile(model, rounds, config, **own, **common)
         if method in self.with_head and s.shared_head == "refit":
             own_seed = derive_seed("refitting", seed)
             pooled = self.loader(

@@ -56,7 +56,7 @@ class Dataset:
         train: images to train on.
         held_out: images for validation (retraining tasks) and the reported accuracy (test task).
         class_names: name of each class.
-        sha256: of every pixel and label, whatever form they were read from.
+        sha256: of all pixels and labels, independent of the form they were read from.
     """
 
     name: str
@@ -117,7 +117,7 @@ def load_cifar10(root: Path, download: bool = False) -> Dataset:
     Args:
         root: the folder that holds ``cifar-10-batches-py``, or ``manifest.json`` with one
             ``<batch>.webp`` per batch (100 x 100 images in canonical order) and ``labels.npz``.
-        download: have torchvision download what is missing.
+        download: let torchvision download what is missing.
     """
     root = Path(root)
     if (root / GRID_MANIFEST).is_file():
@@ -149,7 +149,8 @@ def binary_tasks(images: Images, pairs: Sequence[Pair]) -> tuple[Images, Tensor]
 def few_shot(images: Images, shots: int, seed: int) -> Images:
     """``shots`` images of a binary task, balanced over its two classes, drawn by seed.
 
-    For the same seed a smaller draw is part of a larger one. An odd one out shows class 0.
+    For the same seed a smaller draw is part of a larger one. An odd ``shots`` gives class 0 one
+    more.
 
     Raises:
         RunError: there are not as many images.
@@ -179,7 +180,7 @@ def _load_torchvision(root: Path, download: bool) -> Dataset:
 
     folder = root / TORCHVISION_FOLDER
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # keeps it from printing as it verifies
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints while it verifies
             parts = [CIFAR10(str(root), train=t, download=download) for t in (True, False)]
     except RuntimeError:
         raise DataError(
@@ -227,7 +228,7 @@ def _load_grids(root: Path) -> Dataset:
             names = [str(n) for n in stored["label_names"]]
     except FileNotFoundError:
         raise DataError(f"{labels} is missing; fetch the data again") from None
-    except Exception:  # whatever a damaged archive makes numpy or zipfile raise
+    except Exception:  # numpy and zipfile raise many kinds for a damaged archive
         raise DataError(f"{labels} is damaged; fetch the data again") from None
     train = np.concatenate([_grid(root / f"{b}.webp", checksums[b]) for b in TRAIN_BATCHES])
     test = _grid(root / f"{TEST_BATCH}.webp", checksums[TEST_BATCH])
@@ -241,7 +242,7 @@ def _load_grids(root: Path) -> Dataset:
 
 
 def _grid(path: Path, sha256: str) -> np.ndarray:
-    """The 10000 images [10000, 3, 32, 32] of one grid, once their checksum is right."""
+    """The 10000 images [10000, 3, 32, 32] of one grid, after a check of their sha256."""
     from PIL import Image
 
     try:

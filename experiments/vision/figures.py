@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
 from experiments.lib import accuracy_figures, plotting
-from experiments.lib.runs import RunFolder, standard_error
+from experiments.lib.runs import RunFolder
+from experiments.lib.training import summarize
 from experiments.vision.summary import BEST, LAST, summary
 
 
@@ -51,7 +50,12 @@ def _curves(run: RunFolder) -> Path:
     """Accuracy during fine-tuning, mean over trials, a row of panels for each number of shots."""
     settings = run.manifest["settings"]
     kinds, shots = settings["finetune"], settings["shots"]
-    numbers = _mean_curves(run.records())
+    rows = [
+        {**r, "metric": "accuracy", "value": r["validation"]}
+        for r in run.records()
+        if r.get("phase") == "finetune"
+    ]
+    numbers = summarize(rows, ("method", "finetune", "shots", "epoch"), ("accuracy",))
     fig, axes = plt.subplots(
         len(shots),
         len(kinds),
@@ -75,9 +79,9 @@ def _curves(run: RunFolder) -> Path:
                     markersize=6,
                     label=plotting.LABELS[method],
                 )
-                if points and not math.isnan(points[0]["standard_error"]):
-                    low = [n["accuracy"] - n["standard_error"] for n in points]
-                    high = [n["accuracy"] + n["standard_error"] for n in points]
+                if points and not math.isnan(points[0]["accuracy_se"]):
+                    low = [n["accuracy"] - n["accuracy_se"] for n in points]
+                    high = [n["accuracy"] + n["accuracy_se"] for n in points]
                     ax.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
             ax.set_title(f"{plotting.LABELS[kind]}, {few} images", fontsize=14)
         line[0].set_ylabel("held-out accuracy (%)")
@@ -85,20 +89,3 @@ def _curves(run: RunFolder) -> Path:
         ax.set_xlabel("epoch of fine-tuning")
     plotting.legend_below(fig, axes[0][0])
     return plotting.save(fig, run, "curves", numbers)
-
-
-def _mean_curves(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    names = ("method", "finetune", "shots", "epoch")
-    values: dict[tuple[Any, ...], list[float]] = {}
-    for r in records:
-        if r.get("phase") == "finetune":
-            key = tuple(r[name] for name in names)
-            values.setdefault(key, []).append(100 * r["validation"])
-    return [
-        {
-            **dict(zip(names, key, strict=True)),
-            "accuracy": statistics.fmean(found),
-            "standard_error": standard_error(found),
-        }
-        for key, found in values.items()
-    ]

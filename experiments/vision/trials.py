@@ -47,11 +47,11 @@ class Tasks:
 class ImagePasses:
     """A ``collate`` (see `metalora.meta.Batch`) that gives the model few images at a time.
 
-    The loss and its gradients are those of the whole batch, up to rounding; what the backward pass
-    needs is held for one pass alone.
+    Loss and gradients are those of the whole batch, up to rounding. Only one pass at a time keeps
+    what its backward pass needs.
 
     Attributes:
-        images: in a pass, at most.
+        images: the most in one pass.
     """
 
     images: int
@@ -74,7 +74,7 @@ class Trials(training.Trials[Tasks]):
 
     Args:
         settings: resolved settings.
-        dataset: the images; those of the tasks are copied to the device, the others not kept.
+        dataset: the images; the tasks' images are copied to the device, the others are dropped.
         device: where to train.
 
     Attributes:
@@ -88,6 +88,10 @@ class Trials(training.Trials[Tasks]):
     def __init__(self, settings: VisionSettings, dataset: Dataset, device: torch.device):
         self.settings, self.device, self.sha256 = settings, device, dataset.sha256
         self.fixed = {"schedule": "cosine"}
+        self.inner = {
+            "inner_optimizer": settings.reptile_inner_optimizer,
+            "outer_sign": settings.reptile_sign,
+        }
         *retraining, test = settings.pairs()
         parts = {"train_per_class": dataset.train, "held_out_per_class": dataset.held_out}
         self.notes: list[str] = []
@@ -108,7 +112,7 @@ class Trials(training.Trials[Tasks]):
         self.test = tasks(train, [test])
         self.test_held_out = tasks(held_out, [test])
         for shots in settings.shots:
-            self._test_task(shots, 0)  # refuses more than there are before anything is computed
+            self._test_task(shots, 0)  # refuses too many before anything is computed
         mean, deviation = dataset.channel_statistics()
         self._augmentation = AUGMENTATIONS[settings.data]
         self._evaluate = Normalize(mean, deviation)
@@ -149,15 +153,6 @@ class Trials(training.Trials[Tasks]):
         # The paper's Reptile visits every task once an epoch, for as many batches as inner steps.
         s = self.settings
         return s.reptile_inner_steps if method == "reptile" and s.reptile == "paper" else None
-
-    def inner(self) -> dict[str, Any]:
-        s = self.settings
-        return {
-            "inner_steps": s.reptile_inner_steps,
-            "inner_lr": s.reptile_inner_lr,
-            "inner_optimizer": s.reptile_inner_optimizer,
-            "outer_sign": s.reptile_sign,
-        }
 
     def lora(self, rank: int | None) -> LoRAConfig:
         return LoRAConfig(rank=self.settings.rank, target_modules="all-linear")

@@ -92,7 +92,7 @@ def test_clusters_are_tasks_largest_first_and_the_last_dialogues_are_held_out(fi
     task = corpus.retraining[0]
     assert said([*task.train, *task.held_out]) == [turns(3, n) for n in range(5)]
     (report,) = corpus.files
-    assert report.counts() == {"exact": 13, "partial": 0, "catch_all": 9, "unmatched": 0}
+    assert report.counts == {"exact": 13, "partial": 0, "catch_all": 9, "unmatched": 0}
     assert report.clusters == 3 and not report.distractors_drawn
     assert set(report.sha256) == {"valid_self_original.txt", "valid_persona_map.json"}
 
@@ -277,7 +277,7 @@ def test_personas_that_match_no_cluster_are_counted_and_listed(file: Path) -> No
     edit(file, 1, "1 your persona: i fly planes.")
     edit(file, 2, "2 your persona: i never land.")
     report = load(file.parent, **OPTIONS).files[0]
-    assert report.counts() == {"exact": 12, "partial": 0, "catch_all": 9, "unmatched": 1}
+    assert report.counts == {"exact": 12, "partial": 0, "catch_all": 9, "unmatched": 1}
     assert report.unmatched == ((f"{file}:1", ("i fly planes.", "i never land.")),)
     with pytest.raises(
         DataError, match=rf"only 3 persona .* \(1 match none, first {file}:1\); ask"
@@ -290,7 +290,7 @@ def test_partial_matches_only_when_not_strict(file: Path) -> None:
         edit(file, line + 1, "2 your persona: i've a boat.")
     strict = load(file.parent, **OPTIONS)
     assert shape(strict) == [(3, 4, 1), (9, 3, 1)]
-    assert strict.files[0].counts() == {"exact": 11, "partial": 2, "catch_all": 9, "unmatched": 0}
+    assert strict.files[0].counts == {"exact": 11, "partial": 2, "catch_all": 9, "unmatched": 0}
     assert shape(load(file.parent, strict=False, **OPTIONS)) == [(3, 4, 1), (7, 3, 1)]
 
 
@@ -401,7 +401,7 @@ def test_the_data_at_hand_have_the_known_numbers_of_dialogues(at_hand: Corpus) -
     (report,) = at_hand.files
     assert report.path.name == "valid_both_sides.jsonl" and report.distractors_drawn
     # 1,802 exact and 198 partial ones, of which 46 and 8 are of the catch-all cluster.
-    assert report.counts() == {"exact": 1756, "partial": 190, "catch_all": 54, "unmatched": 0}
+    assert report.counts == {"exact": 1756, "partial": 190, "catch_all": 54, "unmatched": 0}
     tested = {task.cluster for task in at_hand.testing}
     retrained = {task.cluster for task in at_hand.retraining}
     assert len(tested) == len(retrained) == 10 and not tested & retrained
@@ -439,7 +439,7 @@ def test_json_lines_and_candidate_files_are_the_same_dialogues(at_hand: Corpus) 
 @real_data
 def test_the_training_subset_can_be_named() -> None:
     corpus = load(SHARED, retrain_file="train_subset.jsonl", held_out=1)
-    assert corpus.files[0].counts() == {
+    assert corpus.files[0].counts == {
         "exact": 2089,
         "partial": 267,
         "catch_all": 0,
