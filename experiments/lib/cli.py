@@ -224,6 +224,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     details: dict[str, Any] = {
         "help": field.metadata.get("help", ""),
         "negative_iterable": (),
+        "allow_repeating": True,  # the last counts
         "consume_multiple": (1, None) if several else None,
         "show_default": shown if type(field.default) in (str, int, float, Path, tuple) else False,
     }

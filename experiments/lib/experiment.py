@@ -16,7 +16,7 @@ from experiments.lib.unused import say
 class RunSettings:
     """Settings that every experiment has."""
 
-    smoke: bool = cli.option(False, help="a run of seconds; its numbers mean nothing")
+    smoke: bool = cli.option(False, help="a run of seconds, to see that everything works")
     out: Path | None = cli.option(None, run_only=True, help="run folder (default: one in runs/)")
     resume: bool = cli.option(False, run_only=True, help="go on with the run in --out")
 
