@@ -11,8 +11,9 @@ from experiments.lib import cli
 from experiments.lib.errors import RunError
 from experiments.lib.experiment import RunSettings
 from experiments.lib.machine import one_thread
+from experiments.lib.manifest import MANIFEST
 from experiments.lib.retraining_settings import FINETUNES, METHODS
-from experiments.lib.runs import MANIFEST, RunFolder, default_folder, standard_error, with_error
+from experiments.lib.runs import RunFolder, default_folder, standard_error, with_error
 
 NAMES = {"lora": "LoRA", "last-layer": "last layer"}
 VISION_SEEDS = 3

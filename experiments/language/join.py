@@ -16,7 +16,9 @@ from experiments.language.settings import LanguageSettings
 from experiments.language.summary import tables
 from experiments.lib import cli
 from experiments.lib.errors import RunError
-from experiments.lib.runs import MANIFEST, RESULTS, RunFolder, read_rows
+from experiments.lib.manifest import MANIFEST
+from experiments.lib.runs import RunFolder, read_rows
+from experiments.lib.units import RESULTS
 
 # These settings may differ between the runs; the trials must.
 FREE = {"seeds", "first_seed"} | {

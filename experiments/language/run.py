@@ -19,7 +19,7 @@ from experiments.language.trials import Trials
 from experiments.lib.experiment import Experiment, Work, command
 from experiments.lib.machine import choose_device, keep_freed_memory, one_thread
 from experiments.lib.runs import RunFolder
-from experiments.lib.training import Labels, Units, unit_of
+from experiments.lib.training import Labels, Trainings, unit_name
 from experiments.lib.unused import unused
 
 NAME = "language"
@@ -40,9 +40,9 @@ def prepare(given: LanguageSettings) -> Work:
             for part, sha256 in file.sha256.items():
                 folder.add_data(part, sha256)
         folder.note(**trials.facts())
-        units = Units(folder, trials, COLUMNS, {"experiment": NAME, "model": model})
+        trainings = Trainings(folder, trials, COLUMNS, {"experiment": NAME, "model": model})
         with one_thread() if settings.model == TINY else contextlib.nullcontext():
-            _run_units(units, trials, branches(settings))
+            _run(trainings, trials, branches(settings))
 
     def figures(folder: RunFolder) -> list[Path]:
         from experiments.language.figures import draw  # matplotlib takes a second to import
@@ -109,12 +109,12 @@ def branches(settings: LanguageSettings) -> list[Branch]:
     return found
 
 
-def _run_units(units: Units, trials: Trials, work: Sequence[Branch]) -> None:
+def _run(trainings: Trainings, trials: Trials, work: Sequence[Branch]) -> None:
     """Does what the folder does not hold yet, with a line on stderr after every epoch."""
     settings = trials.settings
 
     def left(phase: str, labels: Labels, kind: str, epochs: int) -> float:
-        return 0 if units.folder.done(unit_of(phase, labels)) else epochs * trials.work(kind)
+        return 0 if trainings.folder.done(unit_name(phase, labels)) else epochs * trials.work(kind)
 
     clock = Clock(
         sum(
@@ -125,16 +125,16 @@ def _run_units(units: Units, trials: Trials, work: Sequence[Branch]) -> None:
     )
 
     def line(phase: str, labels: Labels, kind: str) -> EpochLine:
-        return EpochLine(clock, unit_of(phase, labels), trials.work(kind))
+        return EpochLine(clock, unit_name(phase, labels), trials.work(kind))
 
     for labels, finetunings in work:
         method = labels["method"]
         if method == "none":
             model = trials.new_model(labels["trial"])
         else:
-            model = units.retrained(labels, line("retrain", labels, method))
+            model = trainings.retrained(labels, line("retrain", labels, method))
         for of_one in finetunings:
-            units.finetuned(of_one, model, line("finetune", of_one, of_one["finetune"]))
+            trainings.finetuned(of_one, model, line("finetune", of_one, of_one["finetune"]))
 
 
 LANGUAGE = Experiment(

@@ -184,8 +184,8 @@ class Trials(abc.ABC, Generic[Part]):
 
 
 @dataclass(frozen=True)
-class Units:
-    """The units of work of a run: trainings that are done unless its folder holds them already.
+class Trainings:
+    """The trainings of a run, its units of work: what its folder holds already is not done again.
 
     Attributes:
         folder: the run's.
@@ -201,7 +201,7 @@ class Units:
 
     def retrained(self, labels: Labels, *callbacks: Callback) -> nn.Module:
         """Returns the model after a retraining."""
-        method, trial, unit = labels["method"], labels["trial"], unit_of("retrain", labels)
+        method, trial, unit = labels["method"], labels["trial"], unit_name("retrain", labels)
         name = "-".join(map(_shown, labels.values()))
         weights = self.folder.path("weights") / f"{name}.safetensors"
         if self.folder.done(unit):
@@ -225,7 +225,7 @@ class Units:
 
     def finetuned(self, labels: Labels, retrained: nn.Module, *callbacks: Callback) -> None:
         """Fine-tunes a copy of a retrained model."""
-        unit = unit_of("finetune", labels)
+        unit = unit_name("finetune", labels)
         if self.folder.done(unit):
             return
         log = EpochLog(self.folder, phase="finetune", **labels)
@@ -258,7 +258,7 @@ class EpochLog(Callback):
         self._since = now
 
 
-def unit_of(phase: str, labels: Labels) -> str:
+def unit_name(phase: str, labels: Labels) -> str:
     """The name of a training in its run: "retrain lora-ml 8 0"."""
     return " ".join([phase, *map(_shown, labels.values())])
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from experiments.lib.experiment import Experiment, Work, command
 from experiments.lib.machine import choose_device, keep_freed_memory
 from experiments.lib.runs import RunFolder
-from experiments.lib.training import Units
+from experiments.lib.training import Trainings
 from experiments.lib.unused import unused
 from experiments.vision.data import load
 from experiments.vision.settings import PART_OF, VisionSettings
@@ -34,14 +34,14 @@ def prepare(given: VisionSettings) -> Work:
 
     def run(folder: RunFolder) -> None:
         folder.add_data(settings.data, dataset.sha256)
-        units = Units(folder, trials, COLUMNS, {"experiment": NAME, "data": settings.data})
+        trainings = Trainings(folder, trials, COLUMNS, {"experiment": NAME, "data": settings.data})
         work = [(trial, method) for trial in settings.trials for method in settings.retrain]
         for trial, method in tqdm(work, desc=NAME, unit="model", disable=None):
-            model = units.retrained({"method": method, "trial": trial})
+            model = trainings.retrained({"method": method, "trial": trial})
             for kind in settings.finetune:
                 for shots in settings.shots:
                     labels = {"method": method, "finetune": kind, "shots": shots, "trial": trial}
-                    units.finetuned(labels, model)
+                    trainings.finetuned(labels, model)
 
     def figures(folder: RunFolder) -> list[Path]:
         from experiments.vision.figures import draw  # matplotlib takes a second to import
