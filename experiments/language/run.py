@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.language.data import Corpus, load, write_made_up
@@ -42,7 +42,7 @@ def prepare(given: LanguageSettings) -> Work:
         folder.note(**trials.facts())
         trainings = Trainings(folder, trials, COLUMNS, {"experiment": NAME, "model": model})
         with one_thread() if settings.model == TINY else contextlib.nullcontext():
-            _run(trainings, trials, branches(settings))
+            _run(trainings, trials)
 
     def figures(folder: RunFolder) -> list[Path]:
         from experiments.language.figures import draw  # matplotlib takes a second to import
@@ -91,50 +91,36 @@ def load_corpus(settings: LanguageSettings) -> Corpus:
         )
 
 
-Branch = tuple[Labels, list[Labels]]  # a retraining, and the fine-tunings that go on from it
-
-
-def branches(settings: LanguageSettings) -> list[Branch]:
-    """The labels of all trainings of a run."""
-    found: list[Branch] = []
+def plan(settings: LanguageSettings) -> Iterator[tuple[str, Labels]]:
+    """The phase and the labels of every training: a retraining, then the fine-tunings after it."""
     for trial in settings.trials:
         for method in settings.retrain:
             for rank in settings.ranks(method):
-                finetunings: list[Labels] = [
-                    {"method": method, "finetune": kind, "rank": r, "trial": trial}
-                    for kind in settings.finetunes(method)
-                    for r in (settings.ranks(kind) if rank is None else (rank,))
-                ]
-                found.append(({"method": method, "rank": rank, "trial": trial}, finetunings))
-    return found
+                yield "retrain", {"method": method, "rank": rank, "trial": trial}
+                for kind in settings.finetunes(method):
+                    for r in settings.ranks(kind) if rank is None else (rank,):
+                        labels = {"method": method, "finetune": kind, "rank": r, "trial": trial}
+                        yield "finetune", labels
 
 
-def _run(trainings: Trainings, trials: Trials, work: Sequence[Branch]) -> None:
+def _run(trainings: Trainings, trials: Trials) -> None:
     """Does what the folder does not hold yet, with a line on stderr after every epoch."""
-    settings = trials.settings
-
-    def left(phase: str, labels: Labels, kind: str, epochs: int) -> float:
-        return 0 if trainings.folder.done(unit_name(phase, labels)) else epochs * trials.work(kind)
-
-    clock = Clock(
-        sum(
-            left("retrain", labels, labels["method"], settings.epochs)
-            + sum(left("finetune", f, f["finetune"], settings.finetune_epochs) for f in finetunings)
-            for labels, finetunings in work
-        )
-    )
-
-    def line(phase: str, labels: Labels, kind: str) -> EpochLine:
-        return EpochLine(clock, unit_name(phase, labels), trials.work(kind))
-
-    for labels, finetunings in work:
-        method = labels["method"]
-        if method == "none":
+    work = [
+        (phase, labels, unit_name(phase, labels), trials.work(kind))
+        for phase, labels in plan(trials.settings)
+        for kind in [labels.get("finetune", labels["method"])]
+    ]
+    epochs = {"retrain": trials.settings.epochs, "finetune": trials.settings.finetune_epochs}
+    done = trainings.folder.done
+    clock = Clock(sum(epochs[phase] * each for phase, _, unit, each in work if not done(unit)))
+    for phase, labels, unit, each in work:
+        line = EpochLine(clock, unit, each)
+        if labels["method"] == "none" and phase == "retrain":
             model = trials.new_model(labels["trial"])
+        elif phase == "retrain":
+            model = trainings.retrained(labels, line)
         else:
-            model = trainings.retrained(labels, line("retrain", labels, method))
-        for of_one in finetunings:
-            trainings.finetuned(of_one, model, line("finetune", of_one, of_one["finetune"]))
+            trainings.finetuned(labels, model, line)
 
 
 LANGUAGE = Experiment(

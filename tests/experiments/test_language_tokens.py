@@ -64,6 +64,12 @@ TASKS = [
 ]
 
 
+def made(tokenizer: Any, cache: Path, tasks: Any = TASKS, **options: Any) -> TokenizedTurns:
+    return tokenize(
+        tasks, tokenizer, **{"max_length": 64, "token_types": False, "cache": cache, **options}
+    )
+
+
 def sequence(turns: TokenizedTurns, i: int, field: str = "input_ids") -> list[int]:
     return turns.fields[field][turns.starts[i] : turns.starts[i + 1]].tolist()
 
@@ -73,7 +79,7 @@ def sequences(turns: TokenizedTurns) -> list[list[int]]:
 
 
 def test_one_sequence_for_each_candidate(tokenizer: Any, tmp_path: Path) -> None:
-    turns = tokenize(TASKS, tokenizer, max_length=64, token_types=False, cache=tmp_path)
+    turns = made(tokenizer, tmp_path)
     assert sequences(turns) == [
         ids("^ a b | ^ c |"),
         ids("^ a b | ^ d |"),
@@ -92,7 +98,7 @@ def test_one_sequence_for_each_candidate(tokenizer: Any, tmp_path: Path) -> None
 
 
 def test_token_types_tell_history_and_candidate_apart(tokenizer: Any, tmp_path: Path) -> None:
-    turns = tokenize(TASKS, tokenizer, max_length=64, token_types=True, cache=tmp_path)
+    turns = made(tokenizer, tmp_path, token_types=True)
     assert sequence(turns, 2) == ids("^ a b c e | f g |")
     for i, (said, candidate) in {0: ("a b", "c"), 2: ("a b c e", "f g"), 4: ("", "i ?")}.items():
         own = tokenizer(said, candidate)  # BERT's own form of a pair
@@ -101,35 +107,30 @@ def test_token_types_tell_history_and_candidate_apart(tokenizer: Any, tmp_path: 
 
 
 def test_long_sequences_lose_the_historys_left(tokenizer: Any, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"token_types": False, "cache": tmp_path}
-    turns = tokenize(TASKS[:1], tokenizer, max_length=8, **options)
+    turns = made(tokenizer, tmp_path, TASKS[:1], max_length=8)
     assert sequences(turns)[2:] == [ids("^ c e | ^ f g |"), ids("^ b c e | ^ h |")]
     assert turns.truncated == 1
-    turns = tokenize(TASKS[:1], tokenizer, max_length=5, **options)
+    turns = made(tokenizer, tmp_path, TASKS[:1], max_length=5)
     assert sequences(turns)[2:] == [ids("^ | ^ f |"), ids("^ | ^ h |")]
     assert turns.truncated == 2
     with pytest.raises(ValueError, match="max_length must be above 4, got 4"):
-        tokenize(TASKS, tokenizer, max_length=4, **options)
+        made(tokenizer, tmp_path, max_length=4)
 
 
 def test_only_the_last_utterances(tokenizer: Any, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"max_length": 64, "token_types": False, "cache": tmp_path}
-    kept = [
-        sequence(tokenize(TASKS[:1], tokenizer, history=n, **options), 3) for n in (1, 2, 3, None)
-    ]
+    kept = [sequence(made(tokenizer, tmp_path, TASKS[:1], history=n), 3) for n in (1, 2, 3, None)]
     assert kept == [ids(f"^ {said} | ^ h |") for said in ("e", "c e", "a b c e", "a b c e")]
 
 
 def test_tasks_without_turns_or_with_other_numbers_of_candidates(
     tokenizer: Any, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"max_length": 64, "token_types": False, "cache": tmp_path}
     with pytest.raises(ValueError, match=r"tasks must have turns, .* got 0 turns"):
-        tokenize([[]], tokenizer, **options)
+        made(tokenizer, tmp_path, [[]])
     three = Dialogue("file:9", (), (Turn("a", ("b", "c", "d"), 0),))
     with pytest.raises(ValueError, match=r"all with as many candidates, .* \[2, 3\] candidates"):
-        tokenize([*TASKS, [three]], tokenizer, **options)
-    gap = tokenize([[], TASKS[1], []], tokenizer, **options)
+        made(tokenizer, tmp_path, [*TASKS, [three]])
+    gap = made(tokenizer, tmp_path, [[], TASKS[1], []])
     assert gap.task_ids.tolist() == [1, 1]
 
 
@@ -156,22 +157,19 @@ def test_the_cache_spares_the_second_tokenisation(
 
 def test_whatever_changes_the_sequences_has_a_file_of_its_own(bert: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    base: dict[str, Any] = {"max_length": 64, "token_types": False, "cache": cache}
     tokenizer = encoders.load_tokenizer(str(bert))
     (bert / "vocab.txt").write_text("\n".join([*WORDS[:-1], "!", "?"]))
     other = encoders.load_tokenizer(str(bert))
-    for count, (tasks, used, options) in enumerate(
-        [
-            (TASKS, tokenizer, base),
-            (TASKS[::-1], tokenizer, base),
-            (TASKS, other, base),
-            (TASKS, tokenizer, base | {"max_length": 63}),
-            (TASKS, tokenizer, base | {"token_types": True}),
-            (TASKS, tokenizer, base | {"history": 1}),
-        ],
-        start=1,
-    ):
-        tokenize(tasks, used, **options)
+    changes: list[dict[str, Any]] = [
+        {},
+        {"tasks": TASKS[::-1]},
+        {"tokenizer": other},
+        {"max_length": 63},
+        {"token_types": True},
+        {"history": 1},
+    ]
+    for count, change in enumerate(changes, start=1):
+        made(**{"tokenizer": tokenizer, "cache": cache, **change})
         assert len(list(cache.iterdir())) == count
 
 
@@ -200,13 +198,12 @@ def test_a_damaged_cache_is_made_again(
     tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any
 ) -> None:
     cache = tmp_path / "cache"
-    options: dict[str, Any] = {"max_length": 64, "token_types": False, "cache": cache}
-    first = tokenize(TASKS, tokenizer, **options)
+    first = made(tokenizer, cache)
     (path,) = cache.iterdir()
     damage(path)
-    assert same(tokenize(TASKS, tokenizer, **options), first)
+    assert same(made(tokenizer, cache), first)
     assert capsys.readouterr().err == f"note: {path} is damaged; its sequences are made again\n"
-    assert same(tokenize(TASKS, tokenizer, **options), first)
+    assert same(made(tokenizer, cache), first)
     assert capsys.readouterr().err == "" and list(cache.iterdir()) == [path]
 
 
@@ -215,8 +212,7 @@ def test_a_cache_that_cannot_be_written_to_costs_a_note(
 ) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    turns = tokenize(TASKS, tokenizer, max_length=64, token_types=False, cache=blocked / "cache")
-    assert len(turns) == 4
+    assert len(made(tokenizer, blocked / "cache")) == 4
     assert "the sequences are not kept: cannot write to" in capsys.readouterr().err
 
 
