@@ -168,8 +168,8 @@ class Trials(training.Trials[TokenizedTurns]):
         model = self.encoders.new(seed).to(self.device)
         return enable_packing(model) if self.packed else model
 
-    def finetune(  # type: ignore[override]
-        self, model: nn.Module, kind: str, seed: int, *callbacks: Callback, rank: int | None
+    def finetune(
+        self, model: nn.Module, labels: training.Labels, *callbacks: Callback
     ) -> list[dict[str, Any]]:
         """Adapts the model, in place, to all test tasks side by side, each for itself.
 
@@ -183,7 +183,7 @@ class Trials(training.Trials[TokenizedTurns]):
             held-out accuracies of each task: before, in the last epoch, and in its best one.
         """
         before = self.held_out(self.test_held_out)(model).per_task
-        result = self._finetune(model, kind, seed, self.test, self.test_held_out, rank, *callbacks)
+        result = self._finetune(model, labels, self.test, self.test_held_out, *callbacks)
         epochs = [record["validation_per_task"] for record in result.history]
         best = [max(of_task) for of_task in zip(*epochs, strict=True)]
         clusters = [str(task.cluster) for task in self.corpus.testing]

@@ -87,12 +87,9 @@ class Trials(abc.ABC, Generic[Part]):
 
     @abc.abstractmethod
     def finetune(
-        self, model: nn.Module, kind: str, seed: int, *callbacks: Callback, **own: Any
+        self, model: nn.Module, labels: Labels, *callbacks: Callback
     ) -> list[dict[str, Any]]:
         """Adapts a retrained model, in place, to the test tasks.
-
-        Args:
-            own: the labels that only this experiment has.
 
         Returns:
             what was measured: columns of results.csv, each time with a metric and its value.
@@ -160,13 +157,12 @@ class Trials(abc.ABC, Generic[Part]):
     def _finetune(
         self,
         model: nn.Module,
-        kind: str,
-        seed: int,
+        labels: Labels,
         part: Part,
         held_out: Part,
-        rank: int | None,
         *callbacks: Callback,
     ) -> Result:
+        kind, seed = labels["finetune"], labels["trial"]
         s, own_seed = self.settings, derive_seed("finetuning", seed)
         rounds = self.loader(part, s.finetune_batch_size, seed=own_seed)
         config = self.config(kind, own_seed)
@@ -178,7 +174,7 @@ class Trials(abc.ABC, Generic[Part]):
         fresh = s.finetune_head == "fresh"
         if kind == "last-layer":
             return finetune_last_layer(model, rounds, config, self.heads, fresh=fresh, **common)
-        lora = self.lora(rank)
+        lora = self.lora(labels.get("rank"))
         fresh = fresh and len(lora.heads) > 0
         return finetune_lora(model, rounds, config, lora, fresh_heads=fresh, **common)
 
@@ -229,10 +225,8 @@ class Trainings:
         if self.folder.done(unit):
             return
         log = EpochLog(self.folder, phase="finetune", **labels)
-        own = {k: v for k, v in labels.items() if k not in ("method", "finetune", "trial")}
         with divergence(unit, "--finetune-lr"):
-            model, kind = copy.deepcopy(retrained), labels["finetune"]
-            measured = self.trials.finetune(model, kind, labels["trial"], log, *callbacks, **own)
+            measured = self.trials.finetune(copy.deepcopy(retrained), labels, log, *callbacks)
         self._add_rows(labels, measured)
         self.folder.mark_done(unit)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments.lib import training
 from experiments.lib.unused import at_most
@@ -86,7 +86,7 @@ class Trials(training.Trials[Tasks]):
     samples = "images"
 
     def __init__(self, settings: VisionSettings, dataset: Dataset, device: torch.device):
-        self.settings, self.device, self.sha256 = settings, device, dataset.sha256
+        self.settings, self.device = settings, device
         self.fixed = {"schedule": "cosine"}
         self.inner = {
             "inner_optimizer": settings.reptile_inner_optimizer,
@@ -127,12 +127,12 @@ class Trials(training.Trials[Tasks]):
         config = dataclasses.replace(MODELS[self.settings.data], bias=self.settings.bias)
         return Mixer(config).to(self.device)
 
-    def finetune(  # type: ignore[override]
-        self, model: Mixer, kind: str, seed: int, *callbacks: Callback, shots: str
+    def finetune(
+        self, model: nn.Module, labels: training.Labels, *callbacks: Callback
     ) -> list[dict[str, Any]]:
-        """Adapts the model, in place, to ``shots`` images of the test task; held-out accuracy."""
-        part = self._test_task(shots, seed)
-        result = self._finetune(model, kind, seed, part, self.test_held_out, None, *callbacks)
+        """Adapts the model, in place, to some images of the test task; held-out accuracy."""
+        part = self._test_task(labels["shots"], labels["trial"])
+        result = self._finetune(model, labels, part, self.test_held_out, *callbacks)
         measured = {BEST: result.best_metric, LAST: result.last_metric}
         return [{"metric": metric, "value": value} for metric, value in measured.items()]
 

@@ -89,7 +89,7 @@ def test_fine_tuning_leaves_the_encoder_and_starts_where_it_is_told(kind: str) -
         prepared = language(finetune_head=start, finetune_lr=1e-9)
         model = prepared.new_model(0)
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        measured = prepared.finetune(model, kind, 0, rank=8)
+        measured = prepared.finetune(model, {"finetune": kind, "rank": 8, "trial": 0})
         assert [m["metric"] for m in measured] == [m for m in METRICS for _ in range(2)]
         layers = adapted_layers(model)
         assert (len(layers) > 2) == (kind == "lora")
@@ -185,8 +185,9 @@ def test_settings_without_a_part_in_the_run_or_beyond_the_data_are_said(
 
 
 def test_packed_and_padded_measure_the_same() -> None:
+    labels = {"finetune": "lora", "rank": 8, "trial": 0}
     measured = [
-        trials.finetune(trials.new_model(0), "lora", 0, rank=8)[:2]  # before, of both tasks
+        trials.finetune(trials.new_model(0), labels)[:2]  # before, of both tasks
         for trials in (language(packed=packed) for packed in (True, False))
     ]
     assert measured[0] == measured[1] and measured[0][0]["metric"] == summary.BEFORE

@@ -47,7 +47,7 @@ def test_the_last_layer_starts_where_it_is_told(fine_tuned: str) -> None:
     trials = vision(finetune_head=fine_tuned, finetune_lr=1e-9, augment="none")
     model = trials.new_model(0)
     start = model.head.weight.detach().clone()
-    trials.finetune(model, "last-layer", 0, shots="4")
+    trials.finetune(model, {"finetune": "last-layer", "shots": "4", "trial": 0})
     change = float((model.head.weight[0].detach() - start).abs().max())
     assert (change < 1e-6) == (fine_tuned == "retrained")
 
