@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.language.figures import draw
 from experiments.language.settings import LanguageSettings
 from experiments.language.summary import tables
 from experiments.lib import cli
@@ -59,6 +58,8 @@ def join(runs: Sequence[Path], out: Path | None) -> tuple[RunFolder, float]:
         RunError: a folder holds no finished run, the runs differ in more than their trials, or
             have a trial in common.
     """
+    from experiments.language.figures import draw  # matplotlib takes a second to import
+
     manifests = [_manifest(run) for run in runs]
     first = _fixed(manifests[0])
     trials: dict[str, Path] = {}
