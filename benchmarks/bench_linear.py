@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from torch import Tensor
 from benchmarks.lib.cli import TableSettings, parse
 from benchmarks.lib.tables import write_table
 from experiments.lib.cli import main_guard
-from experiments.lib.runs import RunFolder
-from experiments.synthetic import linear, trials
-from experiments.synthetic.settings import LinearSettings, Point
+from experiments.synthetic.linear.run import LINEAR
+from experiments.synthetic.linear.settings import LinearSettings
+from experiments.synthetic.linear.trials import run_point
+from experiments.synthetic.settings import Point
 from metalora._library import native_available
 from metalora.linear import (
     finetune_lora,
@@ -156,13 +157,11 @@ def _figure_1(threads: int) -> list[Row]:
 
     def compute() -> None:
         for point in settings.points():
-            trials.run_point(point, settings)
+            run_point(point, settings)
 
     def everything() -> None:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            out = Path(folder) / "run"
-            with RunFolder.create(out, settings, experiment=linear.EXPERIMENT) as run:
-                linear.run(settings, run)
+            LINEAR.run(replace(settings, out=Path(folder) / "run"))
 
     problems = [LoopProblem(point, settings) for point in settings.points()]
     for problem in problems:

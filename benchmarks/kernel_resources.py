@@ -24,7 +24,7 @@ from types import ModuleType
 from benchmarks.lib import cli
 from benchmarks.lib.tables import read_json, write_json
 from experiments.lib.cli import main_guard, option
-from experiments.lib.runs import RunError
+from experiments.lib.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -38,8 +38,8 @@ from benchmarks.lib.language_versions import (
 )
 from benchmarks.lib.measure import one_by_one, peak_bytes
 from benchmarks.lib.tables import write_table
-from experiments.language.models import load_model, load_tokenizer
-from experiments.lib.cli import check_numbers, main_guard, option
+from experiments.language.encoders import load_model, load_tokenizer
+from experiments.lib.cli import check_values, main_guard, option
 from metalora.meta import RoundLoader
 
 # layers, hidden size, heads, intermediate size, vocabulary
@@ -73,7 +73,7 @@ class Settings(cli.NamedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_numbers("language", self)
+        check_values("language", self)
         if self.data is not None and self.model in SIZES and self.tokenizer is None:
             raise ValueError("argument --data: needs --tokenizer FOLDER with a model of a size")
 

@@ -34,7 +34,7 @@ from benchmarks.lib.measure import (
 from benchmarks.lib.registry import PRECISIONS, Case, Precision, select
 from benchmarks.lib.tables import layer_tables, machine, read_json, write_json
 from experiments.lib.cli import main_guard, option
-from experiments.lib.runs import RunError
+from experiments.lib.errors import RunError
 from metalora import ops
 from metalora._checks import check_positive, first_line
 

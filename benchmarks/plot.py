@@ -20,7 +20,7 @@ from benchmarks.lib.registry import GOAL
 from benchmarks.lib.tables import read_json
 from experiments.lib import plotting
 from experiments.lib.cli import main_guard, option
-from experiments.lib.runs import RunError
+from experiments.lib.errors import RunError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from experiments.language.data import load
-from experiments.language.models import has_token_types, max_length
+from experiments.language.encoders import has_token_types, max_length
 from experiments.language.tokens import tokenize
 from metalora.hf import Sequences
 
@@ -82,5 +82,5 @@ def read(root: Path, model: Any, tokenizer: Any, num_tasks: int) -> Turns:
         max_length=max_length(model),
         token_types=has_token_types(model, tokenizer),
     )
-    sequences = Sequences(turns.fields, turns.starts, turns.candidates)
+    sequences = Sequences(turns.fields, turns.starts, turns.per_turn)
     return Turns(sequences, turns.answers, turns.task_ids, f"dialogues of {root.name}")

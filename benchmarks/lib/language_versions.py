@@ -25,7 +25,7 @@ from benchmarks.lib.task_by_task import (
     peft,
     plain,
 )
-from experiments.language.protocol import choice_loss
+from experiments.language.trials import choice_loss
 from metalora.adapters import LoRAConfig, adapt, task_parameters
 from metalora.hf import SequencePasses, enable_packing, position_offset
 from metalora.meta import Batch, GradientStep, RoundLoader, TrainConfig

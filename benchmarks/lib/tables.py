@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import metalora
-from experiments.lib.runs import RunError
+from experiments.lib.errors import RunError
 from metalora._files import replacing
 
 Row = Sequence[str]

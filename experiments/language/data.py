@@ -1,29 +1,32 @@
-"""Dialogues as tasks: one persona cluster is one task, the largest come first."""
+"""Dialogues as tasks: one persona cluster is one task; the largest clusters come first."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import json
+import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.language import parlai, records
-from experiments.language.candidates import Candidates
+import numpy as np
+
 from experiments.language.dialogues import (
-    CATCH_ALL,
     EXACT,
     PARTIAL,
     SILENCE,
     UNMATCHED,
-    DataError,
     Dialogue,
+    Turn,
+    is_dialogues,
+    plain,
+    read,
 )
-from experiments.language.personas import PersonaMap, plain
+from experiments.lib.errors import DataError
 
-# What is looked for in a data folder, the first that is there; a name without an ending is a
-# folder of the datasets library, such as DatasetDict.save_to_disk makes one for each split.
+# The first of these that a data folder has is taken; a name without an ending is a folder of the
+# datasets library, such as DatasetDict.save_to_disk makes for each split.
 RETRAIN_FILES = (
     "train_self_original.txt",
     "train_self_original_no_cands.txt",
@@ -37,6 +40,12 @@ TEST_FILES = (
     "valid.jsonl",
     "validation",
 )
+CATCH_ALL = 0  # the cluster under which the persona maps file personas that are unlike each other
+CLUSTERS, DIALOGUES, TURNS = 8, 10, 4  # of what `write_made_up` writes
+THINGS = ("dogs", "cars", "books", "trains", "cakes", "songs", "boats", "films", "games", "plants")
+ADJECTIVES = ("red", "old", "new", "big", "small")
+QUESTIONS = ("do you like {} ?", "what about {} ?", "tell me about your {} .", "i have many {} .")
+ANSWERS = ("i love {} .", "{} are my life .", "no , {} bore me .", "my mother has two {} .")
 
 
 @dataclass(frozen=True)
@@ -60,8 +69,9 @@ class FileReport:
 
     Attributes:
         sha256: checksums by file name: the file's and its persona map's.
-        exact, partial, catch_all: dialogues whose persona lies in a cluster, in part in a
-            cluster, and in the catch-all cluster, which is left out whatever the match.
+        counts: the number of dialogues whose persona lies in a cluster ("exact"), in part in a
+            cluster ("partial"), in the catch-all cluster, which is left out whatever the match
+            ("catch_all"), and in none ("unmatched").
         unmatched: where each dialogue begins whose persona matches no cluster, and the persona.
         clusters: how many clusters have dialogues that can be used.
         distractors_drawn: whether the file came without candidate lists.
@@ -69,21 +79,10 @@ class FileReport:
 
     path: Path
     sha256: dict[str, str]
-    exact: int
-    partial: int
-    catch_all: int
+    counts: dict[str, int]
     unmatched: tuple[tuple[str, tuple[str, ...]], ...]
     clusters: int
     distractors_drawn: bool
-
-    def counts(self) -> dict[str, int]:
-        """Numbers of dialogues, for a log or a manifest."""
-        return {
-            "exact": self.exact,
-            "partial": self.partial,
-            "catch_all": self.catch_all,
-            "unmatched": len(self.unmatched),
-        }
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Corpus:
     Attributes:
         files: reports on the retraining and the test file; one report if they are the same.
         other_sides: dialogues left out of the retraining tasks because a test task has them, or a
-            retraining task holds them out, as a rule from the other side.
+            retraining task holds them out, usually from the other side.
     """
 
     retraining: tuple[Task, ...]
@@ -112,7 +111,7 @@ def load(
     held_out: int = 3,
     test_held_out: int = 2,
     strict: bool = True,
-    candidates: int = 20,
+    per_turn: int = 20,
     seed: int = 0,
     turns: int | None = None,
 ) -> Corpus:
@@ -127,32 +126,25 @@ def load(
 
     Args:
         root: a folder, in which the first of ``RETRAIN_FILES`` and of ``TEST_FILES`` is taken (one
-            of them is enough), or one file.
-        retrain_file, test_file: names in ``root`` to take instead. Either is in ParlAI's format
-            (.txt, with ``<first word of its name>_persona_map.json`` beside it), JSON lines
-            (.jsonl), or a folder of the datasets library.
+            of them is enough), or one file; `experiments.language.dialogues` says of which forms.
+        retrain_file, test_file: names in ``root`` to take instead.
         held_out, test_held_out: how many of a task's last dialogues are held out.
         strict: leave out personas that match their cluster only in part.
-        candidates: how many each turn has; distractors are drawn where the file has no lists.
+        per_turn: candidates of each turn; distractors are drawn where the file has no lists.
         seed: of the distractors and the order of the candidates.
-        turns: keep only so many of each dialogue, the first.
+        turns: keep only the first so many of each dialogue.
 
     Raises:
         DataError: no data, damaged data (with file and line), or fewer tasks, or smaller ones,
             than asked for.
     """
     retrain_path, test_path = _find(Path(root), retrain_file, test_file)
-    retrain = _Source(retrain_path, candidates, seed)
-    test = retrain if test_path == retrain_path else _Source(test_path, candidates, seed)
-    chosen = retrain.clusters(strict)
-    if test is retrain:
-        _check_enough(retrain, chosen, tasks + test_tasks)
-        chosen, test_chosen = chosen[:tasks], chosen[tasks : tasks + test_tasks]
-    else:
-        test_chosen = test.clusters(strict)
-        _check_enough(retrain, chosen, tasks)
-        _check_enough(test, test_chosen, test_tasks)
-        chosen, test_chosen = chosen[:tasks], test_chosen[:test_tasks]
+    one_file = test_path == retrain_path
+    retrain = _Source(retrain_path, per_turn, seed)
+    test = retrain if one_file else _Source(test_path, per_turn, seed)
+    chosen = retrain.largest(tasks + test_tasks if one_file else tasks, strict)
+    test_chosen = chosen[tasks:] if one_file else test.largest(test_tasks, strict)
+    chosen = chosen[:tasks]
     tested = {_conversation(d) for _, dialogues in test_chosen for d in dialogues}
     kept = [(c, [d for d in ds if _conversation(d) not in tested]) for c, ds in chosen]
     validated = {_conversation(d) for _, ds in kept for d in ds[len(ds) - held_out :]}
@@ -161,43 +153,51 @@ def load(
         for c, ds in kept
         for end in [len(ds) - held_out]
     ]
-    sources = [retrain] if test is retrain else [retrain, test]
     return Corpus(
         tuple(retrain.task(c, ds, held_out, turns) for c, ds in kept),
         tuple(test.task(c, ds, test_held_out, turns) for c, ds in test_chosen),
-        tuple(source.report(strict) for source in sources),
+        tuple(source.report(strict) for source in dict.fromkeys([retrain, test])),
         sum(len(ds) for _, ds in chosen) - sum(len(ds) for _, ds in kept),
     )
+
+
+def write_made_up(folder: Path) -> None:
+    """Writes dialogues for a run without data, always the same; an answer suits its question."""
+    draw = random.Random(0)
+    with (folder / "valid.jsonl").open("w", encoding="utf-8") as file:
+        for cluster in range(1, CLUSTERS + 1):
+            for _ in range(DIALOGUES):
+                turns = []
+                for thing in draw.sample(THINGS, TURNS):
+                    about = f"{draw.choice(ADJECTIVES)} {thing}"
+                    question, answer = draw.choice(QUESTIONS), draw.choice(ANSWERS)
+                    turns.append([question.format(about), answer.format(about)])
+                file.write(json.dumps({"cluster": cluster, "turns": turns}) + "\n")
 
 
 class _Source:
     """One file's dialogues."""
 
-    def __init__(self, path: Path, candidates: int, seed: int) -> None:
+    def __init__(self, path: Path, per_turn: int, seed: int) -> None:
         self.path = path
-        self.sha256 = {path.name: _sha256(path)}
-        if path.is_dir():
-            self.dialogues = records.read_dataset(path, candidates)
-        elif path.suffix == ".jsonl":
-            self.dialogues = records.read_json_lines(path, candidates)
-        else:
-            self.dialogues = self._match(parlai.read(path, candidates))
+        self.dialogues, self.sha256 = read(path, per_turn)
         if not self.dialogues:
             raise DataError(f"{path} holds no dialogues; fetch it again")
-        self.candidates = Candidates(self.dialogues, candidates, seed, path)
+        self.lists = _CandidateLists(self.dialogues, per_turn, seed, path)
 
-    def _match(self, dialogues: Sequence[Dialogue]) -> list[Dialogue]:
-        path = self.path.with_name(f"{self.path.stem.split('_')[0]}_persona_map.json")
-        personas = PersonaMap(path)
-        self.sha256[path.name] = _sha256(path)
-        matched = []
-        for dialogue in dialogues:
-            cluster, match = personas.match(dialogue.persona)
-            matched.append(dataclasses.replace(dialogue, cluster=cluster, match=match))
-        return matched
+    def largest(self, count: int, strict: bool) -> list[tuple[int, list[Dialogue]]]:
+        """The ``count`` largest clusters and their dialogues, largest first."""
+        clusters = self._clusters(strict)
+        if len(clusters) < count:
+            strangers = [d.where for d in self.dialogues if d.match == UNMATCHED]
+            unmatched = f" ({len(strangers)} match none, first {strangers[0]})" if strangers else ""
+            raise DataError(
+                f"{self.path}: wanted {count} tasks, but only {len(clusters)} persona clusters "
+                f"have dialogues that can be used{unmatched}; ask for fewer --tasks or --test-tasks"
+            )
+        return clusters[:count]
 
-    def clusters(self, strict: bool) -> list[tuple[int, list[Dialogue]]]:
-        """The clusters' dialogues, largest cluster first."""
+    def _clusters(self, strict: bool) -> list[tuple[int, list[Dialogue]]]:
         members: dict[int, list[Dialogue]] = defaultdict(list)
         for dialogue in self.dialogues:
             if dialogue.cluster not in (None, CATCH_ALL) and (
@@ -216,7 +216,7 @@ class _Source:
                 "ask for fewer tasks or hold out fewer"
             )
         cut = [dataclasses.replace(d, turns=d.turns[:turns]) for d in dialogues]
-        completed = tuple(self.candidates.complete(d) for d in cut)
+        completed = tuple(self.lists.complete(d) for d in cut)
         kept = len(completed) - held_out
         return Task(cluster, completed[:kept], completed[kept:])
 
@@ -226,20 +226,74 @@ class _Source:
         return FileReport(
             self.path,
             self.sha256,
-            exact=sum(d.match == EXACT for d in in_clusters),
-            partial=sum(d.match == PARTIAL for d in in_clusters),
-            catch_all=len(self.dialogues) - len(in_clusters),
+            counts={
+                "exact": sum(d.match == EXACT for d in in_clusters),
+                "partial": sum(d.match == PARTIAL for d in in_clusters),
+                "catch_all": len(self.dialogues) - len(in_clusters),
+                "unmatched": len(unmatched),
+            },
             unmatched=tuple((d.where, d.persona) for d in unmatched),
-            clusters=len(self.clusters(strict)),
-            distractors_drawn=self.candidates.drawn,
+            clusters=len(self._clusters(strict)),
+            distractors_drawn=self.lists.drawn,
         )
+
+
+class _CandidateLists:
+    """Completes the candidates of one file's dialogues.
+
+    Distractors are drawn uniformly from the responses of the file's other dialogues, all
+    different and none equal to the right one. The order is drawn too, also that of lists that came
+    with the file, so that it does not tell the answer. What is drawn depends only on the seed and
+    on the dialogue's place in the file: other settings leave the lists as they are.
+
+    Args:
+        dialogues: all of the file.
+        per_turn: candidates of a turn, the right one included.
+    """
+
+    def __init__(self, dialogues: Sequence[Dialogue], per_turn: int, seed: int, path: Path) -> None:
+        self._per_turn, self._seed = per_turn, seed
+        self._place = {d.where: i for i, d in enumerate(dialogues)}
+        self._responses = [(t.response, i) for i, d in enumerate(dialogues) for t in d.turns]
+        self.drawn = any(len(d.turns[0].candidates) == 1 for d in dialogues)
+        # Without the longest dialogue's own responses at least so many different ones are left.
+        longest = max((len(d.turns) for d in dialogues), default=0)
+        different = len({response for response, _ in self._responses})
+        if self.drawn and different - longest < per_turn - 1:
+            raise DataError(
+                f"{path}: {per_turn - 1} distractors cannot be drawn from its {different} "
+                "different responses; give a file with more dialogues, or fewer --candidates"
+            )
+
+    def complete(self, dialogue: Dialogue) -> Dialogue:
+        """The dialogue with ``per_turn`` candidates at every turn."""
+        place = self._place[dialogue.where]
+        generator = np.random.default_rng([self._seed, place])
+        turns = tuple(self._complete(turn, place, generator) for turn in dialogue.turns)
+        return dataclasses.replace(dialogue, turns=turns)
+
+    def _complete(self, turn: Turn, place: int, generator: np.random.Generator) -> Turn:
+        candidates = turn.candidates
+        if len(candidates) == 1:
+            candidates = (turn.response, *self._distractors(turn.response, place, generator))
+        shuffled = tuple(candidates[i] for i in generator.permutation(len(candidates)))
+        return Turn(turn.utterance, shuffled, shuffled.index(turn.response))
+
+    def _distractors(self, response: str, place: int, generator: np.random.Generator) -> list[str]:
+        drawn: dict[str, None] = {}
+        while len(drawn) < self._per_turn - 1:
+            for i in generator.integers(len(self._responses), size=self._per_turn).tolist():
+                text, speaker = self._responses[i]
+                if speaker != place and text != response:
+                    drawn[text] = None
+        return list(drawn)[: self._per_turn - 1]
 
 
 def _find(root: Path, retrain_file: str | None, test_file: str | None) -> tuple[Path, Path]:
     """The file to retrain on and the one to test on."""
     if not root.exists():
         raise DataError(f"{root} does not exist; give the folder of the dialogues with --data")
-    if root.is_file() or _is_dialogues(root):
+    if root.is_file() or is_dialogues(root):
         if retrain_file or test_file:
             raise DataError(
                 f"{root} is one file; give the folder it is in with --data to name files in it"
@@ -260,7 +314,7 @@ def _find(root: Path, retrain_file: str | None, test_file: str | None) -> tuple[
 
 def _named(root: Path, name: str) -> Path:
     path = root / name
-    if not _is_dialogues(path):
+    if not is_dialogues(path):
         raise DataError(
             f"{path} is no file of dialogues: wanted a .txt or .jsonl file or a folder of the "
             "datasets library"
@@ -269,23 +323,7 @@ def _named(root: Path, name: str) -> Path:
 
 
 def _first(root: Path, names: Sequence[str]) -> Path | None:
-    return next((root / name for name in names if _is_dialogues(root / name)), None)
-
-
-def _is_dialogues(path: Path) -> bool:
-    if path.is_dir():
-        return (path / records.DATASET_STATE).is_file()
-    return path.is_file() and path.suffix in (".txt", ".jsonl")
-
-
-def _check_enough(source: _Source, clusters: Sequence[object], wanted: int) -> None:
-    if len(clusters) < wanted:
-        strangers = [d.where for d in source.dialogues if d.match == UNMATCHED]
-        unmatched = f" ({len(strangers)} match none, first {strangers[0]})" if strangers else ""
-        raise DataError(
-            f"{source.path}: wanted {wanted} tasks, but only {len(clusters)} persona clusters have "
-            f"dialogues that can be used{unmatched}; ask for fewer --tasks or --test-tasks"
-        )
+    return next((root / name for name in names if is_dialogues(root / name)), None)
 
 
 def _conversation(dialogue: Dialogue) -> tuple[str, ...]:
@@ -296,14 +334,3 @@ def _conversation(dialogue: Dialogue) -> tuple[str, ...]:
     turns = dialogue.turns
     said = [plain(text) for turn in turns for text in (turn.utterance, turn.response)]
     return tuple(said[1:] if turns[0].utterance == SILENCE else said[:-1])
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    for file in files:
-        try:
-            digest.update(file.read_bytes())
-        except OSError as error:
-            raise DataError(f"cannot read {file}: {error.strerror}") from None
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""One table and its figures from several runs: trials that ran side by side, or on other machines.
+"""Joins runs into one table with its figures: trials that ran in parallel or on other machines.
 
 python -m experiments.language.join RUN RUN ... --out DIR
 """
@@ -11,14 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.language import figures, report
-from experiments.language.settings import Settings
+from experiments.language.settings import LanguageSettings
+from experiments.language.summary import tables
 from experiments.lib import cli
-from experiments.lib.runs import MANIFEST, RESULTS, RunError, RunFolder, read_rows
+from experiments.lib.errors import RunError
+from experiments.lib.manifest import MANIFEST
+from experiments.lib.runs import RunFolder, read_rows
+from experiments.lib.units import RESULTS
 
-# May differ between runs that are joined; the trials must.
+# These settings may differ between the runs; the trials must.
 FREE = {"seeds", "first_seed"} | {
-    field.name for field in dataclasses.fields(Settings) if field.metadata.get("run_only")
+    field.name for field in dataclasses.fields(LanguageSettings) if field.metadata.get("run_only")
 }
 
 
@@ -40,16 +43,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Makes one table and its figures of runs that differ in their seeds.",
     )
     folder, chance = join(settings.runs, settings.out)
-    report.show(folder, chance)
+    print(tables(folder.rows(), chance))
+    for path in sorted(folder.folder.glob("*.png")):
+        print(f"figure:  {path}")
 
 
 def join(runs: Sequence[Path], out: Path | None) -> tuple[RunFolder, float]:
-    """A folder with the results of all runs, its figures made; and the chance level in percent.
+    """Joins finished runs that differ only in their trials.
+
+    Returns:
+        the folder with the results of all runs and their figures, and the chance level in percent.
 
     Raises:
         RunError: a folder holds no finished run, the runs differ in more than their trials, or
             have a trial in common.
     """
+    from experiments.language.figures import draw  # matplotlib takes a second to import
+
     manifests = [_manifest(run) for run in runs]
     first = _fixed(manifests[0])
     trials: dict[str, Path] = {}
@@ -73,7 +83,7 @@ def join(runs: Sequence[Path], out: Path | None) -> tuple[RunFolder, float]:
     with RunFolder.create(out, settings, experiment="language", tag="joined") as folder:
         folder.add_rows(rows)
         folder.note(runs=manifests)
-        figures.draw(folder, chance)
+        draw(folder, chance)
     return folder, chance
 
 

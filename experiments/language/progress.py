@@ -1,4 +1,4 @@
-"""Lines that say how far a run is, for runs of hours whose stderr may be a file."""
+"""Progress lines, for runs of hours whose stderr may be a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metalora.meta import Callback, Training
 
 
 class Clock:
-    """How long the run goes on: by the work done since it began or was resumed."""
+    """Estimates the time left from the work done since the run began or was resumed."""
 
     def __init__(self, total: float) -> None:
         self._total, self._done, self._since = total, 0.0, time.monotonic()
@@ -20,7 +20,7 @@ class Clock:
     def left(self, done: float) -> str:
         """The time left in words, after ``done`` more work."""
         self._done += done
-        left = max(self._total - self._done, 0.0)  # rounded, it may be just below
+        left = max(self._total - self._done, 0.0)  # rounding may make it slightly negative
         seconds = (time.monotonic() - self._since) * left / self._done
         if seconds < 60:
             return f"{seconds:.0f} s"

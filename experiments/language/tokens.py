@@ -1,9 +1,14 @@
-"""Dialogues as token sequences: one for each (history, candidate) pair, made once and cached."""
+"""Dialogues as token sequences: one for each (history, candidate) pair, made once and cached.
+
+The cache is a folder with one file for each key, whose checksum is verified when it is read.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,23 +18,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.language import token_cache
 from experiments.language.dialogues import SILENCE, Dialogue
+from metalora._files import replacing
+from metalora.meta.identity import digest_of_tensors
 
-FORM = 1  # part of the cache's key: raise it when the sequences of the same input change
-AT_ONCE = 1 << 15  # sequences assembled at a time, for the memory of their indices
+FOLDER_VARIABLE = "METALORA_CACHE"
+FORM = 1  # part of the cache's key; increase it when the same input gives other sequences
+AT_ONCE = 1 << 15  # sequences assembled at a time, which bounds the memory of their indices
 
 
 @dataclass(frozen=True)
 class TokenizedTurns:
-    """Every turn's candidates as token sequences, one behind the other.
+    """Every turn's candidates as token sequences, one after the other.
 
     Attributes:
         fields: "input_ids" and, where asked for, "token_type_ids", both int32 [total].
         starts: int64 [S + 1]; sequence i is ``starts[i]`` to ``starts[i + 1]``.
         answers: int64 [N], which of its candidates is the true one.
         task_ids: int64 [N], ascending.
-        candidates: n; turn i has the sequences i·n to (i+1)·n - 1, so S = N·n.
+        per_turn: n candidates; turn i has the sequences i·n to (i+1)·n - 1, so S = N·n.
         truncated: number of turns with a sequence that was too long and lost tokens.
     """
 
@@ -37,7 +44,7 @@ class TokenizedTurns:
     starts: Tensor
     answers: Tensor
     task_ids: Tensor
-    candidates: int
+    per_turn: int
     truncated: int
 
     def __len__(self) -> int:
@@ -56,7 +63,7 @@ def tokenize(
     """Makes the token sequences of every turn, or reads them from the cache.
 
     The history of a turn is all that was said before the response, silence left out; each
-    utterance is tokenised by itself, behind a space unless it is the dialogue's first. With ``cls``
+    utterance is tokenised by itself, after a space unless it is the dialogue's first. With ``cls``
     and ``sep`` as the tokenizer has them (RoBERTa: ``<s>`` and ``</s>``) a sequence is
 
         token_types=False: cls history sep cls candidate sep
@@ -67,11 +74,11 @@ def tokenize(
 
     Args:
         tasks: each task's dialogues; their place is the task id.
-        tokenizer: a fast tokenizer of transformers, see ``models.load_tokenizer``.
-        max_length: of a sequence, see ``models.max_length``.
-        token_types: see ``models.has_token_types``.
-        history: only the last so many utterances; None is all of them.
-        cache: folder of the cache; None is ``token_cache.default_folder()``.
+        tokenizer: a fast tokenizer of transformers, see ``encoders.load_tokenizer``.
+        max_length: of a sequence, see ``encoders.max_length``.
+        token_types: see ``encoders.has_token_types``.
+        history: keep only the last so many utterances; None keeps all.
+        cache: folder of the cache; None is `default_folder`.
 
     Raises:
         ValueError: there are no turns, turns with different numbers of candidates, or
@@ -87,34 +94,34 @@ def tokenize(
     special = 3 if token_types else 4
     if max_length <= special:
         raise ValueError(f"tokenize: max_length must be above {special}, got {max_length}")
-    (candidates,) = counts
+    (per_turn,) = counts
     settings = [FORM, max_length, token_types, history]
     key = _key(tasks, tokenizer, settings)
-    folder = token_cache.default_folder() if cache is None else cache
-    tensors = token_cache.read(folder, key)
+    folder = default_folder() if cache is None else cache
+    tensors = _read(folder, key)
     if tensors is None:
         tensors = _assemble(_Pieces(tasks, tokenizer, history), tokenizer, max_length, token_types)
-        token_cache.write(folder, key, tensors)
+        write(folder, key, tensors)
     per_task = torch.tensor([sum(len(d.turns) for d in dialogues) for dialogues in tasks])
     return TokenizedTurns(
         {name: tensors[name] for name in ("input_ids", "token_type_ids") if name in tensors},
         tensors["starts"],
         torch.tensor([turn.answer for turn in turns]),
         torch.arange(len(tasks)).repeat_interleave(per_task),
-        candidates,
+        per_turn,
         int(tensors["truncated"]),
     )
 
 
 class _Pieces:
-    """The texts' tokens, and which of them make up every history and every candidate.
+    """The tokens of all texts, and which of them make up each history and each candidate.
 
     Attributes:
-        stream: int32, the tokens of all utterances of all dialogues, one behind the other.
+        stream: int32, the tokens of all utterances of all dialogues, one after the other.
         history_start, history_end: int64 [N], each turn's history in ``stream``.
-        tokens: int32, the tokens of all different texts, one behind the other.
+        tokens: int32, the tokens of all different texts, one after the other.
         text_start, text_length: int64 [texts], each text in ``tokens``.
-        candidates: int64 [N, n], each turn's candidates by text.
+        choices: int64 [N, n], each turn's candidates by text.
     """
 
     def __init__(
@@ -124,7 +131,7 @@ class _Pieces:
         spoken: list[int] = []  # the utterances of all dialogues, by text
         first: list[int] = []  # of each turn: where in ``spoken`` its history begins and ends
         behind: list[int] = []
-        candidates: list[list[int]] = []
+        choices: list[list[int]] = []
         for dialogue in (d for dialogues in tasks for d in dialogues):
             begin = len(spoken)
 
@@ -137,7 +144,7 @@ class _Pieces:
                     say(turn.utterance)
                 first.append(begin if history is None else max(begin, len(spoken) - history))
                 behind.append(len(spoken))
-                candidates.append([texts.setdefault(c, len(texts)) for c in turn.candidates])
+                choices.append([texts.setdefault(c, len(texts)) for c in turn.candidates])
                 say(turn.response)
         encoded = _encode(list(texts), tokenizer)
         self.text_length = np.array([len(ids) for ids in encoded], dtype=np.int64)
@@ -147,7 +154,7 @@ class _Pieces:
         self.stream = self.tokens[_ranges(self.text_start[order], self.text_length[order])]
         offsets = np.concatenate([[0], np.cumsum(self.text_length[order])])
         self.history_start, self.history_end = offsets[first], offsets[behind]
-        self.candidates = np.array(candidates, dtype=np.int64)
+        self.choices = np.array(choices, dtype=np.int64)
 
 
 def _encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
@@ -166,8 +173,8 @@ def _encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 def _assemble(
     pieces: _Pieces, tokenizer: Any, max_length: int, token_types: bool
 ) -> dict[str, Tensor]:
-    turns, count = pieces.candidates.shape
-    text = pieces.candidates.reshape(-1)
+    turns, count = pieces.choices.shape
+    text = pieces.choices.reshape(-1)
     room = max_length - (3 if token_types else 4)
     history_end = pieces.history_end.repeat(count)
     history_full = history_end - pieces.history_start.repeat(count)
@@ -178,7 +185,7 @@ def _assemble(
     lengths = history + candidate + (max_length - room)
     starts = np.concatenate([[0], np.cumsum(lengths)])
 
-    # Every place that nothing is written to below is a sep.
+    # Every position that is not written below stays a sep.
     ids = np.full(starts[-1], tokenizer.sep_token_id, dtype=np.int32)
     ids[starts[:-1]] = tokenizer.cls_token_id
     candidate_start = starts[1:] - 1 - candidate
@@ -212,7 +219,7 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def _key(tasks: Sequence[Sequence[Dialogue]], tokenizer: Any, settings: Sequence[Any]) -> str:
     """sha256 of all that the sequences depend on: the texts, the tokenizer, the settings."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Not the tokenizer's, but left in it by whoever called it last.
+    # The last call left these behind; the sequences do not depend on them.
     del backend["padding"], backend["truncation"]
     special = [tokenizer.cls_token_id, tokenizer.sep_token_id]
     texts = [
@@ -221,3 +228,51 @@ def _key(tasks: Sequence[Sequence[Dialogue]], tokenizer: Any, settings: Sequence
     ]
     described = json.dumps([settings, special, backend, texts])
     return hashlib.sha256(described.encode()).hexdigest()
+
+
+def default_folder() -> Path:
+    """``$METALORA_CACHE``, or ``metalora`` in the user's cache folder."""
+    if folder := os.environ.get(FOLDER_VARIABLE):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metalora"
+
+
+def _read(folder: Path, key: str) -> dict[str, Tensor] | None:
+    """The tensors stored under a key; None if there are none or, with a note, if damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    path = _path(folder, key)
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if file.metadata() == {"key": key, "sha256": digest_of_tensors(tensors)}:
+                return tensors
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError):
+        pass
+    print(f"note: {path} is damaged; its sequences are made again", file=sys.stderr)
+    return None
+
+
+def write(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
+    """Stores tensors under a key: another process sees all of them or nothing.
+
+    If the folder cannot be written to, a note on stderr says so.
+    """
+    from safetensors.torch import save
+
+    data = save(dict(tensors), {"key": key, "sha256": digest_of_tensors(tensors)})
+    try:
+        with replacing(_path(folder, key)) as file:
+            file.write(data)
+    except OSError as error:
+        print(
+            f"note: the sequences are not kept: cannot write to {folder} ({error}); "
+            f"set {FOLDER_VARIABLE} to another folder",
+            file=sys.stderr,
+        )
+
+
+def _path(folder: Path, key: str) -> Path:
+    return folder / f"turns-{key[:32]}.safetensors"

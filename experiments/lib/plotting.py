@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from experiments.lib.runs import RunFolder
 
 # Okabe and Ito, "Color Universal Design", 2008.
+BLUE, GREEN, ORANGE, PINK, GREY = "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#666666"
 COLORS = {
-    "lora-ml": "#0072B2",
-    "last-layer-ml": "#009E73",
-    "standard": "#D55E00",
-    "reptile": "#CC79A7",
-    "none": "#666666",
+    "lora-ml": BLUE,
+    "last-layer-ml": GREEN,
+    "standard": ORANGE,
+    "reptile": PINK,
+    "none": GREY,
 }
 MARKERS = {"lora-ml": "o", "last-layer-ml": "s", "standard": "^", "reptile": "D", "none": "v"}
 LABELS = {

@@ -1,40 +1,238 @@
-"""What the experiments with PyTorch models share: devices, logs, weights, errors."""
+"""What the experiments with PyTorch models share: their trials, unit by unit, and the table."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import abc
+import copy
+import dataclasses
+import statistics
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-import torch
 from torch import nn
 
-from experiments.lib.runs import RunError, RunFolder
-from metalora._checks import did_you_mean
+from experiments.lib.errors import RunError, divergence
+from experiments.lib.retraining_settings import FINETUNES, PER_TASK, WITH_TASKS
+from experiments.lib.runs import RunFolder, standard_error, with_error
 from metalora._files import replacing
 from metalora.adapters import LoRAConfig
 from metalora.meta import (
     Callback,
-    DivergedError,
+    KeepBest,
+    Progress,
     Result,
     RoundLoader,
     TrainConfig,
     Training,
+    derive_seed,
+    finetune_last_layer,
+    finetune_lora,
     last_layer_ml,
     lora_ml,
+    refit_heads,
     reptile,
     standard,
 )
 
-Value = TypeVar("Value")
+Part = TypeVar("Part")  # of the data: samples with their tasks
+Labels = Mapping[str, Any]  # what tells one training from the others: method, trial and the like
 
-# Of standard retraining's batches, see `RoundLoader`: a batch of one task is a step.
-STANDARD_ORDERS = ("pooled", "interleaved", "blocked")
-SHARED_HEADS = ("mean", "refit")
+
+class Trials(abc.ABC, Generic[Part]):
+    """What an experiment does in its trials: retrains models and fine-tunes them on other tasks.
+
+    Attributes:
+        settings: resolved `experiments.lib.retraining_settings.RetrainingSettings`.
+        heads: names of the layers that exist once per task.
+        with_head: the methods that leave a shared head which may be refitted.
+        fixed: fields of `TrainConfig` that are no settings.
+        inner: keywords of `reptile` that are not shared.
+        loss: the keyword ``loss`` of all trainings; empty for the default.
+        samples: what is counted for the throughput.
+        retraining, validation: the retraining tasks' data.
+    """
+
+    settings: Any
+    heads: Sequence[str]
+    with_head: Sequence[str]
+    fixed: Mapping[str, Any]
+    inner: Mapping[str, Any]
+    loss: Mapping[str, Any] = {}
+    samples: str
+    retraining: Part
+    validation: Part
+
+    @abc.abstractmethod
+    def new_model(self, seed: int) -> nn.Module:
+        """The model at the start of a trial, the same for every method."""
+
+    @abc.abstractmethod
+    def loader(self, part: Part, batch_size: int, **keywords: Any) -> RoundLoader:
+        """Batches to train on; ``keywords`` are those of `RoundLoader`."""
+
+    @abc.abstractmethod
+    def held_out(self, part: Part) -> Any:
+        """The keyword ``validation`` of a training: how accuracy is measured on held-out data."""
+
+    @abc.abstractmethod
+    def lora(self, rank: int | None) -> LoRAConfig:
+        """The adapters of lora-ml and of fine-tuning with LoRA."""
+
+    @abc.abstractmethod
+    def samples_per_epoch(self, method: str) -> int:
+        """How many samples an epoch of retraining runs through the model."""
+
+    @abc.abstractmethod
+    def finetune(
+        self, model: nn.Module, labels: Labels, *callbacks: Callback
+    ) -> list[dict[str, Any]]:
+        """Adapts a retrained model, in place, to the test tasks.
+
+        Returns:
+            what was measured: columns of results.csv, each time with a metric and its value.
+        """
+
+    def max_rounds(self, method: str) -> int | None:
+        """The rounds after which an epoch of retraining ends early."""
+        return None
+
+    def config(self, kind: str, seed: int) -> TrainConfig:
+        """How a retraining method or a fine-tuning trains: by the settings that `TrainConfig` has.
+
+        Those of Reptile and of the fine-tunings have a prefix where they are not those of the
+        other methods, such as ``reptile_lr`` and ``finetune_epochs``.
+        """
+        prefix = "finetune_" if kind in FINETUNES else "reptile_" if kind == "reptile" else ""
+        values = dict(self.fixed)
+        for name in (field.name for field in dataclasses.fields(TrainConfig)):
+            if name in PER_TASK and kind not in WITH_TASKS:
+                continue
+            given = [n for n in (prefix + name, name) if hasattr(self.settings, n)]
+            if given:
+                values[name] = getattr(self.settings, given[0])
+        return TrainConfig(seed=seed, **values)
+
+    def retrain(
+        self, method: str, seed: int, *callbacks: Callback, rank: int | None = None
+    ) -> tuple[nn.Module, Result]:
+        """A plain model after one of the four retrainings, at its best epoch on held-out data."""
+        s, own_seed = self.settings, derive_seed("retraining", seed)
+        model = self.new_model(seed)
+        rounds = self.loader(
+            self.retraining,
+            s.batch_size,
+            seed=own_seed,
+            order=s.standard_order if method == "standard" else "rounds",
+            max_rounds=self.max_rounds(method),
+        )
+        config = self.config(method, own_seed)
+        common: dict[str, Any] = {
+            **self.loss,
+            "validation": self.held_out(self.validation),
+            "callbacks": [Progress(f"{method}, trial {seed}"), KeepBest(), *callbacks],
+        }
+        if method == "lora-ml":
+            result = lora_ml(model, rounds, config, self.lora(rank), **common)
+        elif method == "last-layer-ml":
+            result = last_layer_ml(model, rounds, config, self.heads, **common)
+        elif method == "standard":
+            result = standard(model, rounds, config, **common)
+        else:
+            steps, lr = s.reptile_inner_steps, s.reptile_inner_lr
+            own = {"inner_steps": steps, "inner_lr": lr, **self.inner}
+            result = reptile(model, rounds, config, **own, **common)
+        if method in self.with_head and s.shared_head == "refit":
+            own_seed = derive_seed("refitting", seed)
+            pooled = self.loader(
+                self.retraining, s.finetune_batch_size, seed=own_seed, order="pooled"
+            )
+            config = self.config("last-layer", own_seed)  # as long as a fine-tuning
+            progress = [Progress(f"{method}, shared head, trial {seed}")]
+            refit_heads(model, pooled, config, self.heads, callbacks=progress, **self.loss)
+        return model, result
+
+    def _finetune(
+        self,
+        model: nn.Module,
+        labels: Labels,
+        part: Part,
+        held_out: Part,
+        *callbacks: Callback,
+    ) -> Result:
+        kind, seed = labels["finetune"], labels["trial"]
+        s, own_seed = self.settings, derive_seed("finetuning", seed)
+        rounds = self.loader(part, s.finetune_batch_size, seed=own_seed)
+        config = self.config(kind, own_seed)
+        common: dict[str, Any] = {
+            **self.loss,
+            "validation": self.held_out(held_out),
+            "callbacks": [Progress(f"{kind}, trial {seed}"), *callbacks],
+        }
+        fresh = s.finetune_head == "fresh"
+        if kind == "last-layer":
+            return finetune_last_layer(model, rounds, config, self.heads, fresh=fresh, **common)
+        lora = self.lora(labels.get("rank"))
+        fresh = fresh and len(lora.heads) > 0
+        return finetune_lora(model, rounds, config, lora, fresh_heads=fresh, **common)
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """The trainings of a run, its units of work: what its folder holds already is not done again.
+
+    Attributes:
+        folder: the run's.
+        trials: does the trainings.
+        columns: of results.csv.
+        constant: the columns that are the same in all rows.
+    """
+
+    folder: RunFolder
+    trials: Trials[Any]
+    columns: Sequence[str]
+    constant: Mapping[str, Any]
+
+    def retrained(self, labels: Labels, *callbacks: Callback) -> nn.Module:
+        """Returns the model after a retraining."""
+        method, trial, unit = labels["method"], labels["trial"], unit_name("retrain", labels)
+        name = "-".join(map(_shown, labels.values()))
+        weights = self.folder.path("weights") / f"{name}.safetensors"
+        if self.folder.done(unit):
+            model = self.trials.new_model(trial)
+            load_weights(model, weights)
+            return model
+        log = EpochLog(self.folder, phase="retrain", **labels)
+        rates = "--reptile-lr or --reptile-inner-lr" if method == "reptile" else "--lr"
+        with divergence(unit, rates):
+            model, result = self.trials.retrain(
+                method, trial, log, *callbacks, rank=labels.get("rank")
+            )
+        samples = self.trials.samples_per_epoch(method) * len(result.history)
+        throughput = {f"{self.trials.samples}_per_second": round(samples / log.seconds, 2)}
+        self.folder.log(phase="retrained", **labels, kept_epoch=result.kept_epoch, **throughput)
+        measured = {"validation_best": result.best_metric, "validation_last": result.last_metric}
+        self._add_rows(labels, [{"metric": m, "value": value} for m, value in measured.items()])
+        save_weights(model, weights)
+        self.folder.mark_done(unit)
+        return model
+
+    def finetuned(self, labels: Labels, retrained: nn.Module, *callbacks: Callback) -> None:
+        """Fine-tunes a copy of a retrained model."""
+        unit = unit_name("finetune", labels)
+        if self.folder.done(unit):
+            return
+        log = EpochLog(self.folder, phase="finetune", **labels)
+        with divergence(unit, "--finetune-lr"):
+            measured = self.trials.finetune(copy.deepcopy(retrained), labels, log, *callbacks)
+        self._add_rows(labels, measured)
+        self.folder.mark_done(unit)
+
+    def _add_rows(self, labels: Labels, measured: Iterable[Mapping[str, Any]]) -> None:
+        same = {**self.constant, **labels}
+        self.folder.add_rows([row(self.columns, {**same, **values}) for values in measured])
 
 
 class EpochLog(Callback):
@@ -54,32 +252,56 @@ class EpochLog(Callback):
         self._since = now
 
 
-def known(value: Value | None) -> Value:
-    """A setting whose default has been filled in."""
-    assert value is not None
-    return value
+def unit_name(phase: str, labels: Labels) -> str:
+    """The name of a training in its run: "retrain lora-ml 8 0"."""
+    return " ".join([phase, *map(_shown, labels.values())])
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" is the accelerator, if there is one.
+def row(columns: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of all columns; "" stands for those that are missing or None."""
+    return {name: "" if values.get(name) is None else values[name] for name in columns}
 
-    Raises:
-        RunError: there is no such device, or it computes nothing, as torch's "meta".
+
+def summarize(
+    rows: Iterable[Mapping[str, str]], key: Sequence[str], metrics: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Accuracies in percent for each value of the key's columns, in results' order.
+
+    For each trial the mean over its rows is taken; then the mean over trials, and its standard
+    error (``<metric>_se``), which is NaN for one trial.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of names that it will drop
-            device = torch.device(name)
-            torch.ones(1, device=device).add(1).item()
-    except Exception:  # each of torch's backends fails in its own way
-        known_names = ("auto", "cpu", "cuda")
-        is_known = name.partition(":")[0] in known_names
-        hint = "" if is_known else did_you_mean(name, known_names)
-        hint = hint or "; try auto or cpu"
-        raise RunError(f"--device {name} cannot be used here{hint}") from None
-    return device
+    groups: dict[tuple[str, ...], dict[str, dict[str, list[float]]]] = {}
+    for r in rows:
+        if r["metric"] in metrics:
+            group = groups.setdefault(tuple(r[k] for k in key), {m: {} for m in metrics})
+            group[r["metric"]].setdefault(r["trial"], []).append(100 * float(r["value"]))
+    lines = []
+    for values, group in groups.items():
+        line: dict[str, Any] = dict(zip(key, values, strict=True))
+        line["trials"] = len(group[metrics[0]])
+        for metric, trials in group.items():
+            means = [statistics.fmean(found) for found in trials.values()]
+            line |= {metric: statistics.fmean(means), f"{metric}_se": standard_error(means)}
+        lines.append(line)
+    return lines
+
+
+def table(lines: Iterable[Mapping[str, Any]], titles: Mapping[str, str]) -> list[str]:
+    """Lines of `summarize` as text, accuracies with their standard error in brackets.
+
+    Args:
+        titles: of the columns, by key or metric, each as wide as its column.
+    """
+    text = [" ".join(titles.values())]
+    for line in lines:
+        cells = []
+        for name, title in titles.items():
+            known = f"{name}_se" in line
+            cell = with_error(line[name], line[f"{name}_se"]) if known else str(line[name] or "-")
+            align = str.ljust if name in ("method", "finetune") else str.rjust
+            cells.append(align(cell, len(title)))
+        text.append(" ".join(cells))
+    return text
 
 
 def check_rank(model: nn.Module, rank: int) -> None:
@@ -97,35 +319,8 @@ def check_rank(model: nn.Module, rank: int) -> None:
         )
 
 
-def keep_freed_memory() -> None:
-    """Has glibc keep freed memory instead of returning it to the system.
-
-    A step frees and asks again for the same blocks. Getting them from the system anew costs a page
-    fault per 4 kB, 440 000 in a step of a Mixer with 256 images of CIFAR-10, and half of the time.
-
-    The price is fragmentation: PyTorch wants its blocks aligned to 64 bytes, glibc looks for 96
-    bytes more to align in, so a freed block seldom serves for another of its size. Resident memory
-    came to twice what a step holds at once, and to more with every other size of batch. Have the
-    model take large batches in passes, for the sum stays small then.
-    """
-    trim_threshold, mmap_max = -1, -4  # malloc.h
-    with contextlib.suppress(AttributeError, OSError):  # another C library: nothing to tune
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-
-
-@contextlib.contextmanager
-def divergence(unit: str, rates: str) -> Iterator[None]:
-    """Divergence is for the user to put right: says of which training, and with which flag."""
-    try:
-        yield
-    except DivergedError as error:
-        raise RunError(f"{unit} diverged; lower {rates} ({error})") from error
-
-
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Writes the model's state as safetensors; whatever interrupts it, never a part."""
+    """Writes the model's state as safetensors; if interrupted, no part of it is left."""
     from safetensors.torch import save
 
     data = save(model.state_dict())
@@ -134,7 +329,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Gives the model what `save_weights` wrote for it.
+    """Loads into the model what `save_weights` wrote.
 
     Raises:
         RunError: the file is missing, damaged, or another model's.
@@ -148,34 +343,5 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise RunError(f"--resume: {path} is missing or damaged; start a new run") from None
 
 
-def with_tasks(settings: Any) -> dict[str, Any]:
-    """Fields of a `TrainConfig` for the methods whose tasks have adapters or heads of their own."""
-    names = ("step_per", "adapter_lr", "adapter_weight_decay", "adapter_steps")
-    return {name: getattr(settings, name) for name in names}
-
-
-def retrain(
-    method: str,
-    model: nn.Module,
-    rounds: RoundLoader,
-    config: TrainConfig,
-    adapter: LoRAConfig | None,
-    heads: Sequence[str],
-    inner: Mapping[str, Any],
-    **common: Any,
-) -> Result:
-    """One of the four retrainings by its name, in place.
-
-    Args:
-        adapter: of lora-ml, for which it must be given.
-        heads: of last-layer-ml.
-        inner: keywords of reptile alone.
-        common: keywords of all four.
-    """
-    if method == "lora-ml":
-        return lora_ml(model, rounds, config, known(adapter), **common)
-    if method == "last-layer-ml":
-        return last_layer_ml(model, rounds, config, heads, **common)
-    if method == "standard":
-        return standard(model, rounds, config, **common)
-    return reptile(model, rounds, config, **inner, **common)
+def _shown(label: Any) -> str:
+    return "-" if label is None else str(label)

@@ -12,20 +12,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A random crop of the zero-padded image and, if asked for, a random horizontal flip.
+    """A random crop of the zero-padded image and, optionally, a random horizontal flip.
 
-    A pure function of the pixels and the generator's state; the pixels given are left untouched.
+    The result depends on the pixels and the generator's state alone; the input is not changed.
 
     Attributes:
         pad: zero pixels added on every side before the crop; 0 leaves the images where they are.
-        flip: mirror half of the images.
+        flip: mirror each image with probability 1/2.
     """
 
     pad: int
     flip: bool
 
     def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
-        """Augments uint8 [B, C, H, W] to the same shape, each image in its own way."""
+        """Augments uint8 [B, C, H, W] to the same shape, each image by itself."""
         count, _, height, width = pixels.shape
         device = generator.device
         span = 2 * self.pad + 1
@@ -49,7 +49,7 @@ class Normalize:
     Args:
         mean: [C], on the scale 0 to 255.
         deviation: [C], likewise.
-        augmentation: applied before; None for evaluation.
+        augmentation: applied first; None for evaluation.
     """
 
     def __init__(

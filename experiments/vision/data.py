@@ -1,4 +1,4 @@
-"""CIFAR-10 and the handwritten digits, each as one uint8 tensor of images."""
+"""CIFAR-10 and the handwritten digits, each as one uint8 tensor; binary tasks made of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.lib.runs import RunError
+from experiments.lib.errors import DataError, RunError
 
 TORCHVISION_FOLDER = "cifar-10-batches-py"
 GRID_MANIFEST = "manifest.json"
@@ -23,9 +23,7 @@ TEST_BATCH = "test_batch"
 SPLIT_SEED = 0
 DIGITS_HELD_OUT = 0.4
 
-
-class DataError(RunError):
-    """The data are missing or damaged; the message names the file and what to do."""
+Pair = tuple[int, int]  # the classes that a task tells apart
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Dataset:
         train: images to train on.
         held_out: images for validation (retraining tasks) and the reported accuracy (test task).
         class_names: name of each class.
-        sha256: of every pixel and label, whatever form they were read from.
+        sha256: of all pixels and labels, independent of the form they were read from.
     """
 
     name: str
@@ -119,7 +117,7 @@ def load_cifar10(root: Path, download: bool = False) -> Dataset:
     Args:
         root: the folder that holds ``cifar-10-batches-py``, or ``manifest.json`` with one
             ``<batch>.webp`` per batch (100 x 100 images in canonical order) and ``labels.npz``.
-        download: have torchvision download what is missing.
+        download: let torchvision download what is missing.
     """
     root = Path(root)
     if (root / GRID_MANIFEST).is_file():
@@ -132,12 +130,57 @@ def load_cifar10(root: Path, download: bool = False) -> Dataset:
     )
 
 
+def binary_tasks(images: Images, pairs: Sequence[Pair]) -> tuple[Images, Tensor]:
+    """The images of the given pairs of classes, labelled 0 and 1, sorted by task.
+
+    Returns:
+        images whose label says which class of its pair each shows, and their tasks int64 [N].
+    """
+    index, labels, task_ids = [], [], []
+    for task, pair in enumerate(pairs):
+        for label, kind in enumerate(pair):
+            members = (images.labels == kind).nonzero().flatten()
+            index.append(members)
+            labels.append(torch.full_like(members, label))
+            task_ids.append(torch.full_like(members, task))
+    return Images(images.pixels[torch.cat(index)], torch.cat(labels)), torch.cat(task_ids)
+
+
+def few_shot(images: Images, shots: int, seed: int) -> Images:
+    """``shots`` images of a binary task, balanced over its two classes, drawn by seed.
+
+    For the same seed a smaller draw is part of a larger one. An odd ``shots`` gives class 0 one
+    more.
+
+    Raises:
+        RunError: there are not as many images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for label, count in ((0, (shots + 1) // 2), (1, shots // 2)):
+        members = (images.labels == label).nonzero().flatten()
+        if count > len(members):
+            raise RunError(
+                f"--shots {shots}: the test task has only {len(members)} training images of its "
+                f"class {label}; at most {2 * len(members)} can be drawn"
+            )
+        order = torch.randperm(len(members), generator=generator).to(members.device)
+        drawn.append(members[order[:count]])
+    return images.select(torch.cat(drawn))
+
+
+def first_per_class(images: Images, count: int) -> Images:
+    """The first ``count`` images of every class, for shorter runs."""
+    kept = [(images.labels == kind).nonzero().flatten()[:count] for kind in images.labels.unique()]
+    return images.select(torch.cat(kept).sort().values)
+
+
 def _load_torchvision(root: Path, download: bool) -> Dataset:
     from torchvision.datasets import CIFAR10
 
     folder = root / TORCHVISION_FOLDER
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # keeps it from printing as it verifies
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints while it verifies
             parts = [CIFAR10(str(root), train=t, download=download) for t in (True, False)]
     except RuntimeError:
         raise DataError(
@@ -185,7 +228,7 @@ def _load_grids(root: Path) -> Dataset:
             names = [str(n) for n in stored["label_names"]]
     except FileNotFoundError:
         raise DataError(f"{labels} is missing; fetch the data again") from None
-    except Exception:  # whatever a damaged archive makes numpy or zipfile raise
+    except Exception:  # numpy and zipfile raise many kinds for a damaged archive
         raise DataError(f"{labels} is damaged; fetch the data again") from None
     train = np.concatenate([_grid(root / f"{b}.webp", checksums[b]) for b in TRAIN_BATCHES])
     test = _grid(root / f"{TEST_BATCH}.webp", checksums[TEST_BATCH])
@@ -199,7 +242,7 @@ def _load_grids(root: Path) -> Dataset:
 
 
 def _grid(path: Path, sha256: str) -> np.ndarray:
-    """The 10000 images [10000, 3, 32, 32] of one grid, once their checksum is right."""
+    """The 10000 images [10000, 3, 32, 32] of one grid, after a check of their sha256."""
     from PIL import Image
 
     try:

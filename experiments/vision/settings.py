@@ -1,10 +1,11 @@
-"""Settings of the vision experiment, and what the paper, or our tuning, sets where nothing is said.
+"""Settings of the vision experiment; the defaults are the paper's or, for the digits, tuned.
 
 The digits' defaults were chosen without the test task, by fine-tuning on 10 and 50 images of the
 digits 6 and 7 after retraining on the three pairs before them (``--tasks 0-1 2-3 4-5 6-7``). For
 each method: retraining rates 1e-3, 3e-3, 1e-2, 2e-2 (Reptile: seven sets of inner optimiser, inner
 and outer rate), each with fine-tuning rates from 1e-3 to 1e-1, one or two trials. One retraining
-rate was best, or as good as the best, for all that have one; one fine-tuning rate for all four.
+rate was best, or as good as the best, for all methods that have one, and one fine-tuning rate
+for all four.
 """
 
 from __future__ import annotations
@@ -12,48 +13,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from experiments.lib.cli import MOST_TRIALS, check_numbers, option, unique
-from experiments.lib.training import SHARED_HEADS, STANDARD_ORDERS
+from experiments.lib.cli import option, unique
+from experiments.lib.retraining_settings import ALL, RetrainingSettings, part_of
 from experiments.vision.augment import Augmentation
+from experiments.vision.data import Pair
 from experiments.vision.mixer import MixerConfig
-from experiments.vision.tasks import Pair
-from metalora._checks import check_count
 
-METHODS = ("lora-ml", "last-layer-ml", "standard", "reptile")
-FINETUNES = ("lora", "last-layer")
 PAIRS = ("0-1", "2-3", "4-5", "6-7", "8-9")
-ALL = "all"
-ZERO = ("first_seed", "weight_decay", "adapter_weight_decay")  # these may be zero
-WITH_TASKS = ("lora-ml", "last-layer-ml")
-# Settings that only some methods, fine-tunings or data have a use for; the others are for all.
-PART_OF: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("data_root", "download"), ("cifar10",)),
-    "lr": (*WITH_TASKS, "standard"),
-    **dict.fromkeys(
-        ("step_per", "adapter_lr", "adapter_weight_decay", "adapter_steps"), WITH_TASKS
-    ),
-    "shared_head": ("last-layer-ml",),
-    "standard_order": ("standard",),
-    "rank": ("lora-ml", "lora"),
-    "finetune_head": ("last-layer",),
-    **dict.fromkeys(
-        (
-            "reptile",
-            "reptile_sign",
-            "reptile_epochs",
-            "reptile_optimizer",
-            "reptile_lr",
-            "reptile_inner_optimizer",
-            "reptile_inner_lr",
-            "reptile_inner_steps",
-        ),
-        ("reptile",),
-    ),
-}
 
-# What stands for None. CIFAR-10: the paper's appendix E.1; digits: see above.
+# What stands for None. CIFAR-10: the paper's appendix E.1; digits: see above. The inner rate and
+# steps are those of "tuned" Reptile.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "cifar10": {
         "epochs": 100,
@@ -63,6 +34,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "finetune_epochs": 100,
         "finetune_batch_size": 256,
         "finetune_lr": 5e-4,
+        "reptile_inner_lr": 1e-4,
+        "reptile_inner_steps": 20,
     },
     "digits": {
         "epochs": 20,
@@ -72,38 +45,26 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "finetune_epochs": 50,
         "finetune_batch_size": 32,
         "finetune_lr": 3e-2,
+        "reptile_inner_lr": 3e-3,
+        "reptile_inner_steps": 7,
     },
 }
 # "paper": 20 outer steps of Adam at 1e-5 in all, so W hardly leaves its random start.
 # "tuned": it sees as many images as the other methods, and W goes half the way to each task's
 # solution. Inner rate: digits, tuned; CIFAR-10, that of the other methods.
-REPTILE: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+REPTILE: Mapping[str, Mapping[str, Any]] = {
     "paper": {
-        data: {
-            "reptile_epochs": 5,
-            "reptile_optimizer": "adam",
-            "reptile_lr": 1e-5,
-            "reptile_inner_optimizer": "sgd",
-            "reptile_inner_lr": 1e-2,
-            "reptile_inner_steps": 20,
-        }
-        for data in DEFAULTS
+        "reptile_epochs": 5,
+        "reptile_optimizer": "adam",
+        "reptile_lr": 1e-5,
+        "reptile_inner_optimizer": "sgd",
+        "reptile_inner_lr": 1e-2,
+        "reptile_inner_steps": 20,
     },
     "tuned": {
-        "cifar10": {
-            "reptile_optimizer": "sgd",
-            "reptile_lr": 0.5,
-            "reptile_inner_optimizer": "adam",
-            "reptile_inner_lr": 1e-4,
-            "reptile_inner_steps": 20,
-        },
-        "digits": {
-            "reptile_optimizer": "sgd",
-            "reptile_lr": 0.5,
-            "reptile_inner_optimizer": "adam",
-            "reptile_inner_lr": 3e-3,
-            "reptile_inner_steps": 7,
-        },
+        "reptile_optimizer": "sgd",
+        "reptile_lr": 0.5,
+        "reptile_inner_optimizer": "adam",
     },
 }
 SMOKE = {
@@ -125,63 +86,27 @@ AUGMENTATIONS = {"cifar10": Augmentation(4, flip=True), "digits": Augmentation(1
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class VisionSettings(RetrainingSettings):
     """Settings of one run; None stands for the data set's default."""
+
+    command: ClassVar[str] = "vision"
 
     data: str = option("cifar10", help="the images", choices=tuple(DEFAULTS))
     data_root: Path = option(Path("data"), help="where CIFAR-10 is", run_only=True)
     download: bool = option(False, help="have torchvision download CIFAR-10", run_only=True)
-    retrain: tuple[str, ...] = option((ALL,), help="retraining methods", choices=(*METHODS, ALL))
-    finetune: tuple[str, ...] = option((ALL,), help="fine-tunings", choices=(*FINETUNES, ALL))
     shots: tuple[str, ...] = option(
         (ALL,), help="images of the test task to fine-tune on: one or several numbers, or all"
     )
-    seeds: int | None = option(None, help="trials, each with seeds of its own (default: 5)")
-    first_seed: int = option(0, help="seed of the first trial; the others follow")
     tasks: tuple[str, ...] = option(PAIRS, help="pairs of classes; the last is the test task")
-    epochs: int | None = option(None, help="of retraining (cifar10: 100, digits: 20)")
-    batch_size: int | None = option(
+    epochs: int = option(None, help="of retraining (cifar10: 100, digits: 20)")
+    batch_size: int = option(
         None, help="of a batch; pooled: of all tasks together (cifar10: 256, digits: 32)"
     )
-    lr: float | None = option(None, help="of retraining (cifar10: 1e-4, digits: 1e-2)")
-    weight_decay: float | None = option(None, help="of all optimisers but inner ones (1e-5)")
-    finetune_epochs: int | None = option(None, help="of fine-tuning (cifar10: 100, digits: 50)")
-    finetune_batch_size: int | None = option(None, help="(cifar10: 256, digits: 32)")
-    finetune_lr: float | None = option(None, help="(cifar10: 5e-4, digits: 3e-2)")
-    step_per: str = option(
-        "round",
-        help="lora-ml, last-layer-ml: an optimiser step per round of all tasks, or per task",
-        choices=("round", "task"),
-    )
-    adapter_lr: float | None = option(
-        None, help="of the tasks' adapters and heads in retraining (default: --lr)"
-    )
-    adapter_weight_decay: float | None = option(
-        None, help="of the tasks' adapters and heads in retraining (default: --weight-decay)"
-    )
-    adapter_steps: int = option(
-        1,
-        help="lora-ml, last-layer-ml: steps on adapters and heads alone before each step on the "
-        "shared weights; 1: both in one step",
-    )
-    standard_order: str = option(
-        "pooled",
-        help="standard: batches drawn from all tasks together, or of one task each, task after "
-        "task in turn (interleaved) or in blocks",
-        choices=STANDARD_ORDERS,
-    )
-    shared_head: str = option(
-        "mean",
-        help="last-layer-ml: the head it leaves behind is the mean of the tasks' heads, or "
-        "refitted to the retraining tasks, as long as a fine-tuning",
-        choices=SHARED_HEADS,
-    )
-    finetune_head: str = option(
-        "fresh",
-        help="last-layer: the test task's head starts anew, or from the retrained head; lora "
-        "goes on from the retrained head, which has LoRA as every linear layer",
-        choices=("fresh", "retrained"),
-    )
+    lr: float = option(None, help="of retraining (cifar10: 1e-4, digits: 1e-2)")
+    weight_decay: float = option(None, help="of all optimisers but inner ones (1e-5)")
+    finetune_epochs: int = option(None, help="of fine-tuning (cifar10: 100, digits: 50)")
+    finetune_batch_size: int = option(None, help="(cifar10: 256, digits: 32)")
+    finetune_lr: float = option(None, help="(cifar10: 5e-4, digits: 3e-2)")
     rank: int = option(1, help="of LoRA, on every linear layer, with scale 1")
     bias: bool = option(True, help="linear layers have a bias; the authors' runs leave it out")
     augment: str = option(
@@ -195,42 +120,28 @@ class Settings:
     reptile_sign: str = option(
         "towards", help="the authors' vision runs step away", choices=("towards", "away")
     )
-    reptile_epochs: int | None = option(None, help="(paper: 5, tuned: those of the others)")
-    reptile_optimizer: str | None = option(
+    reptile_epochs: int = option(None, help="(paper: 5, tuned: those of the others)")
+    reptile_optimizer: str = option(
         None, help="outer (paper: adam, tuned: sgd)", choices=("adam", "sgd")
     )
-    reptile_lr: float | None = option(None, help="outer (paper: 1e-5, tuned: 0.5)")
-    reptile_inner_optimizer: str | None = option(
+    reptile_lr: float = option(None, help="outer (paper: 1e-5, tuned: 0.5)")
+    reptile_inner_optimizer: str = option(
         None, help="(paper: sgd, tuned: adam)", choices=("adam", "sgd")
     )
-    reptile_inner_lr: float | None = option(None, help="(paper: 1e-2, tuned: 1e-4; digits: 3e-3)")
-    reptile_inner_steps: int | None = option(None, help="(20; digits tuned: 7)")
+    reptile_inner_lr: float = option(None, help="(paper: 1e-2, tuned: 1e-4; digits: 3e-3)")
+    reptile_inner_steps: int = option(None, help="(20; digits tuned: 7)")
     train_per_class: int | None = option(None, help="use only so many training images a class")
     held_out_per_class: int | None = option(None, help="use only so many held-out images a class")
-    device: str = option("auto", help="auto, cpu, cuda, ...", run_only=True)
-    precision: str = option(
-        "auto",
-        help="auto is fp32 on a CPU, bf16 on a GPU",
-        choices=("auto", "fp32", "bf16", "fp16"),
-    )
-    smoke: bool = option(False, help="a run of seconds, to see that everything works")
-    out: Path | None = option(None, help="run folder (default: one in runs/)", run_only=True)
-    resume: bool = option(False, help="go on with the run in --out", run_only=True)
 
     def __post_init__(self) -> None:
-        set_field = object.__setattr__
-        set_field(self, "retrain", METHODS if ALL in self.retrain else unique(self.retrain))
-        set_field(self, "finetune", FINETUNES if ALL in self.finetune else unique(self.finetune))
-        set_field(self, "shots", unique(self.shots))
+        super().__post_init__()
+        object.__setattr__(self, "shots", unique(self.shots))
         for shots in self.shots:
             if shots != ALL and not (shots.isdecimal() and int(shots) >= 2):
                 raise ValueError(f"argument --shots: must be numbers >= 2 or all, got {shots!r}")
         if len(self.tasks) < 2:
             raise ValueError("argument --tasks: needs a retraining task and the test task")
         self.pairs()
-        check_numbers("vision", self, zero=ZERO)
-        if self.seeds is not None:
-            check_count("vision", "--seeds", self.seeds, maximum=MOST_TRIALS)
 
     def kinds(self) -> set[str]:
         """The methods, fine-tunings and data of this run."""
@@ -251,15 +162,23 @@ class Settings:
             pairs.append(pair)
         return pairs
 
-    def resolved(self, device_type: str) -> Settings:
-        """These settings with every default filled in: what was given, smoke's, the data's."""
-        values = {**DEFAULTS[self.data], **REPTILE[self.reptile][self.data], "seeds": 5}
+    def defaults(self, device_type: str) -> Mapping[str, Any]:
+        values = {**DEFAULTS[self.data], **REPTILE[self.reptile], "seeds": 5}
         if self.smoke:
             values |= SMOKE
         if self.epochs is not None:
             values["reptile_epochs"] = self.epochs
         values.setdefault("reptile_epochs", values["epochs"])
-        missing = {k: v for k, v in values.items() if getattr(self, k) is None}
-        if self.precision == "auto":
-            missing["precision"] = "fp32" if device_type == "cpu" else "bf16"
-        return dataclasses.replace(self, **missing)
+        return values
+
+
+# Settings that only some methods, fine-tunings or data have a use for; the others are for all.
+PART_OF = part_of(
+    VisionSettings,
+    {
+        **dict.fromkeys(("data_root", "download"), ("cifar10",)),
+        "shared_head": ("last-layer-ml",),
+        "rank": ("lora-ml", "lora"),
+        "finetune_head": ("last-layer",),
+    },
+)

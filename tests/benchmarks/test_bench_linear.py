@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import bench_linear
 from benchmarks.bench_linear import LIBRARIES, LoopProblem, Row
-from experiments.synthetic.settings import LinearSettings
+from experiments.synthetic.linear.settings import LinearSettings
 
 SETTINGS = LinearSettings()
 POINTS = {point.name: point for point in SETTINGS.points()}

@@ -28,7 +28,7 @@ from benchmarks.lib.baselines import (
 from benchmarks.lib.gate import SEED, GateError, Run, check, exact_results, wanted_gradients
 from benchmarks.lib.measure import Budget
 from benchmarks.lib.registry import INPUTS, PRECISIONS, Case, equal, ragged
-from experiments.lib.runs import RunError
+from experiments.lib.errors import RunError
 from tests.pairs import every_pair
 
 EQUAL, RAGGED = equal(3, 16, 24, 3, 8), ragged(16, 8, 2, (40, 0, 1, 13))

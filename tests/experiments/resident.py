@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.lib.training import keep_freed_memory
+from experiments.lib.machine import keep_freed_memory
 from experiments.vision.data import Dataset, Images
 from experiments.vision.mixer import Mixer
-from experiments.vision.protocol import CPU_PATCHES, Protocol
-from experiments.vision.settings import Settings
+from experiments.vision.settings import VisionSettings
+from experiments.vision.trials import CPU_PATCHES, Trials
 from metalora.meta import Callback, Training
 
 PER_TASK, EPOCHS = 1024, 4
@@ -38,9 +38,11 @@ def main() -> None:
     dataset = Dataset("digits", images, images, tuple(map(str, range(10))), "")
 
     def retrained(method: str, watch: _Watch, **given: Any) -> Mixer:
-        settings = Settings(data="digits", device="cpu", **given)
-        protocol = Protocol(settings.resolved("cpu"), dataset, torch.device("cpu"))
-        return protocol.retrain(method, 0, watch)[0]
+        settings = VisionSettings(data="digits", device="cpu", **given)
+        trials = Trials(settings.resolved("cpu"), dataset, torch.device("cpu"))
+        model, _ = trials.retrain(method, 0, watch)
+        assert isinstance(model, Mixer)
+        return model
 
     retrained("lora-ml", _Watch(), epochs=1, batch_size=4, train_per_class=4)  # imports the rest
     start = _resident()

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from experiments import demo
-from experiments.synthetic import figures, linear
-from experiments.vision import report
-from experiments.vision.protocol import Protocol
-from experiments.vision.settings import METHODS
+from experiments.lib.retraining_settings import METHODS
+from experiments.synthetic.linear import figures
+from experiments.synthetic.linear import run as linear
+from experiments.vision.trials import Trials
 
 
 def test_tables_hold_mean_and_standard_error() -> None:
@@ -52,7 +52,7 @@ def test_an_interrupted_demo_names_the_command_that_goes_on(
 ) -> None:
     monkeypatch.setattr(demo, "VISION_SEEDS", 1)
     monkeypatch.setattr(figures, "draw", lambda *args: [])  # drawing takes longer than the rest
-    monkeypatch.setattr(report, "figures", lambda folder: [])
+    monkeypatch.setattr("experiments.vision.figures.draw", lambda folder: [])
     out = tmp_path / "demo"
 
     def main(*arguments: str) -> tuple[int, str]:
@@ -60,7 +60,7 @@ def test_an_interrupted_demo_names_the_command_that_goes_on(
             demo.main(["--smoke", *arguments])
         return int(ended.value.code or 0), capsys.readouterr().err
 
-    for module, name in ((linear, "run_point"), (Protocol, "finetune")):
+    for module, name in ((linear, "run_point"), (Trials, "finetune")):
         with interrupted_at_the_third_call(module, name):
             code, error = main("--out", str(out), *(["--resume"] if out.exists() else []))
         assert code == 130
@@ -81,11 +81,11 @@ def test_an_interrupted_demo_names_the_command_that_goes_on(
 def interrupted_at_the_third_call(owner: Any, name: str) -> Iterator[None]:
     original, calls = getattr(owner, name), []
 
-    def counting(*args: Any) -> Any:
+    def counting(*args: Any, **keywords: Any) -> Any:
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return original(*args)
+        return original(*args, **keywords)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, counting)

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from experiments.language import parlai
 from experiments.language.data import Corpus, load
-from experiments.language.dialogues import SILENCE, DataError, Dialogue
-from experiments.language.personas import PersonaMap, plain
+from experiments.language.dialogues import SILENCE, Dialogue, PersonaMap, plain, read_parlai
+from experiments.lib.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "convai2"
 CLUSTERS = {7: "i am a cook", 3: "i have two dogs", 9: "i do not sleep", 0: "i like it"}
@@ -21,7 +20,7 @@ OPTIONS: dict[str, Any] = {
     "test_tasks": 1,
     "held_out": 1,
     "test_held_out": 1,
-    "candidates": 4,
+    "per_turn": 4,
 }
 real_data = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data/convai2")
 
@@ -93,7 +92,7 @@ def test_clusters_are_tasks_largest_first_and_the_last_dialogues_are_held_out(fi
     task = corpus.retraining[0]
     assert said([*task.train, *task.held_out]) == [turns(3, n) for n in range(5)]
     (report,) = corpus.files
-    assert report.counts() == {"exact": 13, "partial": 0, "catch_all": 9, "unmatched": 0}
+    assert report.counts == {"exact": 13, "partial": 0, "catch_all": 9, "unmatched": 0}
     assert report.clusters == 3 and not report.distractors_drawn
     assert set(report.sha256) == {"valid_self_original.txt", "valid_persona_map.json"}
 
@@ -178,7 +177,7 @@ def test_what_a_retraining_task_holds_out_is_not_trained_on_from_the_other_side(
 
 def test_twenty_candidates_the_right_one_once_others_of_other_dialogues(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "valid.jsonl")
-    corpus = load(tmp_path, **OPTIONS | {"candidates": 20})
+    corpus = load(tmp_path, **OPTIONS | {"per_turn": 20})
     every = {r for c, n in SIZES.items() for i in range(n) for _, r in turns(c, i)}
     places = Counter[int]()
     for task in (*corpus.retraining, *corpus.testing):
@@ -214,9 +213,9 @@ def test_lists_that_came_with_the_file_are_shuffled(file: Path) -> None:
 
 def test_too_few_responses_to_draw_from(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "valid.jsonl")
-    load(tmp_path, **OPTIONS | {"candidates": 64})
+    load(tmp_path, **OPTIONS | {"per_turn": 64})
     with pytest.raises(DataError, match=r"64 distractors cannot be drawn from its 66 different"):
-        load(tmp_path, **OPTIONS | {"candidates": 65})
+        load(tmp_path, **OPTIONS | {"per_turn": 65})
 
 
 PERSONA = "1 your persona: i am a cook."
@@ -254,12 +253,12 @@ def test_damaged_lines_of_a_parlai_file(
 def test_a_file_cut_anywhere_in_its_last_line(tmp_path: Path, lists: bool) -> None:
     file = write_parlai(tmp_path / "valid_self_original.txt", lists)
     whole = file.read_text()
-    assert len(parlai.read(file, 4)) == sum(SIZES.values())
+    assert len(read_parlai(file, 4)) == sum(SIZES.values())
     begin = whole.rstrip("\n").rfind("\n") + 1
     for end in range(begin + 1, len(whole)):
         file.write_text(whole[:end])
         with pytest.raises(DataError, match=r":110: .*cut off"):
-            parlai.read(file, 4)
+            read_parlai(file, 4)
 
 
 def test_files_that_are_no_text_or_hold_nothing(file: Path) -> None:
@@ -268,7 +267,7 @@ def test_files_that_are_no_text_or_hold_nothing(file: Path) -> None:
     with pytest.raises(DataError, match=r"original\.txt:4: not UTF-8; convert"):
         load(file.parent, **OPTIONS)
     file.write_bytes("\ufeff".encode() + data.replace(b"\n", b"\r\n") + b"\r\n")
-    assert said(parlai.read(file, 4))[0] == turns(7, 0)
+    assert said(read_parlai(file, 4))[0] == turns(7, 0)
     file.write_bytes(b"\n")
     with pytest.raises(DataError, match=r"original\.txt holds no dialogues"):
         load(file.parent, **OPTIONS)
@@ -278,7 +277,7 @@ def test_personas_that_match_no_cluster_are_counted_and_listed(file: Path) -> No
     edit(file, 1, "1 your persona: i fly planes.")
     edit(file, 2, "2 your persona: i never land.")
     report = load(file.parent, **OPTIONS).files[0]
-    assert report.counts() == {"exact": 12, "partial": 0, "catch_all": 9, "unmatched": 1}
+    assert report.counts == {"exact": 12, "partial": 0, "catch_all": 9, "unmatched": 1}
     assert report.unmatched == ((f"{file}:1", ("i fly planes.", "i never land.")),)
     with pytest.raises(
         DataError, match=rf"only 3 persona .* \(1 match none, first {file}:1\); ask"
@@ -291,7 +290,7 @@ def test_partial_matches_only_when_not_strict(file: Path) -> None:
         edit(file, line + 1, "2 your persona: i've a boat.")
     strict = load(file.parent, **OPTIONS)
     assert shape(strict) == [(3, 4, 1), (9, 3, 1)]
-    assert strict.files[0].counts() == {"exact": 11, "partial": 2, "catch_all": 9, "unmatched": 0}
+    assert strict.files[0].counts == {"exact": 11, "partial": 2, "catch_all": 9, "unmatched": 0}
     assert shape(load(file.parent, strict=False, **OPTIONS)) == [(3, 4, 1), (7, 3, 1)]
 
 
@@ -335,7 +334,7 @@ def test_a_partners_persona_is_that_of_the_other_side(tmp_path: Path) -> None:
     both = ["your persona: i have two dogs.", *lines]
     text = [f"{i} {line}" for part in (lines, silent, both) for i, line in enumerate(part, 1)]
     path.write_text("\n".join([*text, ""]))
-    first, second, third = parlai.read(path, 4)
+    first, second, third = read_parlai(path, 4)
     assert said([first]) == [[[SILENCE, "a ?"], ["b .", "c ?"]]]
     assert said([second]) == [[["b .", "c ?"]]]
     assert said([third]) == [[["a ?", "b ."], ["c ?", "d ."]]]
@@ -402,7 +401,7 @@ def test_the_data_at_hand_have_the_known_numbers_of_dialogues(at_hand: Corpus) -
     (report,) = at_hand.files
     assert report.path.name == "valid_both_sides.jsonl" and report.distractors_drawn
     # 1,802 exact and 198 partial ones, of which 46 and 8 are of the catch-all cluster.
-    assert report.counts() == {"exact": 1756, "partial": 190, "catch_all": 54, "unmatched": 0}
+    assert report.counts == {"exact": 1756, "partial": 190, "catch_all": 54, "unmatched": 0}
     tested = {task.cluster for task in at_hand.testing}
     retrained = {task.cluster for task in at_hand.retraining}
     assert len(tested) == len(retrained) == 10 and not tested & retrained
@@ -416,7 +415,7 @@ def test_matching_finds_the_clusters_that_the_json_lines_have() -> None:
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     personas = PersonaMap(SHARED / "valid_persona_map.json")
     for side in ("self", "other"):
-        dialogues = parlai.read(SHARED / f"valid_{side}_original_no_cands.txt", 20)
+        dialogues = read_parlai(SHARED / f"valid_{side}_original_no_cands.txt", 20)
         known = [r for r in records if r["side"] == side]
         found = [personas.match(d.persona) for d in dialogues]
         assert found == [(r["cluster"], r["match"]) for r in known]
@@ -440,7 +439,7 @@ def test_json_lines_and_candidate_files_are_the_same_dialogues(at_hand: Corpus) 
 @real_data
 def test_the_training_subset_can_be_named() -> None:
     corpus = load(SHARED, retrain_file="train_subset.jsonl", held_out=1)
-    assert corpus.files[0].counts() == {
+    assert corpus.files[0].counts == {
         "exact": 2089,
         "partial": 267,
         "catch_all": 0,

@@ -8,21 +8,24 @@ from typing import Any
 
 import pytest
 
-from experiments.language import report
 from experiments.language.join import join, main
-from experiments.language.settings import Settings
-from experiments.lib.runs import RunError, RunFolder
+from experiments.language.settings import LanguageSettings
+from experiments.language.summary import COLUMNS, METRICS
+from experiments.lib.errors import RunError
+from experiments.lib.runs import RunFolder
+from experiments.lib.training import row
 
 
 def made(path: Path, trial: int, value: float, **given: Any) -> Path:
-    settings = Settings(first_seed=trial, **{"seeds": 1, **given}).resolved("cpu")
+    settings = LanguageSettings(first_seed=trial, **{"seeds": 1, **given}).resolved("cpu")
     with RunFolder.create(path, settings, experiment="language") as run:
+        labels = {"model": "tiny", "method": "lora-ml", "finetune": "lora", "trial": trial}
         run.add_data("valid.jsonl", "0" * 64)
         run.add_rows(
             [
-                report.row("tiny", "lora-ml", "lora", 8, task, trial, metric, value)
+                row(COLUMNS, {**labels, "rank": 8, "task": task, "metric": metric, "value": value})
                 for task in ("3", "5")
-                for metric in report.METRICS
+                for metric in METRICS
             ]
         )
     return path

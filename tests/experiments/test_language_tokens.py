@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from experiments.language import models, token_cache
+from experiments.language import encoders, tokens
 from experiments.language.data import load
-from experiments.language.dialogues import SILENCE, DataError, Dialogue, Turn
+from experiments.language.dialogues import SILENCE, Dialogue, Turn
 from experiments.language.tokens import TokenizedTurns, tokenize
+from experiments.lib.errors import DataError
 
 transformers = pytest.importorskip("transformers")
 
@@ -48,7 +49,7 @@ def bert(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tokenizer(bert: Path) -> Any:
-    return models.load_tokenizer(str(bert))
+    return encoders.load_tokenizer(str(bert))
 
 
 def dialogue(*turns: tuple[str, str, str], answer: int = 0) -> Dialogue:
@@ -63,6 +64,12 @@ TASKS = [
 ]
 
 
+def made(tokenizer: Any, cache: Path, tasks: Any = TASKS, **options: Any) -> TokenizedTurns:
+    return tokenize(
+        tasks, tokenizer, **{"max_length": 64, "token_types": False, "cache": cache, **options}
+    )
+
+
 def sequence(turns: TokenizedTurns, i: int, field: str = "input_ids") -> list[int]:
     return turns.fields[field][turns.starts[i] : turns.starts[i + 1]].tolist()
 
@@ -72,7 +79,7 @@ def sequences(turns: TokenizedTurns) -> list[list[int]]:
 
 
 def test_one_sequence_for_each_candidate(tokenizer: Any, tmp_path: Path) -> None:
-    turns = tokenize(TASKS, tokenizer, max_length=64, token_types=False, cache=tmp_path)
+    turns = made(tokenizer, tmp_path)
     assert sequences(turns) == [
         ids("^ a b | ^ c |"),
         ids("^ a b | ^ d |"),
@@ -83,7 +90,7 @@ def test_one_sequence_for_each_candidate(tokenizer: Any, tmp_path: Path) -> None
         ids("^ hello hello [UNK] | ^ c |"),
         ids("^ hello hello [UNK] | ^ b |"),
     ]
-    assert len(turns) == 4 and turns.candidates == 2 and turns.truncated == 0
+    assert len(turns) == 4 and turns.per_turn == 2 and turns.truncated == 0
     assert turns.answers.tolist() == [0, 0, 1, 1] and turns.task_ids.tolist() == [0, 0, 1, 1]
     dtypes = {t.dtype for t in (turns.starts, turns.answers, turns.task_ids)}
     assert dtypes == {torch.int64} and turns.fields["input_ids"].dtype == torch.int32
@@ -91,7 +98,7 @@ def test_one_sequence_for_each_candidate(tokenizer: Any, tmp_path: Path) -> None
 
 
 def test_token_types_tell_history_and_candidate_apart(tokenizer: Any, tmp_path: Path) -> None:
-    turns = tokenize(TASKS, tokenizer, max_length=64, token_types=True, cache=tmp_path)
+    turns = made(tokenizer, tmp_path, token_types=True)
     assert sequence(turns, 2) == ids("^ a b c e | f g |")
     for i, (said, candidate) in {0: ("a b", "c"), 2: ("a b c e", "f g"), 4: ("", "i ?")}.items():
         own = tokenizer(said, candidate)  # BERT's own form of a pair
@@ -100,35 +107,30 @@ def test_token_types_tell_history_and_candidate_apart(tokenizer: Any, tmp_path: 
 
 
 def test_long_sequences_lose_the_historys_left(tokenizer: Any, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"token_types": False, "cache": tmp_path}
-    turns = tokenize(TASKS[:1], tokenizer, max_length=8, **options)
+    turns = made(tokenizer, tmp_path, TASKS[:1], max_length=8)
     assert sequences(turns)[2:] == [ids("^ c e | ^ f g |"), ids("^ b c e | ^ h |")]
     assert turns.truncated == 1
-    turns = tokenize(TASKS[:1], tokenizer, max_length=5, **options)
+    turns = made(tokenizer, tmp_path, TASKS[:1], max_length=5)
     assert sequences(turns)[2:] == [ids("^ | ^ f |"), ids("^ | ^ h |")]
     assert turns.truncated == 2
     with pytest.raises(ValueError, match="max_length must be above 4, got 4"):
-        tokenize(TASKS, tokenizer, max_length=4, **options)
+        made(tokenizer, tmp_path, max_length=4)
 
 
 def test_only_the_last_utterances(tokenizer: Any, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"max_length": 64, "token_types": False, "cache": tmp_path}
-    kept = [
-        sequence(tokenize(TASKS[:1], tokenizer, history=n, **options), 3) for n in (1, 2, 3, None)
-    ]
+    kept = [sequence(made(tokenizer, tmp_path, TASKS[:1], history=n), 3) for n in (1, 2, 3, None)]
     assert kept == [ids(f"^ {said} | ^ h |") for said in ("e", "c e", "a b c e", "a b c e")]
 
 
 def test_tasks_without_turns_or_with_other_numbers_of_candidates(
     tokenizer: Any, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"max_length": 64, "token_types": False, "cache": tmp_path}
     with pytest.raises(ValueError, match=r"tasks must have turns, .* got 0 turns"):
-        tokenize([[]], tokenizer, **options)
+        made(tokenizer, tmp_path, [[]])
     three = Dialogue("file:9", (), (Turn("a", ("b", "c", "d"), 0),))
     with pytest.raises(ValueError, match=r"all with as many candidates, .* \[2, 3\] candidates"):
-        tokenize([*TASKS, [three]], tokenizer, **options)
-    gap = tokenize([[], TASKS[1], []], tokenizer, **options)
+        made(tokenizer, tmp_path, [*TASKS, [three]])
+    gap = made(tokenizer, tmp_path, [[], TASKS[1], []])
     assert gap.task_ids.tolist() == [1, 1]
 
 
@@ -141,10 +143,10 @@ def test_the_cache_spares_the_second_tokenisation(
 ) -> None:
     cache = tmp_path / "cache"
     options: dict[str, Any] = {"max_length": 8, "token_types": True, "cache": cache}
-    first = tokenize(TASKS, models.load_tokenizer(str(bert)), **options)
+    first = tokenize(TASKS, encoders.load_tokenizer(str(bert)), **options)
     (path,) = cache.iterdir()
     made = path.stat().st_mtime_ns
-    tokenizer = models.load_tokenizer(str(bert))
+    tokenizer = encoders.load_tokenizer(str(bert))
     tokenizer(["a", "b c"], padding="max_length", truncation=True, max_length=9)  # leaves no trace
     with monkeypatch.context() as patch:
         patch.setattr(type(tokenizer), "__call__", None)
@@ -155,22 +157,19 @@ def test_the_cache_spares_the_second_tokenisation(
 
 def test_whatever_changes_the_sequences_has_a_file_of_its_own(bert: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    base: dict[str, Any] = {"max_length": 64, "token_types": False, "cache": cache}
-    tokenizer = models.load_tokenizer(str(bert))
+    tokenizer = encoders.load_tokenizer(str(bert))
     (bert / "vocab.txt").write_text("\n".join([*WORDS[:-1], "!", "?"]))
-    other = models.load_tokenizer(str(bert))
-    for count, (tasks, used, options) in enumerate(
-        [
-            (TASKS, tokenizer, base),
-            (TASKS[::-1], tokenizer, base),
-            (TASKS, other, base),
-            (TASKS, tokenizer, base | {"max_length": 63}),
-            (TASKS, tokenizer, base | {"token_types": True}),
-            (TASKS, tokenizer, base | {"history": 1}),
-        ],
-        start=1,
-    ):
-        tokenize(tasks, used, **options)
+    other = encoders.load_tokenizer(str(bert))
+    changes: list[dict[str, Any]] = [
+        {},
+        {"tasks": TASKS[::-1]},
+        {"tokenizer": other},
+        {"max_length": 63},
+        {"token_types": True},
+        {"history": 1},
+    ]
+    for count, change in enumerate(changes, start=1):
+        made(**{"tokenizer": tokenizer, "cache": cache, **change})
         assert len(list(cache.iterdir())) == count
 
 
@@ -189,7 +188,7 @@ def empty(path: Path) -> None:
 
 
 def anothers(path: Path) -> None:
-    token_cache.write(path.parent, "another", {"input_ids": torch.zeros(3)})
+    tokens.write(path.parent, "another", {"input_ids": torch.zeros(3)})
     (other,) = (p for p in path.parent.iterdir() if p != path)
     other.replace(path)
 
@@ -199,13 +198,12 @@ def test_a_damaged_cache_is_made_again(
     tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Any
 ) -> None:
     cache = tmp_path / "cache"
-    options: dict[str, Any] = {"max_length": 64, "token_types": False, "cache": cache}
-    first = tokenize(TASKS, tokenizer, **options)
+    first = made(tokenizer, cache)
     (path,) = cache.iterdir()
     damage(path)
-    assert same(tokenize(TASKS, tokenizer, **options), first)
+    assert same(made(tokenizer, cache), first)
     assert capsys.readouterr().err == f"note: {path} is damaged; its sequences are made again\n"
-    assert same(tokenize(TASKS, tokenizer, **options), first)
+    assert same(made(tokenizer, cache), first)
     assert capsys.readouterr().err == "" and list(cache.iterdir()) == [path]
 
 
@@ -214,8 +212,7 @@ def test_a_cache_that_cannot_be_written_to_costs_a_note(
 ) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    turns = tokenize(TASKS, tokenizer, max_length=64, token_types=False, cache=blocked / "cache")
-    assert len(turns) == 4
+    assert len(made(tokenizer, blocked / "cache")) == 4
     assert "the sequences are not kept: cannot write to" in capsys.readouterr().err
 
 
@@ -225,29 +222,29 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        token_cache.write(tmp_path, "key", {"starts": torch.arange(3)})
+        tokens.write(tmp_path, "key", {"starts": torch.arange(3)})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_caches_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("METALORA_CACHE", str(tmp_path / "own"))
-    assert token_cache.default_folder() == tmp_path / "own"
+    assert tokens.default_folder() == tmp_path / "own"
     monkeypatch.delenv("METALORA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert token_cache.default_folder() == tmp_path / "metalora"
+    assert tokens.default_folder() == tmp_path / "metalora"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert token_cache.default_folder() == tmp_path / ".cache" / "metalora"
+    assert tokens.default_folder() == tmp_path / ".cache" / "metalora"
 
 
 def test_a_model_and_its_tokenizer(bert: Path, tokenizer: Any) -> None:
-    model = models.load_model(str(bert), tokenizer)
-    assert models.max_length(model) == 64 and models.has_token_types(model, tokenizer)
+    model = encoders.load_model(str(bert), tokenizer)
+    assert encoders.max_length(model) == 64 and encoders.has_token_types(model, tokenizer)
     assert model.config.num_labels == 2 and next(model.parameters()).dtype == torch.float32
     # RoBERTa's classes: positions begin behind that of the padding; one token type.
     config = transformers.RobertaConfig(**model.config.to_dict() | {"type_vocab_size": 1})
     roberta = transformers.RobertaForSequenceClassification(config)
-    assert models.max_length(roberta) == 63 and not models.has_token_types(roberta, tokenizer)
+    assert encoders.max_length(roberta) == 63 and not encoders.has_token_types(roberta, tokenizer)
     last = torch.zeros(1, 63, dtype=torch.long) + CLS
     roberta(input_ids=last)  # and one more is too many
     with pytest.raises((IndexError, RuntimeError)):
@@ -259,7 +256,7 @@ def test_a_head_of_other_labels_is_drawn_anew_but_not_the_encoder(
 ) -> None:
     three = transformers.BertForSequenceClassification.from_pretrained(bert, num_labels=3)
     three.half().save_pretrained(bert)
-    model = models.load_model(str(bert), tokenizer)
+    model = encoders.load_model(str(bert), tokenizer)
     assert model.classifier.weight.shape == (2, 32)
     assert torch.equal(
         model.bert.embeddings.word_embeddings.weight,
@@ -268,29 +265,29 @@ def test_a_head_of_other_labels_is_drawn_anew_but_not_the_encoder(
     config = json.loads((bert / "config.json").read_text())
     (bert / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(DataError, match=r"16 of its encoder's weights are missing .* bert\.enc"):
-        models.load_model(str(bert), tokenizer)
+        encoders.load_model(str(bert), tokenizer)
 
 
 def test_damaged_model_folders(bert: Path, tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has 99 tokens but the model only 17"):
-        models.load_model(str(bert), range(99))
+        encoders.load_model(str(bert), range(99))
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(bert / "config.json", bare)
     with pytest.raises(DataError, match=r"bare has no tokenizer: wanted one of tokenizer\.json"):
-        models.load_tokenizer(str(bare))
+        encoders.load_tokenizer(str(bare))
     with pytest.raises(DataError, match=r"bare has no usable model \(.*model\.safetensors"):
-        models.load_model(str(bare), tokenizer)
+        encoders.load_model(str(bare), tokenizer)
     weights = bert / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     (bert / "vocab.txt").unlink()
     (bert / "tokenizer.json").write_text('{"version": ')
-    for loader in (models.load_tokenizer, lambda name: models.load_model(name, tokenizer)):
+    for loader in (encoders.load_tokenizer, lambda name: encoders.load_model(name, tokenizer)):
         with pytest.raises(DataError, match=r"bert has no usable (model|tokenizer) \(") as caught:
             loader(str(bert))
         assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="gone: no such folder"):
-        models.load_model(str(tmp_path / "gone"), tokenizer)
+        encoders.load_model(str(tmp_path / "gone"), tokenizer)
 
 
 def test_a_tokenizer_that_is_no_encoders(tmp_path: Path) -> None:
@@ -301,7 +298,7 @@ def test_a_tokenizer_that_is_no_encoders(tmp_path: Path) -> None:
     made = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
     made.save_pretrained(tmp_path)
     with pytest.raises(DataError, match="has no cls and sep tokens; wanted an encoder"):
-        models.load_tokenizer(str(tmp_path))
+        encoders.load_tokenizer(str(tmp_path))
 
 
 def test_a_name_without_a_network_is_given_up_at_once(
@@ -319,8 +316,8 @@ def test_a_name_without_a_network_is_given_up_at_once(
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     begin = time.monotonic()
     with pytest.raises(DataError, match=r"neither a folder .* \(Name or service not known\); give"):
-        models.load_tokenizer("nobody/no-such-model-anywhere")
-    assert asked == [("nobody/no-such-model-anywhere", models.HUB_SECONDS)]
+        encoders.load_tokenizer("nobody/no-such-model-anywhere")
+    assert asked == [("nobody/no-such-model-anywhere", encoders.HUB_SECONDS)]
     assert time.monotonic() - begin < 10
 
 
@@ -334,7 +331,7 @@ def test_the_tokens_of_real_dialogues_are_the_tokenizers_own(kind: str, tmp_path
     else:
         assert MINILM is not None and MINILM.origin is not None
         folder = Path(MINILM.origin).parent / "model"
-    tokenizer = models.load_tokenizer(str(folder))
+    tokenizer = encoders.load_tokenizer(str(folder))
     corpus = load(SHARED / "convai2", tasks=2, test_tasks=1)
     tasks = [task.held_out for task in (*corpus.retraining, *corpus.testing)]
     types = kind == "minilm"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.vision.passes import ImagePasses
+from experiments.vision.trials import ImagePasses
 from metalora.meta import Batch
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,25 +15,27 @@ from typing import Any
 
 import pytest
 
+from experiments.lib.experiment import command
+
 # What reads all fields alike, whether or not anything comes of it.
-ALIKE = ("__post_init__", "check_numbers", "resolved", "shortened", "unused", "cut")
+ALIKE = ("__post_init__", "check_values", "resolved", "shortened", "unused", "cut")
 EXPERIMENTS: dict[str, tuple[str, str, list[str]]] = {
-    "linear": ("experiments.synthetic.linear", "LinearSettings", ["--vary", "d"]),
-    "shallow": ("experiments.synthetic.shallow", "ShallowSettings", ["--vary", "d"]),
+    "linear": ("experiments.synthetic.linear.run", "LINEAR", ["--vary", "d"]),
+    "shallow": ("experiments.synthetic.shallow.run", "SHALLOW", ["--vary", "d"]),
     "phase": (
-        "experiments.synthetic.phase",
-        "PhaseSettings",
+        "experiments.synthetic.phase.run",
+        "PHASE",
         ["--tasks", "3", "--ranks", "1", "--samples", "12", "--trials", "1"],
     ),
-    "theory": ("experiments.theory.run", "TheorySettings", ["8", "12"]),
+    "theory": ("experiments.theory.run", "THEORY", ["8", "12"]),
     "vision": (
         "experiments.vision.run",
-        "Settings",
+        "VISION",
         ["--data", "digits", "--shots", "4", "--seeds", "1"],
     ),
     "language": (
         "experiments.language.run",
-        "Settings",
+        "LANGUAGE",
         [
             *("--tasks", "2", "--candidates", "3", "--turns", "1", "--batch-size", "1"),
             *("--finetune-epochs", "1", "--seeds", "1", "--no-packed"),
@@ -64,18 +66,19 @@ def _is_use(frame: FrameType) -> bool:
 
 def unread(name: str, extra: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The fields that a smoke run of an experiment did not read."""
-    module_name, class_name, arguments = EXPERIMENTS[name]
+    module_name, attribute, arguments = EXPERIMENTS[name]
     module = importlib.import_module(module_name)
-    settings = getattr(module, class_name)
+    experiment = getattr(module, attribute)
+    settings = experiment.settings
     if extra is not None:
         settings = dataclasses.make_dataclass(
             settings.__name__, [("new", int, extra)], bases=(settings,), frozen=True
         )
     counted, read = reading(settings)
-    monkeypatch.setattr(module, class_name, counted)
+    main = command(name, dataclasses.replace(experiment, settings=counted))
     monkeypatch.setenv("METALORA_CACHE", str(folder / "cache"))
     with contextlib.suppress(SystemExit):
-        module.main([*arguments, "--smoke", "--out", str(folder / "run")])
+        main([*arguments, "--smoke", "--out", str(folder / "run")])
     return {field.name for field in dataclasses.fields(settings)} - read
 
 

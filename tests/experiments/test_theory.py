@@ -45,7 +45,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_it_ends_with_twelve_verdicts_none_assumed(smoke: tuple[Path, str]) -> None:
     folder, output = smoke
-    last = output.split("\nstatement ")[1].splitlines()[1:]
+    last = output.split("\nstatement ")[1].split("\nresults: ")[0].splitlines()[1:]
     verdicts = {line.split()[0]: line.split()[-1] for line in last if not line.startswith(" ")}
     assert verdicts == dict.fromkeys(STATEMENTS, "verified")
     for name in STATEMENTS:
@@ -103,7 +103,7 @@ def test_resuming_checks_only_what_is_missing(tmp_path: Path, capsys) -> None:  
     folder = tmp_path / "run"
     arguments = ["2", "10", "--smoke", "--out", str(folder)]
     assert command(*arguments) == 0
-    table = capsys.readouterr().out.split("results.csv")[1]
+    table = capsys.readouterr().out.split("results:")[0]
     complete = (folder / "results.csv").read_text()
     assert command(*arguments) == 2
     assert "--resume" in capsys.readouterr().err
@@ -113,7 +113,7 @@ def test_resuming_checks_only_what_is_missing(tmp_path: Path, capsys) -> None:  
     assert command(*arguments, "--resume") == 0
     assert (folder / "results.csv").read_text() == complete
     assert (folder / "statement-2.json").stat().st_mtime_ns == kept
-    assert capsys.readouterr().out.split("results.csv")[1] == table
+    assert capsys.readouterr().out.split("results:")[0] == table
     (folder / "statement-2.json").write_text("{")
     assert command(*arguments, "--resume") == 2
     assert "statement-2.json cannot be read" in capsys.readouterr().err
@@ -121,7 +121,7 @@ def test_resuming_checks_only_what_is_missing(tmp_path: Path, capsys) -> None:  
 
 def test_a_refuted_statement_is_the_exit_code(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     wrong = dataclasses.replace(STATEMENTS["2"], check=CONTROLS["wrong-2"].check)
-    monkeypatch.setitem(run._ALL, "2", wrong)
+    monkeypatch.setitem(run.ALL, "2", wrong)
     monkeypatch.setattr("experiments.theory.figures._FIGURES", {})
     assert command("2", "--smoke", "--out", str(tmp_path / "run")) == 1
     assert command("wrong-2", "--smoke", "--out", str(tmp_path / "control")) == 0
@@ -130,12 +130,15 @@ def test_a_refuted_statement_is_the_exit_code(tmp_path: Path, monkeypatch) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["13"], "must be one of 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, wrong-2"),
-        (["3", "wrong-8"], "did you mean 'wrong-7'"),
+        (
+            ["13"],
+            '"1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "wrong-2"',
+        ),
+        (["3", "wrong-8"], 'Did you mean "wrong-'),
         (["--noise", "-0.1"], "noise must be a finite number > 0, got -0.1"),
-        (["--inner-lr", "nan"], "inner_lr must be a finite number > 0, got nan"),
+        (["--inner-lr", "nan"], "--inner-lr must be a finite number > 0, got nan"),
         (["--seed", "-1"], "seed must be an int >= 0, got -1"),
-        (["--smok"], "unknown option --smok; did you mean '--smoke'"),
+        (["--smok"], "Unknown option: --smok. Did you mean --smoke?"),
     ],
 )
 def test_wrong_use_is_one_line(arguments: list[str], message: str, capsys) -> None:  # type: ignore[no-untyped-def]
@@ -150,8 +153,8 @@ def test_divergence_names_the_step_and_leaves_the_folder_whole(tmp_path: Path, c
     folder = tmp_path / "run"
     assert command("2", "12", "--smoke", "--inner-lr", "1", "--out", str(folder)) == 2
     error = capsys.readouterr().err
-    assert "statement 12: lora_ml:" in error and "not finite at step" in error
-    assert "lower outer_lr or inner_lr" in error and error.count("\n") == 1
+    assert "statement 12 diverged; lower --outer-lr or --inner-lr (lora_ml:" in error
+    assert "not finite at step" in error and error.count("\n") == 1
     assert json.loads((folder / "manifest.json").read_text())["status"] == "failed"
     with (folder / "results.csv").open(newline="") as file:
         assert {r["statement"] for r in csv.DictReader(file)} == {"2"}
@@ -174,32 +177,37 @@ def test_recovery_is_verified_with_three_tasks_and_refuted_with_two() -> None:
 
 
 def test_checks_can_fail() -> None:
+    made = checks.Checks()
     normal = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert checks.mean_equals("", 1 + 0.1 * normal, 1.0, 0.01).holds
-    assert not checks.mean_equals("", 1 + 0.1 * normal, 1.02, 0.01).holds  # off
-    assert not checks.mean_equals("", 1 + 3.0 * normal, 1.0, 0.01).holds  # too coarse
-    assert checks.mean_at_least("", 1 + normal, 0.5).holds
-    assert not checks.mean_at_least("", 1 + normal, 1.0).holds
+    assert made.mean_equals("", 1 + 0.1 * normal, 1.0, 0.01).holds
+    assert not made.mean_equals("", 1 + 0.1 * normal, 1.02, 0.01).holds  # off
+    assert not made.mean_equals("", 1 + 3.0 * normal, 1.0, 0.01).holds  # too coarse
+    assert made.mean_at_least("", 1 + normal, 0.5).holds
+    assert not made.mean_at_least("", 1 + normal, 1.0).holds
     x = [1.0, 2.0, 4.0]
     powers = [v**2 * (1 + 0.1 * normal) for v in x]
     slope, error = checks.fit_exponent(x, powers)
     assert abs(slope - 2) < 4 * error < 0.02
-    assert checks.exponent_equals("", x, powers, 2.0, 0.05).holds
-    assert not checks.exponent_equals("", x, powers, 1.9, 0.05).holds
+    assert made.exponent_equals("", x, powers, 2.0, 0.05).holds
+    assert not made.exponent_equals("", x, powers, 1.9, 0.05).holds
     coarse = [v**2 * (1 + 0.1 * normal[:3]) for v in x]
-    assert not checks.exponent_equals("", x, coarse, 2.0, 0.05).holds
+    assert not made.exponent_equals("", x, coarse, 2.0, 0.05).holds
     hits = torch.ones(100, dtype=torch.bool)
-    assert checks.all_of("", hits, 100).holds and not checks.all_of("", hits, 101).holds
-    assert not checks.all_of("", torch.tensor([True, False])).holds
-    assert not checks.all_of("", hits[:0]).holds
-    assert checks.share_at_least("", hits, 0.9).holds
-    assert not checks.share_at_least("", hits, 0.92).holds
-    assert checks.share_at_most("", ~hits, 0.1).holds
-    assert not checks.share_at_most("", ~hits, 0.08).holds
+    assert made.all_of("", hits, 100).holds and not made.all_of("", hits, 101).holds
+    assert not made.all_of("", torch.tensor([True, False])).holds
+    assert not made.all_of("", hits[:0]).holds
+    assert made.share_at_least("", hits, 0.9).holds
+    assert not made.share_at_least("", hits, 0.92).holds
+    assert made.share_at_most("", ~hits, 0.1).holds
+    assert not made.share_at_most("", ~hits, 0.08).holds
     nan = float("nan")
-    assert checks.at_most("", 1.0, 1.0).holds and not checks.at_most("", nan, 1.0).holds
-    assert checks.at_least("", 1.0, 1.0).holds and not checks.at_least("", nan, 1.0).holds
+    assert made.at_most("", 1.0, 1.0).holds and not made.at_most("", nan, 1.0).holds
+    assert made.at_least("", 1.0, 1.0).holds and not made.at_least("", nan, 1.0).holds
     assert not checks.Outcome([]).holds
+    assert not all(check.holds for check in made) and any(check.holds for check in made)
+    made.at = "d=3"
+    assert made.at_most("loss", 1.0, 2.0).what == "loss, d=3"
+    assert made.all_of("runs", hits).what == "runs, d=3 (100 of 100)"
 
 
 def test_share_intervals_are_exact() -> None:

@@ -9,15 +9,19 @@ from typing import Any
 import pytest
 
 from experiments.language import settings as language
+from experiments.language.settings import LanguageSettings
+from experiments.lib.retraining_settings import FINETUNES
 from experiments.lib.unused import at_most, cut, unused
-from experiments.synthetic.phase_settings import PhaseSettings
-from experiments.synthetic.settings import LinearSettings, ShallowSettings
+from experiments.synthetic.linear.settings import LinearSettings
+from experiments.synthetic.phase.settings import PhaseSettings
+from experiments.synthetic.shallow.settings import ShallowSettings
 from experiments.theory import settings as theory
 from experiments.vision import settings as vision
+from experiments.vision.settings import VisionSettings
 
 MODULES: dict[str, tuple[Any, type]] = {
-    "language": (language, language.Settings),
-    "vision": (vision, vision.Settings),
+    "language": (language, LanguageSettings),
+    "vision": (vision, VisionSettings),
     "theory": (theory, theory.TheorySettings),
 }
 
@@ -27,8 +31,9 @@ def test_part_of_names_fields_and_what_a_run_can_have(name: str) -> None:
     module, settings = MODULES[name]
     fields = {field.name for field in dataclasses.fields(settings)}
     kinds: set[str] = set()
-    for constant in ("METHODS", "FINETUNES", "DEFAULTS", "STATEMENTS", "CONTROLS"):
+    for constant in ("DEFAULTS", "STATEMENTS", "CONTROLS"):
         kinds.update(getattr(module, constant, ()))
+    kinds.update(getattr(settings, "methods", ()), FINETUNES)
     for field, readers in module.PART_OF.items():
         assert field in fields
         assert set(readers) <= kinds
@@ -37,20 +42,23 @@ def test_part_of_names_fields_and_what_a_run_can_have(name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (language.Settings(rank=(4,), retrain=("lora-ml",)), []),
-        (language.Settings(rank=(4,), retrain=("standard",)), []),  # followed by LoRA
-        (language.Settings(rank=(4,), retrain=("last-layer-ml",)), ["--rank"]),
-        (language.Settings(standard_order="blocked", retrain=("reptile",)), ["--standard-order"]),
-        (language.Settings(lr=1.0, epochs=3, retrain=("reptile",)), ["--lr"]),
-        (language.Settings(epochs=3, retrain=("none",)), ["--epochs"]),
-        (vision.Settings(shared_head="refit", retrain=("lora-ml",)), ["--shared-head"]),
-        (vision.Settings(reptile="paper", retrain=("standard",)), ["--reptile"]),
-        (vision.Settings(data_root=Path("x"), data="digits"), ["--data-root"]),
-        (vision.Settings(), []),
+        (LanguageSettings(rank=(4,), retrain=("lora-ml",)), []),
+        (LanguageSettings(rank=(4,), retrain=("standard",)), []),  # followed by LoRA
+        (LanguageSettings(rank=(4,), retrain=("last-layer-ml",)), ["--rank"]),
+        (
+            LanguageSettings(standard_order="blocked", retrain=("reptile",)),
+            ["--standard-order"],
+        ),
+        (LanguageSettings(lr=1.0, epochs=3, retrain=("reptile",)), ["--lr"]),
+        (LanguageSettings(epochs=3, retrain=("none",)), ["--epochs"]),
+        (VisionSettings(shared_head="refit", retrain=("lora-ml",)), ["--shared-head"]),
+        (VisionSettings(reptile="paper", retrain=("standard",)), ["--reptile"]),
+        (VisionSettings(data_root=Path("x"), data="digits"), ["--data-root"]),
+        (VisionSettings(), []),
     ],
 )
 def test_what_nothing_in_the_run_reads_is_said(settings: Any, said: list[str]) -> None:
-    module = language if isinstance(settings, language.Settings) else vision
+    module = language if isinstance(settings, LanguageSettings) else vision
     lines = unused(settings, module.PART_OF, settings.kinds())
     assert [line.split()[1] for line in lines] == said
 

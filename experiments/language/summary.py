@@ -1,0 +1,74 @@
+"""Summary of a language run, and its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from experiments.lib import training
+from experiments.lib.runs import with_error
+
+COLUMNS = (
+    *("experiment", "model", "method", "finetune", "rank"),
+    *("task", "trial", "metric", "value"),
+)
+BEFORE, LAST, BEST = "accuracy_before", "accuracy_last", "accuracy_best"
+METRICS = (BEFORE, LAST, BEST)
+KEY = ("method", "finetune", "rank")
+TITLES = {
+    "method": "retraining    ",
+    "finetune": "fine-tuning",
+    "rank": "rank",
+    "trials": "trials",
+    LAST: "    last epoch",
+    BEST: "   best epochs",
+    BEFORE: " not fine-tuned",
+}
+
+
+def summary(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """Accuracies in percent after each retraining and fine-tuning with each rank.
+
+    For each trial the mean over test tasks is taken first.
+    """
+    return training.summarize(rows, KEY, METRICS)
+
+
+def by_task(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """The last epoch's accuracy in percent, of each test task by itself."""
+    return training.summarize(rows, (*KEY, "task"), (LAST,))
+
+
+def tables(rows: Sequence[Mapping[str, str]], chance: float) -> str:
+    """The summary as text and, for several ranks of LoRA, a table of these.
+
+    Args:
+        chance: accuracy of a blind choice, in percent.
+    """
+    lines = summary(rows)
+    text = training.table(lines, TITLES)
+    text.append(f"{'(chance)':<38} {chance:>7.2f}")
+    text.append(
+        "held-out accuracy in %, mean over test tasks; mean (standard error) over trials, all on "
+        "the same held-out turns; best: each task at its own best epoch, which is optimistic"
+    )
+    return "\n".join([*text, *table_of_ranks(lines)])
+
+
+def table_of_ranks(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The last epoch's accuracy after fine-tuning with LoRA: a line per method, a column per rank.
+
+    Empty if there is only one rank.
+    """
+    cells = {
+        (line["method"], line["rank"]): with_error(line[LAST], line[f"{LAST}_se"])
+        for line in lines
+        if line["finetune"] == "lora"
+    }
+    ranks = list(dict.fromkeys(rank for _, rank in cells))
+    if len(ranks) < 2:
+        return []
+    text = ["", f"{'LoRA of rank':<14}" + "".join(f"{rank:>15}" for rank in ranks)]
+    for method in dict.fromkeys(method for method, _ in cells):
+        text.append(f"{method:<14}" + "".join(f"{cells[method, rank]:>15}" for rank in ranks))
+    return text

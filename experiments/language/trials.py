@@ -1,0 +1,230 @@
+"""Retraining on some personas and fine-tuning on others (paper, section 4 and appendix E.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from experiments.language.data import Corpus
+from experiments.language.dialogues import Dialogue
+from experiments.language.encoders import Encoders, has_token_types, head_names, max_length
+from experiments.language.settings import PART_OF, LanguageSettings
+from experiments.language.summary import BEFORE, BEST, LAST
+from experiments.language.tokens import TokenizedTurns, tokenize
+from experiments.lib import training
+from experiments.lib.errors import RunError
+from experiments.lib.unused import at_most
+from metalora.adapters import LoRAConfig
+from metalora.hf import (
+    SequencePasses,
+    Sequences,
+    enable_packing,
+    packing_problem,
+    position_offset,
+)
+from metalora.meta import Batch, Callback, Evaluation, RoundLoader, evaluate
+
+# Of one turn and epoch, in forward passes: the gradients of all weights cost two more, those of
+# LoRA about one, and those of a last layer next to nothing.
+EVALUATION, HEAD, LORA, FULL = 1.0, 1.0, 2.0, 3.0
+
+
+def choice_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of "is this the true one", [B * n, 2] → the mean over candidates, [B]."""
+    answers = batch.targets.to(logits.device)
+    n = len(logits) // len(answers)
+    truth = (torch.arange(n, device=logits.device) == answers[:, None]).long()
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    return F.cross_entropy(logits, truth.flatten(), reduction="none").view(-1, n).mean(1)
+
+
+def choice_accuracy(logits: Tensor, batch: Batch) -> Tensor:
+    """1 for each turn whose true candidate has the highest class-1 logit, else 0; [B]."""
+    chosen = logits[:, 1].view(len(batch.targets), -1).argmax(1)
+    return (chosen == batch.targets.to(chosen.device)).double()
+
+
+class Trials(training.Trials[TokenizedTurns]):
+    """The experiment on one device: its models, and the turns of all tasks as token sequences.
+
+    Args:
+        settings: resolved settings.
+        corpus: the dialogues.
+        device: where to train.
+
+    Attributes:
+        test, test_held_out: turns of the test tasks, in the same order of tasks.
+        packed: whether sequences are run without padding.
+
+    Raises:
+        RunError: the model or its tokenizer is missing or damaged, or a rank too large for it.
+    """
+
+    with_head = PART_OF["shared_head"]
+    samples = "turns"
+
+    def __init__(self, settings: LanguageSettings, corpus: Corpus, device: torch.device):
+        self.settings, self.corpus, self.device = settings, corpus, device
+        self.fixed = {"optimizer": "adamw", "schedule": "linear", "schedule_unit": "step"}
+        self.inner = {"inner_optimizer": "adamw"}
+        self.loss = {"loss": choice_loss}
+        every = [d for task in (*corpus.retraining, *corpus.testing) for d in task.train]
+        texts = (c for d in every for turn in d.turns for c in (turn.utterance, *turn.candidates))
+        self.encoders = Encoders(settings.model, settings.tokenizer, settings.as_roberta, texts)
+        model = self.encoders.new(0)
+        training.check_rank(model, max(settings.rank))
+        self.heads = head_names(model)
+        self._longest = max_length(model)
+
+        def turns(tasks: Sequence[Sequence[Dialogue]]) -> TokenizedTurns:
+            return tokenize(
+                tasks,
+                self.encoders.tokenizer,
+                max_length=min(self._longest, settings.max_length or self._longest),
+                token_types=has_token_types(model, self.encoders.tokenizer),
+                history=settings.history,
+            )
+
+        self.retraining = turns([t.train[: settings.dialogues] for t in corpus.retraining])
+        self.validation = turns([t.held_out for t in corpus.retraining])
+        self.test = turns([t.train[: settings.dialogues] for t in corpus.testing])
+        self.test_held_out = turns([t.held_out for t in corpus.testing])
+        problem = packing_problem(model) if settings.packed in (None, True) else None
+        if problem is not None and settings.packed:
+            raise RunError(f"--packed: {problem}; leave it out")
+        self.packed = settings.packed is not False and problem is None
+        self._position_offset = position_offset(model)
+
+    def work(self, kind: str) -> float:
+        """What an epoch of a retraining or fine-tuning costs, in forward passes of a turn."""
+        if kind in ("lora", "last-layer"):
+            each = LORA if kind == "lora" else HEAD
+            return each * len(self.test) + EVALUATION * len(self.test_held_out)
+        if kind == "none":
+            return 0.0
+        return FULL * len(self.retraining) + EVALUATION * len(self.validation)
+
+    def notes(self) -> list[str]:
+        """Lines on what is left out or cut, and on settings that ask for more than there is.
+
+        On request there is a line for every unmatched dialogue too.
+        """
+        s, lines = self.settings, self._beyond()
+        for file in self.corpus.files:
+            if file.unmatched or s.list_unmatched:
+                hint = "" if s.list_unmatched else "; --list-unmatched lists them"
+                lines.append(
+                    f"note: {file.path}: {len(file.unmatched)} dialogues are left out, whose "
+                    f"personas match no cluster{hint}"
+                )
+            if s.list_unmatched:
+                lines += [f"{where}: {' '.join(persona)}" for where, persona in file.unmatched]
+        for name, turns in self._parts().items():
+            if turns.truncated:
+                lines.append(
+                    f"note: {name.replace('_', '-')}: {turns.truncated} of {len(turns)} turns are "
+                    "too long for the model and lose their oldest tokens"
+                )
+        return lines
+
+    def _beyond(self) -> list[str]:
+        s, every = self.settings, [*self.corpus.retraining, *self.corpus.testing]
+        turns = max(len(d.turns) for task in every for d in (*task.train, *task.held_out))
+        most = max(len(task.train) for task in every)
+        return [
+            *at_most("dialogues", s.dialogues, most, "the tasks have"),
+            *at_most("turns", s.turns, turns, "the dialogues have"),
+            *at_most("history", s.history, 2 * turns - 1, "before a response there are"),
+            *at_most("max_length", s.max_length, self._longest, "the model takes"),
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """What the data turned out to be, for the manifest."""
+        corpus, parts = self.corpus, self._parts()
+        return {
+            "retraining_clusters": [task.cluster for task in corpus.retraining],
+            "test_clusters": [task.cluster for task in corpus.testing],
+            "turns": {name: torch.bincount(turns.task_ids) for name, turns in parts.items()},
+            "tokens": {name: int(turns.starts[-1]) for name, turns in parts.items()},
+            "turns_cut_short": {name: turns.truncated for name, turns in parts.items()},
+            "dialogues": {file.path.name: file.counts for file in corpus.files},
+            "other_sides_left_out": corpus.other_sides,
+            "packed": self.packed,
+        }
+
+    def _parts(self) -> dict[str, TokenizedTurns]:
+        return {
+            "retraining": self.retraining,
+            "validation": self.validation,
+            "test": self.test,
+            "held_out": self.test_held_out,
+        }
+
+    def new_model(self, seed: int) -> nn.Module:
+        model = self.encoders.new(seed).to(self.device)
+        return enable_packing(model) if self.packed else model
+
+    def finetune(
+        self, model: nn.Module, labels: training.Labels, *callbacks: Callback
+    ) -> list[dict[str, Any]]:
+        """Adapts the model, in place, to all test tasks side by side, each for itself.
+
+        The tasks share only the frozen weights, so each is trained almost as it would be alone:
+        Adam is invariant to the constant factor 1/T of its gradients, which changes only once small
+        tasks run out, and a task absent from a round is left as it is. The learning rate is common
+        to all tasks. It follows the rounds; an epoch has as many as the largest task needs, and a
+        smaller task takes its steps at the beginning of each epoch.
+
+        Returns:
+            held-out accuracies of each task: before, in the last epoch, and in its best one.
+        """
+        before = self.held_out(self.test_held_out)(model).per_task
+        result = self._finetune(model, labels, self.test, self.test_held_out, *callbacks)
+        epochs = [record["validation_per_task"] for record in result.history]
+        best = [max(of_task) for of_task in zip(*epochs, strict=True)]
+        clusters = [str(task.cluster) for task in self.corpus.testing]
+        return [
+            {"task": task, "metric": metric, "value": value}
+            for metric, values in ((BEFORE, before), (LAST, epochs[-1]), (BEST, best))
+            for task, value in zip(clusters, values, strict=True)
+        ]
+
+    def samples_per_epoch(self, method: str) -> int:
+        return len(self.retraining)
+
+    def lora(self, rank: int | None) -> LoRAConfig:
+        assert rank is not None
+        s = self.settings
+        return LoRAConfig(rank=rank, alpha=s.alpha, dropout=s.dropout, heads=self.heads)
+
+    def held_out(self, part: TokenizedTurns) -> Callable[[nn.Module], Evaluation]:
+        loader = self.loader(part, len(part), shuffle=False)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.precision)
+
+        def accuracy(model: nn.Module) -> Evaluation:
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                return evaluate(model, loader, choice_accuracy)
+
+        return accuracy
+
+    def loader(self, part: TokenizedTurns, batch_size: int, **keywords: Any) -> RoundLoader:
+        passes = SequencePasses(
+            Sequences(part.fields, part.starts, part.per_turn),
+            packed=self.packed,
+            max_tokens=self.settings.max_tokens,
+            pad_token_id=self.encoders.tokenizer.pad_token_id,
+            position_offset=self._position_offset,
+            device=self.device,
+        )
+        return RoundLoader(
+            torch.arange(len(part)),
+            part.answers,
+            part.task_ids,
+            batch_size=batch_size,
+            collate=passes,
+            **keywords,
+        )

@@ -1,0 +1,115 @@
+"""Settings that the experiments with PyTorch models share: vision and language."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+from experiments.lib.cli import MOST_TRIALS, check_values, option, unique
+from experiments.lib.experiment import RunSettings
+
+Resolved = TypeVar("Resolved", bound="RetrainingSettings")
+
+METHODS = ("lora-ml", "last-layer-ml", "standard", "reptile")
+WITH_TASKS = METHODS[:2]  # the methods whose tasks have adapters or heads of their own
+FINETUNES = ("lora", "last-layer")
+ALL = "all"
+PER_TASK = ("step_per", "adapter_lr", "adapter_weight_decay", "adapter_steps")
+ZERO = ("first_seed", "weight_decay", "adapter_weight_decay")  # these may be zero
+# Settings that only some methods or fine-tunings have a use for; the others are for all.
+PART_OF: Mapping[str, tuple[str, ...]] = {
+    "lr": (*WITH_TASKS, "standard"),
+    **dict.fromkeys(PER_TASK, WITH_TASKS),
+    "standard_order": ("standard",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrainingSettings(RunSettings):
+    """Settings of a run that retrains by several methods and fine-tunes on unseen tasks.
+
+    None stands for a default that depends on the data, the device or ``--smoke``; `resolved`
+    fills it in. The default of ``step_per`` follows one rule, as every experiment does what its
+    authors' runs did: an optimiser step per round of all tasks in vision (the objective of eq. 5),
+    per task in language.
+    """
+
+    command: ClassVar[str]
+    methods: ClassVar[tuple[str, ...]] = METHODS
+    zero: ClassVar[tuple[str, ...]] = ZERO
+
+    retrain: tuple[str, ...] = option((ALL,), help="retraining methods", choices=(*METHODS, ALL))
+    finetune: tuple[str, ...] = option((ALL,), help="fine-tunings", choices=(*FINETUNES, ALL))
+    seeds: int = option(None, help="trials, each with seeds of its own (default: 5)")
+    first_seed: int = option(0, help="seed of the first trial; the others follow")
+    step_per: str = option(
+        "round",
+        help="lora-ml, last-layer-ml: an optimiser step per round of all tasks, or per task",
+        choices=("round", "task"),
+    )
+    adapter_lr: float | None = option(
+        None, help="of the tasks' adapters and heads in retraining (default: --lr)"
+    )
+    adapter_weight_decay: float | None = option(
+        None, help="of the tasks' adapters and heads in retraining (default: --weight-decay)"
+    )
+    adapter_steps: int = option(
+        1,
+        help="lora-ml, last-layer-ml: steps on adapters and heads alone before each step on the "
+        "shared weights; 1: both in one step",
+    )
+    standard_order: str = option(
+        "pooled",
+        help="standard: batches drawn from all tasks together, or of one task each, task after "
+        "task in turn (interleaved) or, as in the authors' language runs, in blocks",
+        choices=("pooled", "interleaved", "blocked"),
+    )
+    shared_head: str = option(
+        "mean",
+        help="after a retraining with a head per task: the head left behind is the mean of the "
+        "tasks' heads, or refitted to the retraining tasks without adapters, as long as a "
+        "fine-tuning",
+        choices=("mean", "refit"),
+    )
+    finetune_head: str = option(
+        "fresh",
+        help="where the test tasks' heads start: anew, or from the retrained head (--shared-head); "
+        "a head that LoRA adapts is always the retrained one",
+        choices=("fresh", "retrained"),
+    )
+    device: str = option("auto", help="auto, cpu, cuda, ...", run_only=True)
+    precision: str = option(
+        "auto",
+        help="auto is fp32 on a CPU, bf16 on a GPU",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+
+    def __post_init__(self) -> None:
+        for name, every in (("retrain", self.methods), ("finetune", FINETUNES)):
+            chosen = getattr(self, name)
+            object.__setattr__(self, name, every if ALL in chosen else unique(chosen))
+        check_values(self.command, self, zero=self.zero, most={"seeds": MOST_TRIALS})
+
+    @property
+    def trials(self) -> range:
+        """The seeds of the trials."""
+        return range(self.first_seed, self.first_seed + self.seeds)
+
+    def defaults(self, device_type: str) -> Mapping[str, Any]:
+        """What stands for None, by field."""
+        raise NotImplementedError
+
+    def resolved(self: Resolved, device_type: str) -> Resolved:
+        """These settings with every default filled in."""
+        defaults = self.defaults(device_type)
+        missing = {k: v for k, v in defaults.items() if getattr(self, k) is None}
+        if self.precision == "auto":
+            missing["precision"] = "fp32" if device_type == "cpu" else "bf16"
+        return dataclasses.replace(self, **missing)
+
+
+def part_of(settings: type, own: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Which methods and the like each field is for: the shared ones', ``own`` and Reptile's."""
+    names = [field.name for field in dataclasses.fields(settings)]
+    return {**PART_OF, **{n: ("reptile",) for n in names if n.startswith("reptile")}, **own}
