@@ -36,8 +36,8 @@ from benchmarks.lib.language_versions import (
     results,
     versions,
 )
-from benchmarks.lib.measure import one_by_one, peak_bytes
-from benchmarks.lib.tables import write_table
+from benchmarks.lib.measure import peak_bytes, side_by_side
+from benchmarks.lib.tables import three_digits, write_table
 from experiments.language.models import load_model, load_tokenizer
 from experiments.lib.cli import check_numbers, main_guard, option
 from metalora.meta import RoundLoader
@@ -142,12 +142,12 @@ def measure(setting: Setting, precision: str) -> list[dict[str, Any]]:
         calls = [inputs["input_ids"] for batch in rounds for inputs in version.inputs(batch)]
         padding = 1 - tokens * len(rounds) / sum(ids.numel() for ids in calls)
         records.append({"version": name, "error": error, "padding": padding, "peak_bytes": peak})
-        steps[name] = [partial(version.round, batch) for batch in rounds]
+        steps[name] = [{"round": partial(version.round, batch)} for batch in rounds]
         print(f"{name}: passed", file=sys.stderr, flush=True)
-    timings = one_by_one(steps, setting.device)
-    first = before = timings[AUTHORS].median
+    timings = side_by_side(steps, setting.device, rounds=len(rounds), warm=False)
+    first = before = timings[AUTHORS]["total"].median
     for record in records:
-        timing = timings[record["version"]]
+        timing = timings[record["version"]]["total"]
         record |= asdict(timing)
         record |= {"epoch": epoch * timing.median, "tokens_a_second": tokens / timing.median}
         record |= {"speedup": first / timing.median, "step": before / timing.median}
@@ -158,11 +158,12 @@ def measure(setting: Setting, precision: str) -> list[dict[str, Any]]:
 
 def row(record: Mapping[str, Any]) -> list[str]:
     """A record as a line of the table."""
+    low, median, high = (three_digits(record[name]) for name in ("low", "median", "high"))
     return [
         record["version"],
-        f"{_number(record['median'])} ({_number(record['low'])}-{_number(record['high'])})",
+        f"{median} ({low}-{high})",
         f"{100 * record['spread']:.0f} %",
-        _number(record["epoch"]),
+        three_digits(record["epoch"]),
         f"{record['tokens_a_second']:,.0f}",
         f"{100 * record['padding']:.0f} %",
         f"{record['peak_bytes'] / 2**20:,.0f}",
@@ -170,11 +171,6 @@ def row(record: Mapping[str, Any]) -> list[str]:
         f"{record['step']:.2f}",
         f"{record['error']:.0e}",
     ]
-
-
-def _number(value: float) -> str:
-    """Three digits, or all of a large number's."""
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 @main_guard

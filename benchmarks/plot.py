@@ -1,6 +1,6 @@
-"""Draws what `benchmarks.layers` measured: time relative to the dense layer, a dot per version.
+"""Draws what an operator's benchmark measured: relative times, a dot for each version.
 
-python -m benchmarks.plot benchmarks/results/layers_cpu.json [MORE.json …] [--write DIR]
+python -m benchmarks.plot benchmarks/results/lora_linear_cpu.json [MORE.json …] [--write DIR]
 
 Makes one figure for every file and precision in it, as PNG and PDF.
 """
@@ -16,8 +16,8 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.lib.cli import check_folder, parse
-from benchmarks.lib.registry import GOAL
 from benchmarks.lib.tables import read_json
+from benchmarks.lora_linear import BENCHMARK
 from experiments.lib import plotting
 from experiments.lib.cli import main_guard, option
 from experiments.lib.runs import RunError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GOAL_RATIO = 1.10
-TICKS = (0.5, 0.7, 1, 1.2, 1.5, 2, 3, 5, 7, 10, 20, 50, 100)
+TICKS = (0.1, 0.2, 0.5, 0.7, 1, 1.2, 1.5, 2, 3, 5, 7, 10, 20, 50, 100, 1000, 10000)
 # Okabe and Ito, "Color Universal Design", 2008; a shape of its own as well for each version.
 LOOKS = {
     "metalora": ("#0072B2", "D"),
@@ -41,24 +41,35 @@ LOOKS = {
     "loop": ("#E69F00", "h"),
     "peft": ("#999999", "p"),
     "dense": ("#000000", "|"),
+    "plain": ("#E69F00", "o"),
+    "torch": ("#000000", "|"),
+    "copy": ("#000000", "|"),
+    "reference": ("#D55E00", "X"),
+    "metalora-with-figures": ("#0072B2", "^"),
+    "samples-numpy": ("#009E73", "s"),
+    "samples-PyTorch": ("#CC79A7", "v"),
+    "loop-fused": ("#E69F00", "H"),
+    "tasks-batched": ("#009E73", "s"),
+    "all-batched": ("#CC79A7", "v"),
+    "columns": ("#CC79A7", "P"),
 }
 
 
 def load(path: Path) -> dict[str, Any]:
-    """One file of results.
+    """One file of results of an operator's benchmark.
 
     Raises:
-        RunError: `benchmarks.layers` did not write it.
+        RunError: the file is no such one.
     """
     record = read_json(path)
     try:
-        known = [record["title"], record["machine"]["cpu"], record["machine"]["torch"]]
-        known.append(record["machine"]["date"])
+        known = [record[key] for key in ("title", "floor")]
+        known += [record["machine"][key] for key in ("cpu", "torch", "date")]
         for one in record["rows"]:
             known += [one["case"], one["precision"]]
             known += [LOOKS[name.partition("+")[0]] for name in one["rows"]]
     except (KeyError, TypeError, AttributeError):
-        raise RunError(f"{path} is not a file of results of benchmarks.layers") from None
+        raise RunError(f"{path} is not a file of results of an operator") from None
     return record
 
 
@@ -68,28 +79,32 @@ def draw(record: dict[str, Any], stem: str, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for precision in dict.fromkeys(r["precision"] for r in record["rows"]):
-        records = [r for r in record["rows"] if r["precision"] == precision and _timed(r)]
+        records = [
+            {"case": r["case"], "ratios": ratios}
+            for r in record["rows"]
+            if r["precision"] == precision and (ratios := _ratios(r, record["floor"]))
+        ]
         if records:
             drawn.append(_figure(record, precision, records, folder / f"{stem}_{precision}"))
     return drawn
 
 
-def _timed(record: dict[str, Any]) -> bool:
-    """Whether any version beside the dense layer has a time relative to it."""
-    return any("relative" in row for name, row in record["rows"].items() if name != "dense")
+def _ratios(record: dict[str, Any], floor: str) -> dict[str, float]:
+    """The times of all versions that have one, relative to the floor's."""
+    rows = record["rows"].items()
+    return {name: row["relative"] for name, row in rows if "relative" in row and name != floor}
 
 
 def _figure(
     record: dict[str, Any], precision: str, records: Sequence[dict[str, Any]], path: Path
 ) -> Path:
-    versions = {name for one in records for name in one["rows"]}
+    versions = {name for one in records for name in one["ratios"]}
     height = max(2.6 + 0.42 * len(records), 0.8 + 0.34 * len(versions))
     fig, axes = plt.subplots(figsize=(13.3, height))
     for y, one in enumerate(reversed(records)):
-        for name, row in one["rows"].items():
-            if "relative" in row and name != "dense":
-                _dot(axes, name, row["relative"], y)
-    goals = {case.name for case in GOAL}
+        for name, ratio in one["ratios"].items():
+            _dot(axes, name, ratio, y)
+    goals = {case.name for case in BENCHMARK.goals}
     axes.axvline(1, color="black", linewidth=1.2)
     if any(one["case"] in goals for one in records):
         axes.axvline(GOAL_RATIO, color="#0072B2", linewidth=1.2, linestyle="--")
@@ -102,7 +117,7 @@ def _figure(
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.95), max(high, 1.25))
-    axes.set_xlabel("time relative to the dense layer alone (log scale)")
+    axes.set_xlabel(f"time relative to {record['floor']} (log scale)")
     axes.set_title(f"{record['title']}, {precision}", loc="left")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     here = record["machine"]
@@ -120,7 +135,8 @@ def _dot(axes: Axes, name: str, ratio: float, y: float) -> None:
     color, marker = LOOKS[version]
     _, labels = axes.get_legend_handles_labels()
     axes.plot(
-        *([ratio], [y]),
+        [ratio],
+        [y],
         linestyle="none",
         marker=marker,
         color=color,

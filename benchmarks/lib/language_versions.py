@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.lib.dialogues import Turns
-from benchmarks.lib.gate import GateError
+from benchmarks.lib.gate import GateError, check_parts
 from benchmarks.lib.task_by_task import (
     ALPHA,
     DROPOUT,
@@ -222,14 +222,8 @@ def check(
         GateError: if it is above the tolerance.
     """
     sizes = [float(g.flatten(1).norm(dim=1).max()) for name, g in wanted.items() if name != LOSS]
-    floor, worst = FLOOR * max(sizes), 0.0
-    for name, right in wanted.items():
-        right = right.flatten(1)
-        difference = (got[name].double().reshape(right.shape) - right).norm(dim=1)
-        error = float((difference / right.norm(dim=1).clamp_min(floor)).max())
-        if not error <= tolerance:
-            raise GateError(
-                f"{version}: {name} has a relative error of {error:.1e}, above {tolerance:.0e}"
-            )
-        worst = max(worst, error)
-    return worst
+    floor = FLOOR * max(sizes)
+    return max(
+        check_parts(f"{version}: {name}", got[name].reshape(right.shape), right, tolerance, floor)
+        for name, right in wanted.items()
+    )
