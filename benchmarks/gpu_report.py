@@ -25,10 +25,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from benchmarks.lib.cli import check_folder, parse
+from benchmarks.lib.cli import check_folder, program
 from benchmarks.lib.registry import MODULES
 from benchmarks.lib.tables import markdown, read_json
-from experiments.lib.cli import main_guard, option
+from experiments.lib.cli import main_guard, option, parse
 from experiments.synthetic.settings import DEVICES
 from metalora._checks import did_you_mean
 
@@ -252,7 +252,7 @@ class Settings:
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the parts; 1 if one of them failed, else 0."""
-    settings = parse(Settings, argv, "gpu_report", __doc__)
+    settings = parse(Settings, argv, prog=program("gpu_report"), description=__doc__ or "")
     out = (settings.out or ROOT / "benchmarks" / "results").resolve()
     out.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []

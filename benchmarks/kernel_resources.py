@@ -21,10 +21,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks.lib import cli
+from benchmarks.lib.cli import program
 from benchmarks.lib.tables import read_json, write_json
+from experiments.lib import cli
 from experiments.lib.cli import main_guard, option
-from experiments.lib.runs import RunError
+from experiments.lib.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -205,7 +206,7 @@ class Settings:
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the differences from the table; 1 if one of them is an error, else 0."""
-    settings = cli.parse(Settings, argv, "kernel_resources", __doc__)
+    settings = cli.parse(Settings, argv, prog=program(NAME), description=__doc__ or "")
     nvcc, why = find_nvcc()
     if nvcc is None:
         raise RunError(f"kernel_resources needs nvcc: {why}")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.lib import cli
+from benchmarks.lib.cli import BenchmarkSettings, program, repeat
 from benchmarks.lib.dialogues import CANDIDATES, drawn, read
 from benchmarks.lib.language_versions import (
     AUTHORS,
@@ -39,7 +39,7 @@ from benchmarks.lib.language_versions import (
 from benchmarks.lib.measure import peak_bytes, side_by_side
 from benchmarks.lib.tables import three_digits, write_table
 from experiments.language.models import load_model, load_tokenizer
-from experiments.lib.cli import check_numbers, main_guard, option
+from experiments.lib.cli import check_values, main_guard, option, parse
 from metalora.meta import RoundLoader
 
 # layers, hidden size, heads, intermediate size, vocabulary
@@ -57,7 +57,7 @@ HEADER = [
 
 
 @dataclass(frozen=True)
-class Settings(cli.NamedSettings):
+class Settings(BenchmarkSettings):
     """Settings of this benchmark."""
 
     model: str = option("mini", help=f"{', '.join(SIZES)}, or a model's folder")
@@ -73,7 +73,7 @@ class Settings(cli.NamedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_numbers("language", self)
+        check_values("language", self)
         if self.data is not None and self.model in SIZES and self.tokenizer is None:
             raise ValueError("argument --data: needs --tokenizer FOLDER with a model of a size")
 
@@ -176,7 +176,7 @@ def row(record: Mapping[str, Any]) -> list[str]:
 @main_guard
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, and prints the table."""
-    settings = cli.parse(Settings, argv, "language", __doc__)
+    settings = parse(Settings, argv, prog=program("language"), description=__doc__ or "")
     device = settings.device
     if settings.smoke:
         settings = replace(settings, model="tiny", data=None, tasks=2, turns=1, rounds=1)
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"Rounds of LoRA-ML on {where}: {settings.model}, {settings.tasks} tasks with "
         f"{settings.turns} turn{'s' * (settings.turns > 1)} of {CANDIDATES} candidates each, "
         f"{setting.turns.source}",
-        cli.command("language", argv),
+        repeat("language", argv),
         HEADER,
         [row(record) for record in records],
         records,

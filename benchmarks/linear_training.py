@@ -28,9 +28,10 @@ from benchmarks.lib.gate import check_parts
 from benchmarks.lib.operators import command
 from benchmarks.lib.tensor_case import Function, OperatorCase, Setup
 from benchmarks.lib.trainings import TrainingCase, Version, by_reference
-from experiments.lib.runs import RunFolder
-from experiments.synthetic import linear, trials
-from experiments.synthetic.settings import LinearSettings, Point
+from experiments.synthetic.linear.run import LINEAR
+from experiments.synthetic.linear.settings import LinearSettings
+from experiments.synthetic.linear.trials import run_point
+from experiments.synthetic.settings import Point
 from metalora.linear import (
     finetune_lora,
     lora_ml,
@@ -206,13 +207,11 @@ class Figure1Case(Case):
 
         def compute() -> None:
             for point in settings.points():
-                trials.run_point(point, settings)
+                run_point(point, settings)
 
         def everything() -> None:
             with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-                out = Path(folder) / "run"
-                with RunFolder.create(out, settings, experiment=linear.EXPERIMENT) as run:
-                    linear.run(settings, run)
+                LINEAR.run(replace(settings, out=Path(folder) / "run"))
 
         def make(name: str) -> Candidate:
             if name not in LOOPS:

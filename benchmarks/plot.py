@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from benchmarks.lib.cli import check_folder, parse
+from benchmarks.lib.cli import check_folder, program
 from benchmarks.lib.tables import read_json
 from benchmarks.lora_linear import BENCHMARK
 from experiments.lib import plotting
-from experiments.lib.cli import main_guard, option
-from experiments.lib.runs import RunError
+from experiments.lib.cli import main_guard, option, parse
+from experiments.lib.errors import RunError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -161,7 +161,7 @@ class Settings:
 @main_guard
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws the figures, once every file has been read."""
-    settings = parse(Settings, argv, "plot", __doc__)
+    settings = parse(Settings, argv, prog=program("plot"), description=__doc__ or "")
     records = {path: load(path) for path in settings.files}
     for path, record in records.items():
         for figure in draw(record, path.stem, settings.write or path.parent):

@@ -13,11 +13,11 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiled
 
 from benchmarks.lib.cases import PRECISIONS, Precision
-from benchmarks.lib.cli import DeviceSettings, parse
+from benchmarks.lib.cli import BenchmarkSettings, program, repeat
 from benchmarks.lib.tables import write_table
 from benchmarks.lib.tensor_case import Setup
 from benchmarks.lora_linear import GOALS, LayerCase
-from experiments.lib.cli import main_guard
+from experiments.lib.cli import main_guard, parse
 
 CALLS = 10
 SHOWN = 12
@@ -56,7 +56,7 @@ def kernels(
 
 @main_guard
 def main(argv: Sequence[str] | None = None) -> None:
-    settings = parse(DeviceSettings, argv, "profile", __doc__)
+    settings = parse(BenchmarkSettings, argv, prog=program("profile"), description=__doc__ or "")
     device, cases = settings.device, list(GOALS)
     cases = [cases[0], *(c for c in cases if c.group == "c")]
     if settings.smoke:
@@ -76,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     share = f"{100 * kernel['seconds'] / total:.0f} %"
                     rows.append(["", "", "", f"`{text}`", *times, share])
     write_table(
-        f"profile_{device}",
+        settings.name or f"profile_{device}",
         "Kernels of one forward and backward pass",
-        f"python -m benchmarks.profile --device {device}",
+        repeat("profile", argv),
         ["case", "precision", "version", "kernel", "calls", "µs", "share"],
         rows,
         data,

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments.lib import cli
-from experiments.lib.runs import (
-    MANIFEST,
-    RunError,
-    RunFolder,
-    default_folder,
-    one_thread,
-    standard_error,
-    with_error,
-)
+from experiments.lib.errors import RunError
+from experiments.lib.experiment import RunSettings
+from experiments.lib.machine import one_thread
+from experiments.lib.runs import MANIFEST, RunFolder, default_folder, standard_error, with_error
 from experiments.vision.settings import FINETUNES, METHODS
 
 NAMES = {"lora": "LoRA", "last-layer": "last layer"}
@@ -25,20 +19,11 @@ VISION_SEEDS = 3
 VISION_SHOTS = ("10",)
 
 
-@dataclasses.dataclass(frozen=True)
-class DemoSettings:
-    """Settings of the demo."""
-
-    out: Path | None = cli.option(None, help="folder to write (default: one in runs/)")
-    smoke: bool = cli.option(False, help="a run of seconds with few steps; numbers mean nothing")
-    resume: bool = cli.option(False, help="go on with the demo in --out")
-
-
 @cli.main_guard
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs both experiments and prints one table of each and where the figures are."""
     settings = cli.parse(
-        DemoSettings,
+        RunSettings,
         argv,
         prog="python -m experiments.demo",
         description="All sweeps of the paper's Figure 1, then its vision protocol on digits.",
@@ -55,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"done in {time.monotonic() - start:.0f} s; all numbers are in {out}")
 
 
-def _folder(settings: DemoSettings) -> Path:
+def _folder(settings: RunSettings) -> Path:
     """The demo's folder, checked before anything is computed; the two runs are folders in it."""
     if settings.resume:
         if settings.out is None:
@@ -75,20 +60,13 @@ def run_linear(demo: Path, smoke: bool = False) -> RunFolder:
 
     Goes on with those that are in the demo's folder already, as `run_vision` does.
     """
-    from experiments.synthetic import linear
-    from experiments.synthetic.settings import LinearSettings
+    from experiments.synthetic.linear.run import LINEAR
+    from experiments.synthetic.linear.settings import LinearSettings
 
     out = demo / "linear"
-    settings = LinearSettings(vary="all", trials=5, smoke=smoke, out=out)
-    with RunFolder.create(
-        out,
-        settings,
-        experiment=linear.EXPERIMENT,
-        resume=(out / MANIFEST).is_file(),
-        go_on=f"--resume --out {demo}",
-    ) as folder:
-        linear.run(settings, folder)
-    return folder
+    resume = (out / MANIFEST).is_file()
+    settings = LinearSettings(vary="all", trials=5, smoke=smoke, out=out, resume=resume)
+    return LINEAR.run(settings, go_on=f"--resume --out {demo}")
 
 
 def run_vision(demo: Path, smoke: bool = False) -> RunFolder:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.lib import cli
 from benchmarks.lib.cases import (
     PRECISIONS,
     Benchmark,
@@ -24,12 +23,13 @@ from benchmarks.lib.cases import (
     Options,
     Precision,
 )
+from benchmarks.lib.cli import BenchmarkSettings, program, repeat
 from benchmarks.lib.gate import GateError
 from benchmarks.lib.measure import Budget, CpuClock, side_by_side
 from benchmarks.lib.tables import machine, operator_tables, read_json, write_json
-from experiments.lib.cli import main_guard, option
-from experiments.lib.runs import RunError
-from metalora._checks import check_count, check_positive, first_line
+from experiments.lib.cli import check_values, main_guard, option, parse
+from experiments.lib.errors import RunError
+from metalora._checks import first_line
 
 LEFT_OUT = "left out: the time was up"
 # Seconds that must be left to begin with a case or one more of its versions, by how it is made.
@@ -146,7 +146,7 @@ def _complete(record: dict[str, Any], names: Sequence[str]) -> bool:
 
 
 @dataclass(frozen=True)
-class Settings(cli.NamedSettings):
+class Settings(BenchmarkSettings):
     """Settings of an operator's benchmark."""
 
     cases: tuple[str, ...] | None = option(
@@ -165,10 +165,7 @@ class Settings(cli.NamedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.budget_seconds is not None:
-            check_positive("benchmarks", "--budget-seconds", self.budget_seconds)
-        if self.threads is not None:
-            check_count("benchmarks", "--threads", self.threads, maximum=os.cpu_count())
+        check_values("benchmarks", self, most={"threads": os.cpu_count() or 1})
         if self.resume and self.write is None:
             raise ValueError("argument --resume: needs --write, the folder to go on with")
 
@@ -176,17 +173,14 @@ class Settings(cli.NamedSettings):
         """The cases and the versions to measure.
 
         Raises:
-            RunError: for a word that names nothing.
+            ValueError: for a word that names nothing.
         """
         if self.frozen and not benchmark.can_freeze:
-            raise RunError(f"argument --frozen: {benchmark.name} has no shared weights to freeze")
-        try:
-            return (
-                benchmark.select(self.cases or [benchmark.groups[self.device]]),
-                benchmark.select_versions(self.baselines or [next(iter(benchmark.versions))]),
-            )
-        except ValueError as error:
-            raise RunError(str(error)) from None
+            raise ValueError(f"argument --frozen: {benchmark.name} has no shared weights to freeze")
+        return (
+            benchmark.select(self.cases or [benchmark.groups[self.device]]),
+            benchmark.select_versions(self.baselines or [next(iter(benchmark.versions))]),
+        )
 
 
 def command(benchmark: Benchmark, description: str) -> Callable[..., None]:
@@ -194,7 +188,7 @@ def command(benchmark: Benchmark, description: str) -> Callable[..., None]:
 
     @main_guard
     def main(argv: Sequence[str] | None = None) -> None:
-        settings = cli.parse(Settings, argv, benchmark.name, description)
+        settings = parse(Settings, argv, prog=program(benchmark.name), description=description)
         cases, names = settings.selected(benchmark)
         device = settings.device
         options = Options(names, device, settings.frozen)
@@ -216,7 +210,7 @@ def command(benchmark: Benchmark, description: str) -> Callable[..., None]:
             [PRECISIONS[name] for name in settings.precisions or benchmark.precisions],
             options,
             title=f"{benchmark.title} on {where}{frozen}{tiny}",
-            command=cli.command(benchmark.name, argv),
+            command=repeat(benchmark.name, argv),
             name=settings.name or f"{benchmark.name}_{device}",
             folder=settings.write,
             budget=Budget(settings.budget_seconds or math.inf),

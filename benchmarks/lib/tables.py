@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 import metalora
-from experiments.lib.runs import RunError
+from experiments.lib.errors import RunError
+from experiments.lib.machine import cpu_name
 from metalora._files import replacing
 
 Row = Sequence[str]
@@ -22,7 +23,7 @@ Row = Sequence[str]
 def machine(device: str = "cpu") -> dict[str, str]:
     """What a timing depends on."""
     found = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": str(torch.get_num_threads()),
         "cores": str(os.cpu_count()),
         "python": platform.python_version(),
@@ -41,15 +42,6 @@ def machine(device: str = "cpu") -> dict[str, str]:
             **found,
         }
     return found
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def read_json(path: Path) -> Any:

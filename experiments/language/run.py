@@ -16,16 +16,10 @@ from experiments.language.progress import Clock, EpochLine
 from experiments.language.protocol import Protocol
 from experiments.language.settings import PART_OF, TINY, Settings
 from experiments.lib import cli
-from experiments.lib.runs import RunFolder, one_thread
-from experiments.lib.training import (
-    EpochLog,
-    choose_device,
-    divergence,
-    keep_freed_memory,
-    known,
-    load_weights,
-    save_weights,
-)
+from experiments.lib.errors import divergence
+from experiments.lib.machine import choose_device, keep_freed_memory, one_thread
+from experiments.lib.runs import RunFolder
+from experiments.lib.training import EpochLog, known, load_weights, save_weights
 from experiments.lib.unused import say, unused
 
 NAME = "language"

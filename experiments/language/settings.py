@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.lib.cli import MOST_TRIALS, check_numbers, option, unique
+from experiments.lib.cli import MOST_TRIALS, check_values, option, unique
 from experiments.lib.training import SHARED_HEADS, STANDARD_ORDERS
 from metalora._checks import check_count
 
@@ -197,7 +197,7 @@ class Settings:
         set_field(self, "retrain", METHODS if ALL in self.retrain else unique(self.retrain))
         set_field(self, "finetune", unique(self.finetune))
         set_field(self, "rank", unique(self.rank))
-        check_numbers("language", self, zero=ZERO)
+        check_values("language", self, zero=ZERO)
         if self.seeds is not None:
             check_count("language", "--seeds", self.seeds, maximum=MOST_TRIALS)
         for name, fits, wanted in (

@@ -1,28 +1,33 @@
-"""Command lines from frozen dataclasses: every field is a flag, every mistake is one line."""
+"""Command lines from frozen dataclasses, read by cyclopts: every field is a flag, or an argument.
+
+A mistake ends the process with one line on stderr and exit code 2.
+"""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
+import inspect
 import shutil
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from experiments.lib.errors import too_large
-from experiments.lib.runs import INTERRUPTED, RunError
-from metalora._checks import check_count, check_nonnegative, check_positive, did_you_mean
+from cyclopts import App, CoercionError, CycloptsError, Parameter, Token, convert
+
+from experiments.lib.errors import INTERRUPTED, RunError, too_large
+from metalora._checks import check_choice, check_count, check_nonnegative, check_positive
 
 Settings = TypeVar("Settings")
 Value = TypeVar("Value")
 WRONG_USE = 2
-HELP_COLUMNS, _LONGEST_METAVAR = 100, 45
+HELP_COLUMNS = 100
 MOST_TRIALS = 10_000  # more are a slip of the finger, and would fill the memory before they fail
 _LARGEST = 10**18  # beyond it, sums of sizes overflow
+_WANTED = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 
 def option(
@@ -57,47 +62,68 @@ def parse(
 
     Field types may be bool, int, float, str, Path, ``tuple[X, ...]`` (several values) and
     ``X | None``. A wrong flag or value, or a ValueError or TypeError of the dataclass's own
-    ``__post_init__``, ends the process with exit code 2 and one line on stderr.
-
-    In ``description`` blank lines separate paragraphs; one that begins with a command, such as
-    ``python -m ...``, keeps its lines.
+    ``__post_init__``, ends the process.
     """
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=_Help)
-    hints = typing.get_type_hints(settings)
-    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
-        _add(parser, field, hints[field.name])
-    argv = list(sys.argv[1:] if argv is None else argv)
-    known = [o for action in parser._actions for o in action.option_strings]
-    # Before argparse sees them, since it would take an unknown option's value for an argument.
-    for flag in (a.split("=", 1)[0] for a in argv if a.startswith("--")):
-        if flag not in known:
-            parser.error(f"unknown option {flag}{did_you_mean(flag, known)}")
-    values, unknown = parser.parse_known_args(argv)
-    if unknown:
-        parser.error(f"unexpected argument {unknown[0]!r}; see {prog} --help")
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(values).items()}
-    try:
-        return settings(**given)
-    except (ValueError, TypeError) as error:
-        parser.error(str(error))
+    parsed: Settings = _read(_app(settings, prog, description), argv, prog)
+    return parsed
 
 
-def check_numbers(command: str, settings: Any, zero: Sequence[str] = ()) -> None:
-    """Refuses numbers that are not above zero, or, of the fields named in ``zero``, below it.
+def parse_command(
+    commands: Mapping[str, tuple[type, str]], argv: Sequence[str] | None = None, *, prog: str
+) -> tuple[str, Any]:
+    """Reads a command line that begins with the name of a command.
+
+    Args:
+        commands: the settings class and the description of each.
+
+    Returns:
+        The command's name and its settings.
+    """
+    app = App(name=prog, help_format="plaintext", version_flags=())
+    for name, (settings, description) in commands.items():
+        app.command(_app(settings, name, description, functools.partial(_named, name)))
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        _fail(f"which experiment? {prog} {{{','.join(commands)}}} ...")
+    found: tuple[str, Any] = _read(app, argv, prog)
+    return found
+
+
+def check_values(
+    command: str,
+    settings: Any,
+    zero: Sequence[str] = (),
+    most: Mapping[str, int] = types.MappingProxyType({}),
+) -> None:
+    """Refuses values outside a field's choices, and numbers out of range; None is not looked at.
+
+    Numbers must be above zero, or at least zero for the fields named in ``zero``, and at most what
+    ``most`` says.
 
     Raises:
-        ValueError: which names the command, the flag and the number.
+        ValueError: names the command, the flag and the value.
     """
     for field in dataclasses.fields(settings):
-        given = getattr(settings, field.name)
-        flag = "--" + field.name.replace("_", "-")
+        given, flag = getattr(settings, field.name), flag_of(field.name)
+        choices, zero_too = field.metadata.get("choices"), field.name in zero
         for value in given if isinstance(given, tuple) else (given,):
-            if isinstance(value, bool):
-                continue
-            if isinstance(value, int):
-                check_count(command, flag, value, minimum=0 if field.name in zero else 1)
+            if choices and value is not None:
+                check_choice(command, flag, value, choices)
             elif isinstance(value, float):
-                (check_nonnegative if field.name in zero else check_positive)(command, flag, value)
+                (check_nonnegative if zero_too else check_positive)(command, flag, value)
+            elif isinstance(value, int) and not isinstance(value, bool):
+                smallest, largest = 0 if zero_too else 1, most.get(field.name)
+                check_count(command, flag, value, minimum=smallest, maximum=largest)
+
+
+def flag_of(name: str) -> str:
+    """The flag of a settings field."""
+    return "--" + name.replace("_", "-")
+
+
+def shown(value: Any) -> str:
+    """A settings value as it is given on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def unique(values: tuple[Value, ...]) -> tuple[Value, ...]:
@@ -134,108 +160,101 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., NoReturn]:
     return guarded
 
 
+def _named(name: str, settings: Any) -> tuple[str, Any]:
+    return name, settings
+
+
 def _fail(message: str) -> NoReturn:
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(WRONG_USE)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        _fail(message)
+def _read(app: App, argv: Sequence[str] | None, prog: str) -> Any:
+    from rich.console import Console
 
-
-class _Help(argparse.HelpFormatter):
-    def __init__(self, prog: str) -> None:
-        columns = min(shutil.get_terminal_size().columns, HELP_COLUMNS)
-        super().__init__(prog, width=columns - 2)
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        fill = super()._fill_text
-        paragraphs = (part.strip("\n") for part in text.split("\n\n"))
-        return "\n\n".join(
-            part if part.lstrip().startswith("python -m") else fill(part, width, indent)
-            for part in paragraphs
+    columns = min(shutil.get_terminal_size().columns, HELP_COLUMNS)
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        parsed = app(
+            list(argv),
+            console=Console(width=columns),
+            print_error=False,
+            exit_on_error=False,
+            result_action="return_value",
         )
+    except CycloptsError as error:
+        error.verbose = False
+        told = str(error)
+        _fail(told if "Did you mean" in told else f"{told.rstrip('.')}; see {prog} --help")
+    except (ValueError, TypeError) as error:
+        _fail(str(error))
+    if parsed is None:  # the help was asked for
+        sys.exit(0)
+    return parsed
 
-    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        # argparse would show the values of an option that takes several twice.
-        if action.nargs in (argparse.ONE_OR_MORE, argparse.ZERO_OR_MORE):
-            (metavar,) = self._metavar_formatter(action, default_metavar)(1)
-            return f"{metavar} ..."
-        return super()._format_args(action, default_metavar)
+
+def _app(
+    settings: type, name: str, description: str, result: Callable[[Any], Any] = lambda made: made
+) -> App:
+    """Makes the app that reads a settings class; what it returns is passed through ``result``."""
+    hints = typing.get_type_hints(settings)
+    fields = sorted(dataclasses.fields(settings), key=_place)
+    positional = [field.name for field in fields if field.metadata.get("positional")]
+
+    def make(*arguments: Any, **flags: Any) -> Any:
+        return result(settings(**dict(zip(positional, arguments, strict=False)), **flags))
+
+    make.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [_parameter(field, hints[field.name]) for field in fields]
+    )
+    app = App(name=name, help=description, help_format="plaintext", version_flags=())
+    app.default(make)
+    return app
 
 
-def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
-    required = field.default is dataclasses.MISSING
-    default = None if required else field.default
-    several, kind = _value_type(hint)
-    choices = field.metadata.get("choices")
-    flag = "--" + field.name.replace("_", "-")
-    keywords: dict[str, Any] = {"help": _help(field, required), "default": default}
-    if kind is bool:
-        if default is False:
-            keywords["action"] = "store_true"
-        else:
-            keywords["action"] = argparse.BooleanOptionalAction
-        parser.add_argument(flag, dest=field.name, **keywords)
-        return
-    keywords["type"] = _converter(kind, choices)
-    metavar = kind.__name__.upper()
+def _place(field: dataclasses.Field[Any]) -> int:
+    """Arguments come first in the help, and what says where and how to run last."""
+    return 2 * field.metadata.get("run_only", False) - field.metadata.get("positional", False)
+
+
+def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+    """A field as a parameter of the function that cyclopts calls."""
+    choices, positional = field.metadata.get("choices"), field.metadata.get("positional")
+    several = any(typing.get_origin(t) is tuple for t in (hint, *typing.get_args(hint)))
+    details: dict[str, Any] = {
+        "help": field.metadata.get("help", ""),
+        "negative_iterable": (),
+        "consume_multiple": (1, None) if several else None,
+        "show_default": shown if type(field.default) in (str, int, float, Path, tuple) else False,
+    }
+    if field.default is False:
+        details["negative"] = ()
     if choices:
-        metavar = "{" + ",".join(choices) + "}"
-        if len(metavar) > _LONGEST_METAVAR:
-            metavar = kind.__name__.upper()
-            keywords["help"] += "; one of " + ", ".join(choices)
-    keywords["metavar"] = f"{field.name}:{metavar}" if field.metadata.get("positional") else metavar
-    if several:
-        keywords["nargs"] = "+"
-    if field.metadata.get("positional"):
-        if not required:
-            keywords["nargs"] = "*" if several else "?"
-        parser.add_argument(field.name, **keywords)
-    else:
-        parser.add_argument(flag, dest=field.name, required=required, **keywords)
+        one = Literal[tuple(choices)]  # type: ignore[valid-type]
+        hint = tuple[one, ...] if several else one  # type: ignore[valid-type]
+    elif bool not in (hint, *typing.get_args(hint)):
+        details["converter"] = _converted
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.POSITIONAL_ONLY if positional else inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+        annotation=Annotated[hint, Parameter(**details)],
+    )
 
 
-def _help(field: dataclasses.Field[Any], required: bool) -> str:
-    text = str(field.metadata.get("help", ""))
-    if required or field.default is None or isinstance(field.default, bool):
-        shown = ""
-    elif isinstance(field.default, tuple):
-        shown = " ".join(str(v) for v in field.default)
-    else:
-        shown = str(field.default)
-    return (text + (f" (default: {shown})" if shown else "")).replace("%", "%%")
+def _converted(hint: Any, tokens: Sequence[Token]) -> Any:
+    return convert(hint, tokens, _strictly)
 
 
-def _value_type(hint: Any) -> tuple[bool, Any]:
-    """(whether several values are taken, the type of one) of a field's type hint."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        (hint,) = [a for a in typing.get_args(hint) if a is not type(None)]
-    if typing.get_origin(hint) is tuple:
-        return True, typing.get_args(hint)[0]
-    if hint not in (bool, int, float, str, Path):
-        raise TypeError(f"parse: a settings field cannot be of type {hint}")
-    return False, hint
-
-
-def _converter(kind: Any, choices: Sequence[str] | None) -> Callable[[str], Any]:
-    wanted = {int: "a whole number", float: "a number", str: "text", Path: "a path"}[kind]
-
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        # Path("") would be the current folder; what cannot be printed cannot be recorded either.
-        if value is None or not (text and text.isprintable()):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
-        if kind is int and abs(value) > _LARGEST:
-            raise argparse.ArgumentTypeError(f"must be at most 10^18, got {text}")
-        if choices is not None and str(value) not in choices:
-            raise argparse.ArgumentTypeError(
-                f"must be one of {', '.join(choices)}, got {text!r}{did_you_mean(text, choices)}"
-            )
-        return value
-
-    return convert
+def _strictly(kind: Any, text: str) -> Any:
+    """Converts one value; cyclopts alone would take 2.5 for a whole number, and round it."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    # Path("") would be the current folder; what cannot be printed cannot be recorded either.
+    if value is None or not (text and text.isprintable()):
+        raise CoercionError(f"must be {_WANTED[kind]}, got {text!r}")
+    if kind is int and abs(value) > _LARGEST:
+        raise CoercionError(f"must be at most 10^18, got {text}")
+    return value

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -35,7 +35,8 @@ import torch
 
 import metalora
 from experiments.lib import lock
-from experiments.lib.errors import too_large
+from experiments.lib.errors import INTERRUPTED, RunError, too_large
+from experiments.lib.machine import description
 from metalora._files import replacing, sync_path
 
 MANIFEST, METRICS, RESULTS, UNITS, ERROR = (
@@ -45,13 +46,8 @@ MANIFEST, METRICS, RESULTS, UNITS, ERROR = (
     "units.jsonl",
     "error.txt",
 )
-INTERRUPTED = 130  # the shell's exit code for a process ended by Ctrl-C
 TERMINATED = 143
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-
-
-class RunError(Exception):
-    """Something the user can put right; the command line shows it as one line with exit code 2."""
 
 
 class RunFolder:
@@ -159,7 +155,7 @@ class RunFolder:
             "data": {},
             "versions": _versions(),
             "git": _git_state(),
-            "machine": _machine(),
+            "machine": description(),
         }
         return cls(folder, held, manifest, {})
 
@@ -343,20 +339,6 @@ def standard_error(values: Sequence[float]) -> float:
 def with_error(mean: float, error: float, form: str = ".2f") -> str:
     """``mean (error)`` in the format ``form``; n/a for an error that is NaN."""
     return f"{mean:{form}} ({'n/a' if math.isnan(error) else format(error, form)})"
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """For tensors so small that waking a second thread takes longer than their arithmetic.
-
-    On a busy machine it costs up to ten times the time: each waits for the other at every step.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Terminated(KeyboardInterrupt):
@@ -556,28 +538,3 @@ def _git_state() -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "system": f"{platform.system()} {platform.release()}",
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": _memory_gib(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _memory_gib() -> float | None:
-    with contextlib.suppress(AttributeError, ValueError, OSError):
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    return None

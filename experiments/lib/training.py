@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
-from experiments.lib.runs import RunError, RunFolder
-from metalora._checks import did_you_mean
+from experiments.lib.errors import RunError
+from experiments.lib.runs import RunFolder
 from metalora._files import replacing
 from metalora.adapters import LoRAConfig
 from metalora.meta import (
     Callback,
-    DivergedError,
     Result,
     RoundLoader,
     TrainConfig,
@@ -60,28 +55,6 @@ def known(value: Value | None) -> Value:
     return value
 
 
-def choose_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" is the accelerator, if there is one.
-
-    Raises:
-        RunError: there is no such device, or it computes nothing, as torch's "meta".
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of names that it will drop
-            device = torch.device(name)
-            torch.ones(1, device=device).add(1).item()
-    except Exception:  # each of torch's backends fails in its own way
-        known_names = ("auto", "cpu", "cuda")
-        is_known = name.partition(":")[0] in known_names
-        hint = "" if is_known else did_you_mean(name, known_names)
-        hint = hint or "; try auto or cpu"
-        raise RunError(f"--device {name} cannot be used here{hint}") from None
-    return device
-
-
 def check_rank(model: nn.Module, rank: int) -> None:
     """Refuses a rank that no matrix of the model can have.
 
@@ -95,33 +68,6 @@ def check_rank(model: nn.Module, rank: int) -> None:
             f"--rank must be at most {largest}, the largest of any linear layer of the model, "
             f"got {rank}"
         )
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep freed memory instead of returning it to the system.
-
-    A step frees and asks again for the same blocks. Getting them from the system anew costs a page
-    fault per 4 kB, 440 000 in a step of a Mixer with 256 images of CIFAR-10, and half of the time.
-
-    The price is fragmentation: PyTorch wants its blocks aligned to 64 bytes, glibc looks for 96
-    bytes more to align in, so a freed block seldom serves for another of its size. Resident memory
-    came to twice what a step holds at once, and to more with every other size of batch. Have the
-    model take large batches in passes, for the sum stays small then.
-    """
-    trim_threshold, mmap_max = -1, -4  # malloc.h
-    with contextlib.suppress(AttributeError, OSError):  # another C library: nothing to tune
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-
-
-@contextlib.contextmanager
-def divergence(unit: str, rates: str) -> Iterator[None]:
-    """Divergence is for the user to put right: says of which training, and with which flag."""
-    try:
-        yield
-    except DivergedError as error:
-        raise RunError(f"{unit} diverged; lower {rates} ({error})") from error
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

@@ -7,10 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-
-def flag(name: str) -> str:
-    """The command-line flag of a settings field."""
-    return "--" + name.replace("_", "-")
+from experiments.lib.cli import flag_of, shown
 
 
 def unused(settings: Any, part_of: Mapping[str, Sequence[str]], kinds: Set[str]) -> list[str]:
@@ -26,7 +23,7 @@ def unused(settings: Any, part_of: Mapping[str, Sequence[str]], kinds: Set[str])
         given, readers = getattr(settings, field.name), part_of.get(field.name)
         if readers is not None and given != field.default and kinds.isdisjoint(readers):
             lines.append(
-                f"note: {flag(field.name)} has no part in this run: "
+                f"note: {flag_of(field.name)} has no part in this run: "
                 f"it is for {', '.join(readers)} alone"
             )
     return lines
@@ -43,7 +40,7 @@ def cut(given: Any, used: Any) -> list[str]:
         before, after = getattr(given, field.name), getattr(used, field.name)
         if before not in (field.default, after):
             lines.append(
-                f"note: {flag(field.name)} {_shown(before)} is cut to {_shown(after)} by --smoke"
+                f"note: {flag_of(field.name)} {shown(before)} is cut to {shown(after)} by --smoke"
             )
     return lines
 
@@ -65,8 +62,4 @@ def at_most(name: str, wanted: int | None, most: int, what: str) -> list[str]:
     """
     if wanted is None or wanted <= most:
         return []
-    return [f"note: {flag(name)} {wanted}: {what} at most {most}, so all are used"]
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return [f"note: {flag_of(name)} {wanted}: {what} at most {most}, so all are used"]

@@ -1,1 +1,1 @@
-"""The paper's experiments on synthetic data: python -m experiments.synthetic {linear,shallow}."""
+"""The paper's experiments on synthetic data: python -m experiments.synthetic {linear,...}."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 
-from experiments.lib.cli import option
-from metalora._checks import check_choice, check_count, check_positive
+from experiments.lib.cli import check_values, option
+from experiments.lib.experiment import RunSettings
+from experiments.lib.seeding import seeded
 
 STATEMENTS = tuple(str(number) for number in range(1, 13))
 # Wrong on purpose: the same checks must refute them.
@@ -23,7 +22,7 @@ _SMOKE = 8  # so many times fewer draws
 
 
 @dataclass(frozen=True)
-class TheorySettings:
+class TheorySettings(RunSettings):
     """Settings of ``python -m experiments.theory``."""
 
     statements: tuple[str, ...] = option(
@@ -36,17 +35,9 @@ class TheorySettings:
     noise: float = option(0.1, help="statement 8: standard deviation of the noise in the data")
     outer_lr: float = option(0.3, help="LoRA-ML's gradient descent: step size of A")
     inner_lr: float = option(0.005, help="LoRA-ML's gradient descent: step size of the U_t")
-    smoke: bool = option(False, help="a run of seconds: fewer draws, wider intervals allowed")
-    out: Path | None = option(None, run_only=True, help="folder to write (default: under runs/)")
-    resume: bool = option(False, run_only=True, help="go on with the run in --out")
 
     def __post_init__(self) -> None:
-        for statement in self.statements:
-            check_choice("settings", "statements", statement, (*STATEMENTS, *CONTROLS))
-        check_count("settings", "seed", self.seed, minimum=0)
-        check_positive("settings", "noise", self.noise)
-        check_positive("settings", "outer_lr", self.outer_lr)
-        check_positive("settings", "inner_lr", self.inner_lr)
+        check_values("settings", self, zero=("seed",))
 
     def draws(self, full: int) -> int:
         """How many random cases: so many, or an eighth of them in a smoke run."""
@@ -59,5 +50,4 @@ class TheorySettings:
     def generator(self, statement: str) -> torch.Generator:
         """A statement's own randomness, whatever else is run."""
         index = (*STATEMENTS, *CONTROLS).index(statement)
-        entropy = np.random.SeedSequence([self.seed, index])
-        return torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
+        return seeded(self.seed, index)

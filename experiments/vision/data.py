@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.lib.runs import RunError
+from experiments.lib.errors import RunError
 
 TORCHVISION_FOLDER = "cifar-10-batches-py"
 GRID_MANIFEST = "manifest.json"

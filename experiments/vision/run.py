@@ -10,17 +10,10 @@ from torch import nn
 from tqdm import tqdm
 
 from experiments.lib import cli
+from experiments.lib.errors import divergence
+from experiments.lib.machine import choose_device, keep_freed_memory
 from experiments.lib.runs import RunFolder
-from experiments.lib.training import (
-    EpochLog,
-    check_rank,
-    choose_device,
-    divergence,
-    keep_freed_memory,
-    known,
-    load_weights,
-    save_weights,
-)
+from experiments.lib.training import EpochLog, check_rank, known, load_weights, save_weights
 from experiments.lib.unused import say, unused
 from experiments.vision import report
 from experiments.vision.data import load

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.lib.cli import MOST_TRIALS, check_numbers, option, unique
+from experiments.lib.cli import MOST_TRIALS, check_values, option, unique
 from experiments.lib.training import SHARED_HEADS, STANDARD_ORDERS
 from experiments.vision.augment import Augmentation
 from experiments.vision.mixer import MixerConfig
@@ -228,7 +228,7 @@ class Settings:
         if len(self.tasks) < 2:
             raise ValueError("argument --tasks: needs a retraining task and the test task")
         self.pairs()
-        check_numbers("vision", self, zero=ZERO)
+        check_values("vision", self, zero=ZERO)
         if self.seeds is not None:
             check_count("vision", "--seeds", self.seeds, maximum=MOST_TRIALS)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from experiments.lib.runs import RunError
+from experiments.lib.errors import RunError
 from experiments.vision.data import Images
 
 Pair = tuple[int, int]

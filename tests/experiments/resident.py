@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.lib.training import keep_freed_memory
+from experiments.lib.machine import keep_freed_memory
 from experiments.vision.data import Dataset, Images
 from experiments.vision.mixer import Mixer
 from experiments.vision.protocol import CPU_PATCHES, Protocol

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.lib import cli
-from experiments.lib.runs import RunError
+from experiments.lib.errors import RunError
 from metalora._checks import check_positive
 
 
@@ -46,14 +46,24 @@ def test_every_type_of_field() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--retrian", "all"], "unknown option --retrian; did you mean '--retrain'"),
-        (["--retrain", "lora_ml"], "must be one of lora-ml, standard, all, got 'lora_ml'; did you"),
-        (["--data", "cifar"], "got 'cifar'; did you mean 'cifar10'?"),
-        (["--epochs", "2.5"], "argument --epochs: must be a whole number, got '2.5'"),
-        (["--lr", "fast"], "argument --lr: must be a number, got 'fast'"),
+        (["--retrian", "all"], "Unknown option: --retrian. Did you mean --retrain?"),
+        (
+            ["--retrain", "lora_ml"],
+            'Choose from: "lora-ml", "standard", "all". Did you mean "lora',
+        ),
+        (["--data", "cifar"], 'Invalid value "cifar" for --data'),
+        (["--epochs", "2.5"], "for --epochs: must be a whole number, got '2.5'; see prog --help"),
+        (["--lr", "fast"], "for --lr: must be a number, got 'fast'"),
+        (["--data", "cifar"], 'Did you mean "cifar10"?'),
+        (["--epochs", "9" * 19], "for --epochs: must be at most 10^18, got 9999999999999999999"),
+        (["--out="], "for --out: must be a path, got ''"),
+        (["--out", "a\tb"], r"for --out: must be a path, got 'a\tb'"),
+        (["--retrain"], "--retrain requires at least 1 element"),
+        (["--lr"], "--lr requires an argument"),
+        (["--lr", "1", "--lr", "2"], "--lr specified multiple times"),
         (["--lr", "nan"], "lr must be a finite number > 0, got nan"),
-        (["T", "n"], "unexpected argument 'n'"),
-        (["--epo", "3"], "unknown option --epo; did you mean '--epochs'"),
+        (["T", "n"], "Unused Tokens: ['n']; see prog --help"),
+        (["--epo", "3"], "Unknown option: --epo. Did you mean --epochs?"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -73,8 +83,8 @@ def test_help_names_every_flag_and_default(capsys: pytest.CaptureFixture[str]) -
         parse("--help")
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert all(flag in text for flag in ("--data", "--retrain", "--epochs", "--no-bias", "vary"))
-    assert "rate (default: 0.5)" in text
+    assert all(flag in text for flag in ("--data", "--retrain", "--epochs", "--no-bias", "VARY"))
+    assert "rate [default: 0.5]" in text
 
 
 def test_guard_shows_what_the_user_can_put_right_as_one_line(

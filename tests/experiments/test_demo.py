@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from experiments import demo
-from experiments.synthetic import figures, linear
+from experiments.synthetic.linear import figures
+from experiments.synthetic.linear import run as linear
 from experiments.vision import report
 from experiments.vision.protocol import Protocol
 from experiments.vision.settings import METHODS

@@ -19,7 +19,7 @@ from experiments.language.prepare import load_corpus, notes, prepare
 from experiments.language.protocol import Protocol, choice_accuracy, choice_loss
 from experiments.language.run import main, run
 from experiments.language.settings import METHODS, Settings
-from experiments.lib.runs import RunError
+from experiments.lib.errors import RunError
 from metalora.adapters import LoRAConfig, adapt, adapted_layers
 from metalora.meta import Batch, evaluate, learning_rate
 

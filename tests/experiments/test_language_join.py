@@ -11,7 +11,8 @@ import pytest
 from experiments.language import report
 from experiments.language.join import join, main
 from experiments.language.settings import Settings
-from experiments.lib.runs import RunError, RunFolder
+from experiments.lib.errors import RunError
+from experiments.lib.runs import RunFolder
 
 
 def made(path: Path, trial: int, value: float, **given: Any) -> Path:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from experiments.synthetic.__main__ import main
-from experiments.synthetic.phase import Cell, cells, table
-from experiments.synthetic.phase_settings import PhaseSettings
-from experiments.synthetic.phase_trials import METRICS, recover_base, recover_test_task
+from experiments.synthetic.phase.settings import PhaseSettings
+from experiments.synthetic.phase.summary import METRICS, Cell, cells, table
+from experiments.synthetic.phase.trials import recover_base, recover_test_task
 
 COLUMNS = ["experiment", "vary", "setting", "k", "d", "trial", "metric", "value"]
 
@@ -91,25 +91,16 @@ def test_recovery_is_where_theory_says() -> None:
     assert bool((tuned[30]["relative_error"] < 1e-6).all())
 
 
-class Rows:
-    """Stands for a run folder."""
-
-    def __init__(self, *trials: tuple[float, float, float]):
-        self._trials = trials
-
-    def rows(self) -> list[dict[str, str]]:
-        return [
-            {"vary": "T", "setting": "3", "k": "2", "metric": metric, "value": str(value)}
-            for trial in self._trials
-            for metric, value in zip(METRICS, trial, strict=True)
-        ]
-
-
 def test_cells_and_table() -> None:
-    rows = Rows((1e-4, 1e-3, 0.5), (0.5, 1e-3, 0.5), (0.5, 1e-3, 0.001), (0.5, 1e-12, 0.5))
-    found = cells("T", 1e-3, rows)  # type: ignore[arg-type]
+    trials = (1e-4, 1e-3, 0.5), (0.5, 1e-3, 0.5), (0.5, 1e-3, 0.001), (0.5, 1e-12, 0.5)
+    rows = [
+        {"vary": "T", "setting": "3", "k": "2", "metric": metric, "value": str(value)}
+        for trial in trials
+        for metric, value in zip(METRICS, trial, strict=True)
+    ]
+    found = cells("T", 1e-3, rows)
     assert found == {(3, 2): Cell(success=0.25, unfinished=0.25)}
-    assert cells("n", 1e-3, rows) == {}  # type: ignore[arg-type]
+    assert cells("n", 1e-3, rows) == {}
     assert table("T", found).split() == ["T", "=", "3", "k", "=", "2", "25*"]
 
 
@@ -117,11 +108,11 @@ def test_cells_and_table() -> None:
     ("arguments", "message"),
     [
         (["--ranks", "3", "13"], "settings: ranks must be at most dim = 12, got 13"),
-        (["--tasks", "0"], "settings: tasks must be an int >= 1, got 0"),
+        (["--tasks", "0"], "settings: --tasks must be an int >= 1, got 0"),
         (["--samples", "5", "5"], "settings: samples must differ, got (5, 5)"),
         (["--tolerance", "0"], "tolerance must be a finite number > 0, got 0.0"),
-        (["--device", "tpu"], "must be one of cpu, cuda, got 'tpu'"),
-        (["--rank", "3"], "unknown option --rank; did you mean '--ranks' or"),
+        (["--device", "tpu"], 'Invalid value "tpu" for --device. Choose from: "cpu", "cuda"'),
+        (["--rank", "3"], "Unknown option: --rank. Did you mean --ranks?"),
     ],
 )
 def test_wrong_use_is_one_line(arguments: Sequence[str], message: str, capsys) -> None:  # type: ignore[no-untyped-def]
@@ -147,7 +138,7 @@ def test_cuda_without_a_gpu_is_one_line(
 def test_divergence_is_the_users_to_put_right(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     assert run("--smoke", "--out", str(tmp_path / "run"), "--inner-lr", "10") == 2
     error = capsys.readouterr().err
-    assert "T=2 k=1: lora_ml:" in error and "diverged" in error
+    assert "T=2 k=1 diverged; lower --outer-lr, --inner-lr or" in error and "(lora_ml:" in error
 
 
 @pytest.mark.gpu

@@ -21,7 +21,8 @@ import torch
 
 import metalora
 from experiments.lib import cli, lock
-from experiments.lib.runs import RunError, RunFolder
+from experiments.lib.errors import RunError
+from experiments.lib.runs import RunFolder
 from tests.processes import start_interruptible
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,17 +15,19 @@ from typing import Any
 
 import pytest
 
+from experiments.lib.experiment import Experiment, command
+
 # What reads all fields alike, whether or not anything comes of it.
-ALIKE = ("__post_init__", "check_numbers", "resolved", "shortened", "unused", "cut")
+ALIKE = ("__post_init__", "check_values", "resolved", "shortened", "unused", "cut")
 EXPERIMENTS: dict[str, tuple[str, str, list[str]]] = {
-    "linear": ("experiments.synthetic.linear", "LinearSettings", ["--vary", "d"]),
-    "shallow": ("experiments.synthetic.shallow", "ShallowSettings", ["--vary", "d"]),
+    "linear": ("experiments.synthetic.linear.run", "LINEAR", ["--vary", "d"]),
+    "shallow": ("experiments.synthetic.shallow.run", "SHALLOW", ["--vary", "d"]),
     "phase": (
-        "experiments.synthetic.phase",
-        "PhaseSettings",
+        "experiments.synthetic.phase.run",
+        "PHASE",
         ["--tasks", "3", "--ranks", "1", "--samples", "12", "--trials", "1"],
     ),
-    "theory": ("experiments.theory.run", "TheorySettings", ["8", "12"]),
+    "theory": ("experiments.theory.run", "THEORY", ["8", "12"]),
     "vision": (
         "experiments.vision.run",
         "Settings",
@@ -64,18 +66,23 @@ def _is_use(frame: FrameType) -> bool:
 
 def unread(name: str, extra: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The fields that a smoke run of an experiment did not read."""
-    module_name, class_name, arguments = EXPERIMENTS[name]
+    module_name, attribute, arguments = EXPERIMENTS[name]
     module = importlib.import_module(module_name)
-    settings = getattr(module, class_name)
+    experiment = getattr(module, attribute)
+    settings = experiment.settings if isinstance(experiment, Experiment) else experiment
     if extra is not None:
         settings = dataclasses.make_dataclass(
             settings.__name__, [("new", int, extra)], bases=(settings,), frozen=True
         )
     counted, read = reading(settings)
-    monkeypatch.setattr(module, class_name, counted)
+    if isinstance(experiment, Experiment):
+        main = command(name, dataclasses.replace(experiment, settings=counted))
+    else:
+        main = module.main
+        monkeypatch.setattr(module, attribute, counted)
     monkeypatch.setenv("METALORA_CACHE", str(folder / "cache"))
     with contextlib.suppress(SystemExit):
-        module.main([*arguments, "--smoke", "--out", str(folder / "run")])
+        main([*arguments, "--smoke", "--out", str(folder / "run")])
     return {field.name for field in dataclasses.fields(settings)} - read
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from experiments.lib.runs import RunFolder
-from experiments.synthetic import shallow
 from experiments.synthetic.__main__ import main
-from experiments.synthetic.settings import ShallowSettings
-from experiments.synthetic.shallow_trials import METRICS, run_trials
+from experiments.synthetic.shallow import summary as shallow
+from experiments.synthetic.shallow.settings import ShallowSettings
+from experiments.synthetic.shallow.summary import METRICS
+from experiments.synthetic.shallow.trials import run_trials
 
 COLUMNS = ["experiment", "vary", "setting", "method", "trial", "metric", "value"]
 
@@ -122,7 +123,7 @@ def test_the_summary_is_the_median_and_the_central_six_of_ten(tmp_path: Path) ->
                         for metric in METRICS
                     ]
                 )
-        found = shallow.summarise(folder)
+        found = shallow.summarise(folder.rows())
     assert found["k=1", "lora-ml", "prediction_error"] == shallow.Summary(4.5, 2, 7)
     line = shallow.tables([point], found).splitlines()[2]
     assert line.startswith("| 1 | 4.5 (2 to 7) | 45 (20 to 70) | 10.0 | 4.5 (2 to 7) |")
@@ -131,13 +132,13 @@ def test_the_summary_is_the_median_and_the_central_six_of_ten(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--vary", "x"], "must be one of T, n, N, k, d, all, got 'x'"),
+        (["--vary", "x"], '"x" for --vary. Choose from: "T", "n", "N", "k", "d", "all"'),
         (["--trials", "0"], "trials must be an int >= 1, got 0"),
         (["--noise", "-1"], "noise must be a finite number >= 0, got -1.0"),
         (["--lr", "nan"], "lr must be a finite number > 0, got nan"),
-        (["--retrain-epochs", "0"], "retrain_epochs must be an int >= 1, got 0"),
-        (["--init", "unifrom"], "got 'unifrom'; did you mean 'uniform'?"),
-        (["--dtype", "float16"], "must be one of float32, float64, got 'float16'"),
+        (["--retrain-epochs", "0"], "--retrain-epochs must be an int >= 1, got 0"),
+        (["--init", "unifrom"], 'Did you mean "uniform"?'),
+        (["--dtype", "float16"], '"float16" for --dtype. Choose from: "float32", "float64"'),
     ],
 )
 def test_wrong_use_is_one_line(arguments: Sequence[str], message: str, capsys) -> None:  # type: ignore[no-untyped-def]
@@ -150,7 +151,7 @@ def test_divergence_is_the_users_to_put_right(tmp_path: Path, capsys) -> None:  
     folder = tmp_path / "run"
     assert smoke("T", folder, "--lr", "1e6") == 2
     error = capsys.readouterr().err
-    assert "T=2: lora_ml: training [0] of [" in error
-    assert "diverged, not finite at step " in error and "lower --lr" in error
+    assert "T=2 diverged; lower --lr (lora_ml: training [0] of [" in error
+    assert "diverged, not finite at step " in error
     assert error.count("\n") == 1
     assert json.loads((folder / "manifest.json").read_text())["status"] == "failed"

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.lib.runs import RunFolder
-from experiments.synthetic import linear
 from experiments.synthetic.__main__ import main
-from experiments.synthetic.settings import LinearSettings
-from experiments.synthetic.trials import Trial
+from experiments.synthetic.linear.run import LINEAR
+from experiments.synthetic.linear.settings import LinearSettings
+from experiments.synthetic.linear.trials import Trial
 from tests.processes import start_interruptible
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,9 +123,7 @@ def test_one_truth_leaves_the_data_of_each_trial_its_own() -> None:
 
 def test_an_existing_folder_is_refused_and_resumed(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     folder = tmp_path / "run"
-    settings = LinearSettings(vary="n", smoke=True, out=folder)
-    with RunFolder.create(folder, settings, experiment="linear") as opened:
-        linear.run(settings, opened)
+    LINEAR.run(LinearSettings(vary="n", smoke=True, out=folder))
     complete = (folder / "results.csv").read_text()
 
     assert run(*_sweep("n", folder)) == 2
@@ -152,15 +149,15 @@ def test_an_existing_folder_is_refused_and_resumed(tmp_path: Path, capsys) -> No
     [
         (
             ["linear", "--vary", "al"],
-            "must be one of T, n, N, k, d, all, got 'al'; did you mean 'all'?",
+            'Choose from: "T", "n", "N", "k", "d", "all". Did you mean "all"?',
         ),
-        (["linear", "--varry", "T"], "unknown option --varry; did you mean '--vary'?"),
+        (["linear", "--varry", "T"], "Unknown option: --varry. Did you mean --vary?"),
         (["linear", "--trials", "0"], "trials must be an int >= 1, got 0"),
         (["linear", "--trials", "few"], "must be a whole number, got 'few'"),
-        (["linear", "--inner-lr", "nan"], "inner_lr must be a finite number > 0, got nan"),
+        (["linear", "--inner-lr", "nan"], "--inner-lr must be a finite number > 0, got nan"),
         (
             ["linaer"],
-            "must be one of {linear,shallow,phase}, got 'linaer'; did you mean 'linear'?",
+            'Unknown command "linaer". Did you mean "linear"? Available commands: linear, ',
         ),
         ([], "which experiment?"),
     ],
@@ -177,7 +174,7 @@ def test_wrong_use_is_one_line(arguments: Sequence[str], message: str, capsys) -
 def test_divergence_is_the_users_to_put_right(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     assert run(*_sweep("T", tmp_path / "run"), "--inner-lr", "10") == 2
     error = capsys.readouterr().err
-    assert "T=2: lora_ml:" in error and "diverged" in error and "lower" in error
+    assert "T=2 diverged; lower --outer-lr, --inner-lr or" in error and "(lora_ml:" in error
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
 
 

@@ -45,7 +45,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_it_ends_with_twelve_verdicts_none_assumed(smoke: tuple[Path, str]) -> None:
     folder, output = smoke
-    last = output.split("\nstatement ")[1].splitlines()[1:]
+    last = output.split("\nstatement ")[1].split("\nresults: ")[0].splitlines()[1:]
     verdicts = {line.split()[0]: line.split()[-1] for line in last if not line.startswith(" ")}
     assert verdicts == dict.fromkeys(STATEMENTS, "verified")
     for name in STATEMENTS:
@@ -103,7 +103,7 @@ def test_resuming_checks_only_what_is_missing(tmp_path: Path, capsys) -> None:  
     folder = tmp_path / "run"
     arguments = ["2", "10", "--smoke", "--out", str(folder)]
     assert command(*arguments) == 0
-    table = capsys.readouterr().out.split("results.csv")[1]
+    table = capsys.readouterr().out.split("results:")[0]
     complete = (folder / "results.csv").read_text()
     assert command(*arguments) == 2
     assert "--resume" in capsys.readouterr().err
@@ -113,7 +113,7 @@ def test_resuming_checks_only_what_is_missing(tmp_path: Path, capsys) -> None:  
     assert command(*arguments, "--resume") == 0
     assert (folder / "results.csv").read_text() == complete
     assert (folder / "statement-2.json").stat().st_mtime_ns == kept
-    assert capsys.readouterr().out.split("results.csv")[1] == table
+    assert capsys.readouterr().out.split("results:")[0] == table
     (folder / "statement-2.json").write_text("{")
     assert command(*arguments, "--resume") == 2
     assert "statement-2.json cannot be read" in capsys.readouterr().err
@@ -121,7 +121,7 @@ def test_resuming_checks_only_what_is_missing(tmp_path: Path, capsys) -> None:  
 
 def test_a_refuted_statement_is_the_exit_code(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     wrong = dataclasses.replace(STATEMENTS["2"], check=CONTROLS["wrong-2"].check)
-    monkeypatch.setitem(run._ALL, "2", wrong)
+    monkeypatch.setitem(run.ALL, "2", wrong)
     monkeypatch.setattr("experiments.theory.figures._FIGURES", {})
     assert command("2", "--smoke", "--out", str(tmp_path / "run")) == 1
     assert command("wrong-2", "--smoke", "--out", str(tmp_path / "control")) == 0
@@ -130,12 +130,15 @@ def test_a_refuted_statement_is_the_exit_code(tmp_path: Path, monkeypatch) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["13"], "must be one of 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, wrong-2"),
-        (["3", "wrong-8"], "did you mean 'wrong-7'"),
+        (
+            ["13"],
+            '"1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "wrong-2"',
+        ),
+        (["3", "wrong-8"], 'Did you mean "wrong-'),
         (["--noise", "-0.1"], "noise must be a finite number > 0, got -0.1"),
-        (["--inner-lr", "nan"], "inner_lr must be a finite number > 0, got nan"),
+        (["--inner-lr", "nan"], "--inner-lr must be a finite number > 0, got nan"),
         (["--seed", "-1"], "seed must be an int >= 0, got -1"),
-        (["--smok"], "unknown option --smok; did you mean '--smoke'"),
+        (["--smok"], "Unknown option: --smok. Did you mean --smoke?"),
     ],
 )
 def test_wrong_use_is_one_line(arguments: list[str], message: str, capsys) -> None:  # type: ignore[no-untyped-def]
@@ -150,8 +153,8 @@ def test_divergence_names_the_step_and_leaves_the_folder_whole(tmp_path: Path, c
     folder = tmp_path / "run"
     assert command("2", "12", "--smoke", "--inner-lr", "1", "--out", str(folder)) == 2
     error = capsys.readouterr().err
-    assert "statement 12: lora_ml:" in error and "not finite at step" in error
-    assert "lower outer_lr or inner_lr" in error and error.count("\n") == 1
+    assert "statement 12 diverged; lower --outer-lr or --inner-lr (lora_ml:" in error
+    assert "not finite at step" in error and error.count("\n") == 1
     assert json.loads((folder / "manifest.json").read_text())["status"] == "failed"
     with (folder / "results.csv").open(newline="") as file:
         assert {r["statement"] for r in csv.DictReader(file)} == {"2"}

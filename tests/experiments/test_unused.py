@@ -10,8 +10,9 @@ import pytest
 
 from experiments.language import settings as language
 from experiments.lib.unused import at_most, cut, unused
-from experiments.synthetic.phase_settings import PhaseSettings
-from experiments.synthetic.settings import LinearSettings, ShallowSettings
+from experiments.synthetic.linear.settings import LinearSettings
+from experiments.synthetic.phase.settings import PhaseSettings
+from experiments.synthetic.shallow.settings import ShallowSettings
 from experiments.theory import settings as theory
 from experiments.vision import settings as vision
 

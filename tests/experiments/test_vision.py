@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.lib.runs import RunError, one_thread
-from experiments.lib.training import choose_device
+from experiments.lib.errors import RunError
+from experiments.lib.machine import choose_device, one_thread
 from experiments.vision import report
 from experiments.vision.data import load_digits
 from experiments.vision.protocol import Protocol

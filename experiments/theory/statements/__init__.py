@@ -54,3 +54,4 @@ CONTROLS = {
     "wrong-6": Statement("T = 2: L = 0 recovers A* and U_tU_tᵀ", "wrong", wrong_recovery),
     "wrong-7": Statement("T = 3: no spurious local minima", "wrong", wrong_saddles),
 }
+ALL = {**STATEMENTS, **CONTROLS}

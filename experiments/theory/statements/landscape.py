@@ -7,7 +7,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from experiments.lib.runs import RunError
+from experiments.lib.errors import RunError
 from experiments.theory.checks import (
     Check,
     Outcome,

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.lib.runs import one_thread
-from experiments.synthetic.settings import Point, ShallowSettings
-from experiments.synthetic.trials import METHODS, trial_generator
+from experiments.lib.machine import one_thread
+from experiments.synthetic.data import trial_generator
+from experiments.synthetic.settings import METHODS, Point
+from experiments.synthetic.shallow.settings import ShallowSettings
 from metalora.shallow import (
     AdamW,
     Adapters,
@@ -25,7 +26,6 @@ from metalora.shallow import (
 )
 
 HELD_OUT = 10000  # fresh inputs of the test task
-METRICS = ("prediction_error", "held_out_error", "retrain_loss", "finetune_loss")
 
 
 def run_trials(

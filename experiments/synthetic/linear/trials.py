@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.lib.runs import one_thread
-from experiments.synthetic.settings import SWEEPS, LinearSettings, Point
+from experiments.lib.machine import one_thread
+from experiments.synthetic.data import linear_start, trial_generator
+from experiments.synthetic.linear.settings import LinearSettings
+from experiments.synthetic.settings import METHODS, Point
 from metalora.linear import (
     LinearProblem,
     SufficientStatistics,
@@ -17,9 +18,6 @@ from metalora.linear import (
     sample_statistics,
     standard,
 )
-from metalora.linear.training import INITIAL_STD
-
-METHODS = ("lora-ml", "standard")
 
 
 def run_point(point: Point, settings: LinearSettings) -> dict[str, Tensor]:
@@ -69,13 +67,6 @@ def run_point(point: Point, settings: LinearSettings) -> dict[str, Tensor]:
     return errors
 
 
-def trial_generator(point: Point, seed: int, trial: int) -> torch.Generator:
-    """The source of all that one trial draws: the seed, the point and the trial alone decide."""
-    sweep = list(SWEEPS).index(point.vary)
-    entropy = np.random.SeedSequence([seed, sweep, point.value, trial])
-    return torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
-
-
 def _problem(point: Point, settings: LinearSettings, generator: torch.Generator) -> LinearProblem:
     sizes = point.num_tasks, point.dim, point.rank
     return sample_problem(*sizes, symmetric_base=settings.symmetric_base, generator=generator)
@@ -98,10 +89,6 @@ class Trial:
         self.test_stats = sample_statistics(
             problem.test_truth, point.finetune_samples, noise=settings.noise, generator=generator
         )
-
-        def start(*shape: int) -> Tensor:
-            return INITIAL_STD * torch.randn(shape, generator=generator, dtype=torch.float64)
-
-        self.adapters = start(point.num_tasks, point.dim, point.rank)
-        self.factor_u = start(point.dim, point.finetune_rank)
-        self.factor_v = start(point.dim, point.finetune_rank)
+        self.adapters = linear_start(generator, point.num_tasks, point.dim, point.rank)
+        self.factor_u = linear_start(generator, point.dim, point.finetune_rank)
+        self.factor_v = linear_start(generator, point.dim, point.finetune_rank)

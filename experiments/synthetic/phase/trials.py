@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.lib.runs import one_thread
-from experiments.synthetic.phase_settings import PhaseSettings
+from experiments.lib.machine import one_thread
+from experiments.lib.seeding import seeded
+from experiments.synthetic.data import linear_start
+from experiments.synthetic.phase.settings import PhaseSettings
 from metalora.linear import (
     LinearProblem,
     RetrainResult,
-    SufficientStatistics,
     finetune_lora,
     lora_ml,
     sample_data,
     sample_problem,
     sufficient_statistics,
 )
-from metalora.linear.training import INITIAL_STD
+from metalora.linear.theory import population_statistics
 
-METRICS = ("relative_error", "remaining_loss", "late_progress")
 Outcome = Mapping[str, Tensor]  # by metric, [trials]
 
 
@@ -49,7 +48,7 @@ def recover_test_task(
             sample_data(truth[i], max(samples), noise=0.0, generator=generator)
             for i, generator in enumerate(drawn.generators)
         ]
-        starts = [_start(g, 2, settings.dim, rank) for g in drawn.generators]
+        starts = [linear_start(g, 2, settings.dim, rank) for g in drawn.generators]
     x, y = (torch.stack(parts) for parts in zip(*draws, strict=True))
     start = torch.stack(starts, 1).to(settings.device)
     weight = _retrain(drawn, rank, settings).weight
@@ -81,30 +80,20 @@ class _Drawn:
 
 
 def _draw(num_tasks: int, rank: int, settings: PhaseSettings) -> _Drawn:
-    generators = []
-    for trial in range(settings.trials):
-        entropy = np.random.SeedSequence([settings.seed, num_tasks, rank, trial])
-        generators.append(torch.Generator().manual_seed(int(entropy.generate_state(1)[0])))
+    generators = [seeded(settings.seed, num_tasks, rank, trial) for trial in range(settings.trials)]
     with one_thread():
         problems = [sample_problem(num_tasks, settings.dim, rank, generator=g) for g in generators]
-        factors = [_start(g, num_tasks, settings.dim, rank) for g in generators]
+        factors = [linear_start(g, num_tasks, settings.dim, rank) for g in generators]
     problem = LinearProblem(
         torch.stack([p.base for p in problems]), torch.stack([p.factors for p in problems])
     )
     return _Drawn(problem, torch.stack(factors), generators)
 
 
-def _start(generator: torch.Generator, *shape: int) -> Tensor:
-    return INITIAL_STD * torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
 def _retrain(drawn: _Drawn, rank: int, settings: PhaseSettings) -> RetrainResult:
     """LoRA-ML on the population loss (paper, eq. 14)."""
-    truths = drawn.problem.truths
-    identity = torch.eye(settings.dim, dtype=truths.dtype).expand(truths.shape)
-    population = SufficientStatistics(identity, truths, truths.square().sum((-2, -1)), count=1)
     return lora_ml(
-        population.to(settings.device),
+        population_statistics(drawn.problem.truths).to(settings.device),
         rank,
         outer_steps=settings.outer_steps,
         inner_steps=settings.inner_steps,

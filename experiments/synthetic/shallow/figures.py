@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +11,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.lib import plotting
 from experiments.lib.runs import RunFolder
-from experiments.synthetic.figures import LINES, MEANINGS
-from experiments.synthetic.settings import Point
-from experiments.synthetic.trials import METHODS
+from experiments.synthetic.figures import LINES, MEANINGS, by_sweep, title_and_legend
+from experiments.synthetic.settings import METHODS, Point
+from experiments.synthetic.shallow.summary import Summaries
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from experiments.synthetic.shallow import Summary
-
-Summaries = Mapping[tuple[str, str, str], "Summary"]  # by point, method, metric
 METRIC = "prediction_error"
 
 
@@ -35,7 +32,7 @@ def draw(
     """
     plotting.style()
     plt.rcParams.update({"figure.constrained_layout.use": False})
-    sweeps = {v: [p for p in points if p.vary == v] for v in dict.fromkeys(p.vary for p in points)}
+    sweeps = by_sweep(points)
     paths = []
     if len(sweeps) > 1:
         fig, axes = plt.subplots(1, len(sweeps), figsize=(18, 5.2), sharey=True)
@@ -80,11 +77,8 @@ def _panel(axis: Axes, points: Sequence[Point], summaries: Summaries) -> None:
 
 
 def _title(fig: Figure, title: str, trials: int) -> None:
-    fig.suptitle(title, fontsize=20)
-    handles, labels = fig.axes[0].get_legend_handles_labels()
     central = f"median and central {trials - 2 * (trials // 5)} of {trials} trials"
-    labels[-1] += f"     ({central})"
-    fig.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=15)
+    title_and_legend(fig, title, central)
 
 
 def _rows(points: Sequence[Point], summaries: Summaries) -> list[dict[str, Any]]:

@@ -11,13 +11,12 @@ import numpy as np
 
 from experiments.lib import plotting
 from experiments.lib.runs import RunFolder
-from experiments.synthetic.phase_settings import RETRAIN_TASKS, PhaseSettings
+from experiments.synthetic.phase.settings import RETRAIN_TASKS, PhaseSettings
+from experiments.synthetic.phase.summary import Cells
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
-
-    from experiments.synthetic.phase import Cells
 
 LINE = plotting.COLORS["standard"]
 

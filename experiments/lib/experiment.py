@@ -1,0 +1,124 @@
+"""What every experiment is: settings, work in a run folder, a table, figures, and a command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, NoReturn, TypeVar
+
+from experiments.lib import cli
+from experiments.lib.runs import RESULTS, RunFolder
+from experiments.lib.unused import say
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings that every experiment has."""
+
+    smoke: bool = cli.option(False, help="a run of seconds; its numbers mean nothing")
+    out: Path | None = cli.option(None, run_only=True, help="run folder (default: one in runs/)")
+    resume: bool = cli.option(False, run_only=True, help="go on with the run in --out")
+
+
+Settings = TypeVar("Settings", bound=RunSettings)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run that is ready to start: what can be checked beforehand was checked.
+
+    Attributes:
+        settings: for the manifest; a run is only resumed with the same.
+        trials: does the units of work that the folder does not hold yet.
+        table: returns the summary of the folder's numbers as text.
+        figures: draws into the folder and returns the paths of the PNG files.
+        tag: what tells this run from others of the experiment, in the name of its folder.
+        notes: lines for stderr, such as those of `experiments.lib.unused`.
+        holds: whether the numbers are as they must be; if not, the command's exit code is 1.
+    """
+
+    settings: RunSettings
+    trials: Callable[[RunFolder], Any]
+    table: Callable[[RunFolder], str]
+    figures: Callable[[RunFolder], list[Path]]
+    tag: str = ""
+    notes: Sequence[str] = ()
+    holds: Callable[[RunFolder], bool] = field(default=lambda folder: True)
+
+
+@dataclass(frozen=True)
+class Experiment(Generic[Settings]):
+    """An experiment: its name, what it is in a sentence, its settings, and how it is prepared.
+
+    Attributes:
+        prepare: turns settings into `Work`. It raises `RunError` for data, devices and the like
+            that cannot be used; the run folder does not exist yet.
+    """
+
+    name: str
+    description: str
+    settings: type[Settings]
+    prepare: Callable[[Settings], Work]
+
+    def run(self, settings: Settings, *, go_on: str = "") -> RunFolder:
+        """Runs the experiment, or goes on with it, and returns its folder with all figures made.
+
+        Args:
+            settings: as given; ``out`` and ``resume`` choose the folder.
+            go_on: see `RunFolder.create`.
+
+        Raises:
+            RunError: what the settings name cannot be used, or a training diverged.
+        """
+        return self._run(self.prepare(settings), settings, go_on)[0]
+
+    def show(self, settings: Settings) -> int:
+        """Runs the experiment, prints its table and where things are; returns the exit code."""
+        work = self.prepare(settings)
+        folder, figures = self._run(work, settings, "")
+        print(work.table(folder))
+        print(f"results: {folder.path(RESULTS)}")
+        for figure in figures:
+            print(f"figure:  {figure}")
+        return 0 if work.holds(folder) else 1
+
+    def _run(self, work: Work, settings: Settings, go_on: str) -> tuple[RunFolder, list[Path]]:
+        with RunFolder.create(
+            settings.out,
+            work.settings,
+            experiment=self.name,
+            tag=work.tag,
+            resume=settings.resume,
+            go_on=go_on,
+        ) as folder:
+            say(work.notes)
+            work.trials(folder)
+            return folder, work.figures(folder)
+
+
+def command(prog: str, experiment: Experiment[Any]) -> Callable[..., NoReturn]:
+    """Makes the main function of a command that runs one experiment."""
+
+    @cli.main_guard
+    def main(argv: Sequence[str] | None = None) -> int:
+        description = experiment.description
+        return experiment.show(
+            cli.parse(experiment.settings, argv, prog=prog, description=description)
+        )
+
+    return main
+
+
+def command_of_several(
+    prog: str, experiments: Mapping[str, Experiment[Any]]
+) -> Callable[..., NoReturn]:
+    """Makes the main function of a command whose first argument names the experiment."""
+
+    @cli.main_guard
+    def main(argv: Sequence[str] | None = None) -> int:
+        commands = {name: (e.settings, e.description) for name, e in experiments.items()}
+        name, settings = cli.parse_command(commands, argv, prog=prog)
+        return experiments[name].show(settings)
+
+    return main

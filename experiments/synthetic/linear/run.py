@@ -1,0 +1,73 @@
+"""The command: every sweep of Figure 1 that was asked for.
+
+A run folder holds, besides what every run folder holds: ``curves/<vary>=<value>.npz`` with the
+prediction error before the first and after every step of fine-tuning, one array
+[trials, steps + 1] per method, and the figures.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from experiments.lib.errors import divergence
+from experiments.lib.experiment import Experiment, Work
+from experiments.lib.runs import RunFolder
+from experiments.lib.unused import cut
+from experiments.synthetic import linear
+from experiments.synthetic.linear.settings import LinearSettings
+from experiments.synthetic.linear.summary import METRIC, load_curves, save_curves, table
+from experiments.synthetic.linear.trials import run_point
+from experiments.synthetic.settings import METHODS, Point
+from experiments.synthetic.summary import row
+
+NAME = "linear"
+
+
+def prepare(given: LinearSettings) -> Work:
+    """Every point of the sweeps is a unit of work."""
+    settings = given.shortened()
+    points = settings.points()
+
+    def trials(folder: RunFolder) -> None:
+        with tqdm(points, unit="setting", disable=None) as progress:
+            for point in progress:
+                progress.set_description(point.name)
+                if not folder.done(point.name):
+                    progress.set_postfix(_run_unit(point, settings, folder))
+
+    def figures(folder: RunFolder) -> list[Path]:
+        from experiments.synthetic.linear.figures import draw  # matplotlib takes a second to import
+
+        return draw(points, load_curves(points, folder), folder)
+
+    return Work(
+        given,
+        trials,
+        lambda folder: table(points, folder.rows()),
+        figures,
+        tag=given.vary,
+        notes=cut(given, settings),
+    )
+
+
+def _run_unit(point: Point, settings: LinearSettings, folder: RunFolder) -> dict[str, str]:
+    """Runs the trials of a point and returns each method's mean error, for the progress bar."""
+    with divergence(point.name, "--outer-lr, --inner-lr or --finetune-lr"):
+        errors = run_point(point, settings)
+    save_curves(point, errors, folder)
+    folder.add_rows(
+        [
+            row(NAME, point, method, trial, METRIC, errors[method][trial, -1])
+            for method in METHODS
+            for trial in range(settings.trials)
+        ]
+    )
+    final = {method: float(errors[method][:, -1].mean()) for method in METHODS}
+    folder.log(vary=point.vary, setting=point.value, mean_prediction_error=final)
+    folder.mark_done(point.name)
+    return {method: f"{error:.3g}" for method, error in final.items()}
+
+
+LINEAR = Experiment(NAME, linear.__doc__ or "", LinearSettings, prepare)

@@ -1,0 +1,57 @@
+"""Settings of ``linear``; the defaults are those of the paper (section 3, D.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from experiments.lib.cli import option
+from experiments.synthetic.settings import (
+    BASE,
+    DEVICES,
+    SWEEPS,
+    Point,
+    SyntheticSettings,
+    check_device,
+    sweep_points,
+)
+from metalora._checks import check_count
+
+FINETUNE_STEPS = {"T": 10000, "n": 1000, "N": 1000, "k": 10000, "d": 1400}
+
+
+@dataclass(frozen=True)
+class LinearSettings(SyntheticSettings):
+    """Settings of one run."""
+
+    SMOKE = {"trials": 2, "outer_steps": 20, "finetune_steps": 50}  # noqa: RUF012
+
+    vary: str = option("all", choices=[*SWEEPS, "all"], help="the sweep of Figure 1 to run")
+    outer_steps: int = option(3000, help="retraining: steps on the shared weights, both methods")
+    inner_steps: int = option(10, help="LoRA-ML: steps on the adapters before each of them")
+    outer_lr: float = option(0.03, help="retraining: step size of the shared weights, both methods")
+    inner_lr: float = option(0.003, help="LoRA-ML: step size of the adapters")
+    finetune_lr: float = option(0.005, help="fine-tuning: step size")
+    finetune_steps: int | None = option(
+        None, help="fine-tuning: steps (default: 10000 for T and k, 1400 for d, 1000 for n and N)"
+    )
+    noise: float = option(0.1, help="standard deviation of the noise in the data")
+    symmetric_base: bool = option(
+        False, help="a symmetric A*, (A + Aᵀ) / 2, as in the authors' runs"
+    )
+    one_truth: bool = option(
+        False,
+        help="one random problem for all trials of a setting, as in the authors' runs: the band is "
+        "then over data alone",
+    )
+    device: str = option("cpu", choices=DEVICES, run_only=True, help="where to train")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.finetune_steps is not None:
+            check_count("settings", "--finetune-steps", self.finetune_steps, minimum=20)
+        check_device(self.device)
+
+    def points(self) -> list[Point]:
+        """The settings to run, sweep by sweep."""
+        steps = {vary: self.finetune_steps or FINETUNE_STEPS[vary] for vary in SWEEPS}
+        return sweep_points(self.vary, SWEEPS, BASE, steps)

@@ -1,0 +1,89 @@
+"""The command: the diagram over T and k/d, and the diagram over n and k.
+
+Retraining minimises the population loss (paper, eq. 14), fine-tuning has n noiseless samples. A
+trial succeeds if the relative error of Â, or of Â + U Vᵀ for the test task, is at most the
+tolerance. One that fails while its loss is still falling may only need more steps: unfinished.
+
+A run folder holds, besides what every run folder holds, the figure ``phase`` and its table.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from experiments.lib.errors import divergence
+from experiments.lib.experiment import Experiment, Work
+from experiments.lib.runs import RunFolder
+from experiments.lib.unused import cut
+from experiments.synthetic import phase
+from experiments.synthetic.phase.settings import RETRAIN_TASKS, PhaseSettings
+from experiments.synthetic.phase.summary import METRICS, Cells, cells, table
+from experiments.synthetic.phase.trials import recover_base, recover_test_task
+
+NAME = "phase"
+
+
+def prepare(given: PhaseSettings) -> Work:
+    """A unit of work is a cell of the diagram over T, or all n of one rank (T is None)."""
+    settings = given.shortened()
+    units = [
+        *((num_tasks, rank) for rank in settings.ranks for num_tasks in settings.tasks),
+        *((None, rank) for rank in settings.ranks),
+    ]
+
+    def trials(folder: RunFolder) -> None:
+        with tqdm(units, unit="cell", disable=None) as progress:
+            for num_tasks, rank in progress:
+                name = f"n k={rank}" if num_tasks is None else f"T={num_tasks} k={rank}"
+                progress.set_description(name)
+                if not folder.done(name):
+                    _run_unit(name, num_tasks, rank, settings, folder)
+
+    def diagram(vary: str, folder: RunFolder) -> Cells:
+        return cells(vary, settings.tolerance, folder.rows())
+
+    def figures(folder: RunFolder) -> list[Path]:
+        from experiments.synthetic.phase.figures import draw  # matplotlib takes a second to import
+
+        return [draw(settings, diagram("T", folder), diagram("n", folder), folder)]
+
+    return Work(
+        given,
+        trials,
+        lambda folder: "\n".join(table(vary, diagram(vary, folder)) for vary in ("T", "n")),
+        figures,
+        notes=cut(given, settings),
+    )
+
+
+def _run_unit(
+    name: str, num_tasks: int | None, rank: int, settings: PhaseSettings, folder: RunFolder
+) -> None:
+    with divergence(name, "--outer-lr, --inner-lr or --finetune-lr"):
+        if num_tasks is None:
+            outcomes = recover_test_task(RETRAIN_TASKS, settings.samples, rank, settings)
+        else:
+            outcomes = {num_tasks: recover_base(num_tasks, rank, settings)}
+    folder.add_rows(
+        [
+            {
+                "experiment": NAME,
+                "vary": "n" if num_tasks is None else "T",
+                "setting": value,
+                "k": rank,
+                "d": settings.dim,
+                "trial": trial,
+                "metric": metric,
+                "value": float(outcome[metric][trial]),
+            }
+            for value, outcome in outcomes.items()
+            for trial in range(settings.trials)
+            for metric in METRICS
+        ]
+    )
+    folder.mark_done(name)
+
+
+PHASE = Experiment(NAME, phase.__doc__ or "", PhaseSettings, prepare)

@@ -1,0 +1,58 @@
+"""The diagrams in numbers: how many trials recovered the truth, and how many were unfinished."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+METRICS = ("relative_error", "remaining_loss", "late_progress")
+# A training is at its end with this much of its first loss, or if the last tenth of its steps took
+# no more than this part of the loss that was left.
+LEAST_LOSS, LEAST_PROGRESS = 1e-10, 0.01
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Fractions of a cell's trials.
+
+    Attributes:
+        success: that recovered the truth.
+        unfinished: that did not, and whose loss was still falling.
+    """
+
+    success: float
+    unfinished: float
+
+
+Cells = dict[tuple[int, int], Cell]  # by T or n, and k
+
+
+def cells(diagram: str, tolerance: float, rows: Sequence[Mapping[str, str]]) -> Cells:
+    """The diagram over T or n, from results.csv."""
+    values: dict[tuple[int, int], dict[str, list[float]]] = {}
+    for row in rows:
+        if row["vary"] == diagram:
+            metrics = values.setdefault((int(row["setting"]), int(row["k"])), {})
+            metrics.setdefault(row["metric"], []).append(float(row["value"]))
+    found = {}
+    for place, metrics in values.items():
+        success = [error <= tolerance for error in metrics["relative_error"]]
+        unfinished = [
+            not done and loss > LEAST_LOSS and progress > LEAST_PROGRESS
+            for done, loss, progress in zip(
+                success, metrics["remaining_loss"], metrics["late_progress"], strict=True
+            )
+        ]
+        found[place] = Cell(sum(success) / len(success), sum(unfinished) / len(success))
+    return found
+
+
+def table(diagram: str, found: Cells) -> str:
+    """Success in percent: a line per rank, the largest first; ``*`` where trials are unfinished."""
+    columns = sorted({value for value, _ in found})
+    lines = [f"{diagram + ' =':>7}" + "".join(f"{value:>6}" for value in columns)]
+    for rank in sorted({rank for _, rank in found}, reverse=True):
+        row = [found[value, rank] for value in columns]
+        texts = [f"{100 * c.success:.0f}{'*' if c.unfinished else ' '}" for c in row]
+        lines.append(f"{f'k = {rank}':>7}" + "".join(f"{text:>6}" for text in texts))
+    return "\n".join(lines)

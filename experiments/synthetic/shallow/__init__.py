@@ -1,0 +1,1 @@
+"""Appendix D.2: the same as Figure 1 for the shallow network."""

@@ -1,0 +1,58 @@
+"""What a run found: the outcome of every statement as it is stored, and the table of verdicts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from experiments.lib.errors import RunError
+from experiments.lib.runs import RunFolder
+from experiments.theory.checks import Check, Outcome
+from experiments.theory.statements import ALL, CONTROLS, STATEMENTS
+
+
+def load_outcome(name: str, folder: RunFolder) -> Outcome:
+    """The outcome of a statement that a run has checked.
+
+    Raises:
+        RunError: its file is missing or damaged.
+    """
+    path = folder.path(f"statement-{name}.json")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return Outcome([Check(**check) for check in stored["checks"]], stored["data"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} cannot be read: {error}; start a new run") from error
+
+
+def verdict(outcome: Outcome) -> str:
+    """What an outcome says of its statement: verified or refuted."""
+    return "verified" if outcome.holds else "refuted"
+
+
+def table(outcomes: Mapping[str, Outcome]) -> str:
+    """A line per statement: claim, prediction, measurement, verdict; the wrong ones come first.
+
+    Prediction and measurement are those of the statement's first check, or of the first that
+    failed; results.csv has all.
+    """
+    lines = []
+    for title, group in (("wrong on purpose", CONTROLS), ("statement", STATEMENTS)):
+        rows = [(name, s) for name, s in group.items() if name in outcomes]
+        if not rows:
+            continue
+        claim = max(len(s.claim) for s in ALL.values())
+        lines.append(
+            f"{title:<{claim + 22}}{'predicted':<26}{'measured':<30}{'checks':>7}  verdict"
+        )
+        for name, statement in rows:
+            outcome = outcomes[name]
+            shown = outcome.headline
+            held = f"{sum(c.holds for c in outcome.checks)}/{len(outcome.checks)}"
+            lines.append(
+                f"{name:<9}{statement.source:<11}{statement.claim:<{claim + 2}}"
+                f"{shown.predicted:<26}{shown.shown:<30}{held:>7}  {verdict(outcome)}"
+            )
+            lines.append(f"{'':<20}{shown.what}")
+        lines.append("")
+    return "\n".join(lines).rstrip()
