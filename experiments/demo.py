@@ -11,7 +11,8 @@ from experiments.lib import cli
 from experiments.lib.errors import RunError
 from experiments.lib.experiment import RunSettings
 from experiments.lib.machine import one_thread
-from experiments.lib.runs import MANIFEST, RunFolder, default_folder, standard_error, with_error
+from experiments.lib.manifest import MANIFEST
+from experiments.lib.runs import RunFolder, default_folder, standard_error, with_error
 from experiments.vision.settings import FINETUNES, METHODS
 
 NAMES = {"lora": "LoRA", "last-layer": "last layer"}

@@ -123,7 +123,7 @@ def test_help(
         ),
         (("experiments.synthetic", "phase", "--ranks", "-1"), "ranks must be an int >= 1, got -1"),
         (("experiments.theory", "13"), 'Choose from: "1", "2", "3"'),
-        (("benchmarks.plot",), '"FILES" requires an argument'),
+        (("benchmarks.plot",), "FILES requires an argument"),
         (("benchmarks.plot", LAYERS, "nowhere"), "nowhere cannot be read: No such file"),
         (("benchmarks.plot", KERNELS), "resources.json is not a file of results of an operator"),
         (("benchmarks.plot", __file__), "test_command_lines.py is damaged or no JSON file"),

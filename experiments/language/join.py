@@ -15,7 +15,9 @@ from experiments.language import figures, report
 from experiments.language.settings import Settings
 from experiments.lib import cli
 from experiments.lib.errors import RunError
-from experiments.lib.runs import MANIFEST, RESULTS, RunFolder, read_rows
+from experiments.lib.manifest import MANIFEST
+from experiments.lib.runs import RunFolder, read_rows
+from experiments.lib.units import RESULTS
 
 # May differ between runs that are joined; the trials must.
 FREE = {"seeds", "first_seed"} | {

@@ -27,6 +27,7 @@ WRONG_USE = 2
 HELP_COLUMNS = 100
 MOST_TRIALS = 10_000  # more are a slip of the finger, and would fill the memory before they fail
 _LARGEST = 10**18  # beyond it, sums of sizes overflow
+_APP: dict[str, Any] = {"help_format": "plaintext", "version_flags": ()}
 _WANTED = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 
@@ -70,23 +71,19 @@ def parse(
 
 def parse_command(
     commands: Mapping[str, tuple[type, str]], argv: Sequence[str] | None = None, *, prog: str
-) -> tuple[str, Any]:
-    """Reads a command line that begins with the name of a command.
+) -> Any:
+    """Reads a command line that begins with the name of a command; returns that one's settings.
 
     Args:
         commands: the settings class and the description of each.
-
-    Returns:
-        The command's name and its settings.
     """
-    app = App(name=prog, help_format="plaintext", version_flags=())
-    for name, (settings, description) in commands.items():
-        app.command(_app(settings, name, description, functools.partial(_named, name)))
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         _fail(f"which experiment? {prog} {{{','.join(commands)}}} ...")
-    found: tuple[str, Any] = _read(app, argv, prog)
-    return found
+    app = App(name=prog, **_APP)
+    for name, (settings, description) in commands.items():
+        app.command(_app(settings, name, description))
+    return _read(app, argv, prog)
 
 
 def check_values(
@@ -160,10 +157,6 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., NoReturn]:
     return guarded
 
 
-def _named(name: str, settings: Any) -> tuple[str, Any]:
-    return name, settings
-
-
 def _fail(message: str) -> NoReturn:
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(WRONG_USE)
@@ -193,21 +186,19 @@ def _read(app: App, argv: Sequence[str] | None, prog: str) -> Any:
     return parsed
 
 
-def _app(
-    settings: type, name: str, description: str, result: Callable[[Any], Any] = lambda made: made
-) -> App:
-    """Makes the app that reads a settings class; what it returns is passed through ``result``."""
+def _app(settings: type, name: str, description: str) -> App:
+    """The app that reads a settings class, and returns an object of it."""
     hints = typing.get_type_hints(settings)
     fields = sorted(dataclasses.fields(settings), key=_place)
     positional = [field.name for field in fields if field.metadata.get("positional")]
 
     def make(*arguments: Any, **flags: Any) -> Any:
-        return result(settings(**dict(zip(positional, arguments, strict=False)), **flags))
+        return settings(**dict(zip(positional, arguments, strict=False)), **flags)
 
     make.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [_parameter(field, hints[field.name]) for field in fields]
     )
-    app = App(name=name, help=description, help_format="plaintext", version_flags=())
+    app = App(name=name, help=description, **_APP)
     app.default(make)
     return app
 
@@ -221,24 +212,23 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     """A field as a parameter of the function that cyclopts calls."""
     choices, positional = field.metadata.get("choices"), field.metadata.get("positional")
     several = any(typing.get_origin(t) is tuple for t in (hint, *typing.get_args(hint)))
-    details: dict[str, Any] = {
-        "help": field.metadata.get("help", ""),
-        "negative_iterable": (),
-        "consume_multiple": (1, None) if several else None,
-        "show_default": shown if type(field.default) in (str, int, float, Path, tuple) else False,
-    }
-    if field.default is False:
-        details["negative"] = ()
     if choices:
         one = Literal[tuple(choices)]  # type: ignore[valid-type]
         hint = tuple[one, ...] if several else one  # type: ignore[valid-type]
-    elif bool not in (hint, *typing.get_args(hint)):
-        details["converter"] = _converted
+    parameter = Parameter(
+        help=field.metadata.get("help", ""),
+        converter=None if choices or bool in (hint, *typing.get_args(hint)) else _converted,
+        consume_multiple=(1, None) if several else None,
+        show_default=False if isinstance(field.default, (bool, type(None))) else shown,
+        negative=() if field.default is False else None,
+        negative_iterable=(),
+        allow_repeating=True,  # the last counts
+    )
     return inspect.Parameter(
         field.name,
         inspect.Parameter.POSITIONAL_ONLY if positional else inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
-        annotation=Annotated[hint, Parameter(**details)],
+        annotation=Annotated[hint, parameter],
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 from experiments.lib import cli
-from experiments.lib.runs import RESULTS, RunFolder
+from experiments.lib.runs import RunFolder
+from experiments.lib.units import RESULTS
 from experiments.lib.unused import say
 
 
@@ -16,7 +17,7 @@ from experiments.lib.unused import say
 class RunSettings:
     """Settings that every experiment has."""
 
-    smoke: bool = cli.option(False, help="a run of seconds; its numbers mean nothing")
+    smoke: bool = cli.option(False, help="a run of seconds, to see that everything works")
     out: Path | None = cli.option(None, run_only=True, help="run folder (default: one in runs/)")
     resume: bool = cli.option(False, run_only=True, help="go on with the run in --out")
 
@@ -97,28 +98,21 @@ class Experiment(Generic[Settings]):
             return folder, work.figures(folder)
 
 
-def command(prog: str, experiment: Experiment[Any]) -> Callable[..., NoReturn]:
-    """Makes the main function of a command that runs one experiment."""
+def command(prog: str, *experiments: Experiment[Any]) -> Callable[..., NoReturn]:
+    """Makes the main function of a command that runs an experiment.
+
+    Of several experiments the command's first argument names the one to run.
+    """
 
     @cli.main_guard
     def main(argv: Sequence[str] | None = None) -> int:
-        description = experiment.description
-        return experiment.show(
-            cli.parse(experiment.settings, argv, prog=prog, description=description)
-        )
-
-    return main
-
-
-def command_of_several(
-    prog: str, experiments: Mapping[str, Experiment[Any]]
-) -> Callable[..., NoReturn]:
-    """Makes the main function of a command whose first argument names the experiment."""
-
-    @cli.main_guard
-    def main(argv: Sequence[str] | None = None) -> int:
-        commands = {name: (e.settings, e.description) for name, e in experiments.items()}
-        name, settings = cli.parse_command(commands, argv, prog=prog)
-        return experiments[name].show(settings)
+        if len(experiments) == 1:
+            (only,) = experiments
+            return only.show(
+                cli.parse(only.settings, argv, prog=prog, description=only.description)
+            )
+        commands = {e.name: (e.settings, e.description) for e in experiments}
+        settings = cli.parse_command(commands, argv, prog=prog)
+        return next(e for e in experiments if type(settings) is e.settings).show(settings)
 
     return main

@@ -9,16 +9,14 @@ import sys
 from pathlib import Path
 from typing import IO
 
+from experiments.lib.errors import RunError
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 NAME = ".lock"
-
-
-class FolderInUse(Exception):  # noqa: N818
-    """Another process holds the folder's lock; the message says which, if that is known."""
 
 
 class FolderLock:
@@ -29,7 +27,7 @@ class FolderLock:
     so, and nothing keeps two processes apart.
 
     Raises:
-        FolderInUse: another holds it, in this process or in another.
+        RunError: another holds it, in this process or in another; says which, if that is known.
         OSError: the file cannot be made.
     """
 
@@ -52,7 +50,10 @@ class FolderLock:
         except BlockingIOError:
             self._file.seek(0)
             holder = self._file.read(200).decode(errors="replace").strip()
-            raise FolderInUse(holder or "another process") from None
+            raise RunError(
+                f"{folder} is in use by {holder or 'another process'}; wait until that has ended, "
+                "or choose another --out"
+            ) from None
         except OSError as error:
             print(
                 f"note: {folder} cannot be locked ({error.strerror or error}); "

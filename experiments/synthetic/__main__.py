@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from experiments.lib.experiment import command_of_several
+from experiments.lib.experiment import command
 from experiments.synthetic.linear.run import LINEAR
 from experiments.synthetic.phase.run import PHASE
 from experiments.synthetic.shallow.run import SHALLOW
 
-main = command_of_several(
-    "python -m experiments.synthetic", {e.name: e for e in (LINEAR, SHALLOW, PHASE)}
-)
+main = command("python -m experiments.synthetic", LINEAR, SHALLOW, PHASE)
 
 if __name__ == "__main__":
     main()

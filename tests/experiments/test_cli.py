@@ -43,6 +43,10 @@ def test_every_type_of_field() -> None:
     )
 
 
+def test_of_a_flag_given_twice_the_last_counts() -> None:
+    assert parse("--lr", "1", "--lr", "2", "--smoke", "--smoke").lr == 2
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -60,7 +64,6 @@ def test_every_type_of_field() -> None:
         (["--out", "a\tb"], r"for --out: must be a path, got 'a\tb'"),
         (["--retrain"], "--retrain requires at least 1 element"),
         (["--lr"], "--lr requires an argument"),
-        (["--lr", "1", "--lr", "2"], "--lr specified multiple times"),
         (["--lr", "nan"], "lr must be a finite number > 0, got nan"),
         (["T", "n"], "Unused Tokens: ['n']; see prog --help"),
         (["--epo", "3"], "Unknown option: --epo. Did you mean --epochs?"),

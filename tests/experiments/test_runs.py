@@ -36,7 +36,7 @@ class Settings:
 
 
 def create(out: Path, settings: Settings = Settings(), resume: bool = False) -> RunFolder:
-    return RunFolder.create(out, settings, experiment="test", resume=resume, command=["test"])
+    return RunFolder.create(out, settings, experiment="test", resume=resume)
 
 
 def manifest(folder: Path) -> dict:

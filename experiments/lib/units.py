@@ -1,0 +1,86 @@
+"""The finished units of a run, and how long its other files were when each was finished."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from experiments.lib.errors import RunError
+from metalora._files import sync_path
+
+METRICS, RESULTS, UNITS = "metrics.jsonl", "results.csv", "units.jsonl"
+
+
+def append(path: Path, text: str) -> None:
+    """Appends to a file in one unbuffered write: an interrupt comes before or after it."""
+    with path.open("ab", buffering=0) as file:
+        data = text.encode()
+        while (written := file.write(data)) < len(data):  # the disk is full: the next one says so
+            data = data[written:]
+
+
+def finish(folder: Path, unit: str) -> None:
+    """Records that a unit is finished; it and what was written so far are on the disk then."""
+    lengths = {name: _sync(folder / name) for name in (METRICS, RESULTS)}
+    append(folder / UNITS, json.dumps({"unit": unit, "lengths": lengths}) + "\n")
+    _sync(folder / UNITS)
+    sync_path(folder)
+
+
+def cut_back(folder: Path) -> set[str]:
+    """The finished units; the files lose whatever an unfinished unit wrote after them.
+
+    Raises:
+        RunError: a file is damaged.
+    """
+    units: dict[str, dict[str, int]] = {}
+    path = folder / UNITS
+    if path.exists():
+        data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]  # the process may be killed while it writes a line
+        for number, line in enumerate(whole.splitlines(), 1):
+            record = _record(line)
+            if record is None:
+                raise RunError(
+                    f"--resume: line {number} of {path} is not of a run: "
+                    f"{line[:60].decode(errors='replace')!r}; take it out, or start a new run"
+                )
+            units[record["unit"]] = record["lengths"]
+        os.truncate(path, len(whole))
+    lengths = list(units.values())[-1] if units else {METRICS: 0, RESULTS: 0}
+    for name, length in lengths.items():
+        size = (folder / name).stat().st_size if (folder / name).exists() else 0
+        if size < length:
+            raise RunError(
+                f"--resume: {folder / name} is damaged ({size} bytes, {length} when its last unit "
+                "was finished); start a new run"
+            )
+        if size > length:
+            os.truncate(folder / name, length)
+    return set(units)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record of a finished unit; None if the line is something else."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("unit"), str):
+        return None
+    lengths = record.get("lengths")
+    if not isinstance(lengths, dict) or lengths.keys() != {METRICS, RESULTS}:
+        return None
+    right = all(type(length) is int and length >= 0 for length in lengths.values())
+    return record if right else None
+
+
+def _sync(path: Path) -> int:
+    """Has the system write the file out, and returns its length in bytes."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
