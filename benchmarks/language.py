@@ -13,9 +13,8 @@ round takes at most beside the weights, their gradients and AdamW's state.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.lib.cases import PRECISIONS, Benchmark, Candidate, Case, Options, Precision
 from benchmarks.lib.cli import BenchmarkSettings, program, repeat
 from benchmarks.lib.dialogues import CANDIDATES, drawn, read
 from benchmarks.lib.language_versions import (
     AUTHORS,
-    BESIDE,
     TOLERANCE,
     Setting,
     check,
@@ -36,8 +35,8 @@ from benchmarks.lib.language_versions import (
     results,
     versions,
 )
-from benchmarks.lib.measure import peak_bytes, side_by_side
-from benchmarks.lib.tables import three_digits, write_table
+from benchmarks.lib.measure import peak_bytes
+from benchmarks.lib.operators import measure
 from experiments.language.models import load_model, load_tokenizer
 from experiments.lib.cli import check_values, main_guard, option, parse
 from metalora.meta import RoundLoader
@@ -49,11 +48,7 @@ SIZES = {
     "minilm-size": (6, 384, 12, 1536, 30522),
     "roberta-base-size": (12, 768, 12, 3072, 50265),
 }
-MAX_TOKENS = {"cpu": 16384, "cuda": 32768}
-HEADER = [
-    *("version", "seconds a round (quartiles)", "spread", "seconds an epoch", "tokens a second"),
-    *("padding", "peak memory of a round, MiB", "× authors'", "× the one before", "error"),
-]
+MAX_TOKENS = {"cpu": 16384, "cuda": 32768}  # in a pass of metalora's
 
 
 @dataclass(frozen=True)
@@ -124,77 +119,60 @@ def make_setting(settings: Settings) -> Setting:
     return Setting(model.to(device), turns, rounds, max_tokens, device)
 
 
-def measure(setting: Setting, precision: str) -> list[dict[str, Any]]:
-    """A record of every version: what it takes for a round, and that it passed the gate."""
-    rounds, lengths = list(setting.rounds), setting.turns.sequences.lengths
-    tokens = sum(int(lengths[batch.inputs].sum()) for batch in rounds) / len(rounds)
-    turns = sum(len(batch.inputs) for batch in rounds) / len(rounds)
-    epoch = len(setting.turns.answers) / turns
-    few = gate_batch(setting)
-    wanted = exact(setting, few)
-    records: list[dict[str, Any]] = []
-    steps = {}
-    for name, make in versions(setting, precision).items():
-        version = make()
-        error = check(name, results(version, setting, few), wanted, TOLERANCE[version.precision])
-        version.round(few)  # the optimiser's state is made
-        peak = peak_bytes(partial(version.round, rounds[0]), setting.device)
-        calls = [inputs["input_ids"] for batch in rounds for inputs in version.inputs(batch)]
-        padding = 1 - tokens * len(rounds) / sum(ids.numel() for ids in calls)
-        records.append({"version": name, "error": error, "padding": padding, "peak_bytes": peak})
-        steps[name] = [{"round": partial(version.round, batch)} for batch in rounds]
-        print(f"{name}: passed", file=sys.stderr, flush=True)
-    timings = side_by_side(steps, setting.device, rounds=len(rounds), warm=False)
-    first = before = timings[AUTHORS]["total"].median
-    for record in records:
-        timing = timings[record["version"]]["total"]
-        record |= asdict(timing)
-        record |= {"epoch": epoch * timing.median, "tokens_a_second": tokens / timing.median}
-        record |= {"speedup": first / timing.median, "step": before / timing.median}
-        if record["version"] not in BESIDE:
-            before = timing.median
-    return records
+@dataclass(frozen=True)
+class RoundCase(Case):
+    """Training rounds of a setting; ``short`` is the precision of the versions added, or fp32."""
+
+    setting: Setting
+    short: str
+
+    def candidates(self, precision: Precision, options: Options) -> Callable[[str], Candidate]:
+        setting, rounds, few = self.setting, list(self.setting.rounds), gate_batch(self.setting)
+        wanted, makers = exact(setting, few), versions(setting, self.short)
+
+        def make(name: str) -> Candidate:
+            version = makers[name]()
+            error = check(results(version, setting, few), wanted, TOLERANCE[version.precision])
+            version.round(few)  # makes the optimiser's state
+            peak = peak_bytes(partial(version.round, rounds[0]), setting.device)
+            calls = [inputs["input_ids"] for batch in rounds for inputs in version.inputs(batch)]
+            padding = 1 - self.tokens() * len(rounds) / sum(ids.numel() for ids in calls)
+            steps = [{"round": partial(version.round, batch)} for batch in rounds]
+            return Candidate(steps, error, peak_bytes=peak, padding=padding)
+
+        return make
+
+    def tokens(self) -> float:
+        """The tokens of a round, padding left out."""
+        lengths, rounds = self.setting.turns.sequences.lengths, list(self.setting.rounds)
+        return sum(int(lengths[batch.inputs].sum()) for batch in rounds) / len(rounds)
+
+    def about(self, precision: Precision, device: str) -> dict[str, Any]:
+        return {"work": {"unit": "tokens/s", "scale": 1, "amounts": {"round": self.tokens()}}}
 
 
-def row(record: Mapping[str, Any]) -> list[str]:
-    """A record as a line of the table."""
-    low, median, high = (three_digits(record[name]) for name in ("low", "median", "high"))
-    return [
-        record["version"],
-        f"{median} ({low}-{high})",
-        f"{100 * record['spread']:.0f} %",
-        three_digits(record["epoch"]),
-        f"{record['tokens_a_second']:,.0f}",
-        f"{100 * record['padding']:.0f} %",
-        f"{record['peak_bytes'] / 2**20:,.0f}",
-        f"{record['speedup']:.2f}",
-        f"{record['step']:.2f}",
-        f"{record['error']:.0e}",
-    ]
+def benchmark(setting: Setting, name: str, short: str) -> Benchmark:
+    """The benchmark of one setting."""
+    return Benchmark(
+        "language",
+        f"Rounds of LoRA-ML, {CANDIDATES} candidates a turn, {setting.turns.source}",
+        (RoundCase("lora_linear", "cpu", name, setting, short, once=True),),
+        {"all": tuple(versions(setting, short))},
+        floor=AUTHORS,
+    )
 
 
 @main_guard
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, and prints the table."""
     settings = parse(Settings, argv, prog=program("language"), description=__doc__ or "")
-    device = settings.device
     if settings.smoke:
         settings = replace(settings, model="tiny", data=None, tasks=2, turns=1, rounds=1)
-    setting = make_setting(settings)
-    records = measure(setting, settings.precision)
-    where = "the CPU" if device == "cpu" else "a GPU"
-    write_table(
-        settings.name or f"language_{device}",
-        f"Rounds of LoRA-ML on {where}: {settings.model}, {settings.tasks} tasks with "
-        f"{settings.turns} turn{'s' * (settings.turns > 1)} of {CANDIDATES} candidates each, "
-        f"{setting.turns.source}",
-        repeat("language", argv),
-        HEADER,
-        [row(record) for record in records],
-        records,
-        settings.write,
-        device,
-    )
+    name = f"{settings.model}, {settings.tasks} tasks of {settings.turns} turns"
+    found = benchmark(make_setting(settings), name, settings.precision)
+    options = Options(tuple(found.versions["all"]), settings.device)
+    precisions = [PRECISIONS["fp32"]]
+    measure(found, found.cases, precisions, options, settings, command=repeat("language", argv))
 
 
 if __name__ == "__main__":

@@ -268,7 +268,7 @@ BENCHMARK = Benchmark(
                 ("finetune_lora", "fine-tuning", 10000),
             )
         ),
-        Figure1Case("linear", "figure-1", "Figure 1", most_rounds=1),
+        Figure1Case("linear", "figure-1", "Figure 1", once=True),
     ),
     {"all": ("metalora", "metalora-with-figures", "reference", *LOOPS)},
     floor="metalora",

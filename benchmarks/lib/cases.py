@@ -85,6 +85,7 @@ class Candidate:
         error: the largest relative error that the gate found.
         scales: factors of the steps' times, where a call is a part of what the table shows.
         peak_bytes: what a call takes beside its inputs; None where it was not measured.
+        padding: the share of padding in what is computed; None where nothing is padded.
         note: how the times were taken, where that is not the usual way.
     """
 
@@ -92,6 +93,7 @@ class Candidate:
     error: float
     scales: Mapping[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
+    padding: float | None = None
     note: str = ""
 
 
@@ -103,7 +105,8 @@ class Case:
         operator: its name, or ``linear.`` or ``shallow.`` and its name.
         group: the cases that are chosen together.
         central: at most one of its sizes is not the one its group is built around.
-        most_rounds: where a call takes seconds, fewer rounds than `Options` says.
+        most_rounds: at most so many rounds, whatever `Options` says.
+        once: calls take seconds, so that each is made once in either of two runs.
     """
 
     operator: str
@@ -111,6 +114,7 @@ class Case:
     name: str
     central: bool = field(default=True, kw_only=True)
     most_rounds: int = field(default=1000, kw_only=True)
+    once: bool = field(default=False, kw_only=True)
 
     def offered(self, names: Sequence[str]) -> list[str]:
         """The versions among ``names`` that this case has."""

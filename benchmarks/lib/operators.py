@@ -46,23 +46,27 @@ def measure_case(
     with precision.products():
         make = case.candidates(precision, options)
         for name in case.offered(options.names):
-            if not budget.allows(NEEDED[name.partition("+")[2]]):
+            if not budget.allows(NEEDED.get(name.partition("+")[2], 10.0)):
                 rows[name] = {"status": LEFT_OUT}
                 continue
             try:
                 found = prepared[name] = make(name)
                 rows[name] = {"status": "timed", "error": found.error, "note": found.note}
-                rows[name]["peak_bytes"] = found.peak_bytes
+                rows[name] |= {"peak_bytes": found.peak_bytes, "padding": found.padding}
             except NotOfferedError as error:
                 rows[name] = {"status": f"not offered: {error}"}
             except GateError as error:
                 rows[name] = {"status": f"wrong: {error}"}
             except Exception as error:
                 rows[name] = {"status": f"failed: {type(error).__name__}: {first_line(error)}"}
+        rounds = min(options.rounds, case.most_rounds)
+        if case.once:
+            rounds = max((len(found.sets) for found in prepared.values()), default=0)
         timings = side_by_side(
             {name: found.sets for name, found in prepared.items()},
             options.device,
-            rounds=min(options.rounds, case.most_rounds),
+            rounds=rounds,
+            warm=not case.once,
             seconds_a_turn=options.seconds_a_turn,
             timer=options.timer,
             scales={name: found.scales for name, found in prepared.items()},
@@ -85,17 +89,18 @@ def measure(
     cases: Sequence[Case],
     precisions: Sequence[Precision],
     options: Options,
+    settings: BenchmarkSettings,
     *,
-    title: str,
     command: str,
-    name: str,
-    folder: Path | None,
-    budget: Budget,
+    budget: Budget | None = None,
     resume: bool = False,
 ) -> list[dict[str, Any]]:
-    """Measures all cases, and writes name.json after each and the tables name.md at the end."""
-    here = machine(options.device)
+    """Measures all cases, and writes a .json file after each and the .md of tables at the end."""
+    here, budget = machine(options.device), budget or Budget()
+    title = f"{benchmark.title} on {'the CPU' if options.device == 'cpu' else 'a GPU'}"
+    title += ", shared weights frozen" * options.frozen + ", tiny sizes" * settings.smoke
     record = {"title": title, "command": command, "floor": benchmark.floor, "machine": here}
+    folder, name = settings.write, settings.name or f"{benchmark.name}_{options.device}"
     path = None if folder is None else folder / f"{name}.json"
     known: dict[Any, Any] = {}
     if resume and path is not None and path.exists():
@@ -201,18 +206,13 @@ def command(benchmark: Benchmark, description: str) -> Callable[..., None]:
         if settings.smoke:
             cases = [case.shrunk() for case in dict.fromkeys((cases[0], cases[-1]))]
             options = replace(options, rounds=1, seconds_a_turn=0.0)
-        where = "the CPU" if device == "cpu" else "a GPU"
-        frozen = ", shared weights frozen" * settings.frozen
-        tiny = ", tiny sizes" * settings.smoke
         measure(
             benchmark,
             cases,
             [PRECISIONS[name] for name in settings.precisions or benchmark.precisions],
             options,
-            title=f"{benchmark.title} on {where}{frozen}{tiny}",
+            settings,
             command=repeat(benchmark.name, argv),
-            name=settings.name or f"{benchmark.name}_{device}",
-            folder=settings.write,
             budget=Budget(settings.budget_seconds or math.inf),
             resume=settings.resume,
         )

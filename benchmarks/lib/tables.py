@@ -131,7 +131,7 @@ def operator_tables(record: Mapping[str, Any]) -> str:
 
 DETAILS = [
     *("case", "precision", "version", "forward", "backward", "total (quartiles)", "relative"),
-    *("spread", "error", "peak memory, MiB", "rate"),
+    *("spread", "error", "padding", "peak memory, MiB", "rate"),
 ]
 
 
@@ -146,6 +146,7 @@ def _details(record: Mapping[str, Any], name: str, row: Mapping[str, Any]) -> li
         *(_time(row, step) for step in ("forward", "backward")),
         f"{seconds(total['median'])} ({seconds(total['low'])} to {seconds(total['high'])})",
         *(_ratio(row), f"{100 * total['spread']:.0f} %", f"{row['error']:.0e}"),
+        "" if row.get("padding") is None else f"{100 * row['padding']:.0f} %",
         "" if peak is None else f"{peak / 2**20:,.0f}",
         rate,
     ]

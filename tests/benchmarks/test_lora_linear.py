@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks import plot
 from benchmarks.lib import lora_linear_versions, operators
 from benchmarks.lib.cases import PRECISIONS, NotOfferedError, Options
+from benchmarks.lib.cli import BenchmarkSettings
 from benchmarks.lib.gate import GateError
 from benchmarks.lib.lora_linear_versions import COMPILED, EAGER, ROUTES, VERSIONS, Layer, drop
 from benchmarks.lib.measure import Budget
@@ -176,10 +177,8 @@ def measured(folder: Path, seconds: float = 1e9, **changes: Any) -> list[dict[st
         [EQUAL, RAGGED],
         [PRECISIONS["fp32"]],
         quick("metalora", "loop"),
-        title="A title",
+        BenchmarkSettings(write=folder, name="table"),
         command="python -m this",
-        name="table",
-        folder=folder,
         budget=Budget(seconds),
         **changes,
     )
