@@ -83,6 +83,8 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
         return Part(name, _module("lora_linear", *what, *budget, *flags))
 
     files = sorted(str(p) for name in MODULES for p in out.glob(f"{name}_{device}*.json"))
+    cases = ("--cases", HEADLINES["a"][0], "c", "--precisions", *goals)
+    profiled = (*cases, "--baselines", "metalora", "--profile")
     missing = "" if importlib.util.find_spec("matplotlib") else "matplotlib is not installed"
     return [
         Part(
@@ -107,7 +109,7 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
             for g in HEADLINES
             for p in goals
         ),
-        Part("profile", _module("profile", *flags)),
+        Part("profile", _module("lora_linear", *profiled, *flags)),
         Part("plot", _module("plot", *files), missing=missing or _unless(files, "no results")),
     ]
 

@@ -7,8 +7,9 @@ Makes one figure for every file and precision in it, as PNG and PDF.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,32 +28,20 @@ if TYPE_CHECKING:
 
 GOAL_RATIO = 1.10
 TICKS = (0.1, 0.2, 0.5, 0.7, 1, 1.2, 1.5, 2, 3, 5, 7, 10, 20, 50, 100, 1000, 10000)
-# Okabe and Ito, "Color Universal Design", 2008; a shape of its own as well for each version.
-LOOKS = {
-    "metalora": ("#0072B2", "D"),
-    "metalora-weight": ("#0072B2", ">"),
-    "metalora-keep": ("#0072B2", "^"),
-    "metalora-token": ("#0072B2", "<"),
-    "merged": ("#D55E00", "o"),
-    "merged-grouped": ("#D55E00", "X"),
-    "bmm": ("#009E73", "s"),
-    "grouped": ("#009E73", "P"),
-    "unsloth": ("#CC79A7", "v"),
-    "loop": ("#E69F00", "h"),
-    "peft": ("#999999", "p"),
-    "dense": ("#000000", "|"),
-    "plain": ("#E69F00", "o"),
-    "torch": ("#000000", "|"),
-    "copy": ("#000000", "|"),
-    "reference": ("#D55E00", "X"),
-    "metalora-with-figures": ("#0072B2", "^"),
-    "samples-numpy": ("#009E73", "s"),
-    "samples-PyTorch": ("#CC79A7", "v"),
-    "loop-fused": ("#E69F00", "H"),
-    "tasks-batched": ("#009E73", "s"),
-    "all-batched": ("#CC79A7", "v"),
-    "columns": ("#CC79A7", "P"),
-}
+# Okabe and Ito, "Color Universal Design", 2008; with the shapes, a pair of its own for each of 35
+# versions. metalora's own are all blue.
+BLUE, *COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#999999")
+MARKERS = "oXsPvhp"
+
+
+def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The color and the shape of every version."""
+    versions = dict.fromkeys(name.partition("+")[0] for name in names)
+    ours = [name for name in versions if name.startswith("metalora")]
+    others = [name for name in versions if name not in ours]
+    found = {name: (BLUE, "D^<>"[i % 4]) for i, name in enumerate(ours)}
+    pairs = zip(others, cycle(COLORS), cycle(MARKERS), strict=False)
+    return found | {name: (color, marker) for name, color, marker in pairs}
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -67,7 +56,7 @@ def load(path: Path) -> dict[str, Any]:
         known += [record["machine"][key] for key in ("cpu", "torch", "date")]
         for one in record["rows"]:
             known += [one["case"], one["precision"]]
-            known += [LOOKS[name.partition("+")[0]] for name in one["rows"]]
+            known += [row["status"] for row in one["rows"].values()]
     except (KeyError, TypeError, AttributeError):
         raise RunError(f"{path} is not a file of results of an operator") from None
     return record
@@ -98,12 +87,12 @@ def _ratios(record: dict[str, Any], floor: str) -> dict[str, float]:
 def _figure(
     record: dict[str, Any], precision: str, records: Sequence[dict[str, Any]], path: Path
 ) -> Path:
-    versions = {name for one in records for name in one["ratios"]}
+    versions = looks(name for one in records for name in one["ratios"])
     height = max(2.6 + 0.42 * len(records), 0.8 + 0.34 * len(versions))
     fig, axes = plt.subplots(figsize=(13.3, height))
     for y, one in enumerate(reversed(records)):
         for name, ratio in one["ratios"].items():
-            _dot(axes, name, ratio, y)
+            _dot(axes, name, versions[name.partition("+")[0]], ratio, y)
     goals = {case.name for case in BENCHMARK.goals}
     axes.axvline(1, color="black", linewidth=1.2)
     if any(one["case"] in goals for one in records):
@@ -129,10 +118,10 @@ def _figure(
     return path.with_suffix(".png")
 
 
-def _dot(axes: Axes, name: str, ratio: float, y: float) -> None:
+def _dot(axes: Axes, name: str, look: tuple[str, str], ratio: float, y: float) -> None:
     """One mark: filled for eager versions, hollow for compiled ones, larger for max-autotune."""
     version, _, mode = name.partition("+")
-    color, marker = LOOKS[version]
+    color, marker = look
     _, labels = axes.get_legend_handles_labels()
     axes.plot(
         [ratio],

@@ -26,7 +26,8 @@ from benchmarks.lib.cases import (
 from benchmarks.lib.cli import BenchmarkSettings, program, repeat
 from benchmarks.lib.gate import GateError
 from benchmarks.lib.measure import Budget, CpuClock, side_by_side
-from benchmarks.lib.tables import machine, operator_tables, read_json, write_json
+from benchmarks.lib.profile import HEADER, profile
+from benchmarks.lib.tables import machine, operator_tables, read_json, write_json, write_table
 from experiments.lib.cli import check_values, main_guard, option, parse
 from experiments.lib.errors import RunError
 from metalora._checks import first_line
@@ -166,6 +167,7 @@ class Settings(BenchmarkSettings):
     budget_seconds: float | None = option(
         None, help="begin nothing that would take longer (default: no limit)"
     )
+    profile: bool = option(False, help="show the kernels of each version instead of times")
     resume: bool = option(False, help="keep what the files of --write already hold")
 
     def __post_init__(self) -> None:
@@ -206,10 +208,17 @@ def command(benchmark: Benchmark, description: str) -> Callable[..., None]:
         if settings.smoke:
             cases = [case.shrunk() for case in dict.fromkeys((cases[0], cases[-1]))]
             options = replace(options, rounds=1, seconds_a_turn=0.0)
+        precisions = [PRECISIONS[name] for name in settings.precisions or benchmark.precisions]
+        if settings.profile:
+            rows, data = profile(cases, precisions, options)
+            name = settings.name or f"{benchmark.name}_{device}_profile"
+            again, folder = repeat(benchmark.name, argv), settings.write
+            write_table(name, "Kernels of one call", again, HEADER, rows, data, folder, device)
+            return
         measure(
             benchmark,
             cases,
-            [PRECISIONS[name] for name in settings.precisions or benchmark.precisions],
+            precisions,
             options,
             settings,
             command=repeat(benchmark.name, argv),

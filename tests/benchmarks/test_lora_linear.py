@@ -234,9 +234,9 @@ def test_the_figure_has_every_version(tmp_path: Path, monkeypatch: pytest.Monkey
     drawn: list[str] = []
     dot = plot._dot
 
-    def noted(axes, name, ratio, y):
+    def noted(axes, name, look, ratio, y):
         drawn.append(name)
-        dot(axes, name, ratio, y)
+        dot(axes, name, look, ratio, y)
 
     monkeypatch.setattr(plot, "_dot", noted)
     record = plot.load(tmp_path / "one.json")

@@ -54,7 +54,8 @@ def test_cases_and_versions(name: str) -> None:
     assert found.select(["cpu"]) and found.select([found.groups["cuda"]])
     names = found.select_versions(list(found.versions))
     assert names[0] == found.floor and "metalora" in names
-    assert {name.partition("+")[0] for name in names} <= set(plot.LOOKS)
+    looks = plot.looks(names)
+    assert len(set(looks.values())) == len(looks) == len({n.partition("+")[0] for n in names})
     with pytest.raises(ValueError, match=r"called 'metalor'; did you mean 'metalora'"):
         found.select_versions(["metalor"])
 
