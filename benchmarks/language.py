@@ -1,14 +1,14 @@
-"""Training rounds of the language experiment: the authors', PEFT's and ours, side by side.
+"""Times training rounds of the language experiment: the authors', PEFT's and metalora's.
 
 python -m benchmarks.language                                    # a small model on the CPU
 python -m benchmarks.language --device cuda --model roberta-base-size --precision bf16
 python -m benchmarks.language --data DIR --tokenizer FOLDER      # dialogues of ConvAI2
 
-Models of a size have random weights; without --data tokens are random and lengths are drawn like
-ConvAI2's. Until they pack, all versions have transformers' default attention. Loss and gradients of
-every version are compared with plain PyTorch in float64 before anything is timed, without dropout,
-which is on in what is timed. All versions take one optimiser step a round. Peak memory is what a
-round takes at most beside the weights, their gradients and AdamW's state.
+A model named by its size has random weights; without --data tokens are random, and lengths are
+drawn like ConvAI2's. Versions that do not pack use transformers' default attention. Loss and
+gradients of every version are compared with plain PyTorch in float64 first, without dropout, which
+is on while timing. All versions take one optimiser step a round. Peak memory is the most that a
+round takes beside the weights, their gradients and AdamW's state.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Settings(BenchmarkSettings):
     rounds: int = option(3, help="to measure, each of them twice")
     precision: str = option("fp32", choices=tuple(TOLERANCE), help="bf16 adds versions")
     max_tokens: int | None = option(
-        None, help="in a pass of ours (default: 16384, with --device cuda 32768)"
+        None, help="in a pass of metalora's (default: 16384, with --device cuda 32768)"
     )
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class Settings(BenchmarkSettings):
 
 
 def new_model(size: str, tokens: int = 0) -> nn.Module:
-    """A RoBERTa of this size with random weights, that knows at least so many tokens."""
+    """A RoBERTa of this size with random weights and a vocabulary of at least ``tokens``."""
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     layers, hidden, heads, intermediate, vocabulary = SIZES[size]

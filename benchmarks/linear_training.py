@@ -45,12 +45,14 @@ from metalora.linear import (
 SETTINGS = LinearSettings()
 INNER, OUTER_LR, INNER_LR, FINETUNE_LR = 10, 0.03, 0.003, 0.005
 SHORT = 5  # steps of the versions that go through the samples
-LIBRARIES: dict[str, Callable[[Tensor], Any]] = {"numpy": Tensor.numpy, "PyTorch": Tensor.detach}
-LOOPS = {f"samples-{library}": kind for library, kind in LIBRARIES.items()}
+LOOPS: dict[str, Callable[[Tensor], Any]] = {
+    "samples-numpy": Tensor.numpy,
+    "samples-PyTorch": Tensor.detach,
+}
 
 
 class Problem:
-    """What trainings at one setting of Figure 1 begin with; with samples where it is one."""
+    """The start of trainings at one setting of Figure 1; a single one has its samples as well."""
 
     def __init__(
         self, point: Point, trainings: int, dtype: torch.dtype, device: str = "cpu"
@@ -58,14 +60,17 @@ class Problem:
         self.point = point
         generator = torch.Generator().manual_seed(3)
         sizes = point.num_tasks, point.dim, point.rank
-        drawn = sample_problem(*sizes, batch_shape=(trainings,), generator=generator)
-        counts = (point.retrain_samples, drawn.truths), (point.finetune_samples, drawn.test_truth)
+        problem = sample_problem(*sizes, batch_shape=(trainings,), generator=generator)
+        truths = (
+            (problem.truths, point.retrain_samples),
+            (problem.test_truth, point.finetune_samples),
+        )
         if trainings == 1:
-            data = [sample_data(truth, count, generator=generator) for count, truth in counts]
+            data = [sample_data(truth, count, generator=generator) for truth, count in truths]
             self.samples = [(x[0].to(dtype), y[0].to(dtype)) for x, y in data]
             statistics = [sufficient_statistics(x, y) for x, y in data]
         else:
-            statistics = [sample_statistics(t, count, generator=generator) for count, t in counts]
+            statistics = [sample_statistics(*each, generator=generator) for each in truths]
         self.stats, self.few = (s.to(device, dtype) for s in statistics)
 
         def start(*shape: int) -> Tensor:
@@ -75,15 +80,14 @@ class Problem:
         self.factors = start(point.num_tasks, point.dim, point.rank)
         self.u, self.v = (start(point.dim, point.finetune_rank) for _ in range(2))
         self.zero = torch.zeros_like(self.u[:, :, :1]).expand(-1, -1, point.dim).contiguous()
-        self.truth = drawn.test_truth.to(device, dtype)
+        self.truth = problem.test_truth.to(device, dtype)
 
     def metalora(self, method: str, steps: int) -> Tensor:
         """The weights, or in fine-tuning the last prediction error, one row a training."""
         if method == "lora_ml":
             rank, start = self.point.rank, self.factors
-            return lora_ml(
-                self.stats, rank, outer_steps=steps, initial_factors=start
-            ).weight.flatten(1)
+            found = lora_ml(self.stats, rank, outer_steps=steps, initial_factors=start)
+            return found.weight.flatten(1)
         if method == "standard":
             return standard(self.stats, steps=steps).weight.flatten(1)
         errors = finetune_lora(
@@ -166,6 +170,8 @@ class LinearCase(TrainingCase):
 
     def versions(self, dtype: torch.dtype, device: str) -> Mapping[str, Version]:
         point = next(point for point in SETTINGS.points() if point.name == "k=1")
+        if self.trainings > 1:  # a step takes as long, but drawing the data would not
+            point = replace(point, retrain_samples=500)
         problem = Problem(point, self.trainings, dtype, device)
         run = partial(problem.metalora, self.method)
         found = {

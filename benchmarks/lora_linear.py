@@ -1,4 +1,4 @@
-"""Times `lora_linear` beside what one would write without it, on the layers of the experiments.
+"""Times `lora_linear` beside its baselines, on the layers of the experiments and larger ones.
 
 python -m benchmarks.lora_linear                                      # the CPU's cases
 python -m benchmarks.lora_linear --device cuda --cases goal --precisions autocast tf32

@@ -32,7 +32,7 @@ FUNCTIONS: dict[str, Callable[[Setup], Function]] = {
 }
 
 
-def _case(group: str, tasks: int, dim: int, samples: int, rank: int = 0) -> OperatorCase:
+def _case(group: str, tasks: int, dim: int, samples: int, rank: int) -> OperatorCase:
     """Rank 0 is a weight for each task, above it one W and U_t."""
     weight, x = (dim, dim) if rank else (tasks, dim, dim), (tasks, samples, dim)
     shapes = {"weight": weight, "x": x, **({"lora_U": (tasks, dim, rank)} if rank else {})}
@@ -41,22 +41,19 @@ def _case(group: str, tasks: int, dim: int, samples: int, rank: int = 0) -> Oper
     return OperatorCase("task_matvec", group, name, shapes, FUNCTIONS, exact)
 
 
+# Tasks, features, samples of a task, and the rank of the symmetric form.
+SIZES = {
+    "cpu": ((3, 10, 100, 1), (3, 10, 5000, 1), (5, 20, 1000, 3), (10, 64, 1000, 3)),
+    "cuda": ((3, 10, 5000, 1), (1000, 10, 100, 1), (10, 64, 10000, 3)),
+}
 BENCHMARK = Benchmark(
     "task_matvec",
     "Matrix-vector products of all tasks, forward + backward",
-    (
-        _case("cpu", 3, 10, 100),
-        _case("cpu", 3, 10, 5000),
-        _case("cpu", 10, 64, 1000),
-        _case("cpu", 3, 10, 100, rank=1),
-        _case("cpu", 3, 10, 5000, rank=1),
-        _case("cpu", 5, 20, 1000, rank=3),
-        _case("cuda", 3, 10, 5000),
-        _case("cuda", 1000, 10, 100),
-        _case("cuda", 10, 64, 10000),
-        _case("cuda", 3, 10, 5000, rank=1),
-        _case("cuda", 1000, 10, 100, rank=1),
-        _case("cuda", 10, 64, 10000, rank=3),
+    tuple(
+        _case(group, tasks, dim, samples, rank)
+        for group, sizes in SIZES.items()
+        for tasks, dim, samples, k in sizes
+        for rank in (0, k)
     ),
     {"all": tuple(FUNCTIONS)},
     floor="plain",

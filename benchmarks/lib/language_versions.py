@@ -1,4 +1,4 @@
-"""The ways to train a round of the language experiment, and the gate that they have to pass."""
+"""The ways to train a round of the language experiment, and their correctness gate."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from metalora.meta.data import Collate
 AUTHORS, PEFT = "the authors' schedule", "the same through PEFT"
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 LOSS = "the loss"
-FLOOR = 1e-3  # of the largest gradient: smaller ones may have errors as if they were this large
+FLOOR = 1e-3  # of the largest gradient: errors of smaller ones are relative to this size
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all versions have in common; ``model`` is plain, and never trained itself."""
+    """What all versions share; ``model`` is plain, and copied before it is trained."""
 
     model: Any
     turns: Turns
@@ -175,7 +175,7 @@ def exact(setting: Setting, batch: Batch) -> dict[str, Tensor]:
 
 
 def results(version: Version, setting: Setting, batch: Batch) -> dict[str, Tensor]:
-    """What a version makes of the starting values that all have in common."""
+    """A version's loss and gradients at the starting values that all versions share."""
     start = dict(adapted(setting).named_parameters())
     if start.keys() != version.parameters.keys():
         different = sorted(start.keys() ^ version.parameters.keys())

@@ -60,6 +60,7 @@ def measure_case(
                 rows[name] = {"status": f"wrong: {error}"}
             except Exception as error:
                 rows[name] = {"status": f"failed: {type(error).__name__}: {first_line(error)}"}
+        del make  # and its exact results
         rounds = min(options.rounds, case.most_rounds)
         if case.once:
             rounds = max((len(found.sets) for found in prepared.values()), default=0)
