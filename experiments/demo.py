@@ -32,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = _folder(settings)
     start = time.monotonic()
     print("1/2  Figure 1 of the paper: five sweeps of the linear model", flush=True)
-    linear = run_linear(out, settings.smoke)
+    linear, linear_table = run_linear(out, settings.smoke)
     print("2/2  vision protocol: handwritten digits, test task 8 or 9", flush=True)
     vision = run_vision(out, settings.smoke)
-    print(f"\n{linear_table(linear.rows())}\n\n{vision_table(vision.rows())}\n")
+    print(f"\n{linear_table}\n\n{vision_table(vision.rows())}\n")
     for path in sorted([*linear.folder.glob("*.png"), *vision.folder.glob("*.png")]):
         print(f"figure: {path}")
     print(f"done in {time.monotonic() - start:.0f} s; all numbers are in {out}")
@@ -56,18 +56,23 @@ def _folder(settings: RunSettings) -> Path:
     return out
 
 
-def run_linear(demo: Path, smoke: bool = False) -> RunFolder:
-    """All five sweeps of Figure 1 with 5 trials (paper, section 3 and appendix D.1).
+def run_linear(demo: Path, smoke: bool = False) -> tuple[RunFolder, str]:
+    """Runs all five sweeps of Figure 1 with 5 trials (paper, section 3 and appendix D.1).
 
-    Goes on with those that are in the demo's folder already, as `run_vision` does.
+    It goes on with those that are in the demo's folder already, as `run_vision` does.
+
+    Returns:
+        The run's folder and its table.
     """
     from experiments.synthetic.linear.run import LINEAR
     from experiments.synthetic.linear.settings import LinearSettings
+    from experiments.synthetic.linear.summary import table
 
     out = demo / "linear"
     resume = (out / MANIFEST).is_file()
     settings = LinearSettings(vary="all", trials=5, smoke=smoke, out=out, resume=resume)
-    return LINEAR.run(settings, go_on=f"--resume --out {demo}")
+    folder = LINEAR.run(settings, go_on=f"--resume --out {demo}")
+    return folder, table(settings.points(), folder.rows())
 
 
 def run_vision(demo: Path, smoke: bool = False) -> RunFolder:
@@ -87,23 +92,6 @@ def run_vision(demo: Path, smoke: bool = False) -> RunFolder:
     )
     with one_thread():
         return run(settings, go_on=f"--resume --out {demo}")
-
-
-def linear_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Prediction error of both methods at every setting of Figure 1."""
-    values: dict[tuple[str, ...], list[float]] = {}
-    for row in rows:
-        key = f"{row['vary']} = {row['setting']}", row["method"]
-        values.setdefault(key, []).append(float(row["value"]))
-    lines = ["prediction error, mean (standard error)"]
-    lines.append(f"{'setting':<12}{'lora-ml':>22}{'standard':>22}{'standard / lora-ml':>20}")
-    for setting in dict.fromkeys(key[0] for key in values):
-        lora, standard = (values[setting, method] for method in ("lora-ml", "standard"))
-        ratio = statistics.fmean(standard) / statistics.fmean(lora)
-        lines.append(
-            f"{setting:<12}{_mean(lora, '.3g'):>22}{_mean(standard, '.3g'):>22}{ratio:>20.4g}"
-        )
-    return "\n".join(lines)
 
 
 def vision_table(rows: Sequence[Mapping[str, str]]) -> str:

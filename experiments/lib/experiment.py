@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
+from tqdm import tqdm
+
 from experiments.lib import cli
+from experiments.lib.errors import divergence
 from experiments.lib.runs import RunFolder
 from experiments.lib.units import RESULTS
 from experiments.lib.unused import say
@@ -96,6 +99,32 @@ class Experiment(Generic[Settings]):
             say(work.notes)
             work.trials(folder)
             return folder, work.figures(folder)
+
+
+def each_unit(
+    folder: RunFolder,
+    kind: str,
+    units: Mapping[str, Callable[[], Mapping[str, str] | None]],
+    rates: str,
+) -> None:
+    """Does the units of work that the folder does not hold yet, with a bar of progress.
+
+    Args:
+        folder: the run's.
+        kind: what a unit is, in a word.
+        units: by name what does it; it returns what is shown beside the bar, if anything.
+        rates: the flags to lower if a training diverges.
+
+    Raises:
+        RunError: a training diverged.
+    """
+    with tqdm(units.items(), unit=kind, disable=None) as progress:
+        for name, work in progress:
+            progress.set_description(name)
+            if not folder.done(name):
+                with divergence(f"{kind} {name}", rates):
+                    progress.set_postfix(work())
+                folder.mark_done(name)
 
 
 def command(prog: str, *experiments: Experiment[Any]) -> Callable[..., NoReturn]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from experiments.lib import plotting
 from experiments.synthetic.settings import SWEEPS, Point
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MEANINGS = {
@@ -24,6 +26,14 @@ def by_sweep(points: Sequence[Point]) -> dict[str, list[Point]]:
     """The points of each sweep that has any."""
     sweeps = {vary: [point for point in points if point.vary == vary] for vary in SWEEPS}
     return {vary: group for vary, group in sweeps.items() if group}
+
+
+def band(axis: Axes, method: str, x: Any, low: Any, middle: Any, high: Any, **look: Any) -> None:
+    """Draws a method's line over its range of trials."""
+    color = plotting.COLORS[method]
+    axis.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
+    label = plotting.LABELS[method]
+    axis.plot(x, middle, color=color, linestyle=LINES[method], label=label, **look)
 
 
 def title_and_legend(fig: Figure, title: str, shown: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.lib import plotting
 from experiments.lib.runs import RunFolder
-from experiments.synthetic.figures import LINES, MEANINGS, by_sweep, title_and_legend
+from experiments.synthetic.figures import MEANINGS, band, by_sweep, title_and_legend
 from experiments.synthetic.settings import METHODS, SWEEPS, Point
 
 if TYPE_CHECKING:
@@ -79,15 +79,7 @@ def _panel(axis: Axes, curves: Mapping[str, np.ndarray]) -> None:
         errors = curves[method]
         steps = _shown(errors)
         shown = errors[:, steps]
-        color = plotting.COLORS[method]
-        axis.fill_between(steps, shown.min(0), shown.max(0), color=color, alpha=0.25, linewidth=0)
-        axis.plot(
-            steps,
-            shown.mean(0),
-            color=color,
-            linestyle=LINES[method],
-            label=plotting.LABELS[method],
-        )
+        band(axis, method, steps, shown.min(0), shown.mean(0), shown.max(0))
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(FIRST_SHOWN, errors.shape[1] - 1)
