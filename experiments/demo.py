@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _folder(settings: RunSettings) -> Path:
-    """The demo's folder, checked before anything is computed; the two runs are folders in it."""
+    """Returns the demo's folder, which holds the two runs', after checking that it can be used."""
     if settings.resume:
         if settings.out is None:
             raise RunError("--resume needs --out, the folder of the demo to go on with")
@@ -76,7 +76,7 @@ def run_linear(demo: Path, smoke: bool = False) -> tuple[RunFolder, str]:
 
 
 def run_vision(demo: Path, smoke: bool = False) -> RunFolder:
-    """All retraining methods and both fine-tunings on digits, with few images of the test task."""
+    """Runs all retrainings and both fine-tunings on digits, with few images of the test task."""
     from experiments.vision.run import run
     from experiments.vision.settings import Settings
 
@@ -95,7 +95,7 @@ def run_vision(demo: Path, smoke: bool = False) -> RunFolder:
 
 
 def vision_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Accuracy of every method with either fine-tuning, at the best epoch as in the paper."""
+    """Returns each method's accuracy with either fine-tuning, at the best epoch as in the paper."""
     values: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
         if row["metric"] == "accuracy_best":

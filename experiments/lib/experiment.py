@@ -30,7 +30,7 @@ Settings = TypeVar("Settings", bound=RunSettings)
 
 @dataclass(frozen=True)
 class Work:
-    """A run that is ready to start: what can be checked beforehand was checked.
+    """A run that is ready to start: everything that can be checked beforehand has been checked.
 
     Attributes:
         settings: for the manifest; a run is only resumed with the same.
@@ -53,7 +53,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Experiment(Generic[Settings]):
-    """An experiment: its name, what it is in a sentence, its settings, and how it is prepared.
+    """An experiment: its name, a description in one sentence, its settings, and its preparation.
 
     Attributes:
         prepare: turns settings into `Work`. It raises `RunError` for data, devices and the like
@@ -107,12 +107,12 @@ def each_unit(
     units: Mapping[str, Callable[[], Mapping[str, str] | None]],
     rates: str,
 ) -> None:
-    """Does the units of work that the folder does not hold yet, with a bar of progress.
+    """Does the units of work that the folder does not hold yet, and shows a progress bar.
 
     Args:
         folder: the run's.
-        kind: what a unit is, in a word.
-        units: by name what does it; it returns what is shown beside the bar, if anything.
+        kind: what a unit is called, such as "cell".
+        units: by name, a function that does the unit and returns what to show beside the bar.
         rates: the flags to lower if a training diverges.
 
     Raises:

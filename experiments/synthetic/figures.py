@@ -1,4 +1,4 @@
-"""What the figures of the sweeps share."""
+"""The parts shared by the figures of the sweeps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LINES = {"lora-ml": "-", "standard": "--"}
 
 
 def by_sweep(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """The points of each sweep that has any."""
+    """Groups the points by sweep, and leaves out sweeps without points."""
     sweeps = {vary: [point for point in points if point.vary == vary] for vary in SWEEPS}
     return {vary: group for vary, group in sweeps.items() if group}
 
@@ -37,7 +37,7 @@ def band(axis: Axes, method: str, x: Any, low: Any, middle: Any, high: Any, **lo
 
 
 def title_and_legend(fig: Figure, title: str, shown: str) -> None:
-    """Puts a title above the panels, and one legend below them for all.
+    """Puts a title above the panels and one legend for all of them below.
 
     Args:
         fig: its first panel has the methods' labels.

@@ -1,4 +1,4 @@
-"""Settings that the synthetic experiments share, and the points of their sweeps."""
+"""Settings shared by the synthetic experiments, and the points of their sweeps."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class SyntheticSettings(RunSettings):
         check_values("settings", self, zero=zero, most=most)
 
     def shortened(self: Synthetic) -> Synthetic:
-        """These settings, cut down to a run of seconds if ``smoke`` is set."""
+        """Returns these settings, reduced to a run of seconds if ``smoke`` is set."""
         if not self.smoke:
             return self
         values: dict[str, Any] = {}
@@ -109,11 +109,11 @@ class SweepSettings(SyntheticSettings):
     noise: float = option(0.1, help="standard deviation of the noise in the data")
 
     def finetune_length(self, vary: str) -> int:
-        """The steps of fine-tuning in a sweep."""
+        """Returns the number of fine-tuning steps in a sweep."""
         raise NotImplementedError
 
     def points(self) -> list[Point]:
-        """The settings to run, sweep by sweep."""
+        """Returns the points to run, sweep by sweep."""
         sweeps = self.SWEEPS if self.vary == "all" else (self.vary,)
         return [self._point(vary, value) for vary in sweeps for value in self.SWEEPS[vary]]
 

@@ -24,7 +24,7 @@ NAME = "theory"
 
 
 def prepare(settings: TheorySettings) -> Work:
-    """Every statement is a unit of work; those that are wrong on purpose come first."""
+    """Prepares the statements, each a unit of work; those wrong on purpose come first."""
     chosen = [name for name in (*CONTROLS, *STATEMENTS) if name in settings.statements]
 
     def trials(folder: RunFolder) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Curves = Mapping[str, Mapping[str, np.ndarray]]  # point -> method -> [trials, steps + 1]
 
-FIRST_SHOWN, SHOWN_STEPS = 10, 200  # a log axis: the first ten steps change nothing one could see
+FIRST_SHOWN, SHOWN_STEPS = 10, 200  # on a log axis the first ten steps change nothing visible
 
 
 def draw(points: Sequence[Point], curves: Curves, folder: RunFolder) -> list[Path]:
@@ -109,6 +109,6 @@ def _rows(points: Sequence[Point], curves: Curves) -> list[dict[str, Any]]:
 
 
 def _shown(errors: np.ndarray) -> np.ndarray:
-    """The steps that the figure shows; the curve files hold all."""
+    """Returns the steps that the figure shows; the curve files hold all of them."""
     last = errors.shape[1] - 1
     return np.unique(np.geomspace(FIRST_SHOWN, last, SHOWN_STEPS).round().astype(int))

@@ -24,7 +24,7 @@ NAME = "linear"
 
 
 def prepare(given: LinearSettings) -> Work:
-    """Every point of the sweeps is a unit of work."""
+    """Prepares the sweeps; every point of theirs is a unit of work."""
     settings = given.shortened()
     points = settings.points()
 

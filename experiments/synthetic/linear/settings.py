@@ -42,5 +42,5 @@ class LinearSettings(SweepSettings):
         check_device(self.device)
 
     def finetune_length(self, vary: str) -> int:
-        """The steps of fine-tuning in a sweep, where they are not given: the paper's."""
+        """Returns the number of fine-tuning steps in a sweep; the paper's, unless one was given."""
         return self.finetune_steps or FINETUNE_STEPS[vary]

@@ -20,7 +20,7 @@ METRIC = "prediction_error"
 
 
 def table(points: Sequence[Point], rows: Sequence[Mapping[str, str]]) -> str:
-    """Prediction error after the last step, mean and standard error: a line per setting."""
+    """Returns a line per setting: the prediction error after the last step, with standard error."""
     lines = ["prediction error, mean (standard error)"]
     lines.append(f"{'setting':<12}{'LoRA-ML':>22}{'standard':>22}{'standard / LoRA-ML':>20}")
     values = grouped(rows)

@@ -24,7 +24,7 @@ NAME = "phase"
 
 
 def prepare(given: PhaseSettings) -> Work:
-    """A unit of work is a cell of the diagram over T, or all n of one rank (T is None)."""
+    """Prepares both diagrams; a unit is a cell of that over T, or all n of a rank (T is None)."""
     settings = given.shortened()
 
     def trials(folder: RunFolder) -> None:

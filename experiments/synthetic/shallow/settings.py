@@ -30,5 +30,5 @@ class ShallowSettings(SweepSettings):
     dtype: str = option("float32", choices=["float32", "float64"], help="precision, as torch's")
 
     def finetune_length(self, vary: str) -> int:
-        """The epochs of fine-tuning, the same in every sweep."""
+        """Returns the number of fine-tuning epochs, the same in every sweep."""
         return self.finetune_epochs
