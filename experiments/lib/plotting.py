@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from experiments.lib.runs import RunFolder
 
 # Okabe and Ito, "Color Universal Design", 2008.
+BLUE, GREEN, ORANGE, PINK, GREY = "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#666666"
 COLORS = {
-    "lora-ml": "#0072B2",
-    "last-layer-ml": "#009E73",
-    "standard": "#D55E00",
-    "reptile": "#CC79A7",
-    "none": "#666666",
+    "lora-ml": BLUE,
+    "last-layer-ml": GREEN,
+    "standard": ORANGE,
+    "reptile": PINK,
+    "none": GREY,
 }
 MARKERS = {"lora-ml": "o", "last-layer-ml": "s", "standard": "^", "reptile": "D", "none": "v"}
 LABELS = {
@@ -69,7 +70,7 @@ def style() -> None:
 
 
 def log_ticks(*parts: Axis) -> None:
-    """A few ticks per logarithmic axis, labelled 10ⁿ in plain text.
+    """Sets a few ticks per logarithmic axis, labelled 10ⁿ in plain text.
 
     Laying out mathematical text takes longer than drawing everything else.
     """
@@ -80,7 +81,7 @@ def log_ticks(*parts: Axis) -> None:
 
 
 def legend_below(fig: Figure, ax: Axes) -> None:
-    """One legend, of ``ax``, for all panels, below them, where it hides nothing."""
+    """Puts the legend of ``ax`` below all panels, where it hides nothing."""
     handles, labels = ax.get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=len(labels))
 

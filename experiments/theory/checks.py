@@ -1,7 +1,7 @@
 """Checks: a prediction beside a measurement, and a criterion that the measurement can fail.
 
 Intervals have the level 99.99 %, so that the hundred or so of a run rarely fail by chance. A check
-of an estimate also asks how narrow its interval is: what was measured too coarsely is not verified.
+of an estimate also requires a narrow interval: too coarse a measurement verifies nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Check:
 
     @property
     def shown(self) -> str:
-        """The measurement and its interval as text."""
+        """The measurement with its interval, as text."""
         if self.low == self.high:
             return f"{self.measured:.4g}"
         return f"{self.measured:.4g} [{self.low:.4g}, {self.high:.4g}]"
@@ -50,7 +50,7 @@ class Check:
 class Outcome:
     """A statement's checks, and the numbers behind its figure, if it has one."""
 
-    checks: list[Check]
+    checks: Sequence[Check]
     data: dict[str, Any] | None = None
 
     @property
@@ -64,87 +64,110 @@ class Outcome:
         return next((c for c in self.checks if not c.holds), self.checks[0])
 
 
-def mean_equals(what: str, samples: Tensor, predicted: float, within: float) -> Check:
-    """The mean's interval holds the prediction, and is no wider than ± ``within`` times it."""
-    mean, low, high = interval(samples)
-    narrow = high - low <= 2 * within * abs(predicted)
-    text = f"{predicted:.5g} (±{within:.2g} relative)"
-    return Check(what, text, mean, low, high, low <= predicted <= high and narrow)
+class Checks(list[Check]):
+    """The checks of a statement, in the order in which they are made.
 
+    Every method appends a `Check` and returns it.
 
-def mean_at_least(what: str, samples: Tensor, limit: float) -> Check:
-    """The whole interval of the mean is above the limit."""
-    mean, low, high = interval(samples)
-    return Check(what, f">= {limit:.5g}", mean, low, high, low >= limit)
-
-
-def exponent_equals(
-    what: str, x: Sequence[float], samples: Sequence[Tensor], predicted: float, within: float
-) -> Check:
-    """The interval of b in mean(samples) ~ x^b lies within ``within`` of the prediction.
-
-    Args:
-        what: what the exponent is of.
-        x: the values of the abscissa.
-        samples: independent measurements at each of them.
-        predicted: b.
-        within: how far off b may be.
+    Attributes:
+        at: where the next checks are made; it follows the name of the quantity.
     """
-    slope, error = fit_exponent(x, samples)
-    low, high = slope - _Z * error, slope + _Z * error
-    holds = predicted - within <= low and high <= predicted + within
-    return Check(what, f"{predicted:.3g} ± {within:.2g}", slope, low, high, holds)
 
+    at = ""
 
-def at_most(what: str, measured: float | Tensor, limit: float) -> Check:
-    """A computed number is no larger than the limit (and is a number)."""
-    value = float(measured)
-    return Check(what, f"<= {limit:.3g}", value, value, value, value <= limit)
+    def mean_equals(self, what: str, samples: Tensor, predicted: float, within: float) -> Check:
+        """Checks that the mean's interval holds the prediction, and is no wider than allowed.
 
+        Allowed is ± ``within`` times the prediction.
+        """
+        mean, low, high = interval(samples)
+        narrow = high - low <= 2 * within * abs(predicted)
+        text = f"{predicted:.5g} (±{within:.2g} relative)"
+        return self._add(what, text, mean, low, high, low <= predicted <= high and narrow)
 
-def at_least(what: str, measured: float | Tensor, limit: float) -> Check:
-    """A computed number is no smaller than the limit (and is a number)."""
-    value = float(measured)
-    return Check(what, f">= {limit:.3g}", value, value, value, value >= limit)
+    def mean_at_least(self, what: str, samples: Tensor, limit: float) -> Check:
+        """Checks that the whole interval of the mean is above the limit."""
+        mean, low, high = interval(samples)
+        return self._add(what, f">= {limit:.5g}", mean, low, high, low >= limit)
 
+    def exponent_equals(
+        self,
+        what: str,
+        x: Sequence[float],
+        samples: Sequence[Tensor],
+        predicted: float,
+        within: float,
+    ) -> Check:
+        """Checks that the interval of b in mean(samples) ~ x^b is near the prediction.
 
-def all_of(what: str, hits: Tensor, at_least: int = 1) -> Check:
-    """Every one of the cases, and there were ``at_least`` so many."""
-    found, cases = int(hits.sum()), hits.numel()
-    text = f"all, of >= {at_least}" if at_least > 1 else "all"
-    share = found / cases if cases else math.nan
-    low, high = share_interval(found, cases)
-    holds = found == cases and cases >= at_least
-    return Check(f"{what} ({found} of {cases})", text, share, low, high, holds)
+        Args:
+            what: what the exponent is of.
+            x: the values of the abscissa.
+            samples: independent measurements at each of them.
+            predicted: b.
+            within: how far off b may be.
+        """
+        slope, error = fit_exponent(x, samples)
+        low, high = slope - _Z * error, slope + _Z * error
+        holds = predicted - within <= low and high <= predicted + within
+        return self._add(what, f"{predicted:.3g} ± {within:.2g}", slope, low, high, holds)
 
+    def at_most(self, what: str, measured: float | Tensor, limit: float) -> Check:
+        """Checks that a computed number is at most the limit; NaN is not."""
+        value = float(measured)
+        return self._add(what, f"<= {limit:.3g}", value, value, value, value <= limit)
 
-def share_at_least(what: str, hits: Tensor, limit: float) -> Check:
-    """The whole interval of a share lies above the limit."""
-    found, cases = int(hits.sum()), hits.numel()
-    low, high = share_interval(found, cases)
-    return Check(
-        f"{what} ({found} of {cases})", f">= {limit:.3g}", found / cases, low, high, low >= limit
-    )
+    def at_least(self, what: str, measured: float | Tensor, limit: float) -> Check:
+        """Checks that a computed number is at least the limit; NaN is not."""
+        value = float(measured)
+        return self._add(what, f">= {limit:.3g}", value, value, value, value >= limit)
 
+    def all_of(self, what: str, hits: Tensor, at_least: int = 1) -> Check:
+        """Checks that every case is a hit, and that there are ``at_least`` as many cases."""
+        found, cases = int(hits.sum()), hits.numel()
+        text = f"all, of >= {at_least}" if at_least > 1 else "all"
+        return self._share(what, hits, text, found == cases and cases >= at_least)
 
-def share_at_most(what: str, hits: Tensor, limit: float) -> Check:
-    """The whole interval of a share lies below the limit."""
-    found, cases = int(hits.sum()), hits.numel()
-    low, high = share_interval(found, cases)
-    return Check(
-        f"{what} ({found} of {cases})", f"<= {limit:.3g}", found / cases, low, high, high <= limit
-    )
+    def share_at_least(self, what: str, hits: Tensor, limit: float) -> Check:
+        """Checks that the whole interval of a share is above the limit."""
+        low, _ = share_interval(int(hits.sum()), hits.numel())
+        return self._share(what, hits, f">= {limit:.3g}", low >= limit)
+
+    def share_at_most(self, what: str, hits: Tensor, limit: float) -> Check:
+        """Checks that the whole interval of a share is below the limit."""
+        _, high = share_interval(int(hits.sum()), hits.numel())
+        return self._share(what, hits, f"<= {limit:.3g}", high <= limit)
+
+    def _share(self, what: str, hits: Tensor, text: str, holds: bool) -> Check:
+        found, cases = int(hits.sum()), hits.numel()
+        low, high = share_interval(found, cases)
+        share = found / cases if cases else math.nan
+        return self._add(what, text, share, low, high, holds, f" ({found} of {cases})")
+
+    def _add(
+        self,
+        what: str,
+        text: str,
+        value: float,
+        low: float,
+        high: float,
+        holds: bool,
+        counted: str = "",
+    ) -> Check:
+        where = f"{what}, {self.at}" if self.at else what
+        self.append(Check(where + counted, text, value, low, high, holds))
+        return self[-1]
 
 
 def interval(samples: Tensor) -> tuple[float, float, float]:
-    """(mean, low, high) of independent samples, by the normal approximation."""
+    """Returns (mean, low, high) of independent samples, by the normal approximation."""
     mean = float(samples.mean())
     error = _Z * float(samples.std()) / math.sqrt(samples.numel())
     return mean, mean - error, mean + error
 
 
 def share_interval(found: int, cases: int) -> tuple[float, float]:
-    """Clopper and Pearson's exact interval of a binomial share."""
+    """Returns Clopper and Pearson's exact interval of a binomial share."""
     tail = (1 - LEVEL) / 2
     low = float(betaincinv(found, cases - found + 1, tail)) if found else 0.0
     high = float(betaincinv(found + 1, cases - found, 1 - tail)) if found < cases else 1.0
@@ -152,7 +175,7 @@ def share_interval(found: int, cases: int) -> tuple[float, float]:
 
 
 def fit_exponent(x: Sequence[float], samples: Sequence[Tensor]) -> tuple[float, float]:
-    """(b, its standard error) of mean(samples) = a x^b, by weighted least squares of logarithms."""
+    """Fits mean(samples) = a x^b by weighted least squares of logarithms: b, its standard error."""
     means = np.array([float(s.mean()) for s in samples])
     errors = np.array([float(s.std()) / math.sqrt(s.numel()) for s in samples])
     weights = (means / errors) ** 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.ticker import NullLocator
 
 from experiments.lib import plotting
+from experiments.lib.plotting import BLUE, GREEN, GREY, ORANGE, PINK
 from experiments.lib.runs import RunFolder
 from experiments.theory.checks import Outcome
 from metalora.linear.theory import expected_finetune_error, expected_standard_loss
@@ -18,7 +19,6 @@ from metalora.linear.theory import expected_finetune_error, expected_standard_lo
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_ORANGE, _BLUE, _GREEN, _GREY = "#D55E00", "#0072B2", "#009E73", "#666666"
 _SIZE = (13.3, 6)
 _ROUNDING = 1e-15  # relative to the energy that the trainers' losses are differences of
 
@@ -38,7 +38,7 @@ def draw(outcomes: Mapping[str, Outcome], folder: RunFolder) -> list[Path]:
 
 def _standard_loss(data: dict[str, Any], folder: RunFolder) -> Path:
     fig, axis = plt.subplots(figsize=_SIZE)
-    for rank, color, marker in ((1, _BLUE, "o"), (2, _ORANGE, "^")):
+    for rank, color, marker in ((1, BLUE, "o"), (2, ORANGE, "^")):
         points = [p for p in data["points"] if p["k"] == rank]
         tasks = np.arange(1, 21)
         dim = points[0]["d"]
@@ -56,26 +56,14 @@ def _standard_loss(data: dict[str, Any], folder: RunFolder) -> Path:
 def _finetuning_error(data: dict[str, Any], folder: RunFolder) -> Path:
     fig, (left, right) = plt.subplots(1, 2, figsize=_SIZE)
     points = data["points"]
-    groups: tuple[tuple[str, str, str, Callable[[dict[str, Any]], bool]], ...] = (
-        (
-            "LoRA-ML, T = 5, r = k",
-            _BLUE,
-            "o",
-            lambda p: p["method"] == "lora-ml" and p["tasks"] == 5,
-        ),
-        ("LoRA-ML, T = 2, r = 3k", _GREEN, "s", lambda p: p["tasks"] == 2),
-        (
-            "standard, T = 3, r = k (T + 1)",
-            *(_ORANGE, "^", lambda p: p["method"] == "standard" and p["finetune_rank"] > 1),
-        ),
-        (
-            "standard, T = 3, r = k",
-            *(_GREY, "x", lambda p: p["method"] == "standard" and p["finetune_rank"] == 1),
-        ),
-    )
-    for label, color, marker, chosen in groups:
-        found = [_in_units(p, p["noise"] ** 2) for p in points]
-        found = [p for p in found if p["over"] == "samples" and chosen(p)]
+    for label, color, marker, tasks, rank in (
+        ("LoRA-ML, T = 5, r = k", BLUE, "o", 5, 1),
+        ("LoRA-ML, T = 2, r = 3k", GREEN, "s", 2, 3),
+        ("standard, T = 3, r = k (T + 1)", ORANGE, "^", 3, 4),
+        ("standard, T = 3, r = k", GREY, "x", 3, 1),
+    ):
+        found = [p for p in points if p["over"] == "samples" and p["tasks"] == tasks]
+        found = [_in_units(p, p["noise"] ** 2) for p in found if p["finetune_rank"] == rank]
         _points(left, found, "samples", color, marker, label)
         if marker != "x":
             _theory(left, found, "samples", color)
@@ -88,8 +76,8 @@ def _finetuning_error(data: dict[str, Any], folder: RunFolder) -> Path:
     left.set_title("exponent −1 in n, unless r is too small")
     left.legend(loc="center right", bbox_to_anchor=(1.0, 0.62))
     for method, label, color, marker in (
-        ("standard", "standard, r = k (T + 1)", _ORANGE, "^"),
-        ("lora-ml", "LoRA-ML, r = k", _BLUE, "o"),
+        ("standard", "standard, r = k (T + 1)", ORANGE, "^"),
+        ("lora-ml", "LoRA-ML, r = k", BLUE, "o"),
     ):
         found = [p for p in points if p["over"] == "tasks" and p["method"] == method]
         # In units of σ² d / n, in which different d compare.
@@ -108,18 +96,14 @@ def _hyperbola(data: dict[str, Any], folder: RunFolder) -> Path:
     starts, ends = np.array(data["starts"]), np.array(data["ends"])
     b = np.linspace(-1.8, 1.8, 200)
     for sign in (1, -1):
-        axis.plot(
-            *(sign * np.cosh(b), np.sinh(b)),
-            color=_ORANGE,
-            zorder=1,
-            label="x² − y² = 1: zero loss" if sign == 1 else None,
-        )
+        label = "x² − y² = 1: zero loss" if sign == 1 else None
+        axis.plot(sign * np.cosh(b), np.sinh(b), color=ORANGE, zorder=1, label=label)
     for start, end in zip(starts, ends, strict=True):
         way = np.stack([start, end])
         axis.plot(way[:, 0], way[:, 1], color="#bbbbbb", linewidth=0.5, zorder=0)
     axis.scatter(starts[:, 0], starts[:, 1], s=8, color="#888888", label="random starts", zorder=2)
     axis.scatter(
-        ends[:, 0], ends[:, 1], s=36, color=_BLUE, label="where gradient descent ends", zorder=3
+        ends[:, 0], ends[:, 1], s=36, color=BLUE, label="where gradient descent ends", zorder=3
     )
     axis.scatter([1, -1], [0, 0], s=260, marker="*", color="black", label="truth ±e₁", zorder=4)
     axis.set(
@@ -140,31 +124,27 @@ def _spurious(data: dict[str, Any], folder: RunFolder) -> Path:
     scale = data["relative_to"]
     share, along = np.array(data["path"]["share"]), np.array(data["path"]["loss"]) / scale
     floor = data["certificate"]["loss"] / scale
-    left.plot(share, along, color=_BLUE)
-    left.scatter([0], [floor], s=130, color=_ORANGE, zorder=3, label="spurious local minimum")
+    left.plot(share, along, color=BLUE)
+    left.scatter([0], [floor], s=130, color=ORANGE, zorder=3, label="spurious local minimum")
     left.scatter([1], [0], s=260, marker="*", color="black", zorder=3, label="truth: zero loss")
-    left.axhline(floor, color=_ORANGE, linestyle=":", linewidth=1.5)
+    left.axhline(floor, color=ORANGE, linestyle=":", linewidth=1.5)
     left.set(xlabel="position on the line from one to the other", ylabel="loss / Σ ‖M‖²")
     left.set_title("a barrier on the straight way to the truth")
     left.set_ylim(top=1.3 * along.max())
     left.legend(loc="upper right")
     rows = [{"series": "path", "x": x, "loss": y} for x, y in zip(share, along, strict=True)]
     steps = np.array(data["steps"])
-    colors = {"from around it": _ORANGE, "from random starts": _GREY}
+    colors = {"from around it": ORANGE, "from random starts": GREY}
     for label, curves in reversed(list(data["descents"].items())):
         for index, curve in enumerate(np.array(curves) / scale):
-            right.plot(
-                *(steps, np.maximum(curve, 1e-12)),
-                color=colors[label],
-                alpha=0.8,
-                linewidth=1.4,
-                label=None if index else f"gradient descent {label}",
-            )
+            shown = None if index else f"gradient descent {label}"
+            look = {"color": colors[label], "alpha": 0.8, "linewidth": 1.4}
+            right.plot(steps, np.maximum(curve, 1e-12), label=shown, **look)
             rows += [
                 {"series": f"{label} {index}", "x": x, "loss": y}
                 for x, y in zip(steps, curve, strict=True)
             ]
-    right.axhline(floor, color=_ORANGE, linestyle=":", linewidth=1.5)
+    right.axhline(floor, color=ORANGE, linestyle=":", linewidth=1.5)
     right.set(xscale="log", yscale="log", xlabel="gradient step", ylabel="loss / Σ ‖M‖²")
     plotting.log_ticks(right.xaxis, right.yaxis)
     right.set_title("descent from around it stays")
@@ -177,7 +157,7 @@ def _spurious(data: dict[str, Any], folder: RunFolder) -> Path:
 
 def _descent(data: dict[str, Any], folder: RunFolder) -> Path:
     fig, axis = plt.subplots(figsize=_SIZE)
-    colors = (_GREEN, _BLUE, _ORANGE, "#CC79A7")
+    colors = (GREEN, BLUE, ORANGE, PINK)
     rows = []
     for curve, color, line in zip(data["curves"], colors, ("-", "--", "-.", ":"), strict=True):
         steps = curve["step"]
@@ -206,7 +186,7 @@ def _points(
 
 
 def _theory(axis: Axes, points: list[dict[str, Any]], over: str, color: str) -> None:
-    """The predicted error through the points' own settings."""
+    """Draws the predicted error at the points' own settings."""
     predicted = [
         expected_finetune_error(p["dim"], p["finetune_rank"], p["noise"])
         / (p["samples"] * p["unit"])

@@ -177,32 +177,37 @@ def test_recovery_is_verified_with_three_tasks_and_refuted_with_two() -> None:
 
 
 def test_checks_can_fail() -> None:
+    made = checks.Checks()
     normal = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert checks.mean_equals("", 1 + 0.1 * normal, 1.0, 0.01).holds
-    assert not checks.mean_equals("", 1 + 0.1 * normal, 1.02, 0.01).holds  # off
-    assert not checks.mean_equals("", 1 + 3.0 * normal, 1.0, 0.01).holds  # too coarse
-    assert checks.mean_at_least("", 1 + normal, 0.5).holds
-    assert not checks.mean_at_least("", 1 + normal, 1.0).holds
+    assert made.mean_equals("", 1 + 0.1 * normal, 1.0, 0.01).holds
+    assert not made.mean_equals("", 1 + 0.1 * normal, 1.02, 0.01).holds  # off
+    assert not made.mean_equals("", 1 + 3.0 * normal, 1.0, 0.01).holds  # too coarse
+    assert made.mean_at_least("", 1 + normal, 0.5).holds
+    assert not made.mean_at_least("", 1 + normal, 1.0).holds
     x = [1.0, 2.0, 4.0]
     powers = [v**2 * (1 + 0.1 * normal) for v in x]
     slope, error = checks.fit_exponent(x, powers)
     assert abs(slope - 2) < 4 * error < 0.02
-    assert checks.exponent_equals("", x, powers, 2.0, 0.05).holds
-    assert not checks.exponent_equals("", x, powers, 1.9, 0.05).holds
+    assert made.exponent_equals("", x, powers, 2.0, 0.05).holds
+    assert not made.exponent_equals("", x, powers, 1.9, 0.05).holds
     coarse = [v**2 * (1 + 0.1 * normal[:3]) for v in x]
-    assert not checks.exponent_equals("", x, coarse, 2.0, 0.05).holds
+    assert not made.exponent_equals("", x, coarse, 2.0, 0.05).holds
     hits = torch.ones(100, dtype=torch.bool)
-    assert checks.all_of("", hits, 100).holds and not checks.all_of("", hits, 101).holds
-    assert not checks.all_of("", torch.tensor([True, False])).holds
-    assert not checks.all_of("", hits[:0]).holds
-    assert checks.share_at_least("", hits, 0.9).holds
-    assert not checks.share_at_least("", hits, 0.92).holds
-    assert checks.share_at_most("", ~hits, 0.1).holds
-    assert not checks.share_at_most("", ~hits, 0.08).holds
+    assert made.all_of("", hits, 100).holds and not made.all_of("", hits, 101).holds
+    assert not made.all_of("", torch.tensor([True, False])).holds
+    assert not made.all_of("", hits[:0]).holds
+    assert made.share_at_least("", hits, 0.9).holds
+    assert not made.share_at_least("", hits, 0.92).holds
+    assert made.share_at_most("", ~hits, 0.1).holds
+    assert not made.share_at_most("", ~hits, 0.08).holds
     nan = float("nan")
-    assert checks.at_most("", 1.0, 1.0).holds and not checks.at_most("", nan, 1.0).holds
-    assert checks.at_least("", 1.0, 1.0).holds and not checks.at_least("", nan, 1.0).holds
+    assert made.at_most("", 1.0, 1.0).holds and not made.at_most("", nan, 1.0).holds
+    assert made.at_least("", 1.0, 1.0).holds and not made.at_least("", nan, 1.0).holds
     assert not checks.Outcome([]).holds
+    assert not all(check.holds for check in made) and any(check.holds for check in made)
+    made.at = "d=3"
+    assert made.at_most("loss", 1.0, 2.0).what == "loss, d=3"
+    assert made.all_of("runs", hits).what == "runs, d=3 (100 of 100)"
 
 
 def test_share_intervals_are_exact() -> None:

@@ -9,22 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experiments.theory.checks import (
-    Check,
-    Outcome,
-    at_most,
-    exponent_equals,
-    interval,
-    mean_equals,
-)
+from experiments.theory.checks import Checks, Outcome, interval
 from experiments.theory.settings import TheorySettings
 from experiments.theory.statements.recovery import zero_losses
-from metalora.linear import (
-    finetune_lora,
-    prediction_error,
-    sample_problem,
-    sample_statistics,
-)
+from metalora.linear import finetune_lora, prediction_error, sample_problem, sample_statistics
 from metalora.linear.theory import best_adapted_weight, expected_finetune_error, standard_minimum
 
 
@@ -85,9 +73,8 @@ def finetuning_error(settings: TheorySettings) -> Outcome:
         ("T + 1", "tasks", many, tasks, 1.0, 0.12),
         ("T", "tasks", wide, [3, 5, 8], 0.0, 0.12),
     ]
-    checks: list[Check] = []
-    exact: dict[str, Check] = {}
-    points = []
+    checks, points = Checks(), []
+    exact: dict[str, tuple[Tensor, float]] = {}
     for name, field, base, values, predicted, within in series:
         errors = []
         for value in values:
@@ -102,22 +89,19 @@ def finetuning_error(settings: TheorySettings) -> Outcome:
             if at.finetune_rank is None:
                 expected = expected_finetune_error(at.dim, at.needed, at.noise)
                 what = f"mean ‖X(W − M)ᵀ‖²/σ², {at.name} σ={at.noise:g}"
-                exact[what] = mean_equals(
-                    *(what, own / at.noise**2, expected / at.noise**2, settings.within(0.1))
-                )
+                exact[what] = own / at.noise**2, expected / at.noise**2
         abscissa = [v + 1 for v in values] if name == "T + 1" else list(values)
-        checks.append(
-            exponent_equals(
-                f"exponent in {name} of ‖W − M‖² ({base.method}, T={base.tasks})",
-                *(abscissa, errors, predicted, settings.within(within)),
-            )
-        )
-    checks += [*exact.values(), _descent(lora, retrained, generator)]
+        what = f"exponent in {name} of ‖W − M‖² ({base.method}, T={base.tasks})"
+        checks.exponent_equals(what, abscissa, errors, predicted, settings.within(within))
+    for what, (own, expected) in exact.items():
+        checks.mean_equals(what, own, expected, settings.within(0.1))
+    what = f"largest relative difference of descent's error, {lora.name}"
+    checks.at_most(what, _off_by_descent(lora, retrained, generator), 1e-6)
     return Outcome(checks, {"points": points})
 
 
 class _Retrained:
-    """Problems and what each method makes of their population losses, made once."""
+    """Problems and the weights that each method ends with on their population losses, kept."""
 
     def __init__(self, settings: TheorySettings, generator: torch.Generator):
         self.settings = settings
@@ -126,7 +110,7 @@ class _Retrained:
         self.made: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, at: _Setting) -> tuple[Tensor, Tensor]:
-        """The test tasks' truths and the retrained weights, [problems, d, d] each."""
+        """Returns the test tasks' truths and the retrained weights, [problems, d, d] each."""
         key = at.method, at.tasks, at.rank, at.dim
         if key not in self.made:
             self.made[key] = self._make(at)
@@ -148,7 +132,7 @@ class _Retrained:
 def _errors(
     at: _Setting, retrained: _Retrained, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """‖X(W − M)ᵀ‖_F² on the samples' own inputs and ‖W − M‖_F², [draws] each."""
+    """Returns ‖X(W − M)ᵀ‖_F² on the samples' own inputs and ‖W − M‖_F², [draws] each."""
     truth, weight = retrained(at)
     repeats = -(-retrained.draws // len(weight))
     truth = truth.expand(repeats, *weight.shape).contiguous()
@@ -159,14 +143,11 @@ def _errors(
     return own.flatten(), (adapted - truth).square().sum((-2, -1)).flatten()
 
 
-def _descent(at: _Setting, retrained: _Retrained, generator: torch.Generator) -> Check:
-    """That gradient descent reaches the minimiser whose error is measured above."""
+def _off_by_descent(at: _Setting, retrained: _Retrained, generator: torch.Generator) -> Tensor:
+    """Returns how far gradient descent's error is from the minimiser's, relative to the latter."""
     truth, weight = retrained(at)
     stats = sample_statistics(truth, at.samples, noise=at.noise, generator=generator)
     best = prediction_error(stats, best_adapted_weight(stats, weight, at.needed), truth)
-    tuned = finetune_lora(
-        *(stats, weight, at.needed), steps=20000, truth=truth, generator=generator
-    )
+    tuned = finetune_lora(stats, weight, at.needed, steps=20000, truth=truth, generator=generator)
     assert tuned.errors is not None
-    off = (tuned.errors[:, -1] / best - 1).abs().max()
-    return at_most(f"largest relative difference of descent's error, {at.name}", off, 1e-6)
+    return (tuned.errors[:, -1] / best - 1).abs().max()

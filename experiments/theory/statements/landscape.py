@@ -8,14 +8,7 @@ import torch
 from torch import Tensor
 
 from experiments.lib.errors import RunError
-from experiments.theory.checks import (
-    Check,
-    Outcome,
-    all_of,
-    at_least,
-    at_most,
-    share_at_most,
-)
+from experiments.theory.checks import Checks, Outcome
 from experiments.theory.settings import TheorySettings
 from experiments.theory.statements.recovery import inner_rate
 from metalora.linear import RetrainResult, lora_ml
@@ -51,7 +44,7 @@ def saddles(
 ) -> Outcome:
     """Statement 7 (theorem 3.4): with T = 2, only global minima have no negative curvature."""
     generator = settings.generator(statement)
-    checks: list[Check] = []
+    checks = Checks()
     for rank, dim in shapes:
         for spread in spreads:
             name = "random truths" if spread is None else "nearly equal truths"
@@ -60,9 +53,10 @@ def saddles(
             truths = factors @ factors.mT
             found = find_critical_points(truths, starts, max_steps=60)
             chosen = _not_global(truths, found)
-            at = f"T={tasks} k={rank} d={dim} {name}"
-            checks += _certificates(truths[chosen], found.factors[chosen], at)
-    checks += _derivatives(tasks, generator)
+            checks.at = f"T={tasks} k={rank} d={dim} {name}"
+            _check_falls(checks, truths[chosen], found.factors[chosen])
+    checks.at = ""
+    _check_derivatives(checks, tasks, generator)
     return Outcome(checks)
 
 
@@ -87,9 +81,6 @@ def spurious_minimum(settings: TheorySettings) -> Outcome:
     kept_factors = kept.factors
     assert kept_factors is not None
 
-    def apart(points: Tensor) -> Tensor:
-        return (points - found).flatten(1).norm(dim=-1) / certificate.radius
-
     size = float(truths.square().sum())
     free = _descend(truths, _starts(factors, 20, generator), settings)
     random_factors, starts = _truths(3, 6, 1, settings.draws(4000), None, generator)
@@ -97,35 +88,23 @@ def spurious_minimum(settings: TheorySettings) -> Outcome:
     everywhere = find_critical_points(random_truths, starts, max_steps=60)
     chosen = _not_global(random_truths, everywhere)
     stable = lowest_curvature(random_truths[chosen], everywhere.factors[chosen]).value >= 0
-    checks = [
-        at_least(
-            f"relative loss at the minimum (seed {searched})", certificate.loss / size, _LEAST
-        ),
-        at_most("relative gradient norm there", certificate.gradient_norm / size**0.75, 1e-13),
-        at_least("smallest eigenvalue of the Hessian there", certificate.curvature, 1e-4),
-        at_least(
-            "relative rise to a sphere around it that is proved", certificate.rise / size, _BARRIER
-        ),
-        at_least(
-            f"rise on the ε-net of that sphere (ε = {epsilon:.2f} r) over that proved",
-            *(least / certificate.rise, 1),
-        ),
-        at_most(
-            "largest distance after descent from that sphere, in radii",
-            *(apart(kept_factors).max(), 1e-3),
-        ),
-        at_most(
-            "largest change of the relative loss after descent",
-            *(
-                (loss(copies, kept.weight, kept_factors) - certificate.loss).abs().max() / size,
-                1e-12,
-            ),
-        ),
-        share_at_most(
-            "share of local minima among critical points with L > 0, random truths, T=3 k=1 d=6",
-            *(stable, settings.within(0.02)),
-        ),
-    ]
+    after = loss(copies, kept.weight, kept_factors)
+    checks = Checks()
+    what = f"relative loss at the minimum (seed {searched})"
+    checks.at_least(what, certificate.loss / size, _LEAST)
+    checks.at_most("relative gradient norm there", certificate.gradient_norm / size**0.75, 1e-13)
+    checks.at_least("smallest eigenvalue of the Hessian there", certificate.curvature, 1e-4)
+    what = "relative rise to a sphere around it that is proved"
+    checks.at_least(what, certificate.rise / size, _BARRIER)
+    what = f"rise on the ε-net of that sphere (ε = {epsilon:.2f} r) over that proved"
+    checks.at_least(what, least / certificate.rise, 1)
+    apart = (kept_factors - found).flatten(1).norm(dim=-1) / certificate.radius
+    what = "largest distance after descent from that sphere, in radii"
+    checks.at_most(what, apart.max(), 1e-3)
+    what = "largest change of the relative loss after descent"
+    checks.at_most(what, (after - certificate.loss).abs().max() / size, 1e-12)
+    what = "share of local minima among critical points with L > 0, random truths, T=3 k=1 d=6"
+    checks.share_at_most(what, stable, settings.within(0.02))
     data = {
         "seed": searched,
         "true_factors": factors.tolist(),
@@ -177,36 +156,29 @@ def find_spurious_minimum(seed: int) -> tuple[int, Tensor, Tensor]:
     )
 
 
-def _certificates(truths: Tensor, factors: Tensor, at: str) -> list[Check]:
-    """That every point curves down somewhere, and that the loss falls as far as that makes it."""
+def _check_falls(checks: Checks, truths: Tensor, factors: Tensor) -> None:
+    """Checks that every point has negative curvature somewhere, and that the loss falls there."""
     size = truths.square().sum((-3, -2, -1)).sqrt()
     down = lowest_curvature(truths, factors)
     weight = best_weight(truths, factors)
     before = loss(truths, weight, factors)
-    # With curvature −c, at the distance h = √c/2 in the better of both senses, the quadratic term
-    # is −c h²/2, the cubic one not positive, and the quartic one at most h⁴/2.
+    # With curvature −c, at the distance h = √c/2 in the better of both directions, the quadratic
+    # term is −c h²/2, the cubic one not positive, and the quartic one at most h⁴/2.
     step = (down.value.abs().sqrt() / 2)[:, None, None]
     after = [
         loss(truths, weight + s * down.weight, factors + s.unsqueeze(-1) * down.factors)
         for s in (step, -step)
     ]
     fall = before - after[0].minimum(after[1])
-    return [
-        all_of(
-            f"critical points with L > 0 and negative curvature, {at}",
-            down.value < -_CURVED * size,
-            10,
-        ),
-        all_of(
-            f"loss falls by 3c²/32 or more along the direction returned, {at}",
-            (down.value < 0) & (fall >= 3 / 32 * down.value.square() - 1e-13 * size**2),
-            10,
-        ),
-    ]
+    enough = fall >= 3 / 32 * down.value.square() - 1e-13 * size**2
+    what = "critical points with L > 0 and negative curvature"
+    checks.all_of(what, down.value < -_CURVED * size, 10)
+    what = "loss falls by 3c²/32 or more along the direction returned"
+    checks.all_of(what, (down.value < 0) & enough, 10)
 
 
-def _derivatives(tasks: int, generator: torch.Generator) -> list[Check]:
-    """Gradient and Hessian of eq. 14 as written against autograd's."""
+def _check_derivatives(checks: Checks, tasks: int, generator: torch.Generator) -> None:
+    """Checks the formulas for the gradient and Hessian of eq. 14 against autograd."""
     dim, rank = 4, 2
     truths = torch.randn(tasks, dim, dim, generator=generator, dtype=torch.float64)
     point = torch.randn(dim * (dim + tasks * rank), generator=generator, dtype=torch.float64)
@@ -221,20 +193,18 @@ def _derivatives(tasks: int, generator: torch.Generator) -> list[Check]:
     by_hand = torch.cat([part.flatten() for part in gradient(truths, *split(point))])
     slopes = torch.autograd.functional.jacobian(objective, point)
     curves = torch.autograd.functional.hessian(objective, point)
-    return [
-        at_most("gradient of eq. 14 against autograd", (by_hand - slopes).abs().max(), 1e-12),
-        at_most(
-            "Hessian of eq. 14 against autograd",
-            *((hessian(truths, *split(point)) - curves).abs().max(), 1e-12),
-        ),
-    ]
+    off = (by_hand - slopes).abs().max()
+    checks.at_most("gradient of eq. 14 against autograd", off, 1e-12)
+    off = (hessian(truths, *split(point)) - curves).abs().max()
+    checks.at_most("Hessian of eq. 14 against autograd", off, 1e-12)
 
 
 def _descend(truths: Tensor, starts: Tensor, settings: TheorySettings) -> RetrainResult:
-    """Descent of eq. 14 with the truths [T, d, d] from starts [runs, T, d, k] and the best A."""
+    """Descends eq. 14 with the truths [T, d, d] from starts [runs, T, d, k] and the best A."""
     copies = truths.expand(len(starts), *truths.shape).contiguous()
     return lora_ml(
-        *(population_statistics(copies), starts.shape[-1]),
+        population_statistics(copies),
+        starts.shape[-1],
         outer_steps=_STEPS,
         inner_steps=1,
         outer_lr=settings.outer_lr,
@@ -245,7 +215,7 @@ def _descend(truths: Tensor, starts: Tensor, settings: TheorySettings) -> Retrai
 
 
 def _path(truths: Tensor, true: Tensor, found: Tensor) -> dict[str, list[float]]:
-    """f on the straight line from the minimum found to the truth, its columns' signs chosen."""
+    """Returns f on the line from the minimum found to the truth with the nearest column signs."""
     signs = (true * found).sum((-2, -1), keepdim=True).sign()
     share = torch.linspace(-0.1, 1.1, 241, dtype=torch.float64)
     line = found + share[:, None, None, None] * (signs * true - found)
@@ -259,7 +229,7 @@ def _directions(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def _starts(factors: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Random starts of the truths' own size, [count, T, d, k]."""
+    """Draws random starts of the truths' own size, [count, T, d, k]."""
     size = factors.norm(dim=(-2, -1), keepdim=True) / factors[0].numel() ** 0.5
     shape = (count, *factors.shape)
     return size * torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -273,7 +243,7 @@ def _truths(
     spread: float | None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Random U_t*, or with ``spread`` ones that differ by so much, and starts of their size."""
+    """Draws U_t*, independent or ``spread`` apart from a common one, and starts of their size."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -286,7 +256,7 @@ def _truths(
 
 
 def _not_global(truths: Tensor, found: CriticalPoints) -> Tensor:
-    """Which points are critical and have a positive loss, relative to the truths' size."""
+    """Returns which points are critical and have a positive loss, relative to the truths' size."""
     size = truths.square().sum((-3, -2, -1))
     critical = found.gradient_norms <= _CRITICAL * size**0.75
     return critical & (found.losses > _POSITIVE * size)

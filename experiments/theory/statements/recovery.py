@@ -5,19 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from experiments.theory.checks import (
-    Check,
-    Outcome,
-    all_of,
-    at_least,
-    at_most,
-    share_at_least,
-)
+from experiments.theory.checks import Checks, Outcome
 from experiments.theory.settings import TheorySettings
+from experiments.theory.statements.standard import relative_loss_left
 from metalora.linear import LinearProblem, finetune_lora, lora_ml, sample_problem
 from metalora.linear.theory import (
     base_gap_rank,
-    best_finetune_loss,
     best_weight,
     find_critical_points,
     loss,
@@ -28,43 +21,35 @@ from metalora.linear.theory import (
     two_task_minima,
 )
 
-_ZERO = 1e-20  # a loss so far below the truths' own size is zero
-_TRAINED = 1e-8  # singular values up to so many times the largest are what training left of zero
+_ZERO = 1e-20  # a loss below this part of the truths' own size counts as zero
+_TRAINED = 1e-8  # singular values up to this part of the largest count as zero
 
 
 def base_gap(settings: TheorySettings) -> Outcome:
     """Statement 5 (theorem 3.2, corollary 1): L = 0 leaves rank(A − A*) <= 2k, and 3k suffices."""
     generator = settings.generator("5")
-    checks: list[Check] = []
+    checks = Checks()
     for tasks, rank, dim in ((1, 1, 6), (2, 1, 10), (2, 2, 8), (2, 3, 12)):
-        at = f"T={tasks} k={rank} d={dim}"
-        problem = sample_problem(
-            tasks, dim, rank, batch_shape=(settings.draws(80),), generator=generator
-        )
+        shape = (settings.draws(80),)
+        problem = sample_problem(tasks, dim, rank, batch_shape=shape, generator=generator)
         weight, _, zero = zero_losses(problem, settings, generator)
-        gap = weight - problem.base
-        found, ratio = numerical_rank(gap[zero], _TRAINED)
+        found, ratio = numerical_rank((weight - problem.base)[zero], _TRAINED)
         allowed = base_gap_rank(tasks, dim, rank)
         needed = allowed + rank
-        left = (problem.test_truth - weight)[zero]
-        size = left.square().sum((-2, -1))
-        checks += [
-            all_of(f"rank(A − A*) = 2k = {allowed} where L = 0, {at}", found == allowed, 8),
-            at_least(f"least ratio of singular values that shows it, {at}", ratio.min(), 1e3),
-            at_most(
-                f"largest relative loss that rank 3k = {needed} leaves on the test task, {at}",
-                *((best_finetune_loss(left, needed) / size).max(), 1e-16),
-            ),
-            at_least(
-                f"least relative loss that rank {needed - 1} leaves, {at}",
-                *((best_finetune_loss(left, needed - 1) / size).min(), 1e-12),
-            ),
-        ]
+        gap = (problem.test_truth - weight)[zero]
+        with_all, with_less = (relative_loss_left(gap, r) for r in (needed, needed - 1))
+        checks.at = f"T={tasks} k={rank} d={dim}"
+        checks.all_of(f"rank(A − A*) = 2k = {allowed} where L = 0", found == allowed, 8)
+        checks.at_least("least ratio of singular values that shows it", ratio.min(), 1e3)
+        what = f"largest relative loss that rank 3k = {needed} leaves on the test task"
+        checks.at_most(what, with_all.max(), 1e-16)
+        what = f"least relative loss that rank {needed - 1} leaves"
+        checks.at_least(what, with_less.min(), 1e-12)
         if (tasks, rank) == (2, 1):
             stats = population_statistics(problem.test_truth[zero])
             tuned = finetune_lora(stats, weight[zero], needed, steps=60000, generator=generator)
-            final = (tuned.losses[:, -1] / size).median()
-            checks.append(at_most(f"median of the same by gradient descent, {at}", final, 1e-10))
+            final = (tuned.losses[:, -1] / gap.square().sum((-2, -1))).median()
+            checks.at_most("median of the same by gradient descent", final, 1e-10)
     return Outcome(checks)
 
 
@@ -75,30 +60,24 @@ def exact_recovery(
 ) -> Outcome:
     """Statement 6 (theorem 3.3, corollary 3): with T >= 3 and 3k <= d, L = 0 means A = A*."""
     generator = settings.generator(statement)
-    checks: list[Check] = []
+    checks = Checks()
     for tasks, rank, dim in grid:
-        at = f"T={tasks} k={rank} d={dim}"
-        problem = sample_problem(
-            tasks, dim, rank, batch_shape=(settings.draws(80),), generator=generator
-        )
+        shape = (settings.draws(80),)
+        problem = sample_problem(tasks, dim, rank, batch_shape=shape, generator=generator)
         weight, factors, zero = zero_losses(problem, settings, generator)
         base_error = _relative(weight, problem.base)[zero]
         true = problem.factors[:, :-1]
         adapters = _relative(factors @ factors.mT, true @ true.mT)[zero]
-        left = (problem.test_truth - weight)[zero]
-        size = left.square().sum((-2, -1))
+        left = relative_loss_left((problem.test_truth - weight)[zero], rank)
         dimension, ratio = solution_dimension(problem.truths, true)
-        checks += [
-            at_most(f"largest relative error of A where L = 0, {at}", base_error.max(), 1e-6),
-            at_most(f"largest relative error of U_t U_tᵀ, {at}", adapters.max(), 1e-6),
-            at_most(
-                f"largest relative loss that rank k leaves on the test task, {at}",
-                *((best_finetune_loss(left, rank) / size).max(), 1e-12),
-            ),
-            at_least(f"points with L = 0 met from random starts, {at}", zero.sum(), 8),
-            all_of(f"global minima are isolated up to rotations, {at}", dimension == 0),
-            at_least(f"least ratio of singular values that shows it, {at}", ratio.min(), 1e3),
-        ]
+        checks.at = f"T={tasks} k={rank} d={dim}"
+        checks.at_most("largest relative error of A where L = 0", base_error.max(), 1e-6)
+        checks.at_most("largest relative error of U_t U_tᵀ", adapters.max(), 1e-6)
+        what = "largest relative loss that rank k leaves on the test task"
+        checks.at_most(what, left.max(), 1e-12)
+        checks.at_least("points with L = 0 met from random starts", zero.sum(), 8)
+        checks.all_of("global minima are isolated up to rotations", dimension == 0)
+        checks.at_least("least ratio of singular values that shows it", ratio.min(), 1e3)
     return Outcome(checks)
 
 
@@ -120,7 +99,8 @@ def hyperbola(settings: TheorySettings) -> Outcome:
     problem = truths.expand(starts, 2, 3, 3).contiguous()
     begin = torch.randn(starts, 2, 3, 1, generator=generator, dtype=torch.float64)
     tuned = lora_ml(
-        *(population_statistics(problem), 1),
+        population_statistics(problem),
+        1,
         outer_steps=20000,
         inner_steps=1,
         outer_lr=settings.outer_lr,
@@ -138,19 +118,20 @@ def hyperbola(settings: TheorySettings) -> Outcome:
     dimension, ratio = solution_dimension(truths, true)
     three = torch.eye(3, dtype=torch.float64).unsqueeze(-1)
     pinned, pinned_ratio = solution_dimension(three @ three.mT, three)
-    checks = [
-        at_most("largest distance from x² − y² = 1 of U_1 where descent ends", off.max(), 1e-9),
-        at_most("largest loss along the hyperbola, b from −2 to 2", on_curve.max(), 1e-25),
-        at_least("‖A − A*‖ at its end", shift[-1], 10.0),
-        all_of("descent reaches L <= 1e-20", left <= _ZERO, 8),
-        at_most("largest distance of U_2 from ±(y, x)", other.max(), 1e-9),
-        at_least("least ‖A − A*‖ where descent ends", tuned.weight.norm(dim=(-2, -1)).min(), 1e-6),
-        at_least("standard deviation of y where descent ends", y.std(), 0.1),
-        all_of("dimension of the set of global minima is 1", dimension == 1),
-        at_least("ratio of singular values that shows it", ratio, 1e3),
-        all_of("with a third task e_3 it is 0", pinned == 0),
-        at_least("ratio of singular values that shows it", pinned_ratio, 1e3),
-    ]
+    checks = Checks()
+    checks.at_most("largest distance from x² − y² = 1 of U_1 where descent ends", off.max(), 1e-9)
+    checks.at_most("largest loss along the hyperbola, b from −2 to 2", on_curve.max(), 1e-25)
+    checks.at_least("‖A − A*‖ at its end", shift[-1], 10.0)
+    checks.all_of("descent reaches L <= 1e-20", left <= _ZERO, 8)
+    checks.at_most("largest distance of U_2 from ±(y, x)", other.max(), 1e-9)
+    checks.at_least(
+        "least ‖A − A*‖ where descent ends", tuned.weight.norm(dim=(-2, -1)).min(), 1e-6
+    )
+    checks.at_least("standard deviation of y where descent ends", y.std(), 0.1)
+    checks.all_of("dimension of the set of global minima is 1", dimension == 1)
+    checks.at_least("ratio of singular values that shows it", ratio, 1e3)
+    checks.all_of("with a third task e_3 it is 0", pinned == 0)
+    checks.at_least("ratio of singular values that shows it", pinned_ratio, 1e3)
     return Outcome(checks, {"starts": begin[:, 0, :2, 0].tolist(), "ends": ends[:, 0, :2].tolist()})
 
 
@@ -160,8 +141,7 @@ def descent(settings: TheorySettings) -> Outcome:
     One step on all U_t, then one on A, and so on.
     """
     generator = settings.generator("12")
-    checks: list[Check] = []
-    curves = []
+    checks, curves = Checks(), []
     for tasks, rank, dim, steps in (
         (2, 1, 10, 3000),
         (3, 1, 10, 20000),
@@ -169,18 +149,13 @@ def descent(settings: TheorySettings) -> Outcome:
         (5, 2, 12, 10000),
     ):
         at = f"T={tasks} k={rank} d={dim}"
-        problem = sample_problem(
-            tasks, dim, rank, batch_shape=(settings.draws(200),), generator=generator
-        )
+        shape = (settings.draws(200),)
+        problem = sample_problem(tasks, dim, rank, batch_shape=shape, generator=generator)
         weight, factors, losses = _descend(problem, steps, settings, generator)
         size = problem.truths.square().sum((-3, -2, -1))
         reached = loss(problem.truths, weight, factors) / size
-        checks.append(
-            share_at_least(
-                f"runs with relative loss <= 1e-12 after {steps} steps, {at}",
-                *(reached <= 1e-12, 0.65 if settings.smoke else 0.95),
-            )
-        )
+        what = f"runs with relative loss <= 1e-12 after {steps} steps, {at}"
+        checks.share_at_least(what, reached <= 1e-12, 0.65 if settings.smoke else 0.95)
         shown = torch.unique(torch.logspace(0, torch.log10(torch.tensor(steps)), 120).long()) - 1
         relative = losses * tasks / size.unsqueeze(-1)
         bands = relative[:, shown].quantile(torch.tensor([0.0, 0.5, 1.0]).double(), dim=0)
@@ -191,7 +166,7 @@ def descent(settings: TheorySettings) -> Outcome:
 def zero_losses(
     problem: LinearProblem, settings: TheorySettings, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient descent from random starts, polished by Newton-like steps.
+    """Runs gradient descent from random starts and polishes its end by Newton-like steps.
 
     Returns:
         A, the U_t, and which of the problems ended with zero loss [...].
@@ -207,7 +182,7 @@ def zero_losses(
 
 
 def inner_rate(settings: TheorySettings, size: float) -> float:
-    """The step of the U_t where the true ‖U_t‖² are not about d, as random ones, but ``size``."""
+    """Returns the step size of the U_t for truths with ‖U_t‖² of about ``size`` instead of d."""
     return 5 * settings.inner_lr / size
 
 
