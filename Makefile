@@ -4,7 +4,7 @@
 # make exhaustive   the rest: every build, and each barrier of the CUDA kernels removed in turn
 # make test-latest  the test suite with the newest packages that pyproject.toml allows
 # make lint         format and type checks
-# make bench        operators and trainers beside plain PyTorch
+# make bench        every operator beside plain PyTorch
 # make lock         requirements.lock anew: the exact versions that the set-up installs
 PYTHON ?= python3
 VENV := .venv
@@ -53,9 +53,12 @@ format: setup
 	$(BIN)/clang-format -i $(NATIVE)
 
 bench: setup
-	$(BIN)/python -m benchmarks.layers
-	$(BIN)/python -m benchmarks.bench_linear
-	$(BIN)/python -m benchmarks.bench_shallow
+	$(BIN)/python -m benchmarks.lora_linear
+	$(BIN)/python -m benchmarks.merge_lora
+	$(BIN)/python -m benchmarks.task_matvec
+	$(BIN)/python -m benchmarks.dropout_mask
+	$(BIN)/python -m benchmarks.linear_training --threads 1
+	$(BIN)/python -m benchmarks.shallow_training --threads 1
 
 lock: setup
 	$(BIN)/pip install --quiet uv

@@ -5,72 +5,58 @@ python -m benchmarks.ceilings [--device cuda] [--write DIR]
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
+from math import prod
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.lib.cli import DeviceSettings, parse
-from benchmarks.lib.measure import Timing, side_by_side
-from benchmarks.lib.tables import write_table
-from experiments.lib.cli import main_guard
-
-COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
-GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
+from benchmarks.lib.cases import Benchmark, Precision
+from benchmarks.lib.operators import command
+from benchmarks.lib.tensor_case import Function, OperatorCase, Setup
 
 
-def ceilings(device: str, smoke: bool = False) -> dict[str, tuple[float, Timing]]:
-    """(bytes or operations a call, its timing) of "copy" and "gemm"."""
-    count = 2**20 if smoke else COPY_BYTES[device]
-    size = 64 if smoke else GEMM_SIZE[device]
-    source = torch.randint(-128, 127, (count,), dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    out = torch.empty_like(left)
-    timings = side_by_side(
-        {
-            "copy": [{"copy": partial(target.copy_, source)}],
-            "gemm": [{"gemm": partial(torch.mm, left, right, out=out)}],
-        },
-        device,
-        rounds=2 if smoke else 25,
-    )
-    work = {"copy": 2.0 * count, "gemm": 2.0 * size**3}
-    return {name: (work[name], timings[name]["total"]) for name in work}
+def _result(setup: Setup) -> Tensor:
+    dtype = setup.precision.activations
+    return torch.empty(setup.case.sizes["x"], dtype=dtype, device=setup.device)
 
 
-def copy_bandwidth(found: Mapping[str, tuple[float, Timing]]) -> float:
-    """Bytes read and written a second."""
-    count, timing = found["copy"]
-    return count / timing.median
+def _copy(setup: Setup) -> Function:
+    return _result(setup).copy_
 
 
-@main_guard
-def main(argv: Sequence[str] | None = None) -> None:
-    settings = parse(DeviceSettings, argv, "ceilings", __doc__)
-    found = ceilings(settings.device, settings.smoke)
-    texts = {
-        "copy": ("copy, bytes read and written", "GB/s", 1e9),
-        "gemm": ("dense bfloat16 product", "TFLOP/s", 1e12),
-    }
-    rows = []
-    for name, (work, timing) in found.items():
-        text, unit, scale = texts[name]
-        rates = [f"{work / t / scale:,.1f}" for t in (timing.median, timing.high, timing.low)]
-        low_high = f"{rates[1]}-{rates[2]}"
-        rows.append([text, f"{rates[0]} {unit}", low_high, f"{100 * timing.spread:.1f} %"])
-    write_table(
-        f"ceilings_{settings.device}",
-        "What the machine can do",
-        f"python -m benchmarks.ceilings --device {settings.device}",
-        ["", "median", "quartiles", "spread of two runs"],
-        rows,
-        {name: {"work": work, **asdict(timing)} for name, (work, timing) in found.items()},
-        settings.write,
-        settings.device,
+def _product(setup: Setup) -> Function:
+    return partial(torch.mm, out=_result(setup))
+
+
+def _work(case: OperatorCase, precision: Precision) -> dict[str, Any]:
+    left = case.sizes["x"]
+    if case.operator == "copy":
+        count = 2 * prod(left) * precision.activations.itemsize  # read and written
+        return {"unit": "GB/s", "scale": 1e9, "amounts": {"forward": count}}
+    count = 2 * prod(left) * left[1]
+    return {"unit": "TFLOP/s", "scale": 1e12, "amounts": {"forward": count}}
+
+
+def _cases(group: str, copied: int, size: int) -> tuple[OperatorCase, ...]:
+    name, copy, product = f"{copied >> 20} Mi numbers", {"torch": _copy}, {"torch": _product}
+    square = {"x": (size, size), "weight": (size, size)}
+    return (
+        OperatorCase("copy", group, f"copy, {name}", {"x": (copied,)}, copy, torch.clone, _work),
+        OperatorCase("mm", group, f"product, {size}×{size}", square, product, torch.mm, _work),
     )
 
 
+BENCHMARK = Benchmark(
+    "ceilings",
+    "What the machine can do",
+    (*_cases("cpu", 2**26, 1024), *_cases("cuda", 2**29, 8192)),
+    {"all": ("torch",)},
+    floor="torch",
+    precisions=("bf16",),
+)
+
+main = command(BENCHMARK, __doc__)
 if __name__ == "__main__":
     main()

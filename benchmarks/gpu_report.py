@@ -1,12 +1,12 @@
-"""Everything that is to be known of a GPU: builds, tests, sanitizes, measures, draws.
+"""The whole first contact with a GPU: builds, tests, sanitizes, measures and draws.
 
 python -m benchmarks.gpu_report --out DIR                  # all parts, about an hour
 python -m benchmarks.gpu_report --part build test --out DIR
 python -m benchmarks.gpu_report --device cpu --smoke       # the same commands on tiny shapes
 
-Every part is a process of its own and ends within ten minutes on 16 cores and one GPU. It leaves
-its tables, and what it printed as PART.log, in the folder; gpu_report.md says how each part ended.
-With --resume what was measured before is kept, and only what was left out is measured.
+Every part is a process of its own and ends within ten minutes on 16 cores and one GPU. It writes
+its tables to the folder, and its output to PART.log; gpu_report.md says how each part ended. With
+--resume measurements of an earlier run are kept, and only those left out are made.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from benchmarks.lib.cli import check_folder, parse
-from benchmarks.lib.tables import read_json
-from experiments.lib.cli import main_guard, option
+from benchmarks.lib.cli import check_folder, program
+from benchmarks.lib.registry import MODULES
+from benchmarks.lib.tables import markdown, read_json
+from experiments.lib.cli import main_guard, option, parse
 from experiments.synthetic.settings import DEVICES
 from metalora._checks import did_you_mean
 
@@ -43,13 +44,13 @@ HEADLINES = {
 
 @dataclass(frozen=True)
 class Part:
-    """One command; ``tests``: at least one test must have passed in it."""
+    """One command; with ``tests``, at least one test must pass in it."""
 
     name: str
     command: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
     tests: bool = False
-    missing: str = ""  # why the part cannot run here
+    missing: str = ""  # the reason if the part cannot run here
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
     goals, others = ("autocast", "tf32"), ("bf16", "fp32")
     compiled = ("metalora", "merged", "compiled")
 
+    budget = ["--budget-seconds", str(BUDGET), *(["--resume"] * resume)]
+
     def layers(
         name: str,
         *cases: str,
@@ -76,11 +79,12 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
         frozen: bool = False,
     ) -> Part:
         what = ["--cases", *cases, "--precisions", *precisions, "--baselines", *baselines]
-        what += ["--name", f"layers_{device}_{name}", "--budget-seconds", str(BUDGET)]
-        what += ["--frozen"] * frozen + ["--resume"] * resume
-        return Part(name, _module("layers", *what, *flags))
+        what += ["--name", f"lora_linear_{device}_{name}", *(["--frozen"] * frozen)]
+        return Part(name, _module("lora_linear", *what, *budget, *flags))
 
-    files = sorted(map(str, out.glob(f"layers_{device}*.json")))
+    files = sorted(str(p) for name in MODULES for p in out.glob(f"{name}_{device}*.json"))
+    cases = ("--cases", HEADLINES["a"][0], "c", "--precisions", *goals)
+    profiled = (*cases, "--baselines", "metalora", "--profile")
     missing = "" if importlib.util.find_spec("matplotlib") else "matplotlib is not installed"
     return [
         Part(
@@ -91,14 +95,13 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
         _test(device, smoke),
         *(_sanitize(tool, device) for tool in ("memcheck", "racecheck", "initcheck")),
         Part("ceilings", _module("ceilings", *flags)),
-        Part("merge", _module("merge", *flags)),
-        Part("trainers", _module("trainers", *flags)),
+        *(Part(name, _module(name, *budget, *flags)) for name in MODULES if name != "lora_linear"),
         _language(flags),
-        layers("registry-a", "a", baselines=("eager", "metalora-keep")),
-        layers("registry-a-other", "a", precisions=others),
-        layers("registry-b", "b", precisions=goals + others),
-        layers("registry-c", "c", precisions=goals + others, baselines=("eager", "metalora-keep")),
-        layers("registry-ragged", "ragged", precisions=goals + others),
+        layers("layers-a", "a", baselines=("eager", "metalora-keep")),
+        layers("layers-a-other", "a", precisions=others),
+        layers("layers-b", "b", precisions=goals + others),
+        layers("layers-c", "c", precisions=goals + others, baselines=("eager", "metalora-keep")),
+        layers("layers-ragged", "ragged", precisions=goals + others),
         layers("routes", "routes", baselines=("routes",)),
         layers("frozen", "goal", "b", frozen=True),
         *(
@@ -106,7 +109,7 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
             for g in HEADLINES
             for p in goals
         ),
-        Part("profile", _module("profile_layers", *flags)),
+        Part("profile", _module("lora_linear", *profiled, *flags)),
         Part("plot", _module("plot", *files), missing=missing or _unless(files, "no results")),
     ]
 
@@ -116,7 +119,7 @@ def _language(flags: Sequence[str]) -> Part:
     what = ["--model", "roberta-base-size", "--tasks", "10", "--turns", "8", "--precision", "bf16"]
     absent = [name for name in ("transformers", "peft") if not importlib.util.find_spec(name)]
     missing = f"{' and '.join(absent)} not installed" if absent else ""
-    # The versions need memory in pieces of unlike sizes, which would not fit between each other.
+    # The versions allocate pieces of unlike sizes, which would fragment the memory.
     memory = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     return Part("language", _module("language", *what, *flags), memory, missing=missing)
 
@@ -128,17 +131,17 @@ def _test(device: str, smoke: bool) -> Part:
 
 
 def _sanitize(tool: str, device: str) -> Part:
-    """The GPU tests of the operators; every tensor has an allocation of its own."""
+    """The GPU tests of the operators, with an allocation of its own for every tensor."""
     if device == "cpu":
         missing = "there is nothing to sanitize on a CPU"
     else:
         hint = "compute-sanitizer is not on the PATH; it comes with the CUDA toolkit"
         missing = _unless(shutil.which("compute-sanitizer"), hint)
-    # initcheck has to see the kernels of others write what ours read.
+    # initcheck must also see torch's kernels, since they write what ours read.
     ours = [] if tool == "initcheck" else ["--kernel-name", "kernel_substring=metalora"]
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND_ERRORS), *ours]
-    # Nothing can be captured into a CUDA graph without the caching allocator, and what is large or
-    # compiled would take the tool too long.
+    # A CUDA graph cannot be captured without the caching allocator; large or compiled tests would
+    # take the tool too long.
     left_out = "not graph and not inductor and not beyond"
     pytest = _python("-m", "pytest", "tests/ops", "tests/cuda", "-m", "gpu", "-k", left_out)
     pytest += ["-x", "-q"]
@@ -159,7 +162,7 @@ def _unless(there: object, missing: str) -> str:
 
 
 def run(part: Part, out: Path, limit: float = LIMIT) -> Outcome:
-    """Runs one part, with all it prints in PART.log; ended with its children at the limit."""
+    """Runs one part with its output in PART.log; ends it and its children at the limit."""
     if part.missing:
         return Outcome(part.name, "not run", 0.0, part.missing)
     start = time.monotonic()
@@ -195,7 +198,7 @@ def run(part: Part, out: Path, limit: float = LIMIT) -> Outcome:
 
 
 def _test_counts(text: str) -> tuple[str, str]:
-    """pytest's last line, and what is wrong with it: that nothing was run is no success."""
+    """pytest's last line, and the problem if no test passed: running nothing is no success."""
     lines = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|skipped)", line)]
     if not lines:
         return "", "pytest counted no tests"
@@ -204,17 +207,13 @@ def _test_counts(text: str) -> tuple[str, str]:
 
 
 def write_summary(outcomes: Sequence[Outcome], out: Path) -> str:
-    """Writes gpu_report.json and gpu_report.md, with what earlier calls did for other parts."""
+    """Writes gpu_report.json and .md, keeping the outcomes of other parts from earlier calls."""
     path = out / "gpu_report.json"
     before = read_json(path) if path.exists() else []
     known = {one["part"]: one for one in before} | {o.part: asdict(o) for o in outcomes}
     path.write_text(json.dumps(list(known.values()), indent=1) + "\n", encoding="utf-8")
-    lines = ["| part | | seconds | |", "| --- | --- | ---: | --- |"]
-    lines += [
-        f"| {one['part']} | {one['status']} | {one['seconds']:.0f} | {one['note']} |"
-        for one in known.values()
-    ]
-    text = "\n".join(lines) + "\n"
+    rows = [[o["part"], o["status"], f"{o['seconds']:.0f}", o["note"]] for o in known.values()]
+    text = markdown(["part", "", "seconds", ""], rows) + "\n"
     (out / "gpu_report.md").write_text(text, encoding="utf-8")
     return text
 
@@ -255,14 +254,14 @@ class Settings:
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the parts; 1 if one of them failed, else 0."""
-    settings = parse(Settings, argv, "gpu_report", __doc__)
+    settings = parse(Settings, argv, prog=program("gpu_report"), description=__doc__ or "")
     out = (settings.out or ROOT / "benchmarks" / "results").resolve()
     out.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []
     for name in settings.parts():
-        # Anew for every part: the last one draws what those before it have written.
-        again = parts(settings.device, out, smoke=settings.smoke, resume=settings.resume)
-        part = next(p for p in again if p.name == name)
+        # Made anew for every part: the last one draws the files of those before it.
+        every = parts(settings.device, out, smoke=settings.smoke, resume=settings.resume)
+        part = next(p for p in every if p.name == name)
         print(f"{name} …", flush=True)
         outcomes.append(run(part, out))
         print(f"  {outcomes[-1].status}, {outcomes[-1].seconds:.0f} s {outcomes[-1].note}")

@@ -1,9 +1,9 @@
-"""What each CUDA kernel takes of a GPU, as the compiler says; a kernel that spills is an error.
+"""The registers and memory that each CUDA kernel takes; a kernel that spills is an error.
 
 python -m benchmarks.kernel_resources            # compare with benchmarks/results
 python -m benchmarks.kernel_resources --write    # write the table there
 
-Needs nvcc and no GPU. Compilers differ in registers: a difference is told and is no error.
+Needs nvcc and no GPU. Compilers differ in registers: a difference is printed but is no error.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks.lib import cli
-from benchmarks.lib.tables import read_json, write_json
+from benchmarks.lib.cli import program
+from benchmarks.lib.tables import markdown, read_json, write_json
+from experiments.lib import cli
 from experiments.lib.cli import main_guard, option
 from experiments.lib.errors import RunError
 
@@ -30,14 +31,14 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 NAME = "kernel_resources"
 
-# Of each of an SM's four parts, in compute capability 8.0 and 9.0. Warps get registers in units.
+# An SM of compute capability 8.0 or 9.0: its parts, and of each the registers, the warps, and the
+# unit in which a warp gets registers.
 _PARTS, _REGISTERS, _WARPS, _REGISTER_UNIT = 4, 16384, 16, 256
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one kernel on one architecture; sizes in bytes. Shared memory asked for at launch is not
-    in it."""
+    """One kernel on one architecture; sizes in bytes, without shared memory asked for at launch."""
 
     kernel: str
     architecture: str
@@ -48,7 +49,7 @@ class Resources:
 
     @property
     def warps(self) -> int:
-        """How many of an SM's 64 warps its registers allow."""
+        """How many of an SM's 64 warps the registers allow."""
         per_warp = -(-self.registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
         return _PARTS * min(_WARPS, _REGISTERS // per_warp)
 
@@ -62,7 +63,7 @@ def load_setup() -> ModuleType:
 
 
 def find_nvcc() -> tuple[Path | None, str]:
-    """The compiler that the build would take, or None, and why."""
+    """The compiler that the build would take, or None, and the reason."""
     import torch
 
     if torch.version.cuda is None:
@@ -98,14 +99,14 @@ def measure(nvcc: Path, sources: Sequence[Path]) -> list[Resources]:
 
 
 def parse(log: str) -> list[Resources]:
-    """What ``ptxas -v`` says."""
+    """The kernels in the output of ``ptxas -v``."""
     found = []
     for part in re.split(r"Compiling entry function ", log)[1:]:
         entry = re.match(r"'(\w+)' for '(\w+)'", part)
         stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", part)
         used = re.search(r"Used (\d+) registers", part)
         if not (entry and stack and used):
-            raise ValueError(f"what ptxas says of a kernel was not understood: {part[:300]!r}")
+            raise ValueError(f"cannot read the output of ptxas for a kernel: {part[:300]!r}")
         shared = re.search(r"(\d+) bytes smem", part)
         found.append(
             Resources(
@@ -140,7 +141,7 @@ def readable(symbol: str) -> str:
 def compare(
     measured: Sequence[Resources], recorded: Sequence[Resources]
 ) -> tuple[list[str], list[str]]:
-    """(errors, differences that are none)."""
+    """(errors, notes on differences that are no errors)."""
     errors, notes = [], []
     before = {(r.kernel, r.architecture): r for r in recorded}
     for r in measured:
@@ -167,26 +168,25 @@ def read_recorded(folder: Path) -> list[Resources]:
 
 
 def write(folder: Path, measured: Sequence[Resources], compiler: str) -> None:
-    command = "python -m benchmarks.kernel_resources --write"
-    write_json(
-        folder / f"{NAME}.json",
-        {"command": command, "compiler": compiler, "kernels": [asdict(r) for r in measured]},
-    )
-    lines = [
-        "# What each CUDA kernel takes of a GPU",
-        "",
-        f"`{command}`, {compiler}. Shared memory is what kernels declare, without what launches "
-        "ask for; warps are those of an SM's 64 that registers leave room for.",
-        "",
-        "| kernel | architecture | registers | warps | shared, bytes | stack, bytes | spills |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    lines += [
-        f"| `{r.kernel}` | {r.architecture} | {r.registers} | {r.warps} | {r.shared} | {r.stack} "
-        f"| {r.spills} |"
+    command = f"{program(NAME)} --write"
+    record = {"command": command, "compiler": compiler, "kernels": [asdict(r) for r in measured]}
+    write_json(folder / f"{NAME}.json", record)
+    header = ["kernel", "architecture", "registers", "warps", "shared, bytes", "stack, bytes"]
+    rows = [
+        [
+            f"`{r.kernel}`",
+            r.architecture,
+            *map(str, (r.registers, r.warps, r.shared, r.stack, r.spills)),
+        ]
         for r in measured
     ]
-    (folder / f"{NAME}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = (
+        "# Registers and memory of each CUDA kernel\n\n"
+        f"`{command}`, {compiler}. Shared memory is what kernels declare, without what launches "
+        "ask for; warps are those of an SM's 64 that registers leave room for.\n\n"
+        f"{markdown([*header, 'spills'], rows)}\n"
+    )
+    (folder / f"{NAME}.md").write_text(text, encoding="utf-8")
 
 
 def compiler_version(nvcc: Path) -> str:
@@ -205,7 +205,7 @@ class Settings:
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the differences from the table; 1 if one of them is an error, else 0."""
-    settings = cli.parse(Settings, argv, "kernel_resources", __doc__)
+    settings = cli.parse(Settings, argv, prog=program(NAME), description=__doc__ or "")
     nvcc, why = find_nvcc()
     if nvcc is None:
         raise RunError(f"kernel_resources needs nvcc: {why}")

@@ -1,21 +1,20 @@
-"""Training rounds of the language experiment: the authors', PEFT's and ours, side by side.
+"""Times training rounds of the language experiment: the authors', PEFT's and metalora's.
 
 python -m benchmarks.language                                    # a small model on the CPU
 python -m benchmarks.language --device cuda --model roberta-base-size --precision bf16
 python -m benchmarks.language --data DIR --tokenizer FOLDER      # dialogues of ConvAI2
 
-Models of a size have random weights; without --data tokens are random and lengths are drawn like
-ConvAI2's. Until they pack, all versions have transformers' default attention. Loss and gradients of
-every version are compared with plain PyTorch in float64 before anything is timed, without dropout,
-which is on in what is timed. All versions take one optimiser step a round. Peak memory is what a
-round takes at most beside the weights, their gradients and AdamW's state.
+A model named by its size has random weights; without --data tokens are random, and lengths are
+drawn like ConvAI2's. Versions that do not pack use transformers' default attention. Loss and
+gradients of every version are compared with plain PyTorch in float64 first, without dropout, which
+is on while timing. All versions take one optimiser step a round. Peak memory is the most that a
+round takes beside the weights, their gradients and AdamW's state.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.lib import cli
+from benchmarks.lib.cases import PRECISIONS, Benchmark, Candidate, Case, Options, Precision
+from benchmarks.lib.cli import BenchmarkSettings, program, repeat
 from benchmarks.lib.dialogues import CANDIDATES, drawn, read
 from benchmarks.lib.language_versions import (
     AUTHORS,
-    BESIDE,
     TOLERANCE,
     Setting,
     check,
@@ -36,10 +35,10 @@ from benchmarks.lib.language_versions import (
     results,
     versions,
 )
-from benchmarks.lib.measure import one_by_one, peak_bytes
-from benchmarks.lib.tables import write_table
+from benchmarks.lib.measure import peak_bytes
+from benchmarks.lib.operators import measure
 from experiments.language.encoders import load_model, load_tokenizer
-from experiments.lib.cli import check_values, main_guard, option
+from experiments.lib.cli import check_values, main_guard, option, parse
 from metalora.meta import RoundLoader
 
 # layers, hidden size, heads, intermediate size, vocabulary
@@ -49,15 +48,11 @@ SIZES = {
     "minilm-size": (6, 384, 12, 1536, 30522),
     "roberta-base-size": (12, 768, 12, 3072, 50265),
 }
-MAX_TOKENS = {"cpu": 16384, "cuda": 32768}
-HEADER = [
-    *("version", "seconds a round (quartiles)", "spread", "seconds an epoch", "tokens a second"),
-    *("padding", "peak memory of a round, MiB", "× authors'", "× the one before", "error"),
-]
+MAX_TOKENS = {"cpu": 16384, "cuda": 32768}  # in a pass of metalora's
 
 
 @dataclass(frozen=True)
-class Settings(cli.NamedSettings):
+class Settings(BenchmarkSettings):
     """Settings of this benchmark."""
 
     model: str = option("mini", help=f"{', '.join(SIZES)}, or a model's folder")
@@ -68,7 +63,7 @@ class Settings(cli.NamedSettings):
     rounds: int = option(3, help="to measure, each of them twice")
     precision: str = option("fp32", choices=tuple(TOLERANCE), help="bf16 adds versions")
     max_tokens: int | None = option(
-        None, help="in a pass of ours (default: 16384, with --device cuda 32768)"
+        None, help="in a pass of metalora's (default: 16384, with --device cuda 32768)"
     )
 
     def __post_init__(self) -> None:
@@ -79,7 +74,7 @@ class Settings(cli.NamedSettings):
 
 
 def new_model(size: str, tokens: int = 0) -> nn.Module:
-    """A RoBERTa of this size with random weights, that knows at least so many tokens."""
+    """A RoBERTa of this size with random weights and a vocabulary of at least ``tokens``."""
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     layers, hidden, heads, intermediate, vocabulary = SIZES[size]
@@ -124,81 +119,60 @@ def make_setting(settings: Settings) -> Setting:
     return Setting(model.to(device), turns, rounds, max_tokens, device)
 
 
-def measure(setting: Setting, precision: str) -> list[dict[str, Any]]:
-    """A record of every version: what it takes for a round, and that it passed the gate."""
-    rounds, lengths = list(setting.rounds), setting.turns.sequences.lengths
-    tokens = sum(int(lengths[batch.inputs].sum()) for batch in rounds) / len(rounds)
-    turns = sum(len(batch.inputs) for batch in rounds) / len(rounds)
-    epoch = len(setting.turns.answers) / turns
-    few = gate_batch(setting)
-    wanted = exact(setting, few)
-    records: list[dict[str, Any]] = []
-    steps = {}
-    for name, make in versions(setting, precision).items():
-        version = make()
-        error = check(name, results(version, setting, few), wanted, TOLERANCE[version.precision])
-        version.round(few)  # the optimiser's state is made
-        peak = peak_bytes(partial(version.round, rounds[0]), setting.device)
-        calls = [inputs["input_ids"] for batch in rounds for inputs in version.inputs(batch)]
-        padding = 1 - tokens * len(rounds) / sum(ids.numel() for ids in calls)
-        records.append({"version": name, "error": error, "padding": padding, "peak_bytes": peak})
-        steps[name] = [partial(version.round, batch) for batch in rounds]
-        print(f"{name}: passed", file=sys.stderr, flush=True)
-    timings = one_by_one(steps, setting.device)
-    first = before = timings[AUTHORS].median
-    for record in records:
-        timing = timings[record["version"]]
-        record |= asdict(timing)
-        record |= {"epoch": epoch * timing.median, "tokens_a_second": tokens / timing.median}
-        record |= {"speedup": first / timing.median, "step": before / timing.median}
-        if record["version"] not in BESIDE:
-            before = timing.median
-    return records
+@dataclass(frozen=True)
+class RoundCase(Case):
+    """Training rounds of a setting; ``short`` is the precision of the versions added, or fp32."""
+
+    setting: Setting
+    short: str
+
+    def candidates(self, precision: Precision, options: Options) -> Callable[[str], Candidate]:
+        setting, rounds, few = self.setting, list(self.setting.rounds), gate_batch(self.setting)
+        wanted, makers = exact(setting, few), versions(setting, self.short)
+
+        def make(name: str) -> Candidate:
+            version = makers[name]()
+            error = check(results(version, setting, few), wanted, TOLERANCE[version.precision])
+            version.round(few)  # makes the optimiser's state
+            peak = peak_bytes(partial(version.round, rounds[0]), setting.device)
+            calls = [inputs["input_ids"] for batch in rounds for inputs in version.inputs(batch)]
+            padding = 1 - self.tokens() * len(rounds) / sum(ids.numel() for ids in calls)
+            steps = [{"round": partial(version.round, batch)} for batch in rounds]
+            return Candidate(steps, error, peak_bytes=peak, padding=padding)
+
+        return make
+
+    def tokens(self) -> float:
+        """The tokens of a round, padding left out."""
+        lengths, rounds = self.setting.turns.sequences.lengths, list(self.setting.rounds)
+        return sum(int(lengths[batch.inputs].sum()) for batch in rounds) / len(rounds)
+
+    def about(self, precision: Precision, device: str) -> dict[str, Any]:
+        return {"work": {"unit": "tokens/s", "scale": 1, "amounts": {"round": self.tokens()}}}
 
 
-def row(record: Mapping[str, Any]) -> list[str]:
-    """A record as a line of the table."""
-    return [
-        record["version"],
-        f"{_number(record['median'])} ({_number(record['low'])}-{_number(record['high'])})",
-        f"{100 * record['spread']:.0f} %",
-        _number(record["epoch"]),
-        f"{record['tokens_a_second']:,.0f}",
-        f"{100 * record['padding']:.0f} %",
-        f"{record['peak_bytes'] / 2**20:,.0f}",
-        f"{record['speedup']:.2f}",
-        f"{record['step']:.2f}",
-        f"{record['error']:.0e}",
-    ]
-
-
-def _number(value: float) -> str:
-    """Three digits, or all of a large number's."""
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+def benchmark(setting: Setting, name: str, short: str) -> Benchmark:
+    """The benchmark of one setting."""
+    return Benchmark(
+        "language",
+        f"Rounds of LoRA-ML, {CANDIDATES} candidates a turn, {setting.turns.source}",
+        (RoundCase("lora_linear", "cpu", name, setting, short, once=True),),
+        {"all": tuple(versions(setting, short))},
+        floor=AUTHORS,
+    )
 
 
 @main_guard
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, and prints the table."""
-    settings = cli.parse(Settings, argv, "language", __doc__)
-    device = settings.device
+    settings = parse(Settings, argv, prog=program("language"), description=__doc__ or "")
     if settings.smoke:
         settings = replace(settings, model="tiny", data=None, tasks=2, turns=1, rounds=1)
-    setting = make_setting(settings)
-    records = measure(setting, settings.precision)
-    where = "the CPU" if device == "cpu" else "a GPU"
-    write_table(
-        settings.name or f"language_{device}",
-        f"Rounds of LoRA-ML on {where}: {settings.model}, {settings.tasks} tasks with "
-        f"{settings.turns} turn{'s' * (settings.turns > 1)} of {CANDIDATES} candidates each, "
-        f"{setting.turns.source}",
-        cli.command("language", argv),
-        HEADER,
-        [row(record) for record in records],
-        records,
-        settings.write,
-        device,
-    )
+    name = f"{settings.model}, {settings.tasks} tasks of {settings.turns} turns"
+    found = benchmark(make_setting(settings), name, settings.precision)
+    options = Options(tuple(found.versions["all"]), settings.device)
+    precisions = [PRECISIONS["fp32"]]
+    measure(found, found.cases, precisions, options, settings, command=repeat("language", argv))
 
 
 if __name__ == "__main__":

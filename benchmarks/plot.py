@@ -1,64 +1,64 @@
-"""Draws what `benchmarks.layers` measured: time relative to the dense layer, a dot per version.
+"""Draws what an operator's benchmark measured: relative times, a dot for each version.
 
-python -m benchmarks.plot benchmarks/results/layers_cpu.json [MORE.json …] [--write DIR]
+python -m benchmarks.plot benchmarks/results/lora_linear_cpu.json [MORE.json …] [--write DIR]
 
 Makes one figure for every file and precision in it, as PNG and PDF.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from benchmarks.lib.cli import check_folder, parse
-from benchmarks.lib.registry import GOAL
+from benchmarks.lib.cli import check_folder, program
 from benchmarks.lib.tables import read_json
+from benchmarks.lora_linear import BENCHMARK
 from experiments.lib import plotting
-from experiments.lib.cli import main_guard, option
+from experiments.lib.cli import main_guard, option, parse
 from experiments.lib.errors import RunError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GOAL_RATIO = 1.10
-TICKS = (0.5, 0.7, 1, 1.2, 1.5, 2, 3, 5, 7, 10, 20, 50, 100)
-# Okabe and Ito, "Color Universal Design", 2008; a shape of its own as well for each version.
-LOOKS = {
-    "metalora": ("#0072B2", "D"),
-    "metalora-weight": ("#0072B2", ">"),
-    "metalora-keep": ("#0072B2", "^"),
-    "metalora-token": ("#0072B2", "<"),
-    "merged": ("#D55E00", "o"),
-    "merged-grouped": ("#D55E00", "X"),
-    "bmm": ("#009E73", "s"),
-    "grouped": ("#009E73", "P"),
-    "unsloth": ("#CC79A7", "v"),
-    "loop": ("#E69F00", "h"),
-    "peft": ("#999999", "p"),
-    "dense": ("#000000", "|"),
-}
+TICKS = (0.1, 0.2, 0.5, 0.7, 1, 1.2, 1.5, 2, 3, 5, 7, 10, 20, 50, 100, 1000, 10000)
+# Okabe and Ito, "Color Universal Design", 2008; with the shapes, a pair of its own for each of 35
+# versions. metalora's own are all blue.
+BLUE, *COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#999999")
+MARKERS = "oXsPvhp"
+
+
+def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The color and the shape of every version."""
+    versions = dict.fromkeys(name.partition("+")[0] for name in names)
+    ours = [name for name in versions if name.startswith("metalora")]
+    others = [name for name in versions if name not in ours]
+    found = {name: (BLUE, "D^<>"[i % 4]) for i, name in enumerate(ours)}
+    pairs = zip(others, cycle(COLORS), cycle(MARKERS), strict=False)
+    return found | {name: (color, marker) for name, color, marker in pairs}
 
 
 def load(path: Path) -> dict[str, Any]:
-    """One file of results.
+    """One file of results of an operator's benchmark.
 
     Raises:
-        RunError: `benchmarks.layers` did not write it.
+        RunError: the file is no such one.
     """
     record = read_json(path)
     try:
-        known = [record["title"], record["machine"]["cpu"], record["machine"]["torch"]]
-        known.append(record["machine"]["date"])
+        known = [record[key] for key in ("title", "floor")]
+        known += [record["machine"][key] for key in ("cpu", "torch", "date")]
         for one in record["rows"]:
             known += [one["case"], one["precision"]]
-            known += [LOOKS[name.partition("+")[0]] for name in one["rows"]]
+            known += [row["status"] for row in one["rows"].values()]
     except (KeyError, TypeError, AttributeError):
-        raise RunError(f"{path} is not a file of results of benchmarks.layers") from None
+        raise RunError(f"{path} is not a file of results of an operator") from None
     return record
 
 
@@ -68,28 +68,32 @@ def draw(record: dict[str, Any], stem: str, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for precision in dict.fromkeys(r["precision"] for r in record["rows"]):
-        records = [r for r in record["rows"] if r["precision"] == precision and _timed(r)]
+        records = [
+            {"case": r["case"], "ratios": ratios}
+            for r in record["rows"]
+            if r["precision"] == precision and (ratios := _ratios(r, record["floor"]))
+        ]
         if records:
             drawn.append(_figure(record, precision, records, folder / f"{stem}_{precision}"))
     return drawn
 
 
-def _timed(record: dict[str, Any]) -> bool:
-    """Whether any version beside the dense layer has a time relative to it."""
-    return any("relative" in row for name, row in record["rows"].items() if name != "dense")
+def _ratios(record: dict[str, Any], floor: str) -> dict[str, float]:
+    """The times of all versions that have one, relative to the floor's."""
+    rows = record["rows"].items()
+    return {name: row["relative"] for name, row in rows if "relative" in row and name != floor}
 
 
 def _figure(
     record: dict[str, Any], precision: str, records: Sequence[dict[str, Any]], path: Path
 ) -> Path:
-    versions = {name for one in records for name in one["rows"]}
+    versions = looks(name for one in records for name in one["ratios"])
     height = max(2.6 + 0.42 * len(records), 0.8 + 0.34 * len(versions))
     fig, axes = plt.subplots(figsize=(13.3, height))
     for y, one in enumerate(reversed(records)):
-        for name, row in one["rows"].items():
-            if "relative" in row and name != "dense":
-                _dot(axes, name, row["relative"], y)
-    goals = {case.name for case in GOAL}
+        for name, ratio in one["ratios"].items():
+            _dot(axes, name, versions[name.partition("+")[0]], ratio, y)
+    goals = {case.name for case in BENCHMARK.goals}
     axes.axvline(1, color="black", linewidth=1.2)
     if any(one["case"] in goals for one in records):
         axes.axvline(GOAL_RATIO, color="#0072B2", linewidth=1.2, linestyle="--")
@@ -102,7 +106,7 @@ def _figure(
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.95), max(high, 1.25))
-    axes.set_xlabel("time relative to the dense layer alone (log scale)")
+    axes.set_xlabel(f"time relative to {record['floor']} (log scale)")
     axes.set_title(f"{record['title']}, {precision}", loc="left")
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     here = record["machine"]
@@ -114,13 +118,14 @@ def _figure(
     return path.with_suffix(".png")
 
 
-def _dot(axes: Axes, name: str, ratio: float, y: float) -> None:
+def _dot(axes: Axes, name: str, look: tuple[str, str], ratio: float, y: float) -> None:
     """One mark: filled for eager versions, hollow for compiled ones, larger for max-autotune."""
     version, _, mode = name.partition("+")
-    color, marker = LOOKS[version]
+    color, marker = look
     _, labels = axes.get_legend_handles_labels()
     axes.plot(
-        *([ratio], [y]),
+        [ratio],
+        [y],
         linestyle="none",
         marker=marker,
         color=color,
@@ -145,7 +150,7 @@ class Settings:
 @main_guard
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws the figures, once every file has been read."""
-    settings = parse(Settings, argv, "plot", __doc__)
+    settings = parse(Settings, argv, prog=program("plot"), description=__doc__ or "")
     records = {path: load(path) for path in settings.files}
     for path, record in records.items():
         for figure in draw(record, path.stem, settings.write or path.parent):

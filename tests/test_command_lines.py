@@ -18,8 +18,10 @@ from experiments.lib.machine import choose_device
 from tests.processes import start_interruptible
 
 ROOT = Path(__file__).parents[1]
-LAYERS = str(ROOT / "benchmarks" / "results" / "layers_cpu.json")
-LINEAR = str(ROOT / "benchmarks" / "results" / "linear.json")
+LAYERS = str(ROOT / "benchmarks" / "results" / "lora_linear_cpu.json")
+KERNELS = str(ROOT / "benchmarks" / "results" / "kernel_resources.json")
+LAYER, LINEAR = "benchmarks.lora_linear", "benchmarks.linear_training"
+SHALLOW = "benchmarks.shallow_training"
 DIGITS = ("experiments.vision", "--smoke", "--data", "digits")
 TINY = ("experiments.language", "--smoke")
 
@@ -123,17 +125,17 @@ def test_help(
         (("experiments.theory", "13"), 'Choose from: "1", "2", "3"'),
         (("benchmarks.plot",), "FILES requires an argument"),
         (("benchmarks.plot", LAYERS, "nowhere"), "nowhere cannot be read: No such file"),
-        (("benchmarks.plot", LINEAR), "linear.json is not a file of results of benchmarks.layers"),
+        (("benchmarks.plot", KERNELS), "resources.json is not a file of results of an operator"),
         (("benchmarks.plot", __file__), "test_command_lines.py is damaged or no JSON file"),
         (("benchmarks.plot", LAYERS, "--write", "/dev/null/x"), "--write: /dev/null is not a fol"),
-        (("benchmarks.layers", "--cases", "nope"), "is called 'nope'"),
-        (("benchmarks.layers", "--cases", "gaol"), "did you mean 'goal'"),
-        (("benchmarks.layers", "--budget-seconds", "nan"), "--budget-seconds must be a finite"),
-        (("benchmarks.layers", "--name", "../x"), "--name: must be a file name, got '../x'"),
-        (("benchmarks.layers", "--resume"), "--resume: needs --write"),
-        (("benchmarks.bench_shallow", "--threads", "-1"), "--threads must be an int >= 1, got -1"),
-        (("benchmarks.bench_shallow", "--threads", "9999999"), "--threads must be an int <="),
-        (("benchmarks.bench_linear", "--write", __file__), "test_command_lines.py is not a folder"),
+        ((LAYER, "--cases", "nope"), "is called 'nope'"),
+        ((LAYER, "--cases", "gaol"), "did you mean 'goal'"),
+        ((LAYER, "--budget-seconds", "nan"), "--budget-seconds must be a finite"),
+        ((LAYER, "--name", "../x"), "--name: must be a file name, got '../x'"),
+        ((LAYER, "--resume"), "--resume: needs --write"),
+        ((SHALLOW, "--threads", "-1"), "--threads must be an int >= 1, got -1"),
+        ((SHALLOW, "--threads", "9999999"), "--threads must be an int <="),
+        ((LINEAR, "--write", __file__), "test_command_lines.py is not a folder"),
         (("benchmarks.language", "--turns", "0"), "--turns must be an int >= 1, got 0"),
         (("benchmarks.language", "--data", "x"), "--data: needs --tokenizer FOLDER"),
         (("benchmarks.gpu_report", "--part", "biuld"), "there is no 'biuld'; there are build, "),
@@ -156,7 +158,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("benchmarks.merge", "--device", "cuda"),
+        ("benchmarks.merge_lora", "--device", "cuda"),
         ("experiments.synthetic", "linear", "--device", "cuda"),
         (*DIGITS, "--device", "cuda"),
     ],

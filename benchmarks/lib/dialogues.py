@@ -14,9 +14,9 @@ from experiments.language.encoders import has_token_types, max_length
 from experiments.language.tokens import tokenize
 from metalora.hf import Sequences
 
-CANDIDATES, DIALOGUES, SPECIAL = 20, 20, 4  # a turn, a task, a sequence have
-# Quantiles over ConvAI2's validation dialogues, from both sides: tokens of an utterance, as RoBERTa
-# makes them, and exchanges of a dialogue.
+CANDIDATES, DIALOGUES, SPECIAL = 20, 20, 4  # of a turn, a task, and a sequence
+# Quantiles over ConvAI2's validation dialogues: RoBERTa's tokens of an utterance, and exchanges of
+# a dialogue.
 AT = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 UTTERANCE = (3, 5, 5, 6, 9, 12, 15, 18, 19, 21, 29)
 EXCHANGES = (7, 7, 7, 7, 7.5, 8, 8, 8, 8, 9, 13)
@@ -24,13 +24,13 @@ EXCHANGES = (7, 7, 7, 7, 7.5, 8, 8, 8, 8, 9, 13)
 
 @dataclass(frozen=True)
 class Turns:
-    """Turns of dialogues: which of the candidates comes next?
+    """Turns of dialogues, in each of which one candidate is the true next utterance.
 
     Attributes:
-        sequences: of every turn its history with each candidate.
+        sequences: the history of every turn with each of its candidates.
         answers: int64 [turns], the true candidate.
         task_ids: int64 [turns].
-        source: where they are from.
+        source: the origin of the dialogues, for titles.
     """
 
     sequences: Sequences
@@ -46,10 +46,10 @@ class Turns:
 
 
 def drawn(num_tasks: int, vocab_size: int, seed: int = 0) -> Turns:
-    """Tasks of 20 dialogues each, in which tokens are random and only lengths are like ConvAI2's.
+    """Tasks of 20 dialogues each with random tokens and lengths like ConvAI2's.
 
-    A history is all that was said before, so that it grows by two utterances from turn to turn;
-    each of a turn's 20 candidates is an utterance.
+    A history is everything said before, so it grows by two utterances from turn to turn; each of a
+    turn's 20 candidates is an utterance.
     """
     generator = torch.Generator().manual_seed(seed)
 

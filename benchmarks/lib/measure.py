@@ -35,17 +35,20 @@ class Timing:
 
 
 class Clock(Protocol):
-    """Marks moments on the device's own time line, without waiting for it."""
+    """Marks moments on the device's own time line, without synchronising with it."""
 
     def mark(self) -> Any: ...
 
     def seconds(self, marks: Sequence[Any]) -> list[float]:
-        """Waits for the device; the time between each mark and the next."""
+        """Synchronises with the device; returns the time between each mark and the next."""
 
 
 class CpuClock:
-    """``now`` may be ``time.process_time`` where all candidates run on one thread: waiting for a
-    core that others use then does not count."""
+    """Reads ``now``.
+
+    With ``time.process_time``, for candidates on one thread, waiting for a core that other
+    processes use does not count.
+    """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
@@ -78,61 +81,56 @@ def side_by_side(
     *,
     rounds: int = 25,
     seconds_a_turn: float = 0.02,
+    warm: bool = True,
     timer: Clock | None = None,
+    scales: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict[str, dict[str, Timing]]:
     """Times candidates in turns, so that whatever else the machine does meets all of them.
 
     Every candidate is a sequence of equal steps over different data, taken in rotation. A turn is
     one call that is not counted and as many counted ones as take about ``seconds_a_turn``, and
-    gives one sample. Two runs of ``rounds`` turns are made.
+    gives one sample. Two runs of ``rounds`` turns are made; another candidate begins each time.
+
+    Args:
+        candidates: sets of steps by name.
+        device: whose clock is read.
+        rounds: turns of each candidate in each of the two runs.
+        seconds_a_turn: how long a turn is to take.
+        warm: False for steps that take seconds and have been called before: a turn is one call.
+        timer: the clock; None is the device's own.
+        scales: by candidate and step, what to multiply times by (default: 1).
 
     Returns:
         For each candidate the timing of every step, and of the sum as "total".
     """
-    timer = timer or clock(device)
-    repeats = {}
-    for name, sets in candidates.items():
+    timer, names = timer or clock(device), list(candidates)
+    repeats = dict.fromkeys(names, 1)
+    for name, sets in candidates.items() if warm else ():
         for steps in sets:
             _turn(timer, [steps], 1)
         once = sum(_turn(timer, sets, 1).values())
         repeats[name] = max(1, int(seconds_a_turn / once))
-    runs: list[dict[str, list[dict[str, float]]]] = []
-    for _ in range(2):
-        runs.append({name: [] for name in candidates})
-        for _ in range(rounds):
-            for name, sets in candidates.items():
-                runs[-1][name].append(_turn(timer, sets, repeats[name]))
-    first, second = runs
-    return {name: _timings(first[name], second[name]) for name in candidates}
-
-
-def one_by_one(
-    candidates: Mapping[str, Sequence[Step]], device: str = "cpu", *, timer: Clock | None = None
-) -> dict[str, Timing]:
-    """Times steps that take seconds, of candidates that have been called before.
-
-    Every candidate has as many steps, over the same data. Two runs of them all are made; each step
-    is called once, and another candidate begins each time.
-    """
-    timer = timer or clock(device)
-    names, steps = list(candidates), list(zip(*candidates.values(), strict=True))
-    runs: list[dict[str, list[float]]] = [{name: [] for name in names} for _ in range(2)]
-    for i, (run, of_all) in enumerate(product(runs, steps)):
+    runs: list[dict[str, list[dict[str, float]]]] = [{n: [] for n in names} for _ in range(2)]
+    for i, (run, turn) in enumerate(product(runs, range(rounds))):
         for k in range(len(names)):
-            which = (i + k) % len(names)
-            marks = [timer.mark()]
-            of_all[which]()
-            marks.append(timer.mark())
-            run[names[which]] += timer.seconds(marks)
-    return {name: _timing(*(run[name] for run in runs)) for name in names}
+            name = names[(i + k) % len(names)]
+            first = turn * repeats[name]
+            run[name].append(_turn(timer, candidates[name], repeats[name], first, warm))
+    first_run, second_run = runs
+    return {
+        name: _timings(first_run[name], second_run[name], (scales or {}).get(name, {}))
+        for name in names
+    }
 
 
-def _turn(timer: Clock, sets: Sequence[Steps], repeats: int) -> dict[str, float]:
-    """Seconds a call of every step."""
-    for step in sets[-1].values():
+def _turn(
+    timer: Clock, sets: Sequence[Steps], repeats: int, first: int = 0, warm: bool = True
+) -> dict[str, float]:
+    """Seconds a call of every step, over ``repeats`` sets from number ``first`` on."""
+    for step in sets[(first - 1) % len(sets)].values() if warm else ():
         step()
     marks = [timer.mark()]
-    for i in range(repeats):
+    for i in range(first, first + repeats):
         for step in sets[i % len(sets)].values():
             step()
             marks.append(timer.mark())
@@ -142,25 +140,29 @@ def _turn(timer: Clock, sets: Sequence[Steps], repeats: int) -> dict[str, float]
 
 
 def _timings(
-    first: Sequence[Mapping[str, float]], second: Sequence[Mapping[str, float]]
+    first: Sequence[Mapping[str, float]],
+    second: Sequence[Mapping[str, float]],
+    scales: Mapping[str, float],
 ) -> dict[str, Timing]:
     """The timing of every step and of their sum, from the samples of two runs."""
+    scaled = [
+        [{step: t * scales.get(step, 1.0) for step, t in sample.items()} for sample in run]
+        for run in (first, second)
+    ]
     found = {
-        step: _timing([sample[step] for sample in first], [sample[step] for sample in second])
-        for step in first[0]
+        step: _timing(*([sample[step] for sample in run] for run in scaled)) for step in first[0]
     }
-    sums = ([sum(sample.values()) for sample in run] for run in (first, second))
-    return found | {"total": _timing(*sums)}
+    return found | {"total": _timing(*([sum(s.values()) for s in run] for run in scaled))}
 
 
 def _timing(first: Sequence[float], second: Sequence[float]) -> Timing:
-    low, median, high = statistics.quantiles([*first, *second], n=4)
+    low, median, high = statistics.quantiles([*first, *second], n=4, method="inclusive")
     one, other = sorted((statistics.median(first), statistics.median(second)))
     return Timing(median, low, high, other / one - 1)
 
 
 def peak_bytes(step: Step, device: str) -> int:
-    """What ``step`` allocates at most beside what there was, tensors it leaves included."""
+    """The most that ``step`` allocates at once, including the tensors it leaves."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -176,7 +178,7 @@ def peak_bytes(step: Step, device: str) -> int:
 
 
 def copies_past_the_cache(size: int, device: str) -> int:
-    """How many sets of ``size`` bytes to rotate, so that no call finds its data in the L2."""
+    """How many sets of ``size`` bytes to rotate so that no call finds its data in the L2 cache."""
     if device == "cpu":
         return 1
     cache: int = torch.cuda.get_device_properties(device).L2_cache_size
@@ -185,7 +187,7 @@ def copies_past_the_cache(size: int, device: str) -> int:
 
 @contextlib.contextmanager
 def beside_default_stream(device: str) -> Iterator[None]:
-    """What runs in here on a GPU runs on a stream of its own, between the work around it."""
+    """Runs its body on a stream of its own on a GPU, ordered with the work before and after."""
     if device == "cpu":
         yield
         return
@@ -202,7 +204,7 @@ def _side_stream() -> torch.cuda.Stream:
 
 
 def graphed(steps: Mapping[str, Step]) -> tuple[Steps, str]:
-    """The steps as replays of CUDA graphs that share their memory; else themselves, and why."""
+    """The steps as replays of CUDA graphs in one memory pool, or unchanged with the reason."""
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     try:
         for name, step in steps.items():
@@ -218,7 +220,7 @@ def graphed(steps: Mapping[str, Step]) -> tuple[Steps, str]:
 
 
 class Budget:
-    """Seconds that a measurement may take; what would not fit is left out and named."""
+    """The seconds that a measurement may take; callers leave out, by name, what does not fit."""
 
     def __init__(self, seconds: float = math.inf) -> None:
         self.seconds = seconds

@@ -14,6 +14,7 @@ import torch
 
 import metalora
 from experiments.lib.errors import RunError
+from experiments.lib.machine import cpu_name
 from metalora._files import replacing
 
 Row = Sequence[str]
@@ -22,7 +23,7 @@ Row = Sequence[str]
 def machine(device: str = "cpu") -> dict[str, str]:
     """What a timing depends on."""
     found = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": str(torch.get_num_threads()),
         "cores": str(os.cpu_count()),
         "python": platform.python_version(),
@@ -41,15 +42,6 @@ def machine(device: str = "cpu") -> dict[str, str]:
             **found,
         }
     return found
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def read_json(path: Path) -> Any:
@@ -103,65 +95,85 @@ def markdown(header: Row, rows: Sequence[Row]) -> str:
     )
 
 
-def layer_tables(record: Mapping[str, Any]) -> str:
-    """The page of `benchmarks.layers`: ratios for all cases, then every row with its details."""
-    records = record["rows"]
-    names = list(dict.fromkeys(name for r in records for name in r["rows"]))
+def operator_tables(record: Mapping[str, Any]) -> str:
+    """The page of an operator's benchmark: ratios for all cases, then every row with details."""
+    records, floor = record["rows"], record["floor"]
+    names = [n for n in dict.fromkeys(n for r in records for n in r["rows"]) if n != floor]
     ratios = [
         [
-            *(r["case"], r["precision"], r["route"], _microseconds(r["rows"].get("dense", {}))),
-            *(_ratio(r["rows"].get(name, {})) for name in names if name != "dense"),
+            *(r["case"], r["precision"], r.get("route", "")),
+            _time(r["rows"].get(floor, {}), "total"),
+            *(_ratio(r["rows"].get(name, {})) for name in names),
         ]
         for r in records
     ]
-    details = [_details(r, name, row) for r in records for name, row in r["rows"].items()]
+    details = [
+        _details(r, name, row) for r in records for name, row in r["rows"].items() if "total" in row
+    ]
     others: dict[str, list[str]] = {}
     for r in records:
         for name, row in r["rows"].items():
             if text := row["status"] if row["status"] != "timed" else row["note"]:
                 others.setdefault(f"{name}: {text}", []).append(f"{r['case']}, {r['precision']}")
     parts = [
-        "Time relative to the dense layer alone; the route is that of metalora.",
-        markdown(
-            ["case", "precision", "route", "dense, µs", *(n for n in names if n != "dense")], ratios
-        ),
-        "Medians and quartiles in µs. Spread: how far the medians of two runs are apart. Error: "
-        "the largest relative error of y and the gradients, of any task, against float64. Memory: "
-        "what the results and everything between take at most.",
-        markdown(
-            [
-                *("case", "precision", "version", "forward", "backward", "both (quartiles)"),
-                *("relative", "spread", "error", "peak memory, MiB"),
-            ],
-            [row for row in details if row],
-        ),
+        f"Time relative to {floor}.",
+        markdown(*_without_empty(["case", "precision", "route", floor, *names], ratios)),
+        "Medians and quartiles. Spread: how far the medians of two runs are apart. Error: the "
+        "largest relative error of any result against float64. Memory: what the results and "
+        "everything between take at most.",
+        markdown(*_without_empty(DETAILS, details)),
     ]
     if others:
-        parts += ["Without a time, or timed by events instead of replays of a CUDA graph:"]
+        parts += ["Without a time, or timed in another way:"]
         parts += ["\n".join(f"- {text} ({'; '.join(where)})" for text, where in others.items())]
     return page(record, *parts)
 
 
+DETAILS = [
+    *("case", "precision", "version", "forward", "backward", "total (quartiles)", "relative"),
+    *("spread", "error", "padding", "peak memory, MiB", "rate"),
+]
+
+
 def _details(record: Mapping[str, Any], name: str, row: Mapping[str, Any]) -> list[str]:
-    if "total" not in row:
-        return []
-    total, peak = row["total"], row["peak_bytes"]
+    total, peak, work = row["total"], row["peak_bytes"], record.get("work")
+    rate = ""
+    if work and row.keys() >= work["amounts"].keys():
+        rates = [n / row[step]["median"] / work["scale"] for step, n in work["amounts"].items()]
+        rate = f"{' / '.join(map(three_digits, rates))} {work['unit']}"
     return [
         *(record["case"], record["precision"], name),
-        *(_us(row[step]["median"]) for step in ("forward", "backward")),
-        f"{_us(total['median'])} ({_us(total['low'])}-{_us(total['high'])})",
+        *(_time(row, step) for step in ("forward", "backward")),
+        f"{seconds(total['median'])} ({seconds(total['low'])} to {seconds(total['high'])})",
         *(_ratio(row), f"{100 * total['spread']:.0f} %", f"{row['error']:.0e}"),
+        "" if row.get("padding") is None else f"{100 * row['padding']:.0f} %",
         "" if peak is None else f"{peak / 2**20:,.0f}",
+        rate,
     ]
 
 
+def _without_empty(header: Row, rows: Sequence[Row]) -> tuple[Row, Sequence[Row]]:
+    """The columns in which any row has a text."""
+    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
 def _ratio(row: Mapping[str, Any]) -> str:
-    return f"{row['relative']:.2f}" if "relative" in row else ""
+    return f"{row['relative']:,.2f}" if "relative" in row else ""
 
 
-def _microseconds(row: Mapping[str, Any]) -> str:
-    return _us(row["total"]["median"]) if "total" in row else ""
+def _time(row: Mapping[str, Any], step: str) -> str:
+    return seconds(row[step]["median"]) if step in row else ""
 
 
-def _us(seconds: float) -> str:
-    return f"{seconds * 1e6:,.0f}"
+def seconds(value: float) -> str:
+    """A time with three digits: 4.85 ms."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if value >= 0.9995 * size:
+            return f"{three_digits(value / size)} {unit}"
+    return f"{three_digits(value * 1e6)} µs"
+
+
+def three_digits(value: float) -> str:
+    """Three digits, or all of a large number's."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"

@@ -1,9 +1,9 @@
 """The authors' schedule in plain PyTorch and transformers, and the same through PEFT.
 
-A round takes a batch of each task in turn, every sequence padded to one length, adds the gradients
-up, and steps AdamW once. Each task has LoRA pairs and a head of its own; all weights are trained.
-The authors step after every task's batch instead, which takes longer; with one step for all, every
-version that is measured computes the same.
+A round takes a batch of each task in turn, pads its sequences to one length, sums the gradients,
+and steps AdamW once. Each task has LoRA pairs and a head of its own; all weights are trained. The
+authors step after every task's batch, which takes longer; with one step for all tasks, all measured
+versions compute the same.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Heads(nn.ModuleList):
 class Selectable:
     """A model that runs one task at a time.
 
-    ``parameters``: by their names in the model that metalora adapts, each parameter, or those of
+    ``parameters``: by the name in the model that metalora adapts, the one parameter, or those of
     all tasks.
     """
 
@@ -71,7 +71,7 @@ class Selectable:
 
 
 def plain(model: nn.Module, num_tasks: int) -> Selectable:
-    """With layers written out here."""
+    """The model with layers in plain PyTorch."""
     layers: list[LoRALinear | Heads] = []
     for name, module in list(model.named_modules()):
         if name == HEAD:
@@ -91,7 +91,7 @@ def plain(model: nn.Module, num_tasks: int) -> Selectable:
 
 
 def peft(model: nn.Module, num_tasks: int) -> Selectable:
-    """With PEFT's layers and ``set_adapter``."""
+    """The model with PEFT's layers and ``set_adapter``."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -118,7 +118,7 @@ def peft(model: nn.Module, num_tasks: int) -> Selectable:
 
 
 def _by_name(model: nn.Module, *changes: tuple[str, str]) -> dict[str, list[nn.Parameter]]:
-    """The parameters, those together whose names are the same after the changes."""
+    """The parameters, grouped by their names after the changes."""
     found: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         for pattern, new in changes:
@@ -130,7 +130,7 @@ def _by_name(model: nn.Module, *changes: tuple[str, str]) -> dict[str, list[nn.P
 def padded(
     sequences: Sequences, samples: Tensor, pad_token_id: int, length: int | None = None
 ) -> dict[str, Tensor]:
-    """The sequences of these samples, [n, length]; None: as long as the longest of them."""
+    """The sequences of these samples, [n, length]; None is the length of the longest of them."""
     taken = sequences.take(samples)
     starts, ends = taken.starts[:-1, None], taken.starts[1:, None]
     places = starts + torch.arange(length or int(taken.lengths.max()))
@@ -143,9 +143,9 @@ def padded(
 
 
 class TaskByTask:
-    """Trains a `Selectable` on rounds of samples' numbers.
+    """Trains a `Selectable` on rounds of sample numbers.
 
-    ``lengths``: what each task's sequences are padded to; None pads a batch to its longest.
+    ``lengths``: to which each task's sequences are padded; None pads a batch to its longest.
     ``precision``: "fp32", or "bf16" with autocast.
     """
 
@@ -166,14 +166,14 @@ class TaskByTask:
         self.optimizer = torch.optim.AdamW(every, lr=RATE)
 
     def inputs(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
-        """What the model is called with, task by task."""
+        """The model's inputs, task by task."""
         for task, part in zip(batch.tasks_present(), batch.by_task(), strict=True):
             length = None if self.lengths is None else self.lengths[task]
             inputs = padded(self.sequences, part.inputs, self.pad_token_id, length)
             yield {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
     def backward(self, batch: Batch) -> Tensor:
-        """Adds up the gradients of the mean over tasks of the mean over samples; its value."""
+        """Sums the gradients of the mean over tasks of the mean over samples; returns its value."""
         self.model.zero_grad()
         present, losses = batch.tasks_present(), []
         for task, part, inputs in zip(present, batch.by_task(), self.inputs(batch), strict=True):

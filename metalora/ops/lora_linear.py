@@ -26,7 +26,7 @@ from metalora.ops.dropout import check_probability, seed_tensor
 ROUTES = ("auto", "weight", "token", "reference")
 
 # The weight route wins once a task has more rows than, on a CPU, this many times
-# in * out / (in + out), where the two were measured to cross (`python -m benchmarks.layers
+# in * out / (in + out), where the two were measured to cross (`python -m benchmarks.lora_linear
 # --cases routes --baselines routes`); on a GPU, this many times sqrt(in * out), where their
 # memory traffic is equal.
 _CPU_WEIGHT_FROM = 8.0

@@ -12,10 +12,12 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import ceilings, gpu_report, language, layers, merge, profile_layers
+from benchmarks import ceilings, gpu_report, language, task_matvec
 from benchmarks.gpu_report import LIMIT, Part, parts, run
-from benchmarks.lib import cli
-from benchmarks.lib.registry import select
+from benchmarks.lib.operators import Settings
+from benchmarks.lib.registry import benchmarks
+from benchmarks.lora_linear import BENCHMARK
+from experiments.lib.cli import parse
 
 
 def python(code: str, **changes: object) -> Part:
@@ -34,7 +36,7 @@ def test_parts_one_after_the_other(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     call = ["--device", "cpu", "--smoke", "--out", str(tmp_path), "--part"]
     assert exit_code(gpu_report, *call, "routes", "sanitize-memcheck") == 0
-    table = tmp_path / "layers_cpu_routes.json"
+    table = tmp_path / "lora_linear_cpu_routes.json"
     record = json.loads(table.read_text())
     rows = [row for one in record["rows"] for row in one["rows"].values()]
     assert len(record["rows"]) == 4 and all(row["status"] == "timed" for row in rows)
@@ -42,7 +44,7 @@ def test_parts_one_after_the_other(
     assert page in (tmp_path / "routes.log").read_text()
 
     assert exit_code(gpu_report, *call, "plot") == 0
-    assert len(list(tmp_path.glob("layers_cpu_routes_*.png"))) == 2
+    assert len(list(tmp_path.glob("lora_linear_cpu_routes_*.png"))) == 2
     summary = (tmp_path / "gpu_report.md").read_text()
     assert "| sanitize-memcheck | not run | 0 | there is nothing to sanitize on a CPU |" in summary
     assert "| routes | done |" in summary and "| plot | done |" in summary
@@ -53,22 +55,24 @@ def test_every_part_that_measures_takes_its_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    found = 0
+    found = []
     for part in parts("cuda", tmp_path, smoke=True, resume=True):
-        if "benchmarks.layers" in part.command:
-            given = cli.parse(layers.Settings, part.command[3:], "layers", "")
-            assert select(given.case_words()) and given.resume and given.smoke
-            assert given.budget_seconds is not None and given.budget_seconds < LIMIT < 600
-            found += 1
-        elif part.name in ("merge", "ceilings", "profile"):
-            assert cli.parse(cli.DeviceSettings, part.command[3:], "", "").device == "cuda"
-            found += 1
-        elif part.name == "language":
-            rounds = cli.parse(language.Settings, part.command[3:], "language", "")
+        module = part.command[2].removeprefix("benchmarks.")
+        if module in {**benchmarks(), "ceilings": ceilings}:
+            given = parse(Settings, part.command[3:], prog="")
+            benchmark = ceilings.BENCHMARK if module == "ceilings" else benchmarks()[module]
+            assert all(given.selected(benchmark))
+            assert given.smoke and given.device == "cuda"
+            if module != "ceilings" and not given.profile:
+                assert given.resume and given.budget_seconds < LIMIT < 600
+        elif module == "language":
+            rounds = parse(language.Settings, part.command[3:], prog="")
             assert (rounds.tasks, rounds.turns, rounds.precision) == (10, 8, "bf16")
             assert rounds.model in language.SIZES and rounds.data is None
-            found += 1
-    assert found >= 15
+        else:
+            continue
+        found.append(part.name)
+    assert len(found) >= 19 and set(benchmarks()) - {"lora_linear"} <= set(found)
 
 
 def test_max_autotune_is_measured_beside_metalora_where_there_is_a_goal(
@@ -76,10 +80,10 @@ def test_max_autotune_is_measured_beside_metalora_where_there_is_a_goal(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     compiled = [p for p in parts("cuda", tmp_path) if p.name.startswith("compiled")]
-    names = {c.name for group in gpu_report.HEADLINES.values() for c in select(group)}
+    names = {c.name for group in gpu_report.HEADLINES.values() for c in BENCHMARK.select(group)}
     assert len(names) == 4 and len(compiled) == 4
     for part in compiled:
-        given = cli.parse(layers.Settings, part.command[3:], "layers", "")
+        given = parse(Settings, part.command[3:], prog="")
         assert given.baselines == ("metalora", "merged", "compiled")
 
 
@@ -129,30 +133,12 @@ def test_the_whole_fails_where_a_part_does(tmp_path: Path, monkeypatch: pytest.M
     assert exit_code(gpu_report, "--out", str(tmp_path), "--part", "build") == 1
 
 
-@pytest.mark.parametrize("module", [ceilings, merge, profile_layers])
-def test_the_other_tables(module, tmp_path: Path) -> None:
-    assert exit_code(module, "--smoke", "--write", str(tmp_path)) == 0
+@pytest.mark.parametrize(
+    ("module", "flags"), [(ceilings, ()), (task_matvec, ("--profile", "--precisions", "fp64"))]
+)
+def test_the_other_tables(module, flags: tuple[str, ...], tmp_path: Path) -> None:
+    assert exit_code(module, "--smoke", "--write", str(tmp_path), *flags) == 0
     (table,) = tmp_path.glob("*.json")
     record = json.loads(table.read_text())
     assert record["rows"] and record["machine"]["torch"]
     assert record["command"] in table.with_suffix(".md").read_text()
-
-
-def test_merging_moves_every_input_and_result_once() -> None:
-    one = merge.Merge((3, 5, 7, 2), merge.PRECISIONS["autocast"], "cpu", 0)
-    factors = 4 * 3 * 2 * (5 + 7)
-    assert one.traffic() == {
-        "forward": 4 * 35 + factors + 2 * 105,
-        "backward": 2 * 105 + 2 * factors + 4 * 35,
-    }
-
-
-def test_the_merge_gate_finds_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = merge.ops.merge_lora
-
-    def wrong(weight, lora_A, lora_B, scaling, dtype):
-        return right(weight, lora_A, lora_B, 1.1 * scaling, dtype=dtype)
-
-    monkeypatch.setattr(merge.ops, "merge_lora", wrong)
-    with pytest.raises(merge.GateError, match="relative error"):
-        merge.measure((2, 24, 16, 4), merge.PRECISIONS["fp32"], "cpu", 2)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks import language
-from benchmarks.lib import language_versions
+from benchmarks.lib import language_versions, operators
+from benchmarks.lib.cases import PRECISIONS, Options
 from benchmarks.lib.dialogues import AT, CANDIDATES, UTTERANCE, Turns, drawn
 from benchmarks.lib.gate import GateError
 from benchmarks.lib.language_versions import (
@@ -26,6 +27,7 @@ from benchmarks.lib.language_versions import (
     results,
     versions,
 )
+from benchmarks.lib.measure import Budget
 from metalora.hf import Sequences
 from metalora.meta import RoundLoader
 
@@ -55,23 +57,21 @@ def setting(turns: Turns) -> Setting:
 
 
 def test_all_versions_pass_the_gate_and_have_all_columns(setting: Setting) -> None:
-    records = {record["version"]: record for record in language.measure(setting, "bf16")}
+    found = language.benchmark(setting, "made up", "bf16")
+    options = Options(tuple(found.versions["all"]))
+    fp32 = PRECISIONS["fp32"]
+    record = operators.measure_case(found, found.cases[0], fp32, options, Budget())
+    records = record["rows"]
     assert list(records) == list(versions(setting, "bf16")) and len(records) == 10
+    assert record["work"]["amounts"] == {"round": 64}
     for name, record in records.items():
         short = name.endswith("bf16")
         assert 0 < record["error"] < (TOLERANCE["bf16"] if short else 1e-5)
         assert short == (record["error"] > 1e-4)
-        assert record["low"] <= record["median"] <= record["high"]
+        total = record["total"]
+        assert total["low"] <= total["median"] <= total["high"]
         assert record["peak_bytes"] > 2**16
-        assert record["epoch"] == pytest.approx(6 / 4 * record["median"])
-        assert record["tokens_a_second"] == pytest.approx(64 / record["median"])
-        assert record["speedup"] == records[AUTHORS]["median"] / record["median"]
-        assert len(language.row(record)) == len(language.HEADER)
-    pairs = [(PEFT, AUTHORS), (BATCH, AUTHORS), (AT_ONCE, BATCH)]
-    pairs += [(f"{name}, bf16", "+ bf16") for name in (AUTHORS, PEFT)]
-    for name, before in pairs:
-        steps = records[before]["median"] / records[name]["median"]
-        assert records[name]["step"] == pytest.approx(steps)
+        assert record["relative"] == total["median"] / records[AUTHORS]["total"]["median"]
     # Of the round's 64 tokens: the longest are 8 and 6 in the tasks, 5 and 6 in the round.
     places = {
         AUTHORS: 8 * 8 + 8 * 6,
@@ -153,7 +153,7 @@ def test_a_wrong_version_does_not_pass_the_gate(
     plant(monkeypatch)
     version = versions(setting)[name]()
     with pytest.raises(GateError, match=message):
-        check(name, results(version, setting, few), wanted, TOLERANCE[version.precision])
+        check(results(version, setting, few), wanted, TOLERANCE[version.precision])
 
 
 def test_drawn_lengths_are_like_those_of_the_dialogues() -> None:
@@ -180,12 +180,13 @@ def test_the_command_writes_its_table(
         language.main(["--smoke", "--write", str(tmp_path), "--name", "rounds"])
     assert not ended.value.code
     record = json.loads((tmp_path / "rounds.json").read_text())
-    assert len(record["rows"]) == 7 and record["machine"]["torch"]
+    assert len(record["rows"][0]["rows"]) == 7 and record["machine"]["torch"]
     assert record["command"] == (
         "python -m benchmarks.language --smoke --write benchmarks/results --name rounds"
     )
     page = (tmp_path / "rounds.md").read_text()
-    assert " | ".join(language.HEADER) in page and "tiny, 2 tasks with 1 turn" in page
+    assert "| padding | peak memory, MiB | rate |" in page and "tokens/s |" in page
+    assert "| tiny, 2 tasks of 1 turns | fp32 | + packed |" in page
 
 
 def test_real_dialogues_are_read(

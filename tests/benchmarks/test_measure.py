@@ -11,7 +11,6 @@ from benchmarks.lib.measure import (
     Budget,
     CpuClock,
     graphed,
-    one_by_one,
     peak_bytes,
     side_by_side,
 )
@@ -67,10 +66,13 @@ def test_long_steps_are_called_once_a_run_and_begin_in_turn() -> None:
         calls.append(name)
         now += seconds + (len(calls) > 4)  # a second more in the second run
 
-    steps = {name: [lambda n=name: step(n, 1.0), lambda n=name: step(n, 2.0)] for name in "ab"}
-    found = one_by_one(steps, timer=CpuClock(lambda: now))
+    steps = {
+        name: [{"step": lambda n=name, s=seconds: step(n, s)} for seconds in (1.0, 2.0)]
+        for name in "ab"
+    }
+    found = side_by_side(steps, rounds=2, warm=False, timer=CpuClock(lambda: now))
     assert "".join(calls) == "abba" + "abba"
-    for timing in found.values():
+    for timing in (each["step"] for each in found.values()):
         assert timing.median == 2.0 and timing.spread == pytest.approx(2.5 / 1.5 - 1)
 
 

@@ -1,13 +1,63 @@
-"""The cases: complete, named once, and found by name."""
+"""The cases: complete, named once, found by name, and one for every operator."""
 
 from __future__ import annotations
 
+import re
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.lib.registry import CASES, GOAL, PRECISIONS, equal, select, zipf
+from benchmarks import lora_linear, plot
+from benchmarks.lib.cases import PRECISIONS, Options
+from benchmarks.lib.registry import MODULES, benchmarks
+from benchmarks.lora_linear import CASES, GOALS, equal, zipf
+from metalora._library import native_available
+
+SCHEMAS = Path(__file__).parents[2] / "csrc" / "schemas.h"
+select = lora_linear.BENCHMARK.select
+
+
+class Called(TorchDispatchMode):
+    """Notes which of metalora's operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "metalora":
+            self.names.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not native_available(), reason="the native library is not built")
+def test_every_operator_of_the_schemas_has_a_case() -> None:
+    with Called() as called:
+        for benchmark in benchmarks().values():
+            known = benchmark.select_versions(list(benchmark.versions))
+            names = [n for n in ("metalora", "metalora-weight", "metalora-token") if n in known]
+            for case in {c.operator: c for c in benchmark.select(["cpu"])}.values():
+                make = case.shrunk().candidates(PRECISIONS["fp32"], Options(tuple(names)))
+                for name in names:
+                    make(name)
+    assert called.names == set(re.findall(r'"(\w+)\(', SCHEMAS.read_text()))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_cases_and_versions(name: str) -> None:
+    found = benchmarks()[name]
+    assert len({c.name + c.group for c in found.cases}) == len(found.cases)
+    assert found.select(["cpu"]) and found.select([found.groups["cuda"]])
+    names = found.select_versions(list(found.versions))
+    assert names[0] == found.floor and "metalora" in names
+    looks = plot.looks(names)
+    assert len(set(looks.values())) == len(looks) == len({n.partition("+")[0] for n in names})
+    with pytest.raises(ValueError, match=r"called 'metalor'; did you mean 'metalora'"):
+        found.select_versions(["metalor"])
 
 
 def shapes(group: str) -> set[tuple[object, ...]]:
@@ -56,8 +106,8 @@ def test_central_cases_differ_from_their_centre_in_one_thing() -> None:
 
 
 def test_goals_have_no_dropout() -> None:
-    assert {c.group for c in GOAL} == {"a", "c"}
-    assert not any(c.dropout for c in GOAL)
+    assert {c.group for c in GOALS} == {"a", "c"}
+    assert not any(c.dropout for c in GOALS)
 
 
 def test_precisions() -> None:
@@ -80,9 +130,10 @@ def test_select() -> None:
 
 def test_tensors() -> None:
     case = equal(2, 6, 4, 3, 5)
-    x, weight, bias, lora_A, lora_B, grad = case.tensors(PRECISIONS["autocast"])
+    tensors = case.tensors(PRECISIONS["autocast"])
+    x, weight, bias, lora_A, lora_B, grad = tensors.values()
     assert [t.dtype for t in (x, grad)] == [torch.bfloat16] * 2
     assert {t.dtype for t in (weight, bias, lora_A, lora_B)} == {torch.float32}
     assert x.shape == (10, 6) and lora_B.shape == (2, 4, 3) and grad.shape == (10, 4)
     assert case.task_ptr().tolist() == [0, 5, 10]
-    assert not x.equal(case.tensors(PRECISIONS["autocast"], seed=1)[0])
+    assert not x.equal(case.tensors(PRECISIONS["autocast"], seed=1)["x"])

@@ -1,13 +1,12 @@
-"""What one would write without metalora, beside metalora: all compute the same layer.
+"""The multi-task LoRA layer by metalora and by its baselines: all compute the same.
 
-A baseline is a function of a `Setup` that returns the layer, a function of x, weight, bias, lora_A
+A version is a function of a `Setup` that returns the layer, a function of x, weight, bias, lora_A
 and lora_B. What depends on the split of the rows alone is made beforehand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -16,39 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.lib.registry import SCALING, Case, Precision
+from benchmarks.lib.cases import NotOfferedError
+from benchmarks.lib.tensor_case import SCALING, Setup
 from metalora import ops
 
 Layer = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-class NotOfferedError(Exception):
-    """The baseline has no form for this case; the message says why."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a layer may know before it sees its tensors.
-
-    ``seed`` fixes the dropout mask, so that results can be compared; None is what one would train
-    with.
-    """
-
-    case: Case
-    precision: Precision
-    device: str
-    seed: int | None = None
-
-    def drop(self, rows: Tensor, first: int = 0) -> Tensor:
-        """Dropout of the rows [n, in] of x that begin at row ``first``."""
-        p = self.case.dropout
-        if p == 0:
-            return rows
-        if self.seed is None:
-            return F.dropout(rows, p)
-        seed = torch.tensor(self.seed, device=rows.device)
-        keep = ops.dropout_mask(seed, p, sum(self.case.rows), rows.shape[1])
-        return torch.where(keep[first : first + len(rows)], rows / (1 - p), 0)
+def drop(setup: Setup, rows: Tensor, first: int = 0) -> Tensor:
+    """Dropout of the rows [n, in] of x that begin at row ``first``."""
+    p = setup.case.dropout
+    if p == 0:
+        return rows
+    if setup.seed is None:
+        return F.dropout(rows, p)
+    seed = torch.tensor(setup.seed, device=rows.device)
+    keep = ops.dropout_mask(seed, p, sum(setup.case.rows), rows.shape[1])
+    return torch.where(keep[first : first + len(rows)], rows / (1 - p), 0)
 
 
 class Padding:
@@ -76,7 +59,12 @@ def metalora(setup: Setup, route: str = "auto", keep_merged: bool = False) -> La
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         return ops.lora_linear(
-            *(x, weight, bias, lora_A, lora_B, task_ptr),
+            x,
+            weight,
+            bias,
+            lora_A,
+            lora_B,
+            task_ptr,
             scaling=SCALING,
             dropout_p=setup.case.dropout,
             seed=setup.seed,
@@ -103,7 +91,7 @@ def loop(setup: Setup) -> Layer:
     def layer(x: Tensor, weight: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         parts = []
         for rows, start, a, b in zip(x.split(sizes), starts, lora_A, lora_B, strict=True):
-            update = F.linear(F.linear(setup.drop(rows, start), a), b)
+            update = F.linear(F.linear(drop(setup, rows, start), a), b)
             parts.append(F.linear(rows, weight, bias) + SCALING * update)
         return torch.cat(parts)
 
@@ -117,7 +105,7 @@ def bmm(setup: Setup) -> Layer:
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         y = F.linear(x, weight, bias)
-        branch = setup.drop(x)
+        branch = drop(setup, x)
         if padding is None:
             shrunk = torch.bmm(branch.view(tasks, longest, -1), lora_A.mT)
             y = y.view(tasks, longest, -1)
@@ -163,7 +151,7 @@ def grouped(setup: Setup) -> Layer:
     def layer(x: Tensor, weight: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         a = F.pad(lora_A, (0, 0, 0, more)).to(x.dtype)
         b = F.pad(lora_B, (0, more)).to(x.dtype)
-        update = grouped_product(grouped_product(setup.drop(x), a), b)
+        update = grouped_product(grouped_product(drop(setup, x), a), b)
         return F.linear(x, weight, bias) + SCALING * update
 
     return layer
@@ -220,7 +208,7 @@ class _Dropout(nn.Module):
         self.setup, self.first = setup, first
 
     def forward(self, rows: Tensor) -> Tensor:
-        return self.setup.drop(rows, self.first)
+        return drop(self.setup, rows, self.first)
 
 
 class _InPlaceLoRA(torch.autograd.Function):
@@ -234,7 +222,7 @@ class _InPlaceLoRA(torch.autograd.Function):
         bias: Tensor,
         lora_A: Tensor,
         lora_B: Tensor,
-        case: Case,
+        case: Any,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, lora_A, lora_B)
         ctx.case = case
@@ -268,7 +256,7 @@ class _InPlaceLoRA(torch.autograd.Function):
         )
 
 
-def _views(case: Case, *tensors: Tensor) -> list[tuple[Any, ...]]:
+def _views(case: Any, *tensors: Tensor) -> list[tuple[Any, ...]]:
     """(tasks, views [tasks, rows, n] of the tensors [M, n]): all tasks where equal, else each."""
     if case.equal:
         return [(slice(None), *(t.view(case.tasks, case.rows[0], -1) for t in tensors))]
@@ -340,4 +328,4 @@ COMPILED = {
     for name in ("merged", "bmm", "loop", "dense")
     for short, mode in MODES.items()
 }
-BASELINES = EAGER | ROUTES | COMPILED
+VERSIONS = EAGER | ROUTES | COMPILED

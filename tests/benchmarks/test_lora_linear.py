@@ -13,24 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import layers, plot
-from benchmarks.layers import LEFT_OUT, Options, measure_case
-from benchmarks.lib import baselines
-from benchmarks.lib.baselines import (
-    BASELINES,
-    COMPILED,
-    EAGER,
-    ROUTES,
-    Layer,
-    NotOfferedError,
-    Setup,
-)
-from benchmarks.lib.gate import SEED, GateError, Run, check, exact_results, wanted_gradients
+from benchmarks import plot
+from benchmarks.lib import lora_linear_versions, operators
+from benchmarks.lib.cases import PRECISIONS, NotOfferedError, Options
+from benchmarks.lib.cli import BenchmarkSettings
+from benchmarks.lib.gate import GateError
+from benchmarks.lib.lora_linear_versions import COMPILED, EAGER, ROUTES, VERSIONS, Layer, drop
 from benchmarks.lib.measure import Budget
-from benchmarks.lib.registry import INPUTS, PRECISIONS, Case, equal, ragged
+from benchmarks.lib.operators import LEFT_OUT
+from benchmarks.lib.tensor_case import SEED, Setup
+from benchmarks.lora_linear import BENCHMARK, LayerCase, equal, main, ragged
 from experiments.lib.errors import RunError
 from tests.pairs import every_pair
 
+INPUTS = ("x", "weight", "bias", "lora_A", "lora_B")
 EQUAL, RAGGED = equal(3, 16, 24, 3, 8), ragged(16, 8, 2, (40, 0, 1, 13))
 CASES = [EQUAL, RAGGED, replace(RAGGED, name="dropout", dropout=0.25)]
 NO_DROPOUT = ("unsloth", "merged", "merged-grouped", "metalora-weight", "metalora-keep")
@@ -46,21 +42,19 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def passes(case: Case, name: str, precision: str = "fp32", frozen: bool = False) -> set[str]:
+def passes(case: LayerCase, name: str, precision: str = "fp32", frozen: bool = False) -> set[str]:
     """Raises where the version does not pass the gate; the names of its results."""
-    chosen, adapters = PRECISIONS[precision], not name.startswith("dense")
-    wanted = wanted_gradients(adapters, frozen)
+    chosen = PRECISIONS[precision]
     tensors = case.tensors(chosen)
-    run = Run(BASELINES[name](Setup(case, chosen, "cpu", SEED)), tensors, wanted, chosen)
-    run.forward()
-    run.backward()
-    exact = exact_results(case, tensors, wanted, adapters)
-    check(case, run.results, exact, chosen.tolerance)
+    run = case.run(name, tensors, Setup(case, chosen, "cpu", SEED), frozen)
+    run.call("cpu")
+    exact = case.exact_results(name, tensors, list(run.leaves))
+    case.check(name, run.results, exact, chosen.tolerance)
     return set(run.results)
 
 
 @every_pair(name=[*EAGER, *ROUTES], case=CASES, precision=PRECISIONS)
-def test_every_version_passes_the_gate(name: str, case: Case, precision: str) -> None:
+def test_every_version_passes_the_gate(name: str, case: LayerCase, precision: str) -> None:
     if (name, precision) in NO_GROUPS:
         with pytest.raises((RuntimeError, NotOfferedError)):
             passes(case, name, precision)
@@ -79,7 +73,7 @@ def test_every_version_passes_the_gate(name: str, case: Case, precision: str) ->
 
 @pytest.mark.parametrize("case", CASES[:2], ids=["equal", "ragged"])
 @pytest.mark.parametrize("name", EAGER)
-def test_every_version_passes_with_frozen_weights(name: str, case: Case) -> None:
+def test_every_version_passes_with_frozen_weights(name: str, case: LayerCase) -> None:
     adapters = set() if name == "dense" else {"lora_A", "lora_B"}
     assert passes(case, name, frozen=True) == {"y", "x"} | adapters
 
@@ -98,7 +92,7 @@ def planted(change: Callable[[list[Tensor]], list[Tensor]]) -> Callable[[Setup],
     """The loop over tasks, with its inputs changed."""
 
     def make(setup: Setup) -> Layer:
-        right = baselines.loop(setup)
+        right = lora_linear_versions.loop(setup)
         return lambda *inputs: right(*change(list(inputs)))
 
     return make
@@ -130,7 +124,7 @@ def test_the_gate_finds(
     change: Callable[[list[Tensor]], list[Tensor]], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes(RAGGED, "loop")
-    monkeypatch.setitem(BASELINES, "loop", planted(change))
+    monkeypatch.setitem(VERSIONS, "loop", planted(change))
     with pytest.raises(GateError, match=message):
         passes(RAGGED, "loop")
 
@@ -138,16 +132,20 @@ def test_the_gate_finds(
 @pytest.mark.parametrize("name", ["y", *INPUTS])
 def test_the_gate_looks_at_every_result_and_task(name: str) -> None:
     tensors = RAGGED.tensors(PRECISIONS["fp64"])
-    exact = exact_results(RAGGED, tensors, INPUTS)
-    assert check(RAGGED, exact, exact, 0.0) == 0.0
+    exact = RAGGED.exact_results("loop", tensors, INPUTS)
+
+    def check(got: dict[str, Tensor], tolerance: float) -> float:
+        return RAGGED.check("loop", got, exact, tolerance)
+
+    assert check(exact, 0.0) == 0.0
     for wrong in (torch.nan, 1.0):
         changed = exact[name].clone()
         last_row_or_task = changed[-1:] if name != "lora_A" else changed[1]  # the empty task
         last_row_or_task.view(-1)[0] += wrong
         with pytest.raises(GateError, match=f"^{name} has"):
-            check(RAGGED, exact | {name: changed}, exact, 1e-3)
+            check(exact | {name: changed}, 1e-3)
     with pytest.raises(GateError, match=r"is \[.*\], not"):
-        check(RAGGED, exact | {name: exact[name][:-1]}, exact, 1e-3)
+        check(exact | {name: exact[name][:-1]}, 1e-3)
 
 
 def quick(*names: str) -> Options:
@@ -158,10 +156,10 @@ def test_what_is_wrong_is_listed_and_not_timed(monkeypatch: pytest.MonkeyPatch) 
     def broken(setup: Setup) -> Layer:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setitem(BASELINES, "loop", planted(one_percent))
-    monkeypatch.setitem(BASELINES, "bmm", broken)
+    monkeypatch.setitem(VERSIONS, "loop", planted(one_percent))
+    monkeypatch.setitem(VERSIONS, "bmm", broken)
     options = quick("loop", "bmm", "unsloth", "metalora")
-    record = measure_case(CASES[2], PRECISIONS["fp32"], options, Budget())
+    record = operators.measure_case(BENCHMARK, CASES[2], PRECISIONS["fp32"], options, Budget())
     rows = record["rows"]
     assert rows["loop"]["status"].startswith("wrong: y has a relative error of")
     assert rows["bmm"]["status"] == "failed: RuntimeError: first line"
@@ -174,14 +172,13 @@ def test_what_is_wrong_is_listed_and_not_timed(monkeypatch: pytest.MonkeyPatch) 
 
 
 def measured(folder: Path, seconds: float = 1e9, **changes: Any) -> list[dict[str, Any]]:
-    return layers.measure(
+    return operators.measure(
+        BENCHMARK,
         [EQUAL, RAGGED],
         [PRECISIONS["fp32"]],
         quick("metalora", "loop"),
-        title="A title",
+        BenchmarkSettings(write=folder, name="table"),
         command="python -m this",
-        name="table",
-        folder=folder,
         budget=Budget(seconds),
         **changes,
     )
@@ -205,13 +202,14 @@ def test_tables_and_resuming(
     ratio = first[0]["rows"]["loop"]["relative"]
     assert f"| {EQUAL.name} | fp32 | loop |" in text and f"{ratio:.2f}" in text
 
-    again: list[Case] = []
+    again: list[LayerCase] = []
+    measure_case = operators.measure_case
 
-    def measure_again(case: Case, *arguments: Any) -> dict[str, Any]:
+    def measure_again(benchmark: Any, case: LayerCase, *arguments: Any) -> dict[str, Any]:
         again.append(case)
-        return measure_case(case, *arguments)
+        return measure_case(benchmark, case, *arguments)
 
-    monkeypatch.setattr(layers, "measure_case", measure_again)
+    monkeypatch.setattr(operators, "measure_case", measure_again)
     assert measured(tmp_path, resume=True) == record["rows"] and not again
     del record["rows"][1]["rows"]["loop"]
     (tmp_path / "table.json").write_text(json.dumps(record))
@@ -224,39 +222,44 @@ def test_tables_and_resuming(
 
 def test_the_figure_has_every_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timing = {"median": 1e-3, "low": 1e-3, "high": 1e-3, "spread": 0.0}
-    rows = {name: {"status": "timed", "relative": 1.5, "total": timing} for name in BASELINES}
+    rows = {name: {"status": "timed", "relative": 1.5, "total": timing} for name in VERSIONS}
     record = {"case": "c 512→256 16384 rows/task T4 r1", "precision": "tf32", "rows": rows}
-    page = {"title": "T", "machine": {"cpu": "C", "torch": "1", "date": "today"}, "rows": [record]}
+    page = {
+        "title": "T",
+        "floor": "dense",
+        "machine": {"cpu": "C", "torch": "1", "date": "today"},
+        "rows": [record],
+    }
     (tmp_path / "one.json").write_text(json.dumps(page))
     drawn: list[str] = []
     dot = plot._dot
 
-    def noted(axes, name, ratio, y):
+    def noted(axes, name, look, ratio, y):
         drawn.append(name)
-        dot(axes, name, ratio, y)
+        dot(axes, name, look, ratio, y)
 
     monkeypatch.setattr(plot, "_dot", noted)
     record = plot.load(tmp_path / "one.json")
     assert plot.draw(record, "one", tmp_path) == [tmp_path / "one_tf32.png"]
-    assert set(drawn) == set(BASELINES) - {"dense"}
+    assert set(drawn) == set(VERSIONS) - {"dense"}
     assert (tmp_path / "one_tf32.pdf").stat().st_size > 0
 
 
 def test_main_measures_tiny_shapes(tmp_path: Path) -> None:
     arguments = "--cases a --smoke --baselines loop --frozen --name x --write"
     with pytest.raises(SystemExit) as ended:
-        layers.main([*arguments.split(), str(tmp_path)])
+        main([*arguments.split(), str(tmp_path)])
     assert not ended.value.code
     record = json.loads((tmp_path / "x.json").read_text())
     assert record["command"].endswith("--write benchmarks/results")
     assert len(record["rows"]) == 2 and all(r["frozen"] for r in record["rows"])
-    assert "at most 24 features" in record["title"]
+    assert record["title"].endswith("on the CPU, shared weights frozen, tiny sizes")
 
 
 def test_dropout_is_what_one_trains_with_when_it_is_timed() -> None:
     setup = Setup(CASES[2], PRECISIONS["fp32"], "cpu")
     torch.manual_seed(1)
-    dropped = setup.drop(torch.ones(4, 16))
+    dropped = drop(setup, torch.ones(4, 16))
     torch.manual_seed(1)
     assert dropped.equal(F.dropout(torch.ones(4, 16), 0.25))
 
@@ -264,7 +267,7 @@ def test_dropout_is_what_one_trains_with_when_it_is_timed() -> None:
 @pytest.mark.gpu
 def test_a_gpu_replays_graphs() -> None:
     options = replace(quick("metalora", "loop"), device="cuda")
-    record = measure_case(EQUAL, PRECISIONS["fp32"], options, Budget())
+    record = operators.measure_case(BENCHMARK, EQUAL, PRECISIONS["fp32"], options, Budget())
     for row in record["rows"].values():
         assert row["status"] == "timed" and row["note"] == ""
         assert row["peak_bytes"] > 0
