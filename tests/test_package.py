@@ -12,10 +12,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Each layer imports only from those before it (and from itself).
-LAYERS = ["_checks", "_optional", "_files", "_warn", "_library", "_transforms", "_inputs"]
+LAYERS = ["_checks", "_errors", "_draws", "_optional", "_files", "_warn", "_library", "_transforms"]
 LAYERS += ["reference", "ops", "nn", "adapters", "meta", "linear", "shallow", "io", "hf"]
 # Stand beside these, not above all that comes before them.
-_BELOW = {"_checks", "_files", "_warn", "_library", "_inputs", "reference", "ops"}
+_BELOW = {"_checks", "_files", "_warn", "_library", "_draws", "reference", "ops"}
 SIDE_BY_SIDE = {"linear": _BELOW, "shallow": _BELOW}
 
 

@@ -7,8 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metalora._checks import check_count, check_nonnegative
-from metalora._inputs import check_finite, check_generator, check_like, check_shape, randn
+from metalora._checks import (
+    check_constant,
+    check_count,
+    check_finite,
+    check_generator,
+    check_matrix_rank,
+    check_nonnegative,
+    check_shape,
+)
+from metalora._draws import Draws
 from metalora.linear._native import train
 from metalora.linear.statistics import SufficientStatistics
 from metalora.ops._trainings import check_converged
@@ -86,7 +94,7 @@ def lora_ml(
     name = "lora_ml"
     _check_tasks(name, stats)
     tasks, dim = stats.gram.shape[-3:-1]
-    _check_rank(name, rank, dim)
+    check_matrix_rank(name, rank, dim)
     check_count(name, "outer_steps", outer_steps, minimum=0)
     check_count(name, "inner_steps", inner_steps, minimum=0)
     check_nonnegative(name, "outer_lr", outer_lr)
@@ -183,7 +191,7 @@ def finetune_lora(
     weight = _check_matrix(name, "weight", weight, stats)
     if truth is not None:
         truth = _check_matrix(name, "truth", truth, stats)
-    _check_rank(name, rank, stats.dim)
+    check_matrix_rank(name, rank, stats.dim)
     check_count(name, "steps", steps, minimum=0)
     check_nonnegative(name, "lr", lr)
     check_generator(name, generator)
@@ -231,17 +239,11 @@ def _check_tasks(function: str, stats: SufficientStatistics) -> None:
     _check_statistics(function, stats)
 
 
-def _check_rank(function: str, rank: int, dim: int) -> None:
-    check_count(function, "rank", rank)
-    if rank > dim:
-        raise ValueError(f"{function}: rank must be at most d = {dim}, got {rank}")
-
-
 def _check_matrix(
     function: str, argument: str, value: Tensor, stats: SufficientStatistics
 ) -> Tensor:
     """``value`` with the leading dimensions of the statistics; it may lack the last of them."""
-    check_like(function, argument, value, stats.gram, "stats.gram")
+    check_constant(function, argument, value, "stats.gram", stats.gram)
     wanted, batch = stats.gram.shape, stats.batch_shape
     leading = value.dim() - 2
     if value.shape[-2:] != wanted[-2:] or value.shape[:-2] != batch[:leading]:
@@ -261,7 +263,7 @@ def _start_weight(
     shape = (*batch, stats.dim, stats.dim)
     if given is None:
         return stats.gram.new_zeros(shape)
-    check_like(function, "initial_weight", given, stats.gram, "stats.gram")
+    check_constant(function, "initial_weight", given, "stats.gram", stats.gram)
     check_shape(function, "initial_weight", given, shape)
     return check_finite(function, "initial_weight", given)
 
@@ -275,7 +277,8 @@ def _start(
     generator: torch.Generator | None,
 ) -> Tensor:
     if given is None:
-        return INITIAL_STD * randn(shape, generator, stats.gram.dtype, stats.gram.device)
-    check_like(function, argument, given, stats.gram, "stats.gram")
+        draw = Draws(generator, stats.gram.dtype, stats.gram.device)
+        return INITIAL_STD * draw.normal(*shape)
+    check_constant(function, argument, given, "stats.gram", stats.gram)
     check_shape(function, argument, given, shape)
     return check_finite(function, argument, given)

@@ -1,6 +1,6 @@
 """Retraining for adaptability, and the fine-tuning that follows it."""
 
-from metalora._checks import DivergedError
+from metalora._errors import DivergedError
 from metalora.meta.callbacks import Callback, KeepBest, MetricsLog, Progress
 from metalora.meta.checkpoint import Checkpoint, CheckpointError
 from metalora.meta.config import TrainConfig

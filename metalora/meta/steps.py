@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metalora._checks import DivergedError, check_choice, check_count, check_positive
+from metalora._checks import check_choice, check_count, check_positive
+from metalora._errors import DivergedError
 from metalora.adapters import adapted_layers, task_parameters
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Batch, Rounds

@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metalora._checks import check_count, check_nonnegative
-from metalora._inputs import check_finite, check_like, check_shape, check_tensor
+from metalora._checks import (
+    check_constant,
+    check_count,
+    check_finite,
+    check_matrix_rank,
+    check_nonnegative,
+    check_shape,
+)
 from metalora.ops._trainings import check_converged
 from metalora.shallow._native import train
 from metalora.shallow.data import check_network
-from metalora.shallow.network import Adapters, Network, check_rank
+from metalora.shallow.network import Adapters, Network
 
 
 @dataclass(frozen=True)
@@ -183,8 +189,8 @@ def _check(
     task_dims: int,
 ) -> torch.Size:
     """Checks all but the adapters; returns the leading dimensions of the trainings."""
-    check_tensor(function, "x", x)
-    check_like(function, "y", y, x, "x")
+    check_constant(function, "x", x)
+    check_constant(function, "y", y, "x", x)
     wanted, sizes = ("[..., T, N, d]", "T, N and d") if task_dims else ("[..., n, d]", "n and d")
     if x.dim() < 2 + task_dims or 0 in x.shape[-2 - task_dims :]:
         raise ValueError(f"{function}: x must be {wanted} with {sizes} >= 1, got {list(x.shape)}")
@@ -193,7 +199,7 @@ def _check(
     check_finite(function, "y", y)
     batch, dim = x.shape[: -2 - task_dims], x.shape[-1]
     check_network(function, network)
-    check_like(function, "network.weight", network.weight, x, "x")
+    check_constant(function, "network.weight", network.weight, "x", x)
     check_shape(function, "network.weight", network.weight, (*batch, dim, dim))
     check_count(function, "epochs", epochs, minimum=0)
     if not isinstance(optimizer, AdamW):
@@ -206,15 +212,15 @@ def _check(
 def _check_adapters(function: str, adapters: Any, x: Tensor) -> None:
     if not isinstance(adapters, Adapters):
         raise TypeError(f"{function}: adapters must be Adapters, got {type(adapters).__name__}")
-    lora_A = check_like(function, "adapters.lora_A", adapters.lora_A, x, "x")
-    lora_B = check_like(function, "adapters.lora_B", adapters.lora_B, x, "x")
+    lora_A = check_constant(function, "adapters.lora_A", adapters.lora_A, "x", x)
+    lora_B = check_constant(function, "adapters.lora_B", adapters.lora_B, "x", x)
     leading, dim = x.shape[:-2], x.shape[-1]
     if lora_A.dim() < 2:
         raise ValueError(
             f"{function}: adapters.lora_A must be [..., r, d={dim}], got {list(lora_A.shape)}"
         )
     rank = lora_A.shape[-2]
-    check_rank(function, rank, dim)
+    check_matrix_rank(function, rank, dim)
     check_shape(function, "adapters.lora_A", lora_A, (*leading, rank, dim))
     check_shape(function, "adapters.lora_B", lora_B, (*leading, dim, rank))
     check_finite(function, "adapters.lora_A", lora_A)

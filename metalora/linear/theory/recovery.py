@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metalora._checks import check_count
-from metalora._inputs import check_finite, check_like, check_shape, check_tensor
+from metalora._checks import check_constant, check_count, check_finite, check_shape
 from metalora.linear.theory.objective import reduced_hessian
 from metalora.linear.theory.standard import numerical_rank
 
@@ -49,11 +48,11 @@ def two_task_minima(factors: Tensor, boost: Tensor) -> Tensor:
         ValueError, TypeError: wrong shapes or dtypes, or not finite.
     """
     name = "two_task_minima"
-    check_tensor(name, "factors", factors)
+    check_constant(name, "factors", factors)
     if factors.dim() < 3 or factors.shape[-3] != 2:
         raise ValueError(f"{name}: factors must be [..., T=2, d, k], got {list(factors.shape)}")
     rank = factors.shape[-1]
-    check_like(name, "boost", boost, factors, "factors")
+    check_constant(name, "boost", boost, "factors", factors)
     check_shape(name, "boost", boost, (*factors.shape[:-3], rank, rank))
     check_finite(name, "factors", factors)
     check_finite(name, "boost", boost)
