@@ -74,7 +74,7 @@ def as_lora_config(config: Any) -> LoRAConfig:
     if type(config).__name__ == "LoraConfig" and hasattr(config, "lora_alpha"):
         return _from_peft(config)
     raise TypeError(
-        f"adapt: config must be a metalora.LoRAConfig or a peft.LoraConfig, "
+        f"adapt: lora_config must be a metalora.LoRAConfig or a peft.LoraConfig, "
         f"got {type(config).__name__}"
     )
 

@@ -25,7 +25,7 @@ from metalora.io.folder import (
     check_target,
     replacing,
 )
-from metalora.io.settings import ask_peft, check_complete, lora_config
+from metalora.io.settings import ask_peft, check_complete, peft_lora_config
 from metalora.io.twin import twin_of
 from metalora.nn import SymmetricLoRALinear, TaskLayer
 
@@ -43,7 +43,7 @@ def export_peft(
     folder: str | Path,
     *,
     adapters: Sequence[Mapping[str, Tensor]] | None = None,
-    config: Any = None,
+    lora_config: Any = None,
     names: Sequence[str] | None = None,
     base: str | Path | None = None,
     task_type: str | None = "auto",
@@ -72,7 +72,7 @@ def export_peft(
             `export_peft` or `import_peft` of it puts it back.
         adapters: what `metalora.task_state_dict` returned for each task, as the ``adapters`` of
             what `metalora.meta.lora_ml` returns.
-        config: with ``adapters``: the `LoRAConfig` or ``peft.LoraConfig`` they were made with.
+        lora_config: with ``adapters``: the `LoRAConfig` or ``peft.LoraConfig`` they were made with.
         names: the tasks' folders; None means task_0, task_1, ...
         base: folder or hub name of a model that has the shared weights already, as after
             fine-tuning; it is then referred to, and no base is written.
@@ -93,7 +93,7 @@ def export_peft(
     peft = require("peft", "export_peft")
     folder = Path(folder).resolve()
     check_target(folder, overwrite)
-    adapted = _adapted_twin(model, adapters, config)
+    adapted = _adapted_twin(model, adapters, lora_config)
     layers = adapted_layers(adapted)
     _check_untied(adapted, layers)
     num_tasks = next(iter(layers.values())).num_tasks
@@ -106,7 +106,7 @@ def export_peft(
         check_choice("export_peft", "task_type", task_type, [t.value for t in peft.TaskType])
     plain = unload(twin_of(adapted)) if adapters is None else twin_of(model)
     shared = plain.state_dict()
-    settings = lora_config(peft, adapted, layers, task_type, base_name)
+    settings = peft_lora_config(peft, adapted, layers, task_type, base_name)
     wanted, settings.modules_to_save = ask_peft(peft, plain, settings)
     check_complete(wanted, layers, shared)
     with replacing(folder) as partial:
@@ -122,18 +122,20 @@ def export_peft(
 
 
 def _adapted_twin(
-    model: nn.Module, adapters: Sequence[Mapping[str, Tensor]] | None, config: Any
+    model: nn.Module, adapters: Sequence[Mapping[str, Tensor]] | None, lora_config: Any
 ) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"export_peft: model must be an nn.Module, got {type(model).__name__}")
     twin = twin_of(model)
-    if (adapters is None) != (config is None):
-        raise ValueError("export_peft: adapters and config come together; give both or neither")
+    if (adapters is None) != (lora_config is None):
+        raise ValueError(
+            "export_peft: adapters and lora_config come together; give both or neither"
+        )
     if adapters is None:
         if not adapted_layers(model):
             raise ValueError(
                 "export_peft: the model has no adapters; for those of a result say "
-                "adapters=result.adapters and the config they were made with"
+                "adapters=result.adapters and the lora_config they were made with"
             )
         return twin
     if adapted_layers(model):
@@ -145,7 +147,7 @@ def _adapted_twin(
         raise ValueError("export_peft: adapters must hold at least one task, got none")
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng([d.index for d in devices]):  # what is drawn is overwritten
-        adapt(twin, config, len(adapters))
+        adapt(twin, lora_config, len(adapters))
     for task, state in enumerate(adapters):
         load_task_state_dict(twin, task, state)
     return twin

@@ -17,7 +17,7 @@ from metalora.nn import MultiTaskHead, TaskLayer
 _NO_TARGETS = "dummy-target-modules"  # PEFT's own word for an adapter of modules_to_save alone
 
 
-def lora_config(
+def peft_lora_config(
     peft: Any, model: nn.Module, layers: dict[str, TaskLayer], task_type: str | None, base: str
 ) -> Any:
     """The ``peft.LoraConfig`` that says what the layers are."""

@@ -8,44 +8,13 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from metalora._checks import check_count
 from metalora._files import replacing
-
-if TYPE_CHECKING:
-    from metalora.meta.loop import Training
-
-
-class Callback:
-    """Hooks into the training loop; each may be overridden.
-
-    `training` holds the model, the step, the config, the history and where the loop stands.
-    """
-
-    def on_start(self, training: Training) -> None:
-        """Before the first epoch."""
-
-    def on_step(self, training: Training, loss: Tensor) -> None:
-        """After an optimiser step; ``loss`` is not synchronised with the host."""
-
-    def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
-        """After an epoch and its validation; ``record`` is the newest of the history."""
-
-    def on_end(self, training: Training) -> None:
-        """After the last epoch."""
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What must survive an interruption: tensors, and what JSON can hold.
-
-        Asked for after `on_start`, before any epoch, and after every epoch.
-        """
-        return {}, {}
-
-    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Takes back what `state` returned; called after `on_start`."""
+from metalora.meta.training import Callback, Training
 
 
 class Progress(Callback):

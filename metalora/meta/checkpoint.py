@@ -18,10 +18,9 @@ from torch import Tensor
 from metalora._files import remove_partials, replacing
 from metalora._warn import warn_user
 from metalora.adapters import adapted_layers, task_parameters
-from metalora.meta.callbacks import Callback
 from metalora.meta.identity import digest_of_tensors, identity_of
-from metalora.meta.loop import Training
 from metalora.meta.task_optimizer import TASKS_WITH_STATE, TaskOptimizer
+from metalora.meta.training import Callback, Training
 
 _FORMAT = "metalora training 2"
 _VALUES = {
