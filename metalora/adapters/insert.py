@@ -65,16 +65,16 @@ def adapt(model: nn.Module, lora_config: Any, num_tasks: int) -> nn.Module:
 
 
 def _adapter_on(linear: nn.Linear, name: str, config: LoRAConfig, num_tasks: int) -> TaskLayer:
-    how: dict[str, Any] = {
-        "alpha": config.alpha,
-        "route": config.route,
-        "keep_merged": config.keep_merged,
-        "name": name,
-    }
-    if config.symmetric:
-        return SymmetricLoRALinear.from_linear(linear, num_tasks, config.rank, **how)
-    return MultiTaskLoRALinear.from_linear(
-        linear, num_tasks, config.rank, dropout=config.dropout, **how
+    kind = SymmetricLoRALinear if config.symmetric else MultiTaskLoRALinear
+    return kind.from_linear(
+        linear,
+        num_tasks,
+        config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        route=config.route,
+        keep_merged=config.keep_merged,
+        name=name,
     )
 
 

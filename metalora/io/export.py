@@ -27,7 +27,8 @@ from metalora.io.folder import (
 )
 from metalora.io.settings import ask_peft, check_complete, peft_lora_config
 from metalora.io.twin import twin_of
-from metalora.nn import SymmetricLoRALinear, TaskLayer
+from metalora.nn import TaskLayer
+from metalora.nn.lora_layer import LoRALayer
 
 # For these PEFT saves further modules whole, such as the classifier. Others need no task type.
 _TASK_TYPES = {
@@ -237,10 +238,9 @@ def _tensor(
     owner, _, factor = module.rpartition(".")
     if factor in ("lora_A", "lora_B"):
         layer = layers[owner]
-        if isinstance(layer, SymmetricLoRALinear):
-            u = layer.lora_U.detach()[task]
-            return u.T if factor == "lora_A" else u
-        return getattr(layer, factor).detach()[task]
+        assert isinstance(layer, LoRALayer)
+        lora_A, lora_B = layer.factors()
+        return (lora_A if factor == "lora_A" else lora_B).detach()[task]
     if module in layers:
         return getattr(layers[module].to_linear(task), parameter).detach()
     return shared[name]

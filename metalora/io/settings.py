@@ -22,7 +22,7 @@ def peft_lora_config(
 ) -> Any:
     """The ``peft.LoraConfig`` that says what the layers are."""
     targets: dict[str, Any] = {n: m for n, m in layers.items() if not isinstance(m, MultiTaskHead)}
-    dropouts = {float(getattr(layer, "dropout", 0.0)) for layer in targets.values()}
+    dropouts = {layer.dropout for layer in targets.values()}
     if len(dropouts) > 1:
         raise ValueError(
             "export_peft: all layers must have the same dropout, as peft knows one only; "

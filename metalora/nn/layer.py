@@ -134,23 +134,12 @@ def rows_per_sample(x: Tensor, batch: TaskBatch) -> int:
     return inner if x.shape[0] == batch.size else inner * (x.shape[0] // batch.size)
 
 
-def empty_linear(in_features: int, out_features: int) -> nn.Linear:
-    """An nn.Linear without storage, whose parameters are assigned next."""
-    return nn.Linear(in_features, out_features, bias=False, device="meta")
-
-
 def as_linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> nn.Linear:
     """An nn.Linear made of these very parameters, [out, in] and [out]."""
-    linear = empty_linear(weight.shape[1], weight.shape[0])
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = weight
     linear.register_parameter("bias", bias)
     return linear.train(training)
-
-
-def share_parameters(layer: nn.Module, linear: nn.Linear) -> None:
-    """Gives ``layer`` the very parameters of ``linear``, under the same names."""
-    for name, parameter in linear._parameters.items():
-        layer.register_parameter(name, parameter)
 
 
 def new_parameter(like: Tensor, *shape: int) -> nn.Parameter:

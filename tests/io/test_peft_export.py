@@ -302,7 +302,10 @@ def test_what_peft_cannot_express_is_refused(tmp_path):
     ("options", "message"),
     [
         ({"adapters": [{}]}, "adapters and lora_config come together"),
-        ({"adapters": [{}], "config": LORA}, "the model has adapters already; leave adapters out"),
+        (
+            {"adapters": [{}], "lora_config": LORA},
+            "the model has adapters already; leave adapters out",
+        ),
         ({"names": ["a"]}, "names must be 2 different names, one per task, got ['a']"),
         ({"names": ["a", "a"]}, "names must be 2 different names"),
         ({"names": "ab"}, "names must be 2 different names, one per task, got 'ab'"),
