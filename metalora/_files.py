@@ -1,16 +1,22 @@
-"""Files that are there whole or not at all, whatever ends the process that writes them."""
+"""Files that are there whole or not at all, whatever ends the process; tensors read from them."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import itertools
+import json
 import os
 import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from metalora._optional import require
 
 _HERE = hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
 _numbers = itertools.count()
@@ -43,6 +49,28 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             partial.unlink()
         raise
     sync_path(path.parent)
+
+
+def read_tensors(path: Path, function: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads the tensors and the metadata of a safetensors file; nothing is ever unpickled.
+
+    The file is read at once: mapped into memory, it would end the process if it is cut short.
+
+    Raises:
+        ImportError: if safetensors is not installed; the message begins with ``function``.
+        Exception: of any kind, if the file cannot be read or is damaged.
+    """
+    safetensors = safetensors_torch(function)
+    data = path.read_bytes()
+    tensors = safetensors.load(data)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return dict(sorted(tensors.items())), header.get("__metadata__", {})
+
+
+def safetensors_torch(function: str) -> Any:
+    """The module safetensors.torch, for ``function``; ImportError if it is not installed."""
+    require("safetensors", function)
+    return importlib.import_module("safetensors.torch")
 
 
 def partial_beside(path: Path) -> Path:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from metalora._checks import check_count
 from metalora._files import replacing
+from metalora.meta.identity import shapes_of
 from metalora.meta.training import Callback, Training
 
 
@@ -136,7 +137,7 @@ class KeepBest(Callback):
             raise ValueError("KeepBest: needs a validation to choose by; pass validation=")
         self.best, self.epoch = -math.inf, -1
         self.weights: dict[str, Tensor] = {}
-        self._wanted = _shapes(training.model.state_dict())
+        self._wanted = shapes_of(training.model.state_dict())
 
     def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
         """Copies the weights if they are the best so far."""
@@ -163,12 +164,8 @@ class KeepBest(Callback):
         best, epoch = values["best"], values["epoch"]
         if type(best) is not float or type(epoch) is not int:
             raise ValueError("best must be a float and epoch an int")
-        if tensors and _shapes(tensors) != self._wanted:
+        if tensors and shapes_of(tensors) != self._wanted:
             raise ValueError("the weights of the best epoch must be those of the model")
         if bool(tensors) != (epoch >= 0):
             raise ValueError(f"there must be weights of the best epoch, {epoch}")
         self.weights, self.best, self.epoch = tensors, best, epoch
-
-
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[Any, ...]]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}

@@ -9,16 +9,15 @@ import reprlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metalora._files import remove_partials, replacing
+from metalora._files import read_tensors, remove_partials, replacing, safetensors_torch
 from metalora._warn import warn_user
 from metalora.adapters import adapted_layers, task_parameters
-from metalora.meta.identity import digest_of_tensors, identity_of
+from metalora.meta.identity import digest_of_tensors, identity_of, shapes_of
 from metalora.meta.task_optimizer import TASKS_WITH_STATE, TaskOptimizer
 from metalora.meta.training import Callback, Training
 
@@ -78,7 +77,7 @@ class Checkpoint(Callback):
     """
 
     def __init__(self, path: str | Path, *, resume: bool = True) -> None:
-        _safetensors()
+        safetensors_torch("Checkpoint")
         self.path, self.resume = Path(path), resume
         self._identity: dict[str, Any] = {}
 
@@ -125,9 +124,8 @@ def write(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> Non
     """
     kept = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     text = json.dumps({"format": _FORMAT, **values})
-    data = _safetensors().torch.save(
-        kept, metadata={"metalora": text, "sha256": _digest(kept, text)}
-    )
+    metadata = {"metalora": text, "sha256": _digest(kept, text)}
+    data = safetensors_torch("Checkpoint").save(kept, metadata=metadata)
     try:
         with replacing(path) as file:
             file.write(data)
@@ -143,12 +141,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: if the file is damaged or something else.
     """
-    safetensors = _safetensors()
     try:
-        data = path.read_bytes()  # mapped into memory, it would end the process if it is cut short
-        tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        metadata = header.get("__metadata__", {})
+        tensors, metadata = read_tensors(path, "Checkpoint")
         if "metalora" not in metadata:
             raise CheckpointError(f"Checkpoint: {path} is no checkpoint of metalora")
         if _digest(tensors, metadata["metalora"]) != metadata.get("sha256"):
@@ -174,7 +168,7 @@ def _collect(
     training: Training, identity: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {f"model.{name}": t for name, t in training.model.state_dict().items()}
-    for number, state in _optimizer(training).state_dict()["state"].items():
+    for number, state in training.step.optimizer.state_dict()["state"].items():
         for key, value in state.items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{number}.{key}"] = value
@@ -200,7 +194,7 @@ def _restore(path: Path, training: Training, identity: dict[str, Any]) -> None:
     tensors, values = read(path)
     _check_complete(path, values)
     model = _part(tensors, "model.")
-    _check_same(path, "the model", _shapes(model), _shapes(training.model.state_dict()))
+    _check_same(path, "the model", shapes_of(model), shapes_of(training.model.state_dict()))
     _check_same(path, "the adapters", values["layers"], _layers(training))
     saved = values["training"]
     if saved.get("device") != identity["device"]:
@@ -211,7 +205,7 @@ def _restore(path: Path, training: Training, identity: dict[str, Any]) -> None:
     _check_progress(path, values, training)
     scaler = training.step.scaler
     _check_scaler(path, values["scaler"], scaler.state_dict())
-    optimizer = _optimizer(training)
+    optimizer = training.step.optimizer
     state = _optimizer_state(path, _part(tensors, "optimizer."), optimizer)
     device = next(training.model.parameters()).device
     for place, callback in enumerate(training.callbacks):
@@ -266,10 +260,6 @@ def _identity(training: Training) -> dict[str, Any]:
 def _layers(training: Training) -> dict[str, str]:
     """What the weights' shapes don't tell of the adapted layers, such as alpha and dropout."""
     return {name: repr(layer) for name, layer in adapted_layers(training.model).items()}
-
-
-def _optimizer(training: Training) -> torch.optim.Optimizer:
-    return training.step.optimizer
 
 
 def _check_complete(path: Path, values: dict[str, Any]) -> None:
@@ -375,7 +365,7 @@ def _optimizer_state(
             elif fits:
                 fits = own[key].shape in ((), parameter.shape[:1], parameter.shape)
             if not fits:
-                got = _shapes(own).get(key, "nothing")
+                got = shapes_of(own).get(key, "nothing")
                 raise CheckpointError(
                     f"Checkpoint: {path} has optimizer state {_short(f'{number}.{key}')}: {got}, "
                     f"wanted {', '.join(_STATES.get(kind, ())) or 'none'} of shape "
@@ -404,22 +394,8 @@ def _fits(key: str, state: Tensor, parameter: Tensor, apart: bool) -> bool:
     return state.dtype == parameter.dtype and state.shape == parameter.shape
 
 
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, str]:
-    return {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
-
-
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ImportError(
-            "Checkpoint: needs the package safetensors; pip install safetensors"
-        ) from None
-    return safetensors
 
 
 def _digest(tensors: dict[str, Tensor], text: str) -> str:

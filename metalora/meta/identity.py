@@ -88,6 +88,11 @@ def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The dtype and shape of each tensor."""
+    return {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
+
+
 def _sample(values: Tensor) -> Tensor:
     size = values.numel() * values.element_size()
     if size <= SAMPLE_BYTES:
