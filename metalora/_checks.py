@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHORT = (torch.bfloat16, torch.float16)
@@ -119,7 +119,14 @@ def _finite_number(function: str, argument: str, value: Any, wanted: str) -> flo
     return number
 
 
-# Tensors, and what they are drawn from.
+# Tensors, what they are drawn from, and modules.
+
+
+def check_module(function: str, model: Any) -> nn.Module:
+    """An nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be an nn.Module, got {type(model).__name__}")
+    return model
 
 
 def check_tensor(function: str, argument: str, value: Any) -> Tensor:
@@ -166,6 +173,15 @@ def check_constant(
     if other is not None:
         check_like(function, argument, value, like, other)
     return value
+
+
+def check_values(
+    function: str, argument: str, value: Any, like: str, other: Tensor, shape: Sequence[int]
+) -> Tensor:
+    """What `check_constant` accepts, of the given shape and without NaN and infinity."""
+    check_constant(function, argument, value, like, other)
+    check_shape(function, argument, value, shape)
+    return check_finite(function, argument, value)
 
 
 def check_like(

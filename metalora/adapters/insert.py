@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from metalora._checks import check_count
+from metalora._checks import check_count, check_module
 from metalora.adapters.config import LoRAConfig, as_lora_config
 from metalora.adapters.fused_paths import check_batch_first, close_fused_paths
 from metalora.adapters.select import check_linear_alone, select
@@ -34,8 +34,7 @@ def adapt(model: nn.Module, lora_config: Any, num_tasks: int) -> nn.Module:
         ValueError: if a name is unknown, a layer cannot be adapted, or has been already. The model
             is then as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"adapt: model must be an nn.Module, got {type(model).__name__}")
+    check_module("adapt", model)
     config = as_lora_config(lora_config)
     check_count("adapt", "num_tasks", num_tasks)
     for name, layer in adapted_layers(model).items():

@@ -107,6 +107,14 @@ def _stacked(function: str, model: nn.Module, task: int) -> dict[str, nn.Paramet
     return found
 
 
+def check_plain(function: str, model: nn.Module) -> None:
+    """Raises ValueError if ``model`` has adapters or heads of tasks."""
+    if adapted_layers(model):
+        raise ValueError(
+            f"{function}: the model has adapters already; metalora.unload(model) takes them out"
+        )
+
+
 def check_adapted(function: str, model: nn.Module) -> nn.Module:
     """Returns ``model`` if it has adapters or heads of tasks, else raises ValueError."""
     if not adapted_layers(model):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metalora._checks import check_choice
+from metalora._checks import check_choice, check_module
 from metalora._optional import require
 from metalora.adapters import adapt, adapted_layers, load_task_state_dict, unload
 from metalora.io.card import adapter_card, base_card
@@ -67,10 +67,10 @@ def export_peft(
 
     Args:
         model: an adapted model; or, with ``adapters``, a plain one. It stays as it is.
-        folder: where to; it must be empty or not exist. All of it appears at the end, at once.
-            A process that is killed leaves there what was there before; on file systems that cannot
-            exchange folders, such as most network file systems, it may be missing until the next
-            `export_peft` or `import_peft` of it puts it back.
+        folder: it must be empty or not exist, and appears as a whole at the end. A killed process
+            leaves what was there before; on file systems that cannot exchange folders, such as most
+            network file systems, it may be missing until the next `export_peft` or `import_peft` of
+            it puts it back.
         adapters: what `metalora.task_state_dict` returned for each task, as the ``adapters`` of
             what `metalora.meta.lora_ml` returns.
         lora_config: with ``adapters``: the `LoRAConfig` or ``peft.LoraConfig`` they were made with.
@@ -80,7 +80,7 @@ def export_peft(
         task_type: PEFT's; "auto" takes it from the model's class (sequence and token
             classification, question answering), None writes none.
         tokenizer: saved with the base, by its ``save_pretrained``.
-        metrics: for the model cards: a number goes into all, of a list each task gets its own.
+        metrics: for the model cards: a number stands in all of them, of a list each task has one.
         overwrite: whether an earlier export in ``folder`` is replaced.
 
     Returns:
@@ -125,9 +125,7 @@ def export_peft(
 def _adapted_twin(
     model: nn.Module, adapters: Sequence[Mapping[str, Tensor]] | None, lora_config: Any
 ) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"export_peft: model must be an nn.Module, got {type(model).__name__}")
-    twin = twin_of(model)
+    twin = twin_of(check_module("export_peft", model))
     if (adapters is None) != (lora_config is None):
         raise ValueError(
             "export_peft: adapters and lora_config come together; give both or neither"

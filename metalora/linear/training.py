@@ -14,7 +14,7 @@ from metalora._checks import (
     check_generator,
     check_matrix_rank,
     check_nonnegative,
-    check_shape,
+    check_values,
 )
 from metalora._draws import Draws
 from metalora.linear._native import train
@@ -263,9 +263,7 @@ def _start_weight(
     shape = (*batch, stats.dim, stats.dim)
     if given is None:
         return stats.gram.new_zeros(shape)
-    check_constant(function, "initial_weight", given, "stats.gram", stats.gram)
-    check_shape(function, "initial_weight", given, shape)
-    return check_finite(function, "initial_weight", given)
+    return check_values(function, "initial_weight", given, "stats.gram", stats.gram, shape)
 
 
 def _start(
@@ -279,6 +277,4 @@ def _start(
     if given is None:
         draw = Draws(generator, stats.gram.dtype, stats.gram.device)
         return INITIAL_STD * draw.normal(*shape)
-    check_constant(function, argument, given, "stats.gram", stats.gram)
-    check_shape(function, argument, given, shape)
-    return check_finite(function, argument, given)
+    return check_values(function, argument, given, "stats.gram", stats.gram, shape)

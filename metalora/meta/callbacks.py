@@ -1,4 +1,4 @@
-"""What happens beside the training: progress, a log, keeping the best epoch."""
+"""Callbacks: a progress bar, a log of the metrics, keeping the best epoch."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from metalora.meta.training import Callback, Training
 class Progress(Callback):
     """A progress bar with the loss and the time left.
 
-    Nothing is shown where stderr is no terminal, or the package tqdm is not installed.
+    Shows nothing if stderr is no terminal or the package tqdm is not installed.
 
     Args:
-        label: what stands before the bar.
+        label: the text before the bar.
     """
 
     def __init__(self, label: str = "train") -> None:
@@ -60,15 +60,15 @@ class Progress(Callback):
 
 
 class MetricsLog(Callback):
-    """Appends each epoch's record to a file, a line of JSON each.
+    """Appends each epoch's record to a file, as a line of JSON.
 
-    Of a training that goes on from a `Checkpoint`, the lines are removed that it wrote after the
-    checkpoint's last save, so that each epoch has one line. Lines of others stay, such as
-    those with another ``extra``. No other process should append to the file at that moment.
+    When a training resumes from a `Checkpoint`, the lines that it wrote after the checkpoint's last
+    save are removed, so that each epoch has one line. Lines with another ``extra`` stay. No other
+    process should append to the file at that moment.
 
     Args:
         path: the file.
-        extra: put into every line, such as the method and the seed.
+        extra: fields of every line, such as the method and the seed.
     """
 
     def __init__(self, path: str | Path, **extra: Any) -> None:
@@ -76,7 +76,7 @@ class MetricsLog(Callback):
         self._saved: int | None = None
 
     def on_start(self, training: Training) -> None:
-        """Repairs the file's end, where a process may have been killed while it wrote."""
+        """Repairs the end of the file, in case a process was killed while it wrote."""
         self._saved = None
         self._replace(0, lambda line: False)
         self._length = self.path.stat().st_size if self.path.exists() else 0
@@ -100,7 +100,7 @@ class MetricsLog(Callback):
         return {}, {"length": self._length}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Takes back what `state` returned."""
+        """Restores what `state` returned."""
         self._saved = check_count("MetricsLog", "length", values["length"], minimum=0)
 
     def _replace(self, start: int, stale: Callable[[dict[str, Any]], Any]) -> None:
@@ -156,10 +156,10 @@ class KeepBest(Callback):
         return self.weights, {"best": self.best, "epoch": self.epoch}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Takes back what `state` returned.
+        """Restores what `state` returned.
 
         Raises:
-            ValueError: if that is not of this model.
+            ValueError: if it is of another model.
         """
         best, epoch = values["best"], values["epoch"]
         if type(best) is not float or type(epoch) is not int:

@@ -53,10 +53,10 @@ def train(
 ) -> Result:
     """Trains ``model`` in place.
 
-    Every epoch starts torch's generator from (seed, epoch), so it is the same whatever came before:
-    `Checkpoint` can go on between any two. The generator is then as the caller left it.
-    It belongs to the process: of trainings in several threads at once, those that draw from it, as
-    for dropout, do not repeat bit for bit.
+    Every epoch seeds torch's generator from (seed, epoch), so it does not depend on what came
+    before, and `Checkpoint` can resume between any two. Afterwards the generator is as the caller
+    left it. All threads share it: trainings that run at the same time and draw from it, as dropout
+    does, do not repeat bit for bit.
 
     Args:
         model: plain or adapted.
@@ -67,8 +67,8 @@ def train(
 
     Raises:
         DivergedError: if the loss is NaN or infinite. On a CPU this is found before the step is
-            taken, so the weights are those of the last good step; on a GPU, which is waited for
-            once an epoch, at the epoch's end, when they may be NaN.
+            taken, so the weights are those of the last good step. On a GPU it is found at the end
+            of the epoch, the only time that the host waits, when they may be NaN.
     """
     callbacks = list(callbacks)
     steps_per_epoch = step.per_epoch(rounds)

@@ -23,6 +23,7 @@ from metalora.adapters import (
     task_state_dict,
     unload,
 )
+from metalora.adapters.state import check_plain
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds
 from metalora.meta.loop import Result, train
@@ -229,10 +230,7 @@ def check_call(function: str, model: nn.Module, options: Options) -> None:
         ValueError: if ``model`` has adapters.
     """
     check_options(function, options)
-    if adapted_layers(model):
-        raise ValueError(
-            f"{function}: the model has adapters already; metalora.unload(model) takes them out"
-        )
+    check_plain(function, model)
 
 
 def descend(model: nn.Module, rounds: Rounds, config: TrainConfig, options: Options) -> Result:

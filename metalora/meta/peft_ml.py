@@ -38,10 +38,10 @@ def peft_ml(
 ) -> Result:
     """PEFT-ML (paper, eq. 5): the shared weights are trained together with an adapter per task.
 
-    LoRA that `lora_ml` knows goes there: all tasks in one pass. For any other method, such as DoRA
-    or (IA)³, the layers are peft's, and the tasks of a round go through the model one after the
-    other. Their gradients add up to the same objective, and a task that is absent from a round
-    keeps its adapter and the optimiser's state of it.
+    LoRA that `lora_ml` supports is trained by it, all tasks in one pass. For any other method, such
+    as DoRA or (IA)³, the layers are peft's, and the tasks of a round go through the model one after
+    the other. Their gradients add up to the same objective, and a task that is absent from a round
+    keeps its adapter and the optimiser's state for it.
 
     Args:
         model: a plain model. Trained in place, and plain again afterwards: it keeps the shared
@@ -49,7 +49,7 @@ def peft_ml(
         rounds: the retraining tasks.
         config: settings.
         peft_config: a ``peft.PeftConfig``, or with ``fused`` a `LoRAConfig`.
-        fused: whether LoRA goes through `lora_ml`; without, it too is peft's.
+        fused: whether `lora_ml` trains LoRA; if not, LoRA too has peft's layers.
         options: see `Options`. ``forward`` calls the model itself, which chooses the adapter. In
             validation each sample runs with its own task's adapter; a function of the model calls
             it task by task: ``evaluate(model, by_task(loader), metric)``. Callbacks find the
@@ -61,11 +61,11 @@ def peft_ml(
 
     Raises:
         ImportError: if peft is needed and not installed, or not in a supported version.
-        TypeError: if ``peft_config`` is none.
+        TypeError: if ``peft_config`` is no configuration.
         ValueError: if ``model`` has adapters already, or the method does not fit it, cannot have an
             adapter per task, or does not let the shared weights be trained.
-        RuntimeError: if the method does not work on ``model`` with the installed versions of peft
-            and of the model's package: it fails where the plain model runs.
+        RuntimeError: if the method fails on ``model``, where the plain model runs, with the
+            installed versions of peft and of the model's package.
         DivergedError: if the loss is not finite, see `train`.
     """
     check_call("peft_ml", model, options)
@@ -97,7 +97,7 @@ def finetune_peft(
 
     Raises:
         ImportError: see `peft_ml`.
-        TypeError: if ``peft_config`` is none.
+        TypeError: if ``peft_config`` is no configuration.
         ValueError: if ``model`` has adapters already, or the method does not fit it or cannot have
             an adapter per task.
         RuntimeError: see `peft_ml`.

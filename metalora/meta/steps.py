@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from metalora._checks import check_choice, check_count, check_positive
+from metalora._checks import SHORT, check_choice, check_count, check_positive
 from metalora._errors import DivergedError
 from metalora.adapters import adapted_layers, task_parameters
 from metalora.meta.config import TrainConfig
@@ -46,7 +46,7 @@ class Calls(TypedDict, total=False):
 
 def cross_entropy(outputs: Tensor, batch: Batch) -> Tensor:
     """Each sample's cross-entropy [B] of the logits [B, classes], in fp32 or better."""
-    logits = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+    logits = outputs.float() if outputs.dtype in SHORT else outputs
     return F.cross_entropy(logits, batch.targets, reduction="none")
 
 
@@ -290,7 +290,7 @@ class ReptileStep(Step):
 
     W − W_inner is handed to the outer optimiser as the gradient, so it steps towards the task's
     solution; ``outer_sign="away"`` hands it the opposite. Inner optimisers start anew each time.
-    Buffers, such as the running statistics of batch normalisation, go on through all inner steps.
+    Buffers, such as the running statistics of batch normalisation, are not reset between tasks.
 
     Args:
         model: plain; its trainable parameters are trained.

@@ -51,14 +51,14 @@ class Callback:
         """After the last epoch."""
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What must survive an interruption: tensors, and what JSON can hold.
+        """What must survive an interruption: tensors, and values that JSON can hold.
 
-        Asked for after `on_start`, before any epoch, and after every epoch.
+        Called after `on_start`, before any epoch, and after every epoch.
         """
         return {}, {}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Takes back what `state` returned; called after `on_start`."""
+        """Restores what `state` returned; called after `on_start`."""
 
 
 class Watch(TypedDict, total=False):

@@ -15,6 +15,7 @@ from metalora._checks import (
     check_matrix_rank,
     check_nonnegative,
     check_shape,
+    check_values,
 )
 from metalora.ops._trainings import check_converged
 from metalora.shallow._native import train
@@ -206,7 +207,6 @@ def _checked_adapters(function: str, adapters: Any, x: Tensor) -> tuple[Tensor, 
     if not isinstance(adapters, Adapters):
         raise TypeError(f"{function}: adapters must be Adapters, got {type(adapters).__name__}")
     lora_A = check_constant(function, "adapters.lora_A", adapters.lora_A, "x", x)
-    lora_B = check_constant(function, "adapters.lora_B", adapters.lora_B, "x", x)
     leading, dim = x.shape[:-2], x.shape[-1]
     if lora_A.dim() < 2:
         raise ValueError(
@@ -214,8 +214,6 @@ def _checked_adapters(function: str, adapters: Any, x: Tensor) -> tuple[Tensor, 
         )
     rank = lora_A.shape[-2]
     check_matrix_rank(function, rank, dim)
-    check_shape(function, "adapters.lora_A", lora_A, (*leading, rank, dim))
-    check_shape(function, "adapters.lora_B", lora_B, (*leading, dim, rank))
-    check_finite(function, "adapters.lora_A", lora_A)
-    check_finite(function, "adapters.lora_B", lora_B)
-    return lora_A, lora_B
+    check_values(function, "adapters.lora_A", lora_A, "x", x, (*leading, rank, dim))
+    lora_B = adapters.lora_B
+    return lora_A, check_values(function, "adapters.lora_B", lora_B, "x", x, (*leading, dim, rank))

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from metalora._checks import (
-    check_constant,
     check_count,
     check_finite,
     check_matrix_rank,
     check_nonnegative,
-    check_shape,
+    check_values,
 )
 from metalora.linear.statistics import SufficientStatistics
 
@@ -40,10 +39,9 @@ def best_adapted_weight(stats: SufficientStatistics, weight: Tensor, rank: int) 
             "make them with sufficient_statistics(x, y)"
         )
     check_matrix_rank(name, rank, stats.dim)
-    check_constant(name, "weight", weight, "stats.gram", stats.gram)
-    check_shape(name, "weight", weight, tuple(stats.gram.shape))
-    for argument, value in (("gram", stats.gram), ("cross", stats.cross), ("weight", weight)):
-        check_finite(name, argument, value)
+    check_values(name, "weight", weight, "stats.gram", stats.gram, stats.gram.shape)
+    check_finite(name, "gram", stats.gram)
+    check_finite(name, "cross", stats.cross)
     lower, failed = torch.linalg.cholesky_ex(stats.gram)  # G = L Lᵀ; any root of G will do
     if bool(failed.any()):
         raise ValueError(

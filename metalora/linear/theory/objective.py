@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metalora._checks import check_constant, check_finite, check_shape, check_square
+from metalora._checks import check_constant, check_finite, check_square, check_values
 from metalora.linear.statistics import SufficientStatistics
 
 
@@ -156,6 +156,5 @@ def _check(function: str, truths: Tensor, factors: Tensor, weight: Tensor | None
     check_finite(function, "truths", truths)
     check_finite(function, "factors", factors)
     if weight is not None:
-        check_constant(function, "weight", weight, "truths", truths)
-        check_shape(function, "weight", weight, (*truths.shape[:-3], dim, dim))
-        check_finite(function, "weight", weight)
+        shape = (*truths.shape[:-3], dim, dim)
+        check_values(function, "weight", weight, "truths", truths, shape)
