@@ -1,4 +1,4 @@
-"""Reading one adapter folder under metalora's names."""
+"""Reading one adapter folder, with metalora's names for its tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DTYPES = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is in one folder, under metalora's names."""
+    """The contents of one folder, with metalora's names for its tensors."""
 
     folder: Path
     dropout: float

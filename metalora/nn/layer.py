@@ -1,4 +1,4 @@
-"""What the layers that know tasks have in common."""
+"""The base of all layers with parameters per task."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TaskLayer(nn.Module):
     in_features: int
     out_features: int
     seen: SeenTasks | None = None
-    """Notes which tasks the gradients are of, once `watch_tasks` was called."""
+    """Records the tasks that the gradients are of, after `watch_tasks` was called."""
 
     def __init__(self, num_tasks: int, name: str = "") -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class TaskLayer(nn.Module):
         return task
 
     def watch_tasks(self) -> SeenTasks:
-        """From now on notes which tasks the gradients of the trainable per-task parameters are of.
+        """Starts recording the tasks that the gradients of trainable per-task parameters are of.
 
         For an optimiser that steps those tasks alone.
         """
@@ -64,11 +64,11 @@ class TaskLayer(nn.Module):
         return self.seen
 
     def batch_of(self, x: Tensor, tasks: TaskBatch | None) -> TaskBatch | None:
-        """The tasks for ``x`` [B, ..., in]; None where there is only one task and nothing was said.
+        """The tasks for ``x`` [B, ..., in]; None if there is only one task and none were given.
 
         Raises:
             TypeError: if ``tasks`` is no `TaskBatch`.
-            ValueError: if ``x`` has another shape than wanted, or no tasks are known.
+            ValueError: if the shape of ``x`` does not fit, or no tasks are known.
         """
         if x.dim() < 2 or x.shape[-1] != self.in_features:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What linear layers with a low-rank adapter per task have in common."""
+"""The base of linear layers with a low-rank adapter per task."""
 
 from __future__ import annotations
 
