@@ -101,7 +101,7 @@ def lora_ml(
     check_nonnegative(name, "inner_lr", inner_lr)
     check_generator(name, generator)
     batch = stats.batch_shape[:-1]
-    weight = _start_weight(name, stats, batch, initial_weight)
+    weight = _start_weight(name, stats, initial_weight)
     factors = _start(
         name, "initial_factors", stats, (*batch, tasks, dim, rank), initial_factors, generator
     )
@@ -109,7 +109,11 @@ def lora_ml(
         "linear_retrain_lora_ml",
         batch,
         (stats.gram, stats.cross, stats.energy, weight, factors),
-        *(stats.count, outer_steps, inner_steps, float(outer_lr), float(inner_lr)),
+        stats.count,
+        outer_steps,
+        inner_steps,
+        float(outer_lr),
+        float(inner_lr),
     )
     check_converged(name, diverged_at, outer_steps, "outer_lr or inner_lr")
     return RetrainResult(weight, factors, losses)
@@ -138,17 +142,14 @@ def standard(
     _check_tasks(name, stats)
     check_count(name, "steps", steps, minimum=0)
     check_nonnegative(name, "lr", lr)
-    batch = stats.batch_shape[:-1]
+    weight = _start_weight(name, stats, initial_weight)
     weight, losses, diverged_at = train(
         "linear_retrain_standard",
-        batch,
-        (
-            stats.gram,
-            stats.cross,
-            stats.energy,
-            _start_weight(name, stats, batch, initial_weight),
-        ),
-        *(stats.count, steps, float(lr)),
+        stats.batch_shape[:-1],
+        (stats.gram, stats.cross, stats.energy, weight),
+        stats.count,
+        steps,
+        float(lr),
     )
     check_converged(name, diverged_at, steps, "lr")
     return RetrainResult(weight, None, losses)
@@ -207,7 +208,9 @@ def finetune_lora(
         "linear_finetune_lora",
         batch,
         (stats.gram, stats.cross, stats.energy, weight, u, v, truth),
-        *(stats.count, steps, float(lr)),
+        stats.count,
+        steps,
+        float(lr),
     )
     check_converged(name, diverged_at, steps, "lr")
     return FinetuneResult((u, v), losses, None if truth is None else errors)
@@ -257,10 +260,8 @@ def _check_matrix(
     return value.reshape(*batch[:leading], *missing, *wanted[-2:]).expand(wanted)
 
 
-def _start_weight(
-    function: str, stats: SufficientStatistics, batch: torch.Size, given: Tensor | None
-) -> Tensor:
-    shape = (*batch, stats.dim, stats.dim)
+def _start_weight(function: str, stats: SufficientStatistics, given: Tensor | None) -> Tensor:
+    shape = (*stats.batch_shape[:-1], stats.dim, stats.dim)
     if given is None:
         return stats.gram.new_zeros(shape)
     return check_values(function, "initial_weight", given, "stats.gram", stats.gram, shape)

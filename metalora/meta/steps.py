@@ -297,11 +297,7 @@ class ReptileStep(Step):
         rounds: the loader.
         config: settings of the outer optimiser; its ``step_per`` is not used, its ``grad_clip``
             and ``precision`` hold for the inner steps.
-        inner_steps: inner steps m per task, each on one of its batches.
-        inner_lr: learning rate of the inner optimiser.
-        inner_optimizer: "sgd", "adam" or "adamw".
-        outer_sign: "towards" or "away".
-        average: one outer step for the mean over tasks, instead of one per task.
+        inner_steps, inner_lr, inner_optimizer, outer_sign, average: see `reptile`.
         calls: see `Calls`.
     """
 

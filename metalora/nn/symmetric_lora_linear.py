@@ -22,14 +22,7 @@ class SymmetricLoRALinear(LoRALayer):
         features: size d of inputs and outputs.
         num_tasks: number of tasks T.
         rank: rank k of the adapters; above d it is legal, but warned about.
-        alpha: scale of the adapters, s = alpha / rank; None means rank, so s = 1.
-        bias: whether there is a bias.
-        route: how it is computed, see `metalora.ops.lora_linear`.
-        keep_merged: whether the weight route keeps every task's merged weight for backward; faster
-            where memory is plenty.
-        device: where the parameters live.
-        dtype: what they are.
-        name: what error messages call the layer.
+        alpha, bias, route, keep_merged, device, dtype, name: see `MultiTaskLoRALinear`.
 
     Raises:
         ValueError: if a number is outside its range, or the layer is not square.

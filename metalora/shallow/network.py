@@ -64,10 +64,7 @@ def initial_network(
         dim: d.
         init: "uniform", entries of A and c between −1/√d and 1/√d as in ``torch.nn.Linear``, or
             "normal", N(0, 1) as the true network's.
-        batch_shape: leading dimensions: so many independent networks.
-        generator: source of randomness; None is torch's own.
-        dtype: float32 or float64; one seed gives the same network in both.
-        device: where it is to live.
+        batch_shape, generator, dtype, device: see `sample_problem`.
 
     Raises:
         ValueError, TypeError: an argument is of another kind or out of range.
