@@ -1,6 +1,6 @@
 """Multi-task LoRA meta-training: retrain a model so that every new task is a low-rank step away.
 
-    metalora.adapt(model, config, num_tasks)    adapters of all tasks on the linear layers
+    metalora.adapt(model, lora, num_tasks)      adapters of all tasks on the linear layers
     with metalora.tasks(task_ids): model(x)     which sample belongs to which task
     metalora.task_mean(losses, task_ids)        the loss: the mean over tasks
     metalora.TaskOptimizer(model, AdamW)        leaves the adapters of absent tasks alone

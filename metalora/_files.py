@@ -1,16 +1,22 @@
-"""Files that are there whole or not at all, whatever ends the process that writes them."""
+"""Writing files whole or not at all, whatever ends the process, and reading tensors from them."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import itertools
+import json
 import os
 import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from metalora._optional import require
 
 _HERE = hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
 _numbers = itertools.count()
@@ -22,8 +28,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     A reader sees the old file or the new one, never a part. The new file is on the disk before it
     takes the name, and the folder's entry before this returns, so a power failure leaves one of
-    the two as well. Missing parent folders are made. What a killed process left of its own attempt
-    at the same ``path`` is removed.
+    the two as well. Missing parent folders are made. Partial files that killed processes left for
+    the same ``path`` are removed.
 
     Raises:
         OSError: if the file could not be written; ``path`` is then as before, and nothing is left
@@ -45,15 +51,37 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync_path(path.parent)
 
 
+def read_tensors(path: Path, function: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads the tensors and the metadata of a safetensors file; nothing is ever unpickled.
+
+    The file is read at once: mapped into memory, it would end the process if it is cut short.
+
+    Raises:
+        ImportError: if safetensors is not installed; the message begins with ``function``.
+        Exception: of any kind, if the file cannot be read or is damaged.
+    """
+    safetensors = safetensors_torch(function)
+    data = path.read_bytes()
+    tensors = safetensors.load(data)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return dict(sorted(tensors.items())), header.get("__metadata__", {})
+
+
+def safetensors_torch(function: str) -> Any:
+    """The module safetensors.torch, for ``function``; ImportError if it is not installed."""
+    require("safetensors", function)
+    return importlib.import_module("safetensors.torch")
+
+
 def partial_beside(path: Path) -> Path:
-    """A name for what is to take the place of ``path``: hidden, beside it, and unused so far."""
+    """A hidden name beside ``path``, not used so far, for its replacement."""
     return path.with_name(f".{path.name}.{_HERE}.{os.getpid()}.{next(_numbers)}.partial")
 
 
 def remove_partials(path: Path) -> None:
-    """Removes what processes of this machine that run no longer left under `partial_beside`.
+    """Removes what ended processes of this machine left under `partial_beside`.
 
-    What belongs to another machine, which may share the folder, is left alone.
+    Files of other machines, which may share the folder, are left alone.
     """
     start, end = f".{path.name}.{_HERE}.", ".partial"
     with contextlib.suppress(OSError):
@@ -70,9 +98,9 @@ def remove_partials(path: Path) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """Has the system write a file, or a folder's entries, to the disk, where it can do that.
+    """Has the system write a file, or a folder's entries, to the disk.
 
-    Windows and some file systems cannot: there a rename is on the disk when the system sees fit.
+    Windows and some file systems cannot do that, and this then does nothing.
     """
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY)

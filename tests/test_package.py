@@ -12,10 +12,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Each layer imports only from those before it (and from itself).
-LAYERS = ["_checks", "_optional", "_files", "_warn", "_library", "_transforms", "_inputs"]
+LAYERS = ["_checks", "_errors", "_draws", "_optional", "_files", "_warn", "_library", "_transforms"]
 LAYERS += ["reference", "ops", "nn", "adapters", "meta", "linear", "shallow", "io", "hf"]
+WITHOUT_CIRCLES = ["metalora", "benchmarks"]
 # Stand beside these, not above all that comes before them.
-_BELOW = {"_checks", "_files", "_warn", "_library", "_inputs", "reference", "ops"}
+_BELOW = {"_checks", "_files", "_warn", "_library", "_draws", "reference", "ops"}
 SIDE_BY_SIDE = {"linear": _BELOW, "shallow": _BELOW}
 
 
@@ -80,6 +81,42 @@ def test_the_walk_finds_a_violation(tmp_path: Path) -> None:
     planted = tmp_path / "planted.py"
     planted.write_text("def f():\n    from metalora import meta\n    import experiments.lib.runs\n")
     assert violations("ops", imported_modules(planted)) == {"meta", "experiments.lib.runs"}
+
+
+def imports_of(package: str) -> dict[str, set[str]]:
+    """Of each module of a package, the modules of it that it imports, also for type checks only."""
+    names = {}
+    for path in (ROOT / package).rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        names[name.removesuffix(".__init__")] = path
+    found = {}
+    for name, path in names.items():
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                inner = {f"{node.module}.{alias.name}" for alias in node.names} & names.keys()
+                found[name] |= inner or {node.module}
+        found[name] &= names.keys() - {name}
+    return found
+
+
+def circles(imports: dict[str, set[str]]) -> set[str]:
+    """The modules that are in a circle of imports, or that only import such modules."""
+    left = {name: set(used) for name, used in imports.items()}
+    while free := {name for name, used in left.items() if not used}:
+        left = {name: used - free for name, used in left.items() if name not in free}
+    return set(left)
+
+
+@pytest.mark.parametrize("package", WITHOUT_CIRCLES)
+def test_no_imports_go_in_a_circle(package: str) -> None:
+    assert not circles(imports_of(package))
+
+
+def test_a_circle_is_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {"a", "b", "c"}
 
 
 def test_import_is_quick_and_brings_only_torch_and_numpy() -> None:

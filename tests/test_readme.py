@@ -90,7 +90,7 @@ def test_the_first_loop_is_lora_ml(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         exec("plain =" + removal, names)
 
         config = meta.TrainConfig(epochs=1, lr=rate, weight_decay=0.01, optimizer="adamw")
-        result = meta.lora_ml(start, rounds, config, names["config"])
+        result = meta.lora_ml(start, rounds, config, names["lora"])
         for name, value in start.state_dict().items():
             assert torch.equal(names["plain"].state_dict()[name], value), name
         for ours, theirs in zip(adapters, result.adapters, strict=True):

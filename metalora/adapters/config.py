@@ -1,4 +1,4 @@
-"""What `adapt` puts where: our own configuration, and the conversion of PEFT's."""
+"""The configuration of `adapt`, and the conversion from PEFT's."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def as_lora_config(config: Any) -> LoRAConfig:
     if type(config).__name__ == "LoraConfig" and hasattr(config, "lora_alpha"):
         return _from_peft(config)
     raise TypeError(
-        f"adapt: config must be a metalora.LoRAConfig or a peft.LoraConfig, "
+        f"adapt: lora_config must be a metalora.LoRAConfig or a peft.LoraConfig, "
         f"got {type(config).__name__}"
     )
 
@@ -83,12 +83,12 @@ _CONVERTED = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save",
     "use_rslora",
 }  # fmt: skip
-# They say where an adapter comes from or what its model is for, not what it computes.
+# These describe an adapter's origin and purpose, not what it computes.
 _DESCRIPTIVE = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "megatron_core",
 }  # fmt: skip
-# What peft trains without being told to.
+# Layers that peft trains without being asked to.
 _HEADS = {"SEQ_CLS": "classifier", "TOKEN_CLS": "classifier", "QUESTION_ANS": "qa_outputs"}
 
 

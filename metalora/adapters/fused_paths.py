@@ -1,4 +1,4 @@
-"""torch's transformer layers, which in inference read `linear1.weight` and never call `linear1`."""
+"""Torch's transformer layers, which in inference read `linear1.weight` and never call `linear1`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def close_fused_paths(model: nn.Module, adapted: type[object] = TaskLayer) -> No
     """Makes transformer layers that hold ``adapted`` layers call them, in inference too.
 
     nn.TransformerEncoderLayer's fused path, and the nested tensors that nn.TransformerEncoder makes
-    for it, would compute with W alone. Both ask an attribute that nothing else uses.
+    for it, would compute with W alone. Each depends on an attribute that nothing else reads.
     """
     for module in model.modules():
         if not any(isinstance(inner, adapted) for inner in module.modules()):

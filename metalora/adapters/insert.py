@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from metalora._checks import check_count
+from metalora._checks import check_count, check_module
 from metalora.adapters.config import LoRAConfig, as_lora_config
 from metalora.adapters.fused_paths import check_batch_first, close_fused_paths
 from metalora.adapters.select import check_linear_alone, select
@@ -14,7 +14,7 @@ from metalora.adapters.state import adapted_layers
 from metalora.nn import MultiTaskHead, MultiTaskLoRALinear, SymmetricLoRALinear, TaskLayer
 
 
-def adapt(model: nn.Module, config: Any, num_tasks: int) -> nn.Module:
+def adapt(model: nn.Module, lora_config: Any, num_tasks: int) -> nn.Module:
     """Gives the linear layers of ``model`` one adapter per task, in place (paper, eq. 6).
 
     The layers keep their weights' own Parameter objects and names, so an optimiser, tied weights
@@ -23,7 +23,7 @@ def adapt(model: nn.Module, config: Any, num_tasks: int) -> nn.Module:
 
     Args:
         model: any module; not a bare nn.Linear.
-        config: a `LoRAConfig` or a ``peft.LoraConfig``.
+        lora_config: a `LoRAConfig` or a ``peft.LoraConfig``.
         num_tasks: number of tasks T.
 
     Returns:
@@ -34,9 +34,8 @@ def adapt(model: nn.Module, config: Any, num_tasks: int) -> nn.Module:
         ValueError: if a name is unknown, a layer cannot be adapted, or has been already. The model
             is then as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"adapt: model must be an nn.Module, got {type(model).__name__}")
-    given, config = config, as_lora_config(config)
+    check_module("adapt", model)
+    config = as_lora_config(lora_config)
     check_count("adapt", "num_tasks", num_tasks)
     for name, layer in adapted_layers(model).items():
         if layer.num_tasks != num_tasks:
@@ -45,12 +44,14 @@ def adapt(model: nn.Module, config: Any, num_tasks: int) -> nn.Module:
                 f"many tasks already, got {num_tasks}"
             )
     selection = select(model, config)
-    if config is not given:
+    if config is not lora_config:
         check_linear_alone(model, config)
     places = [names for _, names in selection.targets + selection.heads]
     if num_tasks > 1:
         check_batch_first(model, [name for names in places for name in names])
-    layers = [_adapted(linear, names[0], config, num_tasks) for linear, names in selection.targets]
+    layers = [
+        _adapter_on(linear, names[0], config, num_tasks) for linear, names in selection.targets
+    ]
     layers += [
         MultiTaskHead.from_linear(linear, num_tasks, name=names[0])
         for linear, names in selection.heads
@@ -62,17 +63,17 @@ def adapt(model: nn.Module, config: Any, num_tasks: int) -> nn.Module:
     return model
 
 
-def _adapted(linear: nn.Linear, name: str, config: LoRAConfig, num_tasks: int) -> TaskLayer:
-    how: dict[str, Any] = {
-        "alpha": config.alpha,
-        "route": config.route,
-        "keep_merged": config.keep_merged,
-        "name": name,
-    }
-    if config.symmetric:
-        return SymmetricLoRALinear.from_linear(linear, num_tasks, config.rank, **how)
-    return MultiTaskLoRALinear.from_linear(
-        linear, num_tasks, config.rank, dropout=config.dropout, **how
+def _adapter_on(linear: nn.Linear, name: str, config: LoRAConfig, num_tasks: int) -> TaskLayer:
+    kind = SymmetricLoRALinear if config.symmetric else MultiTaskLoRALinear
+    return kind.from_linear(
+        linear,
+        num_tasks,
+        config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        route=config.route,
+        keep_merged=config.keep_merged,
+        name=name,
     )
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from metalora.adapters.fused_paths import reopen_fused_paths
 from metalora.adapters.insert import replace_module
-from metalora.adapters.state import _adapted
+from metalora.adapters.state import check_adapted
 from metalora.nn import TaskLayer
 
 
@@ -49,7 +49,7 @@ def merge_and_unload(model: nn.Module, task: int) -> nn.Module:
 
 
 def _make_plain(function: str, model: nn.Module, task: int | None) -> nn.Module:
-    _adapted(function, model)
+    check_adapted(function, model)
     _check_whole(function, model)
     plain: dict[TaskLayer, nn.Linear] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):

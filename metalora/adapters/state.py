@@ -83,7 +83,7 @@ def freeze_base(model: nn.Module) -> None:
     Raises:
         ValueError: if ``model`` is not adapted.
     """
-    own = {id(parameter) for parameter in task_parameters(_adapted("freeze_base", model))}
+    own = {id(parameter) for parameter in task_parameters(check_adapted("freeze_base", model))}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in own)
 
@@ -94,20 +94,29 @@ def reset_adapters(model: nn.Module) -> None:
     Raises:
         ValueError: if ``model`` is not adapted.
     """
-    for layer in adapted_layers(_adapted("reset_adapters", model)).values():
+    for layer in adapted_layers(check_adapted("reset_adapters", model)).values():
         layer.reset_task_parameters()
 
 
 def _stacked(function: str, model: nn.Module, task: int) -> dict[str, nn.Parameter]:
     found = {}
-    for prefix, layer in adapted_layers(_adapted(function, model)).items():
+    for prefix, layer in adapted_layers(check_adapted(function, model)).items():
         layer.check_task(task)
         for name, parameter in layer.own_task_parameters().items():
             found[f"{prefix}.{name}"] = parameter
     return found
 
 
-def _adapted(function: str, model: nn.Module) -> nn.Module:
+def check_plain(function: str, model: nn.Module) -> None:
+    """Raises ValueError if ``model`` has adapters or heads of tasks."""
+    if adapted_layers(model):
+        raise ValueError(
+            f"{function}: the model has adapters already; metalora.unload(model) takes them out"
+        )
+
+
+def check_adapted(function: str, model: nn.Module) -> nn.Module:
+    """Returns ``model`` if it has adapters or heads of tasks, else raises ValueError."""
     if not adapted_layers(model):
         raise ValueError(f"{function}: the model has no adapters; metalora.adapt puts them in")
     return model

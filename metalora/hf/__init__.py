@@ -1,6 +1,6 @@
 """Hugging Face: rounds of token sequences, packed or padded, also for Trainer and accelerate.
 
-Imported by name only: ``import metalora`` needs none of it.
+Imported when first used: ``import metalora`` needs no package of theirs.
 """
 
 from metalora.hf.attention import Packing

@@ -11,24 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
+from metalora._checks import SHORT
+
 NAME = "metalora"
 """What transformers calls `attention`."""
 
-_SHORT = (torch.bfloat16, torch.float16)
 _BLOCKS = 4  # kernels are launched per block; this many leave about an eighth of padding
 
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Where the sequences lie that are packed one behind the other into one row of tokens.
+    """Where each sequence lies in a row of concatenated tokens.
 
     Attributes:
         ends: int32 [S + 1]: tokens ``ends[i]:ends[i + 1]`` are sequence i.
         longest: how many tokens the longest has.
-        blocks: attention without a kernel for packed sequences runs block by block. Of each: its
-            sequences b, their common length L, and which of the [b, 1, 1, L] tokens are none but
-            padding (False); None if all are real.
-        places: int64 [N], where in the blocks each token lies; None if they have its order.
+        blocks: without a kernel for packed sequences, attention runs block by block. A block has b
+            sequences of the common length L and a mask [b, 1, 1, L], False for padding; None if
+            there is no padding.
+        places: int64 [N], the place of each token in the blocks; None if the order is the same.
     """
 
     ends: Tensor
@@ -83,7 +84,7 @@ class Packing:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on ``device`` for which the host does not wait."""
+    """A copy on ``device``, made without waiting on the host."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -134,7 +135,7 @@ def packed_attention(
 
 def _has_kernel(query: Tensor) -> bool:
     """Whether torch's attention for packed sequences takes such tensors."""
-    if not query.is_cuda or query.dtype not in _SHORT:
+    if not query.is_cuda or query.dtype not in SHORT:
         return False
     fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
     return fits and torch.cuda.get_device_capability(query.device) >= (8, 0)

@@ -18,19 +18,19 @@ Feature = Mapping[str, Any]
 class TaskCollator:
     """A data collator that groups the samples of a batch by task.
 
-    Beside what ``collate`` makes of the features, the batch holds what a model after
-    `accept_task_ids` takes: ``task_ids``, int64 [B], and ``task_counts``, how many samples each
-    task has, as plain numbers: they stay on the host, where the layers need them.
+    Besides the output of ``collate``, the batch holds the inputs of a model after
+    `accept_task_ids`: ``task_ids``, int64 [B], and ``task_counts``, the number of samples of each
+    task as plain numbers, which stay on the host, where the layers need them.
 
     With transformers.Trainer set ``remove_unused_columns=False``, which would remove the task.
     ``label_names=["labels", "task_ids"]`` gives ``compute_metrics`` the tasks too.
 
     Args:
         collate: makes a batch of features, such as ``transformers.DataCollatorWithPadding``.
-        key: where a feature has its task, a number from 0.
-        group: whether samples are sorted by task; those of one task keep their order. Without,
-            all do, as is wanted where predictions are matched with a dataset that is not sorted;
-            the layers then sort, and wait once per batch for a GPU.
+        key: the field of a feature that holds its task, a number from 0.
+        group: whether samples are sorted by task, those of one task in their order. If not, all
+            keep their order, so that predictions match an unsorted dataset; the layers then sort,
+            and wait for a GPU once per batch.
 
     Raises:
         ValueError: if a feature has no task, or the batch is of several rounds of `TaskRounds`.
@@ -86,8 +86,8 @@ class TaskRounds(Dataset[list[Any]]):
 
     Give it to transformers.Trainer with ``per_device_train_batch_size=1``, or to a DataLoader with
     ``batch_size=1``, and a `TaskCollator`. Rounds are those of `metalora.meta.RoundLoader`: an
-    epoch gives every sample once, and tasks with fewer samples are through earlier. A
-    `metalora.TaskOptimizer` leaves their adapters alone from then on.
+    epoch gives every sample once, and tasks with fewer samples run out earlier. From then on
+    `metalora.TaskOptimizer` leaves their adapters alone.
 
     Trainer and accelerate call `set_epoch`; in a plain loop do so before each epoch.
 

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metalora._checks import SHORT, first_line
 from metalora._optional import require
 from metalora.hf.attention import NAME, Packing, register
+from metalora.meta.evaluation import evaluation_mode
 from metalora.meta.steps import call_model
 from metalora.nn import tasks
 
@@ -17,12 +19,12 @@ _LENGTHS = (3, 5)  # of the two sequences that a model is tried with
 
 
 def enable_packing(model: nn.Module) -> nn.Module:
-    """Makes a model of transformers take packed sequences, in place; others it takes as before.
+    """Makes a model of transformers take packed sequences too, in place.
 
-    Packed inputs are "input_ids" and "position_ids" [1, N], of sequences one behind the other, and
-    "packing", their `Packing`, as `SequencePasses` makes them. Behind the encoder the model goes on
-    with the first token of each sequence alone, so that its logits are [S, classes]. It is tried
-    at once: two packed sequences must give what they give padded.
+    Packed inputs are "input_ids" and "position_ids" [1, N] of concatenated sequences, and their
+    `Packing` as "packing", as `SequencePasses` makes them. After the encoder only the first token
+    of each sequence is used, so the logits are [S, classes]. The model is tried at once: two packed
+    sequences must give the same outputs as padded ones.
 
     Works before and after `metalora.adapt`, and saves as the plain model does.
 
@@ -114,8 +116,8 @@ def _enable(model: nn.Module) -> None:
 class _FirstTokens:
     """Hooks that make an encoder give each packed sequence's first token alone, [S, 1, H].
 
-    In a last layer like BERT's all other tokens are dropped as soon as they were attended to, which
-    saves three quarters of that layer; else behind the encoder.
+    In a last layer like BERT's all other tokens are dropped right after attention, which saves
+    three quarters of that layer; in other models they are dropped after the encoder.
     """
 
     def __init__(self) -> None:
@@ -159,30 +161,24 @@ def _pick(hidden: Tensor, packing: Packing) -> Tensor:
     return hidden[0].index_select(0, packing.firsts)[:, None]
 
 
-@torch.no_grad()
 def _difference(model: nn.Module) -> str | None:
-    """What is wrong with the model's outputs for packed sequences; None if nothing is."""
+    """How the model's outputs for packed sequences are wrong; None if they are right."""
     inner = _transformer("enable_packing", model)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    kind = type(inner).__name__
     try:
-        for part in dict.fromkeys((inner.base_model, model)):
-            packed, padded, changed = _outputs(part, inner)
-            if packed.shape != padded.shape:
-                shapes = f"{list(packed.shape)} instead of {list(padded.shape)}"
-                return f"{type(inner).__name__} gives {shapes} for packed sequences"
-            if not torch.equal(packed[0], changed[0]):
-                return f"{type(inner).__name__} lets packed sequences see each other"
-            short = padded.dtype in (torch.bfloat16, torch.float16)
-            limit = (5e-2 if short else 5e-3) * padded.abs().max()
-            if not bool(((packed - padded).abs() <= limit).all()):
-                return f"{type(inner).__name__} gives other outputs for packed sequences"
+        with evaluation_mode(model):
+            for part in dict.fromkeys((inner.base_model, model)):
+                packed, padded, changed = _outputs(part, inner)
+                if packed.shape != padded.shape:
+                    shapes = f"{list(packed.shape)} instead of {list(padded.shape)}"
+                    return f"{kind} gives {shapes} for packed sequences"
+                if not torch.equal(packed[0], changed[0]):
+                    return f"{kind} lets packed sequences see each other"
+                limit = (5e-2 if padded.dtype in SHORT else 5e-3) * padded.abs().max()
+                if not bool(((packed - padded).abs() <= limit).all()):
+                    return f"{kind} gives other outputs for packed sequences"
     except Exception as problem:
-        first = str(problem).strip().partition("\n")[0]
-        return f"{type(inner).__name__} does not take packed sequences: {first}"
-    finally:
-        for module, training in modes.items():
-            module.training = training
+        return f"{kind} does not take packed sequences: {first_line(problem)}"
     return None
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metalora._checks import check_count
+from metalora._checks import check_count, check_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +74,7 @@ class Sequences:
 
 
 def _check(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"Sequences: {name} must be a tensor, got {type(value).__name__}")
+    check_tensor("Sequences", name, value)
     if value.dtype not in dtypes or value.dim() != 1:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(

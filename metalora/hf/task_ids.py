@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from metalora.adapters import adapted_layers
+from metalora.adapters.state import check_adapted
 from metalora.meta import Batch, cross_entropy, task_mean
 from metalora.meta.steps import Loss
 from metalora.nn import TaskBatch, tasks
@@ -16,8 +17,8 @@ from metalora.nn import TaskBatch, tasks
 def accept_task_ids(model: nn.Module, loss: Loss = cross_entropy) -> TaskIds:
     """Lets an adapted model be called with the ``task_ids`` and ``task_counts`` of `TaskCollator`.
 
-    A call with them runs inside ``with metalora.tasks(...)``. Without them the model is called as
-    before. Of a model that takes them already, the earlier objective is taken off.
+    A call with them runs inside ``with metalora.tasks(...)``; without them the model is called as
+    before. A model that takes them already loses its earlier `TaskIds`.
 
     Args:
         model: an adapted model, which gets hooks; how it is saved does not change.
@@ -33,11 +34,7 @@ class TaskIds:
     """What `accept_task_ids` returns: the objective of the model's latest call."""
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
-        layers = list(adapted_layers(model).values())
-        if not layers:
-            raise ValueError(
-                "accept_task_ids: the model has no adapters; metalora.adapt puts them in"
-            )
+        layers = list(adapted_layers(check_adapted("accept_task_ids", model)).values())
         for hook in list(model._forward_pre_hooks.values()):
             earlier = getattr(hook, "__self__", None)
             if isinstance(earlier, TaskIds):

@@ -1,4 +1,4 @@
-"""Reading one adapter folder under metalora's names."""
+"""Reading one adapter folder, with metalora's names for its tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metalora._checks import did_you_mean
+from metalora._checks import did_you_mean, first_line
+from metalora._files import read_tensors
 from metalora.adapters.config import shown
 from metalora.io.config_file import read_settings
 from metalora.io.folder import CONFIG, PREFIX, WEIGHTS, PeftFolderError, restore
@@ -28,7 +29,7 @@ _DTYPES = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is in one folder, under metalora's names."""
+    """The contents of one folder, with metalora's names for its tensors."""
 
     folder: Path
     dropout: float
@@ -96,18 +97,17 @@ def _parts(folder: Path, key: str, tensor: Tensor) -> tuple[str, str, str | None
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    import safetensors
-
     path = folder / WEIGHTS
     if not path.is_file():
         pickles = [p.name for p in sorted(folder.glob("adapter_model.*"))]
         there = f"; {pickles[0]} is never read, save it as safetensors" if pickles else ""
         raise PeftFolderError(f"import_peft: {path} is missing{there}")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise PeftFolderError(f"import_peft: {path} is damaged: {error}") from None
+        tensors, _ = read_tensors(path, "import_peft")
+    except ImportError:
+        raise
+    except Exception as error:
+        raise PeftFolderError(f"import_peft: {path} is damaged: {first_line(error)}") from None
     if not tensors:
         raise PeftFolderError(f"import_peft: {path} holds no tensors")
     return tensors

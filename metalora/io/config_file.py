@@ -1,4 +1,4 @@
-"""Reading adapter_config.json, which anybody may have written."""
+"""Reading an adapter_config.json that is not trusted."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Settings:
 
 
 def read_settings(peft: Any, folder: Path) -> Settings:
-    """Reads the folder's adapter_config.json; nothing of peft's runs on what is in there.
+    """Reads the folder's adapter_config.json, without running peft's code on its contents.
 
     Raises:
         PeftFolderError: if it cannot be read, is not LoRA's, or a field has a wrong type, lies

@@ -1,4 +1,4 @@
-"""Two folders that change places in one step, where the system can do that."""
+"""Exchanging two folders in one step, on systems that can do that."""
 
 from __future__ import annotations
 

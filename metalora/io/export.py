@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metalora._checks import check_choice
+from metalora._checks import check_choice, check_module
 from metalora._optional import require
 from metalora.adapters import adapt, adapted_layers, load_task_state_dict, unload
 from metalora.io.card import adapter_card, base_card
@@ -25,9 +25,10 @@ from metalora.io.folder import (
     check_target,
     replacing,
 )
-from metalora.io.settings import ask_peft, check_complete, lora_config
+from metalora.io.settings import ask_peft, check_complete, peft_lora_config
 from metalora.io.twin import twin_of
-from metalora.nn import SymmetricLoRALinear, TaskLayer
+from metalora.nn import TaskLayer
+from metalora.nn.lora_layer import LoRALayer
 
 # For these PEFT saves further modules whole, such as the classifier. Others need no task type.
 _TASK_TYPES = {
@@ -43,7 +44,7 @@ def export_peft(
     folder: str | Path,
     *,
     adapters: Sequence[Mapping[str, Tensor]] | None = None,
-    config: Any = None,
+    lora_config: Any = None,
     names: Sequence[str] | None = None,
     base: str | Path | None = None,
     task_type: str | None = "auto",
@@ -66,20 +67,20 @@ def export_peft(
 
     Args:
         model: an adapted model; or, with ``adapters``, a plain one. It stays as it is.
-        folder: where to; it must be empty or not exist. All of it appears at the end, at once.
-            A process that is killed leaves there what was there before; on file systems that cannot
-            exchange folders, such as most network file systems, it may be missing until the next
-            `export_peft` or `import_peft` of it puts it back.
+        folder: it must be empty or not exist, and appears as a whole at the end. A killed process
+            leaves what was there before; on file systems that cannot exchange folders, such as most
+            network file systems, it may be missing until the next `export_peft` or `import_peft` of
+            it puts it back.
         adapters: what `metalora.task_state_dict` returned for each task, as the ``adapters`` of
             what `metalora.meta.lora_ml` returns.
-        config: with ``adapters``: the `LoRAConfig` or ``peft.LoraConfig`` they were made with.
+        lora_config: with ``adapters``: the `LoRAConfig` or ``peft.LoraConfig`` they were made with.
         names: the tasks' folders; None means task_0, task_1, ...
         base: folder or hub name of a model that has the shared weights already, as after
             fine-tuning; it is then referred to, and no base is written.
         task_type: PEFT's; "auto" takes it from the model's class (sequence and token
             classification, question answering), None writes none.
         tokenizer: saved with the base, by its ``save_pretrained``.
-        metrics: for the model cards: a number goes into all, of a list each task gets its own.
+        metrics: for the model cards: a number stands in all of them, of a list each task has one.
         overwrite: whether an earlier export in ``folder`` is replaced.
 
     Returns:
@@ -93,7 +94,7 @@ def export_peft(
     peft = require("peft", "export_peft")
     folder = Path(folder).resolve()
     check_target(folder, overwrite)
-    adapted = _adapted_twin(model, adapters, config)
+    adapted = _adapted_twin(model, adapters, lora_config)
     layers = adapted_layers(adapted)
     _check_untied(adapted, layers)
     num_tasks = next(iter(layers.values())).num_tasks
@@ -106,7 +107,7 @@ def export_peft(
         check_choice("export_peft", "task_type", task_type, [t.value for t in peft.TaskType])
     plain = unload(twin_of(adapted)) if adapters is None else twin_of(model)
     shared = plain.state_dict()
-    settings = lora_config(peft, adapted, layers, task_type, base_name)
+    settings = peft_lora_config(peft, adapted, layers, task_type, base_name)
     wanted, settings.modules_to_save = ask_peft(peft, plain, settings)
     check_complete(wanted, layers, shared)
     with replacing(folder) as partial:
@@ -122,18 +123,18 @@ def export_peft(
 
 
 def _adapted_twin(
-    model: nn.Module, adapters: Sequence[Mapping[str, Tensor]] | None, config: Any
+    model: nn.Module, adapters: Sequence[Mapping[str, Tensor]] | None, lora_config: Any
 ) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"export_peft: model must be an nn.Module, got {type(model).__name__}")
-    twin = twin_of(model)
-    if (adapters is None) != (config is None):
-        raise ValueError("export_peft: adapters and config come together; give both or neither")
+    twin = twin_of(check_module("export_peft", model))
+    if (adapters is None) != (lora_config is None):
+        raise ValueError(
+            "export_peft: adapters and lora_config come together; give both or neither"
+        )
     if adapters is None:
         if not adapted_layers(model):
             raise ValueError(
                 "export_peft: the model has no adapters; for those of a result say "
-                "adapters=result.adapters and the config they were made with"
+                "adapters=result.adapters and the lora_config they were made with"
             )
         return twin
     if adapted_layers(model):
@@ -145,7 +146,7 @@ def _adapted_twin(
         raise ValueError("export_peft: adapters must hold at least one task, got none")
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng([d.index for d in devices]):  # what is drawn is overwritten
-        adapt(twin, config, len(adapters))
+        adapt(twin, lora_config, len(adapters))
     for task, state in enumerate(adapters):
         load_task_state_dict(twin, task, state)
     return twin
@@ -235,10 +236,9 @@ def _tensor(
     owner, _, factor = module.rpartition(".")
     if factor in ("lora_A", "lora_B"):
         layer = layers[owner]
-        if isinstance(layer, SymmetricLoRALinear):
-            u = layer.lora_U.detach()[task]
-            return u.T if factor == "lora_A" else u
-        return getattr(layer, factor).detach()[task]
+        assert isinstance(layer, LoRALayer)
+        lora_A, lora_B = layer.factors()
+        return (lora_A if factor == "lora_A" else lora_B).detach()[task]
     if module in layers:
         return getattr(layers[module].to_linear(task), parameter).detach()
     return shared[name]

@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all, whatever ends the process that writes them."""
+"""Writing folders whole or not at all, whatever ends the process."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def replacing(folder: Path) -> Iterator[Path]:
 
     The two change places in one step, so that a process killed at any moment leaves the old or the
     new folder there. On a file system without that step the old one is moved aside first; if the
-    process is killed before the new one is moved in, `restore` puts the old one back. What a killed
-    process left of its own attempt is removed.
+    process is killed before the new one is moved in, `restore` puts the old one back. Partial
+    folders that killed processes left are removed.
 
     Raises:
         PeftFolderError: if it could not be written. Whatever goes wrong, ``folder`` is as before.

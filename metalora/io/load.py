@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from metalora._checks import check_module
 from metalora._optional import require
-from metalora.adapters import LoRAConfig, adapt, adapted_layers, load_task_state_dict
+from metalora.adapters import LoRAConfig, adapt, load_task_state_dict
 from metalora.adapters.config import shown
+from metalora.adapters.state import check_plain
 from metalora.io.adapter_file import Adapter, read_adapter
 from metalora.io.folder import PeftFolderError
 from metalora.io.twin import twin_of
@@ -29,8 +31,8 @@ def import_peft(
     Args:
         model: the plain base model.
         folders: adapter folders, each with adapter_config.json and adapter_model.safetensors.
-        base: the base model that the folders must name; None means where ``model`` was loaded
-            from. A model that was built and not loaded goes with every name.
+        base: the base model that the folders must name; None means the place that ``model`` was
+            loaded from. A model that was not loaded fits every name.
 
     Returns:
         ``model``, with one task per folder.
@@ -43,12 +45,7 @@ def import_peft(
             others. The model is then as it was.
     """
     peft = require("peft", "import_peft")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"import_peft: model must be an nn.Module, got {type(model).__name__}")
-    if adapted_layers(model):
-        raise ValueError(
-            "import_peft: the model has adapters already; metalora.unload(model) takes them out"
-        )
+    check_plain("import_peft", check_module("import_peft", model))
     paths = _paths(folders)
     base = base or getattr(model, "name_or_path", None)
     tasks = [read_adapter(peft, path, model, base) for path in paths]

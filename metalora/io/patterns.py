@@ -1,7 +1,7 @@
 """Which of a foreign file's regular expressions matches a name, in limited time.
 
-Python cannot stop a regular expression that runs, and whether one takes for ever cannot be seen in
-advance without refusing some that do not. So a process of its own matches them, and is killed.
+Python cannot interrupt a running regular expression, and no check beforehand finds exactly those
+that take for ever. So a process of its own matches them, and is killed when it takes too long.
 """
 
 from __future__ import annotations

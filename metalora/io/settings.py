@@ -17,12 +17,12 @@ from metalora.nn import MultiTaskHead, TaskLayer
 _NO_TARGETS = "dummy-target-modules"  # PEFT's own word for an adapter of modules_to_save alone
 
 
-def lora_config(
+def peft_lora_config(
     peft: Any, model: nn.Module, layers: dict[str, TaskLayer], task_type: str | None, base: str
 ) -> Any:
     """The ``peft.LoraConfig`` that says what the layers are."""
     targets: dict[str, Any] = {n: m for n, m in layers.items() if not isinstance(m, MultiTaskHead)}
-    dropouts = {float(getattr(layer, "dropout", 0.0)) for layer in targets.values()}
+    dropouts = {layer.dropout for layer in targets.values()}
     if len(dropouts) > 1:
         raise ValueError(
             "export_peft: all layers must have the same dropout, as peft knows one only; "

@@ -8,8 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metalora._checks import check_count, check_nonnegative
-from metalora._inputs import DTYPES, check_generator, check_tensor, randn
+from metalora._checks import (
+    check_constant,
+    check_count,
+    check_drawing,
+    check_generator,
+    check_matrix_rank,
+    check_nonnegative,
+    check_square,
+)
+from metalora._draws import Draws
 from metalora.linear.statistics import SufficientStatistics, sufficient_statistics
 
 _CHUNK = 8192  # samples drawn at a time; another value draws other samples from the same seed
@@ -70,19 +78,13 @@ def sample_problem(
     name = "sample_problem"
     check_count(name, "num_tasks", num_tasks)
     check_count(name, "dim", dim)
-    check_count(name, "rank", rank)
-    if rank > dim:
-        raise ValueError(f"{name}: rank must be at most dim = {dim}, got {rank}")
-    check_generator(name, generator)
-    if dtype not in DTYPES:
-        raise TypeError(f"{name}: dtype must be torch.float32 or torch.float64, got {dtype}")
-    batch = tuple(check_count(name, "each of batch_shape", size) for size in batch_shape)
-    place = torch.device(device)
-    base = randn((*batch, dim, dim), generator, dtype, place)
+    check_matrix_rank(name, rank, dim, name="dim")
+    batch = check_drawing(name, batch_shape, generator, dtype)
+    draw = Draws(generator, dtype, torch.device(device))
+    base = draw.normal(*batch, dim, dim)
     if symmetric_base:
         base = (base + base.mT) / 2
-    factors = randn((*batch, num_tasks + 1, dim, rank), generator, dtype, place)
-    return LinearProblem(base, factors)
+    return LinearProblem(base, draw.normal(*batch, num_tasks + 1, dim, rank))
 
 
 def sample_data(
@@ -108,10 +110,11 @@ def sample_data(
     """
     _check_sampling("sample_data", truth, count, noise, generator)
     shape = (*truth.shape[:-2], count, truth.shape[-1])
-    x = randn(shape, generator, truth.dtype, truth.device)
+    draw = Draws(generator, truth.dtype, truth.device)
+    x = draw.normal(*shape)
     y = x @ truth.mT
     if noise:
-        y += noise * randn(shape, generator, truth.dtype, truth.device)
+        y += noise * draw.normal(*shape)
     return x, y
 
 
@@ -141,9 +144,7 @@ def sample_statistics(
 def _check_sampling(
     function: str, truth: Tensor, count: int, noise: float, generator: torch.Generator | None
 ) -> None:
-    check_tensor(function, "truth", truth)
-    if truth.dim() < 2 or truth.shape[-1] != truth.shape[-2]:
-        raise ValueError(f"{function}: truth must be [..., d, d], got {list(truth.shape)}")
+    check_square(function, "truth", check_constant(function, "truth", truth))
     check_count(function, "count", count)
     check_nonnegative(function, "noise", noise)
     check_generator(function, generator)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metalora._checks import check_count
-from metalora._inputs import check_finite, check_like, check_shape, check_tensor
+from metalora._checks import check_constant, check_count, check_finite, check_shape, check_square
 from metalora.reference import linear as reference
 
 _CHUNK = 8192  # samples a task at a time, so that a float64 copy of float32 data stays small
@@ -36,11 +35,9 @@ class SufficientStatistics:
 
     def __post_init__(self) -> None:
         name = "SufficientStatistics"
-        check_tensor(name, "gram", self.gram)
-        if self.gram.dim() < 2 or self.gram.shape[-1] != self.gram.shape[-2]:
-            raise ValueError(f"{name}: gram must be [..., d, d], got {list(self.gram.shape)}")
+        check_square(name, "gram", check_constant(name, "gram", self.gram))
         for argument in ("cross", "energy"):
-            check_like(name, argument, getattr(self, argument), self.gram, "gram")
+            check_constant(name, argument, getattr(self, argument), "gram", self.gram)
         check_shape(name, "cross", self.cross, tuple(self.gram.shape))
         check_shape(name, "energy", self.energy, tuple(self.gram.shape[:-2]))
         check_count(name, "count", self.count)
@@ -59,7 +56,7 @@ class SufficientStatistics:
         if not isinstance(other, SufficientStatistics):
             return NotImplemented
         name = "SufficientStatistics.__add__"
-        check_like(name, "the second gram", other.gram, self.gram, "the first")
+        check_constant(name, "the second gram", other.gram, "the first", self.gram)
         check_shape(name, "the second gram", other.gram, tuple(self.gram.shape))
         return SufficientStatistics(
             self.gram + other.gram,
@@ -113,8 +110,8 @@ def sufficient_statistics(x: Tensor, y: Tensor) -> SufficientStatistics:
         ValueError, TypeError: wrong shapes, dtypes, devices; no samples; NaN or infinite values.
     """
     name = "sufficient_statistics"
-    check_tensor(name, "x", x)
-    check_like(name, "y", y, x, "x")
+    check_constant(name, "x", x)
+    check_constant(name, "y", y, "x", x)
     if x.dim() < 2 or 0 in x.shape[-2:]:
         raise ValueError(f"{name}: x must be [..., T, N, d] with N, d >= 1, got {list(x.shape)}")
     if y.shape != x.shape:
@@ -151,7 +148,7 @@ def prediction_error(stats: SufficientStatistics, weight: Tensor, truth: Tensor)
         ValueError, TypeError: wrong shapes, dtypes or devices.
     """
     for argument, value in (("weight", weight), ("truth", truth)):
-        check_like("prediction_error", argument, value, stats.gram, "stats.gram")
+        check_constant("prediction_error", argument, value, "stats.gram", stats.gram)
         if value.dim() < 2 or value.shape[-2:] != stats.gram.shape[-2:]:
             raise ValueError(
                 f"prediction_error: {argument} must be [..., d={stats.dim}, d={stats.dim}], "

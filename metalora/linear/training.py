@@ -7,8 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metalora._checks import check_count, check_nonnegative
-from metalora._inputs import check_finite, check_generator, check_like, check_shape, randn
+from metalora._checks import (
+    check_constant,
+    check_count,
+    check_finite,
+    check_generator,
+    check_matrix_rank,
+    check_nonnegative,
+    check_values,
+)
+from metalora._draws import Draws
 from metalora.linear._native import train
 from metalora.linear.statistics import SufficientStatistics
 from metalora.ops._trainings import check_converged
@@ -86,14 +94,14 @@ def lora_ml(
     name = "lora_ml"
     _check_tasks(name, stats)
     tasks, dim = stats.gram.shape[-3:-1]
-    _check_rank(name, rank, dim)
+    check_matrix_rank(name, rank, dim)
     check_count(name, "outer_steps", outer_steps, minimum=0)
     check_count(name, "inner_steps", inner_steps, minimum=0)
     check_nonnegative(name, "outer_lr", outer_lr)
     check_nonnegative(name, "inner_lr", inner_lr)
     check_generator(name, generator)
     batch = stats.batch_shape[:-1]
-    weight = _start_weight(name, stats, batch, initial_weight)
+    weight = _start_weight(name, stats, initial_weight)
     factors = _start(
         name, "initial_factors", stats, (*batch, tasks, dim, rank), initial_factors, generator
     )
@@ -101,7 +109,11 @@ def lora_ml(
         "linear_retrain_lora_ml",
         batch,
         (stats.gram, stats.cross, stats.energy, weight, factors),
-        *(stats.count, outer_steps, inner_steps, float(outer_lr), float(inner_lr)),
+        stats.count,
+        outer_steps,
+        inner_steps,
+        float(outer_lr),
+        float(inner_lr),
     )
     check_converged(name, diverged_at, outer_steps, "outer_lr or inner_lr")
     return RetrainResult(weight, factors, losses)
@@ -130,17 +142,14 @@ def standard(
     _check_tasks(name, stats)
     check_count(name, "steps", steps, minimum=0)
     check_nonnegative(name, "lr", lr)
-    batch = stats.batch_shape[:-1]
+    weight = _start_weight(name, stats, initial_weight)
     weight, losses, diverged_at = train(
         "linear_retrain_standard",
-        batch,
-        (
-            stats.gram,
-            stats.cross,
-            stats.energy,
-            _start_weight(name, stats, batch, initial_weight),
-        ),
-        *(stats.count, steps, float(lr)),
+        stats.batch_shape[:-1],
+        (stats.gram, stats.cross, stats.energy, weight),
+        stats.count,
+        steps,
+        float(lr),
     )
     check_converged(name, diverged_at, steps, "lr")
     return RetrainResult(weight, None, losses)
@@ -183,7 +192,7 @@ def finetune_lora(
     weight = _check_matrix(name, "weight", weight, stats)
     if truth is not None:
         truth = _check_matrix(name, "truth", truth, stats)
-    _check_rank(name, rank, stats.dim)
+    check_matrix_rank(name, rank, stats.dim)
     check_count(name, "steps", steps, minimum=0)
     check_nonnegative(name, "lr", lr)
     check_generator(name, generator)
@@ -199,7 +208,9 @@ def finetune_lora(
         "linear_finetune_lora",
         batch,
         (stats.gram, stats.cross, stats.energy, weight, u, v, truth),
-        *(stats.count, steps, float(lr)),
+        stats.count,
+        steps,
+        float(lr),
     )
     check_converged(name, diverged_at, steps, "lr")
     return FinetuneResult((u, v), losses, None if truth is None else errors)
@@ -231,17 +242,11 @@ def _check_tasks(function: str, stats: SufficientStatistics) -> None:
     _check_statistics(function, stats)
 
 
-def _check_rank(function: str, rank: int, dim: int) -> None:
-    check_count(function, "rank", rank)
-    if rank > dim:
-        raise ValueError(f"{function}: rank must be at most d = {dim}, got {rank}")
-
-
 def _check_matrix(
     function: str, argument: str, value: Tensor, stats: SufficientStatistics
 ) -> Tensor:
     """``value`` with the leading dimensions of the statistics; it may lack the last of them."""
-    check_like(function, argument, value, stats.gram, "stats.gram")
+    check_constant(function, argument, value, "stats.gram", stats.gram)
     wanted, batch = stats.gram.shape, stats.batch_shape
     leading = value.dim() - 2
     if value.shape[-2:] != wanted[-2:] or value.shape[:-2] != batch[:leading]:
@@ -255,15 +260,11 @@ def _check_matrix(
     return value.reshape(*batch[:leading], *missing, *wanted[-2:]).expand(wanted)
 
 
-def _start_weight(
-    function: str, stats: SufficientStatistics, batch: torch.Size, given: Tensor | None
-) -> Tensor:
-    shape = (*batch, stats.dim, stats.dim)
+def _start_weight(function: str, stats: SufficientStatistics, given: Tensor | None) -> Tensor:
+    shape = (*stats.batch_shape[:-1], stats.dim, stats.dim)
     if given is None:
         return stats.gram.new_zeros(shape)
-    check_like(function, "initial_weight", given, stats.gram, "stats.gram")
-    check_shape(function, "initial_weight", given, shape)
-    return check_finite(function, "initial_weight", given)
+    return check_values(function, "initial_weight", given, "stats.gram", stats.gram, shape)
 
 
 def _start(
@@ -275,7 +276,6 @@ def _start(
     generator: torch.Generator | None,
 ) -> Tensor:
     if given is None:
-        return INITIAL_STD * randn(shape, generator, stats.gram.dtype, stats.gram.device)
-    check_like(function, argument, given, stats.gram, "stats.gram")
-    check_shape(function, argument, given, shape)
-    return check_finite(function, argument, given)
+        draw = Draws(generator, stats.gram.dtype, stats.gram.device)
+        return INITIAL_STD * draw.normal(*shape)
+    return check_values(function, argument, given, "stats.gram", stats.gram, shape)

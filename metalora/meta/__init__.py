@@ -1,12 +1,12 @@
 """Retraining for adaptability, and the fine-tuning that follows it."""
 
-from metalora._checks import DivergedError
-from metalora.meta.callbacks import Callback, KeepBest, MetricsLog, Progress
+from metalora._errors import DivergedError
+from metalora.meta.callbacks import KeepBest, MetricsLog, Progress
 from metalora.meta.checkpoint import Checkpoint, CheckpointError
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Batch, RoundLoader, Rounds, by_task
 from metalora.meta.evaluation import Evaluation, accuracy, evaluate
-from metalora.meta.loop import Result, Training, train
+from metalora.meta.loop import Result, train
 from metalora.meta.mean import task_mean
 from metalora.meta.methods import (
     finetune_last_layer,
@@ -22,6 +22,7 @@ from metalora.meta.schedule import learning_rate
 from metalora.meta.seeds import derive_seed
 from metalora.meta.steps import GradientStep, ReptileStep, cross_entropy
 from metalora.meta.task_optimizer import TaskOptimizer
+from metalora.meta.training import Callback, Options, Training
 
 __all__ = [
     "Batch",
@@ -33,6 +34,7 @@ __all__ = [
     "GradientStep",
     "KeepBest",
     "MetricsLog",
+    "Options",
     "Progress",
     "ReptileStep",
     "Result",

@@ -1,4 +1,4 @@
-"""What happens beside the training: progress, a log, keeping the best epoch."""
+"""Callbacks: a progress bar, a log of the metrics, keeping the best epoch."""
 
 from __future__ import annotations
 
@@ -8,53 +8,23 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from metalora._checks import check_count
 from metalora._files import replacing
-
-if TYPE_CHECKING:
-    from metalora.meta.loop import Training
-
-
-class Callback:
-    """Hooks into the training loop; each may be overridden.
-
-    `training` holds the model, the step, the config, the history and where the loop stands.
-    """
-
-    def on_start(self, training: Training) -> None:
-        """Before the first epoch."""
-
-    def on_step(self, training: Training, loss: Tensor) -> None:
-        """After an optimiser step; ``loss`` is not synchronised with the host."""
-
-    def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
-        """After an epoch and its validation; ``record`` is the newest of the history."""
-
-    def on_end(self, training: Training) -> None:
-        """After the last epoch."""
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What must survive an interruption: tensors, and what JSON can hold.
-
-        Asked for after `on_start`, before any epoch, and after every epoch.
-        """
-        return {}, {}
-
-    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Takes back what `state` returned; called after `on_start`."""
+from metalora.meta.identity import shapes_of
+from metalora.meta.training import Callback, Training
 
 
 class Progress(Callback):
     """A progress bar with the loss and the time left.
 
-    Nothing is shown where stderr is no terminal, or the package tqdm is not installed.
+    Shows nothing if stderr is no terminal or the package tqdm is not installed.
 
     Args:
-        label: what stands before the bar.
+        label: the text before the bar.
     """
 
     def __init__(self, label: str = "train") -> None:
@@ -90,15 +60,15 @@ class Progress(Callback):
 
 
 class MetricsLog(Callback):
-    """Appends each epoch's record to a file, a line of JSON each.
+    """Appends each epoch's record to a file, as a line of JSON.
 
-    Of a training that goes on from a `Checkpoint`, the lines are removed that it wrote after the
-    checkpoint's last save, so that each epoch has one line. Lines of others stay, such as
-    those with another ``extra``. No other process should append to the file at that moment.
+    When a training resumes from a `Checkpoint`, the lines that it wrote after the checkpoint's last
+    save are removed, so that each epoch has one line. Lines with another ``extra`` stay. No other
+    process should append to the file at that moment.
 
     Args:
         path: the file.
-        extra: put into every line, such as the method and the seed.
+        extra: fields of every line, such as the method and the seed.
     """
 
     def __init__(self, path: str | Path, **extra: Any) -> None:
@@ -106,7 +76,7 @@ class MetricsLog(Callback):
         self._saved: int | None = None
 
     def on_start(self, training: Training) -> None:
-        """Repairs the file's end, where a process may have been killed while it wrote."""
+        """Repairs the end of the file, in case a process was killed while it wrote."""
         self._saved = None
         self._replace(0, lambda line: False)
         self._length = self.path.stat().st_size if self.path.exists() else 0
@@ -130,7 +100,7 @@ class MetricsLog(Callback):
         return {}, {"length": self._length}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Takes back what `state` returned."""
+        """Restores what `state` returned."""
         self._saved = check_count("MetricsLog", "length", values["length"], minimum=0)
 
     def _replace(self, start: int, stale: Callable[[dict[str, Any]], Any]) -> None:
@@ -167,7 +137,7 @@ class KeepBest(Callback):
             raise ValueError("KeepBest: needs a validation to choose by; pass validation=")
         self.best, self.epoch = -math.inf, -1
         self.weights: dict[str, Tensor] = {}
-        self._wanted = _shapes(training.model.state_dict())
+        self._wanted = shapes_of(training.model.state_dict())
 
     def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
         """Copies the weights if they are the best so far."""
@@ -186,20 +156,16 @@ class KeepBest(Callback):
         return self.weights, {"best": self.best, "epoch": self.epoch}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Takes back what `state` returned.
+        """Restores what `state` returned.
 
         Raises:
-            ValueError: if that is not of this model.
+            ValueError: if it is of another model.
         """
         best, epoch = values["best"], values["epoch"]
         if type(best) is not float or type(epoch) is not int:
             raise ValueError("best must be a float and epoch an int")
-        if tensors and _shapes(tensors) != self._wanted:
+        if tensors and shapes_of(tensors) != self._wanted:
             raise ValueError("the weights of the best epoch must be those of the model")
         if bool(tensors) != (epoch >= 0):
             raise ValueError(f"there must be weights of the best epoch, {epoch}")
         self.weights, self.best, self.epoch = tensors, best, epoch
-
-
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[Any, ...]]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}

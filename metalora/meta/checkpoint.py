@@ -1,4 +1,4 @@
-"""Interrupting a training, and going on in the same bits."""
+"""Interrupting a training and resuming it, with bitwise the same result."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ import reprlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metalora._files import remove_partials, replacing
+from metalora._files import read_tensors, remove_partials, replacing, safetensors_torch
 from metalora._warn import warn_user
 from metalora.adapters import adapted_layers, task_parameters
-from metalora.meta.callbacks import Callback
-from metalora.meta.identity import digest_of_tensors, identity_of
-from metalora.meta.loop import Training
+from metalora.meta.identity import digest_of_tensors, identity_of, shapes_of
 from metalora.meta.task_optimizer import TASKS_WITH_STATE, TaskOptimizer
+from metalora.meta.training import Callback, Training
 
 _FORMAT = "metalora training 2"
 _VALUES = {
@@ -40,7 +38,7 @@ _STATES: dict[type, tuple[str, ...]] = {
     torch.optim.AdamW: _ADAM,
     torch.optim.SGD: (),
 }
-"""What these optimisers, as metalora makes them, keep for each parameter."""
+"""The state that these optimisers, as metalora makes them, keep of each parameter."""
 
 _ABSENT = "absent"
 _WHAT_TO_DO = "name another path, or delete the file"
@@ -51,40 +49,38 @@ class CheckpointError(ValueError):
 
 
 class Checkpoint(Callback):
-    """Saves a training at its start and after every epoch, and goes on from the file if it exists.
+    """Saves a training at its start and after every epoch, and resumes from the file if it exists.
 
-    The file is safetensors, its metadata JSON; nothing is ever unpickled. It takes the place of the
-    last one in one step (see `metalora._files.replacing`), so at any moment a complete one is
-    there. Needs the package safetensors. Must be the last of the callbacks, whose state it saves
-    too.
+    The file is safetensors with JSON metadata; nothing is ever unpickled. Each save replaces the
+    file in one step (see `metalora._files.replacing`), so a complete one is always there. Needs the
+    package safetensors. Must be the last of the callbacks, as it saves their state too.
 
-    A file is gone on with only if it belongs to this very training. Compared are the config, the
-    kind of training with its settings, loss and forward, the model's initial weights (parameters
-    and buffers, every byte), which of them are trained, the adapted layers, and what the loaders of
-    data and validation say of themselves: `RoundLoader.identity` gives the settings and a digest
-    of the data, that of large tensors from a sample. So seed whatever makes the initial weights.
-    Functions are compared by their names alone. Initial adapters and heads are not compared where
-    the file comes from another kind of device, for there torch draws other numbers; nor are the
-    data of a loader that has no ``identity()``, which a warning says when a training goes on.
+    A training resumes only from a file of its own. The file must agree in the config, the kind of
+    training with its settings, loss and forward, the model's initial weights (every byte of the
+    parameters and buffers), which of them are trained, the adapted layers, and the loaders of data
+    and validation: `RoundLoader.identity` gives the settings and a digest of the data, that of
+    large tensors from a sample. So seed whatever makes the initial weights. Functions are compared
+    by name alone. Initial adapters and heads are not compared if the file was written on another
+    kind of device, where torch draws other numbers. The data of a loader without ``identity()`` are
+    not compared either; a warning says so on resuming.
 
     Args:
         path: the file.
-        resume: whether to go on from it; without, a file that exists is an error.
+        resume: whether to resume from it; if not, a file that exists is an error.
 
     Raises:
         ImportError: if safetensors is not installed.
-        CheckpointError: at the start of the training, if the file is damaged or of another
-            training, which is then not touched; or if the file could not be written, at the start
-            or after an epoch. The file is then as before.
+        CheckpointError: at the start, if the file is damaged or of another training; or at the
+            start or after an epoch, if the file could not be written. The file is then as before.
     """
 
     def __init__(self, path: str | Path, *, resume: bool = True) -> None:
-        _safetensors()
+        safetensors_torch("Checkpoint")
         self.path, self.resume = Path(path), resume
         self._identity: dict[str, Any] = {}
 
     def on_start(self, training: Training) -> None:
-        """Goes on from the file, or makes it."""
+        """Resumes from the file, or makes it."""
         if training.callbacks[-1] is not self:
             raise ValueError(
                 "Checkpoint: must be the last of the callbacks, as it saves the others"
@@ -102,7 +98,7 @@ class Checkpoint(Callback):
             _restore(self.path, training, self._identity)
         except CheckpointError:
             raise
-        except Exception as error:  # whatever a file leads to that somebody made up
+        except Exception as error:  # a forged file can end in any exception
             raise _damaged(self.path, error) from error
         if training.next_epoch and isinstance(self._identity["rounds"], str):
             warn_user(
@@ -126,9 +122,8 @@ def write(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> Non
     """
     kept = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     text = json.dumps({"format": _FORMAT, **values})
-    data = _safetensors().torch.save(
-        kept, metadata={"metalora": text, "sha256": _digest(kept, text)}
-    )
+    metadata = {"metalora": text, "sha256": _digest(kept, text)}
+    data = safetensors_torch("Checkpoint").save(kept, metadata=metadata)
     try:
         with replacing(path) as file:
             file.write(data)
@@ -144,12 +139,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         CheckpointError: if the file is damaged or something else.
     """
-    safetensors = _safetensors()
     try:
-        data = path.read_bytes()  # mapped into memory, it would end the process if it is cut short
-        tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        metadata = header.get("__metadata__", {})
+        tensors, metadata = read_tensors(path, "Checkpoint")
         if "metalora" not in metadata:
             raise CheckpointError(f"Checkpoint: {path} is no checkpoint of metalora")
         if _digest(tensors, metadata["metalora"]) != metadata.get("sha256"):
@@ -175,7 +166,7 @@ def _collect(
     training: Training, identity: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {f"model.{name}": t for name, t in training.model.state_dict().items()}
-    for number, state in _optimizer(training).state_dict()["state"].items():
+    for number, state in training.step.optimizer.state_dict()["state"].items():
         for key, value in state.items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{number}.{key}"] = value
@@ -201,7 +192,7 @@ def _restore(path: Path, training: Training, identity: dict[str, Any]) -> None:
     tensors, values = read(path)
     _check_complete(path, values)
     model = _part(tensors, "model.")
-    _check_same(path, "the model", _shapes(model), _shapes(training.model.state_dict()))
+    _check_same(path, "the model", shapes_of(model), shapes_of(training.model.state_dict()))
     _check_same(path, "the adapters", values["layers"], _layers(training))
     saved = values["training"]
     if saved.get("device") != identity["device"]:
@@ -212,7 +203,7 @@ def _restore(path: Path, training: Training, identity: dict[str, Any]) -> None:
     _check_progress(path, values, training)
     scaler = training.step.scaler
     _check_scaler(path, values["scaler"], scaler.state_dict())
-    optimizer = _optimizer(training)
+    optimizer = training.step.optimizer
     state = _optimizer_state(path, _part(tensors, "optimizer."), optimizer)
     device = next(training.model.parameters()).device
     for place, callback in enumerate(training.callbacks):
@@ -234,7 +225,7 @@ def _restore(path: Path, training: Training, identity: dict[str, Any]) -> None:
 
 
 def _identity(training: Training) -> dict[str, Any]:
-    """What must be equal for one training to go on where another stopped; taken at its start."""
+    """What must be equal for a training to resume where another stopped; taken at its start."""
     model = training.model
     own = {id(p) for p in task_parameters(model)}
     per_task = {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in own}
@@ -265,12 +256,8 @@ def _identity(training: Training) -> dict[str, Any]:
 
 
 def _layers(training: Training) -> dict[str, str]:
-    """What the weights' shapes don't tell of the adapted layers, such as alpha and dropout."""
+    """Of the adapted layers what the shapes do not tell, such as alpha and dropout."""
     return {name: repr(layer) for name, layer in adapted_layers(training.model).items()}
-
-
-def _optimizer(training: Training) -> torch.optim.Optimizer:
-    return training.step.optimizer
 
 
 def _check_complete(path: Path, values: dict[str, Any]) -> None:
@@ -296,7 +283,7 @@ def _check_same(path: Path, what: str, saved: Any, wanted: Any) -> None:
 
 
 def _differences(name: str, saved: Any, wanted: Any) -> Iterator[str]:
-    """``name saved, here wanted`` for each value that differs, in dictionaries for each of them."""
+    """``name saved, here wanted`` for each value that differs, however deeply nested."""
     if isinstance(saved, dict) and isinstance(wanted, dict):
         for key in {**wanted, **saved}:
             own = _short(key)[1:-1]  # a file's keys may be anything
@@ -307,7 +294,7 @@ def _differences(name: str, saved: Any, wanted: Any) -> Iterator[str]:
 
 
 def _check_progress(path: Path, values: dict[str, Any], training: Training) -> None:
-    """Whether the counters and the history are such as the training could have made."""
+    """Refuses counters and a history that this training cannot have written."""
     done, history = values["next_epoch"], values["history"]
     keys = ["loss", "lr", *([] if training.validation is None else ["validation"])]
     wrong = None
@@ -337,7 +324,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_scaler(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
-    """Whether a gradient scaler takes ``saved``; its scale and its counter alone may differ."""
+    """Refuses the state of another gradient scaler; only the scale and its counter may differ."""
     largest = {"scale": 3e38, "_growth_tracker": own.get("growth_interval", 0)}
     for key in {**saved, **own}:
         value: Any = saved.get(key, _ABSENT)
@@ -356,7 +343,7 @@ def _check_scaler(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> Non
 def _optimizer_state(
     path: Path, found: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[int, dict[str, Tensor]]:
-    """By the parameter's number; refuses all that the optimiser could not have made."""
+    """The state by the parameter's number; refuses what the optimiser cannot have written."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     kind = type(optimizer.inner if isinstance(optimizer, TaskOptimizer) else optimizer)
     by_number: dict[str, dict[str, Tensor]] = {}
@@ -376,7 +363,7 @@ def _optimizer_state(
             elif fits:
                 fits = own[key].shape in ((), parameter.shape[:1], parameter.shape)
             if not fits:
-                got = _shapes(own).get(key, "nothing")
+                got = shapes_of(own).get(key, "nothing")
                 raise CheckpointError(
                     f"Checkpoint: {path} has optimizer state {_short(f'{number}.{key}')}: {got}, "
                     f"wanted {', '.join(_STATES.get(kind, ())) or 'none'} of shape "
@@ -395,7 +382,7 @@ def _optimizer_state(
 
 
 def _fits(key: str, state: Tensor, parameter: Tensor, apart: bool) -> bool:
-    """Whether Adam could have such a state; ``apart``: of tasks that were not stepped alike."""
+    """Whether Adam can have such a state; ``apart``: its tasks were not all stepped alike."""
     if key == TASKS_WITH_STATE:
         return state.dtype == torch.bool and state.shape == parameter.shape[:1]
     if key == "step":
@@ -405,22 +392,8 @@ def _fits(key: str, state: Tensor, parameter: Tensor, apart: bool) -> bool:
     return state.dtype == parameter.dtype and state.shape == parameter.shape
 
 
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, str]:
-    return {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
-
-
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ImportError(
-            "Checkpoint: needs the package safetensors; pip install safetensors"
-        ) from None
-    return safetensors
 
 
 def _digest(tensors: dict[str, Tensor], text: str) -> str:

@@ -1,4 +1,4 @@
-"""How to train."""
+"""The settings of a training."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from metalora._checks import check_choice, check_count
+from metalora._checks import check_choice, check_count, check_tensor
 from metalora.meta.identity import digest_of_data, identity_of
 from metalora.meta.seeds import generator
 
@@ -44,7 +44,7 @@ class Batch:
     collate: Collate | None = None
 
     def tasks_present(self) -> list[int]:
-        """The tasks that have samples here, ascending; waits for the device without ``counts``."""
+        """The tasks with samples here, ascending; without ``counts`` it waits for the device."""
         if self.counts is None:
             return self.task_ids.unique().tolist()
         return [task for task, count in enumerate(self.counts) if count]
@@ -84,7 +84,7 @@ class Batch:
         )
 
     def passes(self) -> Iterable[Batch]:
-        """What the model is called with, one batch after the other."""
+        """The batches that the model is called with, one after the other."""
         return (self,) if self.collate is None else self.collate(self)
 
 
@@ -99,10 +99,10 @@ def take_rows(inputs: Any, rows: Tensor | slice) -> Any:
 
 
 class Rounds(Protocol):
-    """What the training loop asks of a loader. `RoundLoader` is one.
+    """What the training loop needs of a loader, such as `RoundLoader`.
 
     A loader may also have a method ``identity()``, see `RoundLoader.identity`. Without it,
-    `metalora.meta.Checkpoint` cannot tell whether a training goes on with the same data.
+    `metalora.meta.Checkpoint` cannot tell whether a training resumes with the same data.
     """
 
     num_tasks: int
@@ -127,9 +127,9 @@ class Rounds(Protocol):
 
 
 def by_task(rounds: Rounds) -> Rounds:
-    """The same rounds, given to the model task by task: one pass or more for each task.
+    """The same rounds, of which the model gets one task at a time, in one pass or more.
 
-    What is trained or measured stays the same. For models that cannot take several tasks at once.
+    For models that cannot take several tasks at once; the loss and the metrics stay the same.
     """
     return _ByTask(rounds)
 
@@ -166,20 +166,20 @@ class RoundLoader:
 
     An epoch gives every sample once, in one of these orders:
 
-    - "rounds": up to ``batch_size`` samples of every task per batch. Tasks with fewer samples are
-      through earlier, and absent from the last rounds.
+    - "rounds": up to ``batch_size`` samples of every task per batch. Tasks with fewer samples run
+      out earlier and are absent from the last rounds.
     - "interleaved": a batch of task 0, a batch of task 1, and so on, then the next batch of each
       task that has samples left.
     - "blocked": all batches of task 0, then all of task 1, and so on.
-    - "pooled": batches drawn from all tasks together, as if there were but one; the loss is the
-      mean over a batch's samples.
+    - "pooled": batches drawn from all tasks together, as if they were one; the loss is the mean
+      over a batch's samples.
 
     A batch of one task is one optimiser step, and its loss is the mean over its samples. Batches
     are sorted by task. Order and augmentation are a pure function of (seed, epoch).
 
     Args:
-        inputs: [N, ...], or a mapping of such tensors; on the device where they are wanted.
-        targets: [N, ...], beside them.
+        inputs: [N, ...], or a mapping of such tensors, on the device of the batches.
+        targets: [N, ...], on the same device.
         task_ids: int64 [N], tasks numbered 0..T-1 without gaps; -1 leaves a sample out.
         batch_size: samples per task and batch; with "pooled", samples per batch.
         seed: of order and augmentation.
@@ -188,7 +188,7 @@ class RoundLoader:
         max_rounds: end the epoch after so many batches.
         transform: ``transform(inputs, generator) -> inputs``, applied to each batch.
         collate: see `Batch`. Where samples do not fit into tensors, ``inputs`` may be their
-            numbers, of which it makes what the model takes.
+            numbers, which it turns into the model's inputs.
 
     Raises:
         TypeError: if an argument has a wrong type.
@@ -233,10 +233,10 @@ class RoundLoader:
         self._epoch = 0
 
     def identity(self) -> dict[str, Any]:
-        """What determines the batches of every epoch, as JSON can hold it.
+        """What determines the batches of every epoch, in values that JSON can hold.
 
-        The settings, the names of ``transform`` and ``collate``, and a digest of each tensor, that
-        of a large one from a sample of it: see `metalora.meta.identity.digest_of_data`.
+        These are the settings, the names of ``transform`` and ``collate``, and a digest of each
+        tensor (see `metalora.meta.identity.digest_of_data`).
         """
         return {
             "batch_size": self.batch_size,
@@ -314,7 +314,7 @@ class RoundLoader:
         return rounds
 
     def _visits(self) -> list[list[tuple[int, int]]]:
-        """Per batch of an epoch the tasks it has samples of, each with which of its batches."""
+        """Per batch of an epoch: its tasks, each with the number of that task's own batch."""
         per_task = self._batches_per_task
         if self.order == "blocked":
             visits = [[(task, i)] for task, count in enumerate(per_task) for i in range(count)]
@@ -344,8 +344,7 @@ def _checked_ids(inputs: Any, targets: Tensor, task_ids: Tensor) -> Tensor:
     if isinstance(inputs, Mapping):
         parts = {f"inputs[{name!r}]": value for name, value in inputs.items()}
     for name, value in {**parts, "targets": targets, "task_ids": task_ids}.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"RoundLoader: {name} must be a tensor, got {type(value).__name__}")
+        check_tensor("RoundLoader", name, value)
     if task_ids.dtype != torch.int64 or task_ids.dim() != 1:
         got = f"{task_ids.dtype} {list(task_ids.shape)}"
         raise ValueError(f"RoundLoader: task_ids must be int64 [N], got {got}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,19 @@ def accuracy(outputs: Tensor, batch: Batch) -> Tensor:
     return (outputs.argmax(-1) == batch.targets).to(torch.float64)
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within, all modules of ``model`` are in evaluation mode and no gradients are recorded."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def evaluate(
     model: nn.Module,
     loader: Rounds,
@@ -48,21 +62,15 @@ def evaluate(
         metric: what to average.
         forward: how the model is called.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     sums = counts = torch.zeros(())
-    try:
-        with torch.no_grad():
-            for batch in (part for whole in loader for part in whole.passes()):
-                with tasks(batch.task_ids, counts=batch.counts, lengths=batch.lengths):
-                    values = metric(forward(model, batch.inputs), batch).double()
-                zeros = values.new_zeros(loader.num_tasks)
-                ids = batch.task_ids.to(values.device, non_blocking=True)
-                sums = sums.to(values.device) + zeros.index_add(0, ids, values)
-                counts = counts.to(values.device) + zeros.index_add(0, ids, torch.ones_like(values))
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluation_mode(model):
+        for batch in (part for whole in loader for part in whole.passes()):
+            with tasks(batch.task_ids, counts=batch.counts, lengths=batch.lengths):
+                values = metric(forward(model, batch.inputs), batch).double()
+            zeros = values.new_zeros(loader.num_tasks)
+            ids = batch.task_ids.to(values.device, non_blocking=True)
+            sums = sums.to(values.device) + zeros.index_add(0, ids, values)
+            counts = counts.to(values.device) + zeros.index_add(0, ids, torch.ones_like(values))
     per_task = (sums / counts).tolist()
     present = [mean for mean, count in zip(per_task, counts.tolist(), strict=True) if count]
     return Evaluation(tuple(per_task), sum(present) / len(present))

@@ -1,4 +1,4 @@
-"""What tells one training from another, as JSON can hold it: numbers, names and digests."""
+"""What tells one training from another, in values that JSON can hold."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SAMPLE_BYTES = 2**24
 
 
 def identity_of(part: Any) -> Any:
-    """What ``part.identity()`` returns, with its class; else what can be seen of it.
+    """Returns what ``part.identity()`` does, with its class; without that method what is visible:
 
-    That is the name of a function or class, the arguments of a ``functools.partial``, and the
-    fields of a frozen dataclass. A loader's ``identity()`` returns whatever determines its batches,
-    as JSON can hold it.
+    the name of a function or class, the arguments of a ``functools.partial``, or the fields of a
+    frozen dataclass. A loader's ``identity()`` returns whatever determines its batches, in values
+    that JSON can hold.
     """
     if callable(identity := getattr(part, "identity", None)):
         return {"kind": qualified_name(type(part)), **identity()}
@@ -54,7 +54,9 @@ def _value(value: Any) -> Any:
 
 
 def qualified_name(part: Any) -> str | None:
-    """Module and name of a function or class, of a partial its function's, else of the class.
+    """Module and name of a function or class; of a partial those of its function.
+
+    For any other object they are those of its class.
 
     Two functions made in one place, such as two lambdas of one line, have the same name.
     """
@@ -68,9 +70,9 @@ def qualified_name(part: Any) -> str | None:
 
 
 def digest_of_data(data: Tensor | Mapping[str, Tensor]) -> str:
-    """A digest of tensors [N, ...] that read little: of at most `SAMPLE_BYTES` of each.
+    """A digest of tensors [N, ...] that reads at most `SAMPLE_BYTES` of each.
 
-    Of a larger one these are whole samples at equal distances, the first and the last among them.
+    Of a larger tensor it reads whole samples at equal distances, the first and the last among them.
     Equal numbers have equal digests on every device.
     """
     named = dict(data) if isinstance(data, Mapping) else {"": data}
@@ -86,6 +88,11 @@ def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
         values = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The dtype and shape of each tensor."""
+    return {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
 
 
 def _sample(values: Tensor) -> Tensor:

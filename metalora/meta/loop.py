@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metalora.meta.callbacks import Callback
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds
 from metalora.meta.evaluation import Evaluation, evaluate
 from metalora.meta.schedule import schedule_factor
 from metalora.meta.seeds import derive_seed, own_random_state
-from metalora.meta.steps import Forward, Step, call_model, check_finite
-
-Validation = Rounds | Callable[[nn.Module], Evaluation | float]
-"""A loader, of which the accuracy is taken, or a function of the model."""
-
-
-@dataclass
-class Training:
-    """Where a training stands: what callbacks see."""
-
-    model: nn.Module
-    rounds: Rounds
-    step: Step
-    config: TrainConfig
-    validation: Validation | None
-    callbacks: list[Callback]
-    steps_per_epoch: int
-    steps_done: int = 0
-    next_epoch: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    kept_epoch: int = -1
+from metalora.meta.steps import Step, check_finite
+from metalora.meta.training import Callback, Training, Validation
 
 
 @dataclass(frozen=True)
@@ -70,29 +50,25 @@ def train(
     *,
     validation: Validation | None = None,
     callbacks: Iterable[Callback] = (),
-    forward: Forward = call_model,
 ) -> Result:
     """Trains ``model`` in place.
 
-    Every epoch starts torch's generator from (seed, epoch), so it is the same whatever came before:
-    `Checkpoint` can go on between any two. The generator is then as the caller left it.
-    It belongs to the process: of trainings in several threads at once, those that draw from it, as
-    for dropout, do not repeat bit for bit.
+    Every epoch seeds torch's generator from (seed, epoch), so it does not depend on what came
+    before, and `Checkpoint` can resume between any two. Afterwards the generator is as the caller
+    left it. All threads share it: trainings that run at the same time and draw from it, as dropout
+    does, do not repeat bit for bit.
 
     Args:
         model: plain or adapted.
         rounds: the data.
         step: how a step is taken, and on which parameters.
         config: settings.
-        validation: a loader, of which the accuracy is taken, or a function of the model that
-            returns an `Evaluation` or a number, the higher the better.
-        callbacks: called in their order.
-        forward: how the model is called in validation.
+        validation, callbacks: see `Watch`; a loader's samples are run as the step runs its own.
 
     Raises:
         DivergedError: if the loss is NaN or infinite. On a CPU this is found before the step is
-            taken, so the weights are those of the last good step; on a GPU, which is waited for
-            once an epoch, at the epoch's end, when they may be NaN.
+            taken, so the weights are those of the last good step. On a GPU it is found at the end
+            of the epoch, the only time that the host waits, when they may be NaN.
     """
     callbacks = list(callbacks)
     steps_per_epoch = step.per_epoch(rounds)
@@ -118,7 +94,7 @@ def train(
         loss = float(torch.stack(losses).mean())  # the epoch's only wait for the device
         check_finite(loss, f"the mean loss of epoch {epoch}", config)
         lr = config.lr * factor
-        record = {"epoch": epoch, "loss": loss, "lr": lr, **_validate(model, validation, forward)}
+        record = {"epoch": epoch, "loss": loss, "lr": lr, **_validate(training)}
         training.history.append(record)
         training.next_epoch, training.kept_epoch = epoch + 1, epoch
         for callback in callbacks:
@@ -129,13 +105,14 @@ def train(
     return _result(training)
 
 
-def _validate(model: nn.Module, validation: Validation | None, forward: Forward) -> dict[str, Any]:
+def _validate(training: Training) -> dict[str, Any]:
+    model, validation = training.model, training.validation
     if validation is None:
         return {}
     if callable(validation):
         found = validation(model)
     else:
-        found = evaluate(model, validation, forward=forward)
+        found = evaluate(model, validation, forward=training.step.objective.forward)
     if isinstance(found, Evaluation):
         return {"validation": found.mean, "validation_per_task": list(found.per_task)}
     return {"validation": float(found)}

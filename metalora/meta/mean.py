@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from metalora._checks import SHORT
 from metalora.nn import TaskBatch
 
 
@@ -55,7 +56,7 @@ def sample_weights(task_ids: Tensor, sorted_ids: Tensor | None = None) -> Tensor
 
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
     """The sum of ``losses`` [B] times ``weights`` [B], in float32 or better."""
-    if losses.dtype in (torch.float16, torch.bfloat16):
+    if losses.dtype in SHORT:
         losses = losses.float()
     # A copy from the CPU need not be waited for; one to it must be, or it is read half-written.
     weights = weights.to(losses, non_blocking=weights.device.type == "cpu")

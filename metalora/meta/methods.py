@@ -1,49 +1,40 @@
-"""The ways to retrain a model, and to fine-tune it afterwards."""
+"""The ways to retrain a model, and to fine-tune it afterwards.
+
+Every function takes the keywords of `metalora.meta.Options`: ``loss``, ``forward``, ``validation``
+and ``callbacks``. Every function raises `DivergedError` where the loss is not finite, see `train`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
 from metalora.adapters import (
     LoRAConfig,
     adapt,
     adapted_layers,
-    as_lora_config,
     freeze_base,
     reset_adapters,
     task_state_dict,
     unload,
 )
-from metalora.meta.callbacks import Callback
+from metalora.adapters.state import check_plain
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds
-from metalora.meta.loop import Result, Validation, train
+from metalora.meta.loop import Result, train
 from metalora.meta.restore import as_before_on_error
 from metalora.meta.seeds import derive_seed, own_random_state
-from metalora.meta.steps import (
-    Forward,
-    GradientStep,
-    Loss,
-    ReptileStep,
-    call_model,
-    cross_entropy,
-)
+from metalora.meta.steps import GradientStep, ReptileStep
+from metalora.meta.training import Options, check_options, split_options
 
 
 def standard(
-    model: nn.Module,
-    rounds: Rounds,
-    config: TrainConfig,
-    *,
-    loss: Loss = cross_entropy,
-    forward: Forward = call_model,
-    validation: Validation | None = None,
-    callbacks: Iterable[Callback] = (),
+    model: nn.Module, rounds: Rounds, config: TrainConfig, **options: Unpack[Options]
 ) -> Result:
     """Standard retraining (paper, eq. 1): one set of weights for all tasks, and no adapters.
 
@@ -51,20 +42,13 @@ def standard(
         model: a plain model, trained in place.
         rounds: the retraining tasks; pooled, the loss is the mean over a batch's samples.
         config: settings.
-        loss: ``loss(outputs, batch)`` → the loss of each sample, [B].
-        forward: ``forward(model, batch.inputs)`` → outputs.
-        validation: a loader, of which the accuracy is taken, or a function of the model.
-        callbacks: see `Callback`; `KeepBest` decides which epoch's weights stay.
+        options: see `Options`.
 
     Raises:
         ValueError: if ``model`` has adapters.
-        DivergedError: if the loss is not finite, see `train`.
     """
-    _check_plain("standard", model)
-    step = GradientStep(model, rounds, config, loss=loss, forward=forward)
-    return train(
-        model, rounds, step, config, validation=validation, callbacks=callbacks, forward=forward
-    )
+    check_call("standard", model, options)
+    return descend(model, rounds, config, options)
 
 
 @own_random_state()
@@ -72,12 +56,8 @@ def lora_ml(
     model: nn.Module,
     rounds: Rounds,
     config: TrainConfig,
-    adapter: Any,
-    *,
-    loss: Loss = cross_entropy,
-    forward: Forward = call_model,
-    validation: Validation | None = None,
-    callbacks: Iterable[Callback] = (),
+    lora_config: Any,
+    **options: Unpack[Options],
 ) -> Result:
     """LoRA-ML (paper, eq. 6): the shared weights are trained together with LoRA for every task.
 
@@ -86,27 +66,20 @@ def lora_ml(
             keeps the shared weights, while the adapters are in the result.
         rounds: the retraining tasks.
         config: settings.
-        adapter: a `LoRAConfig` (also with symmetric adapters, or heads) or a ``peft.LoraConfig``.
-        loss: see `standard`.
-        forward: see `standard`.
-        validation: see `standard`; each sample runs with its own task's adapters.
-        callbacks: see `standard`.
+        lora_config: a `LoRAConfig` (also with symmetric adapters, or heads) or a
+            ``peft.LoraConfig``.
+        options: see `Options`; in validation each sample runs with its own task's adapters.
 
     Raises:
-        ValueError: if ``model`` has adapters already, or ``adapter`` does not fit it.
-        DivergedError: if the loss is not finite, see `train`.
+        ValueError: if ``model`` has adapters already, or ``lora_config`` does not fit it.
     """
-    _check_plain("lora_ml", model)
+    check_call("lora_ml", model, options)
     named = model.named_parameters(remove_duplicate=False)
     trainable = {name: parameter.requires_grad for name, parameter in named}
     torch.manual_seed(derive_seed("adapters", config.seed))
     try:
-        adapt(model, adapter, rounds.num_tasks)
-        step = GradientStep(model, rounds, config, loss=loss, forward=forward)
-        result = train(
-            model, rounds, step, config, validation=validation, callbacks=callbacks, forward=forward
-        )
-        return _with_adapters(result, model, rounds)
+        adapt(model, lora_config, rounds.num_tasks)
+        return _with_adapters(descend(model, rounds, config, options), model, rounds.num_tasks)
     finally:
         if adapted_layers(model):
             unload(model)
@@ -118,12 +91,8 @@ def last_layer_ml(
     model: nn.Module,
     rounds: Rounds,
     config: TrainConfig,
-    heads: Sequence[str] = ("head",),
-    *,
-    loss: Loss = cross_entropy,
-    forward: Forward = call_model,
-    validation: Validation | None = None,
-    callbacks: Iterable[Callback] = (),
+    heads: Sequence[str],
+    **options: Unpack[Options],
 ) -> Result:
     """Last-Layer-ML: the shared weights are trained together with a last layer for every task.
 
@@ -133,25 +102,13 @@ def last_layer_ml(
         rounds: the retraining tasks.
         config: settings.
         heads: names of the layers that exist once per task.
-        loss: see `standard`.
-        forward: see `standard`.
-        validation: see `standard`; each sample runs with its own task's head.
-        callbacks: see `standard`.
+        options: see `Options`; in validation each sample runs with its own task's head.
 
     Raises:
         ValueError: if ``model`` has adapters already, or ``heads`` are not in it.
-        DivergedError: if the loss is not finite, see `train`.
     """
-    return lora_ml(
-        model,
-        rounds,
-        config,
-        _heads_only("last_layer_ml", heads),
-        loss=loss,
-        forward=forward,
-        validation=validation,
-        callbacks=callbacks,
-    )
+    check_call("last_layer_ml", model, options)
+    return lora_ml(model, rounds, config, _heads_only("last_layer_ml", heads), **options)
 
 
 def reptile(
@@ -164,10 +121,7 @@ def reptile(
     inner_optimizer: str = "sgd",
     outer_sign: str = "towards",
     average: bool = False,
-    loss: Loss = cross_entropy,
-    forward: Forward = call_model,
-    validation: Validation | None = None,
-    callbacks: Iterable[Callback] = (),
+    **options: Unpack[Options],
 ) -> Result:
     """Reptile: W moves towards where some optimiser steps on one task would take it.
 
@@ -182,16 +136,13 @@ def reptile(
         outer_sign: "towards" hands W − W_inner to the outer optimiser as the gradient; "away" the
             opposite.
         average: one outer step for the mean over tasks, instead of one per task.
-        loss: see `standard`.
-        forward: see `standard`.
-        validation: see `standard`.
-        callbacks: see `standard`.
+        options: see `Options`.
 
     Raises:
         ValueError: if ``model`` has adapters, or a setting is outside its range.
-        DivergedError: if the loss is not finite, see `train`.
     """
-    _check_plain("reptile", model)
+    check_call("reptile", model, options)
+    calls, watch = split_options(options)
     step = ReptileStep(
         model,
         rounds,
@@ -201,12 +152,9 @@ def reptile(
         inner_optimizer=inner_optimizer,
         outer_sign=outer_sign,
         average=average,
-        loss=loss,
-        forward=forward,
+        **calls,
     )
-    return train(
-        model, rounds, step, config, validation=validation, callbacks=callbacks, forward=forward
-    )
+    return train(model, rounds, step, config, **watch)
 
 
 @own_random_state()
@@ -214,60 +162,46 @@ def finetune_lora(
     model: nn.Module,
     rounds: Rounds,
     config: TrainConfig,
-    adapter: Any,
+    lora_config: Any,
     *,
     fresh_heads: bool = False,
-    loss: Loss = cross_entropy,
-    forward: Forward = call_model,
-    validation: Validation | None = None,
-    callbacks: Iterable[Callback] = (),
+    **options: Unpack[Options],
 ) -> Result:
     """Fine-tuning with LoRA (paper, eq. 2-4): all weights frozen, a new adapter per task.
 
-    Several tasks are fine-tuned side by side. Their mean loss gives each 1/T of the gradient it
-    would have alone: nothing to Adam, but ``grad_clip`` clips them together.
+    Several tasks are fine-tuned side by side. Their mean loss gives each 1/T of the gradient that
+    it would have alone. Adam is invariant to that factor, but ``grad_clip`` clips them together.
 
     Args:
         model: a plain model; it is left adapted and frozen; after an error it is as it was.
             `metalora.merge_and_unload` takes one task's adapters into the weights.
         rounds: the tasks to fine-tune for.
         config: settings.
-        adapter: a `LoRAConfig` or a ``peft.LoraConfig``; its heads are trained too.
+        lora_config: a `LoRAConfig` or a ``peft.LoraConfig``; its heads are trained too.
         fresh_heads: whether the heads start anew, instead of from the model's.
-        loss: see `standard`.
-        forward: see `standard`.
-        validation: see `standard`.
-        callbacks: see `standard`.
+        options: see `Options`.
 
     Raises:
-        ValueError: if ``model`` has adapters already, or ``adapter`` does not fit it.
-        DivergedError: if the loss is not finite, see `train`.
+        ValueError: if ``model`` has adapters already, or ``lora_config`` does not fit it.
     """
-    _check_plain("finetune_lora", model)
+    check_call("finetune_lora", model, options)
     with as_before_on_error(model):
         torch.manual_seed(derive_seed("adapters", config.seed))
-        adapt(model, as_lora_config(adapter), rounds.num_tasks)
+        adapt(model, lora_config, rounds.num_tasks)
         freeze_base(model)
         if fresh_heads:
             reset_adapters(model)
-        step = GradientStep(model, rounds, config, loss=loss, forward=forward)
-        result = train(
-            model, rounds, step, config, validation=validation, callbacks=callbacks, forward=forward
-        )
-        return _with_adapters(result, model, rounds)
+        return _with_adapters(descend(model, rounds, config, options), model, rounds.num_tasks)
 
 
 def finetune_last_layer(
     model: nn.Module,
     rounds: Rounds,
     config: TrainConfig,
-    heads: Sequence[str] = ("head",),
+    heads: Sequence[str],
     *,
     fresh: bool = True,
-    loss: Loss = cross_entropy,
-    forward: Forward = call_model,
-    validation: Validation | None = None,
-    callbacks: Iterable[Callback] = (),
+    **options: Unpack[Options],
 ) -> Result:
     """Fine-tuning of the last layer: all else frozen, a new head per task.
 
@@ -278,26 +212,31 @@ def finetune_last_layer(
         config: settings.
         heads: names of the layers to train.
         fresh: whether the heads start anew, instead of from the model's.
-        loss: see `standard`.
-        forward: see `standard`.
-        validation: see `standard`.
-        callbacks: see `standard`.
+        options: see `Options`.
 
     Raises:
         ValueError: if ``model`` has adapters already, or ``heads`` are not in it.
-        DivergedError: if the loss is not finite, see `train`.
     """
-    return finetune_lora(
-        model,
-        rounds,
-        config,
-        _heads_only("finetune_last_layer", heads),
-        fresh_heads=fresh,
-        loss=loss,
-        forward=forward,
-        validation=validation,
-        callbacks=callbacks,
-    )
+    check_call("finetune_last_layer", model, options)
+    heads_only = _heads_only("finetune_last_layer", heads)
+    return finetune_lora(model, rounds, config, heads_only, fresh_heads=fresh, **options)
+
+
+def check_call(function: str, model: nn.Module, options: Options) -> None:
+    """Checks what all methods take.
+
+    Raises:
+        TypeError: if a keyword is not one of `Options`.
+        ValueError: if ``model`` has adapters.
+    """
+    check_options(function, options)
+    check_plain(function, model)
+
+
+def descend(model: nn.Module, rounds: Rounds, config: TrainConfig, options: Options) -> Result:
+    """Trains all parameters that require a gradient with `GradientStep`."""
+    calls, watch = split_options(options)
+    return train(model, rounds, GradientStep(model, rounds, config, **calls), config, **watch)
 
 
 def _heads_only(function: str, heads: Sequence[str]) -> LoRAConfig:
@@ -306,13 +245,6 @@ def _heads_only(function: str, heads: Sequence[str]) -> LoRAConfig:
     return LoRAConfig(target_modules=(), heads=heads)
 
 
-def _with_adapters(result: Result, model: nn.Module, rounds: Rounds) -> Result:
-    adapters = [task_state_dict(model, task) for task in range(rounds.num_tasks)]
+def _with_adapters(result: Result, model: nn.Module, num_tasks: int) -> Result:
+    adapters = [task_state_dict(model, task) for task in range(num_tasks)]
     return dataclasses.replace(result, adapters=adapters)
-
-
-def _check_plain(function: str, model: nn.Module) -> None:
-    if adapted_layers(model):
-        raise ValueError(
-            f"{function}: the model has adapters already; metalora.unload(model) takes them out"
-        )

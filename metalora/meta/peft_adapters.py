@@ -44,11 +44,11 @@ def peft_adapters(
         model: a plain model.
         peft_config: a ``peft.PeftConfig``.
         num_tasks: number of tasks T.
-        train_shared: whether the weights of ``model`` that require a gradient go on doing so.
+        train_shared: whether the weights of ``model`` that require a gradient still do.
 
     Raises:
         ImportError: if peft is not installed, or not in a supported version.
-        TypeError: if ``peft_config`` is none.
+        TypeError: if ``peft_config`` is no configuration.
         ValueError: if the method cannot have an adapter per task, or does not fit the model.
         RuntimeError: if peft fails to set the method up; from the first call of the adapted model,
             if the method fails there and the plain model does not.

@@ -1,4 +1,4 @@
-"""Says in one line that a method of peft does not work with the packages that are installed."""
+"""One-line errors for methods of peft that fail with the installed packages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def insertion(
 ) -> Iterator[None]:
     """Within, peft puts the layers of a method into ``model``.
 
-    A ValueError speaks of the configuration in peft's own words, and is raised as it is.
+    A ValueError of peft's own describes the configuration and is raised unchanged.
 
     Raises:
         RuntimeError: for any other error; it names the method, the model and their versions.
@@ -37,11 +37,11 @@ def insertion(
 def check_first_call(
     function: str, peft: ModuleType, adapted: Any, model: nn.Module, peft_config: Any
 ) -> None:
-    """Lets the first call of ``adapted`` say whether the method works on ``model``.
+    """Watches the first call of ``adapted`` for a method that does not work on ``model``.
 
-    Where it fails and the same call without the adapters does not, the method is at fault: then it
-    raises a RuntimeError that names the method, the model and their versions. What fails either
-    way, such as a token beyond the vocabulary, is raised as it is, and so is all of later calls.
+    If the call fails and succeeds without the adapters, the method is at fault: a RuntimeError then
+    names the method, the model and their versions. Errors that occur either way, such as a token
+    beyond the vocabulary, and all errors of later calls are raised unchanged.
 
     Args:
         function: what error messages call the caller.

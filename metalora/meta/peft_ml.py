@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
-from metalora.adapters import LoRAConfig, adapted_layers, as_lora_config
+from metalora.adapters import LoRAConfig, as_lora_config
 from metalora.adapters.select import check_linear_alone, select
-from metalora.meta.callbacks import Callback
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds, by_task
-from metalora.meta.loop import Result, Validation, train
-from metalora.meta.methods import lora_ml
+from metalora.meta.loop import Result, train
+from metalora.meta.methods import check_call, lora_ml
 from metalora.meta.peft_adapters import (
     adapter_state_dicts,
     average_heads,
@@ -24,7 +23,8 @@ from metalora.meta.peft_adapters import (
 )
 from metalora.meta.restore import as_before_on_error
 from metalora.meta.seeds import derive_seed, own_random_state
-from metalora.meta.steps import Forward, GradientStep, Loss, call_model, cross_entropy
+from metalora.meta.steps import GradientStep
+from metalora.meta.training import Options, split_options
 
 
 def peft_ml(
@@ -34,17 +34,14 @@ def peft_ml(
     peft_config: Any,
     *,
     fused: bool = True,
-    loss: Loss = cross_entropy,
-    forward: Forward = call_model,
-    validation: Validation | None = None,
-    callbacks: Iterable[Callback] = (),
+    **options: Unpack[Options],
 ) -> Result:
     """PEFT-ML (paper, eq. 5): the shared weights are trained together with an adapter per task.
 
-    LoRA that `lora_ml` knows goes there: all tasks in one pass. For any other method, such as DoRA
-    or (IA)³, the layers are peft's, and the tasks of a round go through the model one after the
-    other. Their gradients add up to the same objective, and a task that is absent from a round
-    keeps its adapter and the optimiser's state of it.
+    LoRA that `lora_ml` supports is trained by it, all tasks in one pass. For any other method, such
+    as DoRA or (IA)³, the layers are peft's, and the tasks of a round go through the model one after
+    the other. Their gradients add up to the same objective, and a task that is absent from a round
+    keeps its adapter and the optimiser's state for it.
 
     Args:
         model: a plain model. Trained in place, and plain again afterwards: it keeps the shared
@@ -52,12 +49,11 @@ def peft_ml(
         rounds: the retraining tasks.
         config: settings.
         peft_config: a ``peft.PeftConfig``, or with ``fused`` a `LoRAConfig`.
-        fused: whether LoRA goes through `lora_ml`; without, it too is peft's.
-        loss: see `standard`.
-        forward: see `standard`; it calls the model itself, which chooses the adapter.
-        validation: see `standard`; each sample runs with its own task's adapter. A function of the
-            model calls it task by task: ``evaluate(model, by_task(loader), metric)``.
-        callbacks: see `standard`; `training.model` is the ``peft.PeftModel``.
+        fused: whether `lora_ml` trains LoRA; if not, LoRA too has peft's layers.
+        options: see `Options`. ``forward`` calls the model itself, which chooses the adapter. In
+            validation each sample runs with its own task's adapter; a function of the model calls
+            it task by task: ``evaluate(model, by_task(loader), metric)``. Callbacks find the
+            ``peft.PeftModel`` in ``training.model``.
 
     Returns:
         The result, with the adapters as `lora_ml` returns them, or for peft's own layers as
@@ -65,23 +61,18 @@ def peft_ml(
 
     Raises:
         ImportError: if peft is needed and not installed, or not in a supported version.
-        TypeError: if ``peft_config`` is none.
+        TypeError: if ``peft_config`` is no configuration.
         ValueError: if ``model`` has adapters already, or the method does not fit it, cannot have an
             adapter per task, or does not let the shared weights be trained.
-        RuntimeError: if the method does not work on ``model`` with the installed versions of peft
-            and of the model's package: it fails where the plain model runs.
+        RuntimeError: if the method fails on ``model``, where the plain model runs, with the
+            installed versions of peft and of the model's package.
         DivergedError: if the loss is not finite, see `train`.
     """
-    adapter = _as_fused(model, peft_config) if fused else None
-    how: dict[str, Any] = {
-        "loss": loss,
-        "forward": forward,
-        "validation": validation,
-        "callbacks": callbacks,
-    }
-    if adapter is not None:
-        return lora_ml(model, rounds, config, adapter, **how)
-    return _train("peft_ml", model, rounds, config, peft_config, train_shared=True, **how)
+    check_call("peft_ml", model, options)
+    lora_config = _as_fused(model, peft_config) if fused else None
+    if lora_config is not None:
+        return lora_ml(model, rounds, config, lora_config, **options)
+    return _train("peft_ml", model, rounds, config, peft_config, options, train_shared=True)
 
 
 def finetune_peft(
@@ -89,11 +80,7 @@ def finetune_peft(
     rounds: Rounds,
     config: TrainConfig,
     peft_config: Any,
-    *,
-    loss: Loss = cross_entropy,
-    forward: Forward = call_model,
-    validation: Validation | None = None,
-    callbacks: Iterable[Callback] = (),
+    **options: Unpack[Options],
 ) -> Result:
     """Fine-tuning (paper, eq. 2-4) by any method of peft: all weights frozen, adapters per task.
 
@@ -106,31 +93,20 @@ def finetune_peft(
         rounds: the tasks to fine-tune for.
         config: settings.
         peft_config: a ``peft.PeftConfig``.
-        loss: see `standard`.
-        forward: see `peft_ml`.
-        validation: see `peft_ml`.
-        callbacks: see `peft_ml`.
+        options: see `peft_ml`.
 
     Raises:
         ImportError: see `peft_ml`.
-        TypeError: if ``peft_config`` is none.
+        TypeError: if ``peft_config`` is no configuration.
         ValueError: if ``model`` has adapters already, or the method does not fit it or cannot have
             an adapter per task.
         RuntimeError: see `peft_ml`.
         DivergedError: if the loss is not finite, see `train`.
     """
+    check_call("finetune_peft", model, options)
     with as_before_on_error(model):
         return _train(
-            "finetune_peft",
-            model,
-            rounds,
-            config,
-            peft_config,
-            train_shared=False,
-            loss=loss,
-            forward=forward,
-            validation=validation,
-            callbacks=callbacks,
+            "finetune_peft", model, rounds, config, peft_config, options, train_shared=False
         )
 
 
@@ -141,19 +117,14 @@ def _train(
     rounds: Rounds,
     config: TrainConfig,
     peft_config: Any,
+    options: Options,
     *,
     train_shared: bool,
-    loss: Loss,
-    forward: Forward,
-    validation: Validation | None,
-    callbacks: Iterable[Callback],
 ) -> Result:
-    if adapted_layers(model):
-        raise ValueError(
-            f"{function}: the model has adapters already; metalora.unload(model) takes them out"
-        )
+    calls, watch = split_options(options)
+    validation = watch.get("validation")
     if validation is not None and not callable(validation):
-        validation = by_task(validation)
+        watch["validation"] = by_task(validation)
     one_by_one = by_task(rounds)
     plain = {id(p) for p in model.parameters()}
     torch.manual_seed(derive_seed("adapters", config.seed))
@@ -161,17 +132,9 @@ def _train(
         function, model, peft_config, rounds.num_tasks, train_shared=train_shared
     ) as adapted:
         own = [p for p in adapted.parameters() if id(p) not in plain]
-        step = GradientStep(adapted, one_by_one, config, own=own, loss=loss, forward=forward)
+        step = GradientStep(adapted, one_by_one, config, own=own, **calls)
         step.settings["peft"] = settings_of(peft_config)
-        result = train(
-            adapted,
-            one_by_one,
-            step,
-            config,
-            validation=validation,
-            callbacks=callbacks,
-            forward=forward,
-        )
+        result = train(adapted, one_by_one, step, config, **watch)
         if train_shared:
             average_heads(adapted)
         return dataclasses.replace(result, adapters=adapter_state_dicts(adapted, rounds.num_tasks))
@@ -182,9 +145,9 @@ def _as_fused(model: nn.Module, config: Any) -> LoRAConfig | None:
     if isinstance(config, LoRAConfig):
         return config
     try:
-        adapter = as_lora_config(config)
-        select(model, adapter)
-        check_linear_alone(model, adapter)
+        lora_config = as_lora_config(config)
+        select(model, lora_config)
+        check_linear_alone(model, lora_config)
     except (TypeError, ValueError):
         return None
-    return adapter
+    return lora_config

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
+from typing_extensions import Unpack
 
 from metalora.adapters import LoRAConfig, adapted_layers
 from metalora.adapters.select import select
-from metalora.meta.callbacks import Callback
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds
-from metalora.meta.loop import Result, Validation, train
-from metalora.meta.steps import Forward, GradientStep, Loss, call_model, cross_entropy
+from metalora.meta.loop import Result
+from metalora.meta.methods import descend
+from metalora.meta.training import Options, check_options
 
 
 def refit_heads(
     model: nn.Module,
     rounds: Rounds,
     config: TrainConfig,
-    heads: Sequence[str] = ("head",),
-    *,
-    loss: Loss = cross_entropy,
-    forward: Forward = call_model,
-    validation: Validation | None = None,
-    callbacks: Iterable[Callback] = (),
+    heads: Sequence[str],
+    **options: Unpack[Options],
 ) -> Result:
     """Re-centres a model after retraining: fits its shared head anew, all other weights fixed.
 
@@ -42,15 +39,13 @@ def refit_heads(
             mean over samples, otherwise the mean over tasks.
         config: settings.
         heads: names of the layers to fit.
-        loss: see `standard`.
-        forward: see `standard`.
-        validation: see `standard`.
-        callbacks: see `standard`.
+        options: see `Options`.
 
     Raises:
         ValueError: if ``model`` has adapters or heads of tasks, or has no shared head of that name.
-        FloatingPointError: if the loss is not finite.
+        DivergedError: if the loss is not finite, see `train`.
     """
+    check_options("refit_heads", options)
     if adapted_layers(model):
         raise ValueError(
             "refit_heads: the model has adapters or heads of tasks, and no head that they share; "
@@ -70,10 +65,7 @@ def refit_heads(
     try:
         for parameter, _ in before:
             parameter.requires_grad_(id(parameter) in of_heads)
-        step = GradientStep(model, rounds, config, loss=loss, forward=forward)
-        return train(
-            model, rounds, step, config, validation=validation, callbacks=callbacks, forward=forward
-        )
+        return descend(model, rounds, config, options)
     finally:
         for parameter, needed in before:
             parameter.requires_grad_(needed)

@@ -1,4 +1,4 @@
-"""A model as it was, after a training that failed."""
+"""Restoring a model after a training that failed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from metalora.adapters.fused_paths import reopen_fused_paths
 
 @contextmanager
 def as_before_on_error(model: nn.Module) -> Iterator[None]:
-    """After any exception inside, an interrupt too, ``model`` is as it was on entering.
+    """After any exception inside, even an interrupt, restores ``model`` as it was on entering.
 
-    It consists of its own modules, in their modes, with their buffers' values and their parameters'
-    ``requires_grad``. The parameters' values are left alone: fine-tuning does not change them.
+    Restored are its modules and their modes, the values of buffers, and ``requires_grad`` of the
+    parameters. Their values are left alone, as fine-tuning does not change them.
     """
     modules = [(module, dict(module._modules), module.training) for module in model.modules()]
     parameters = [(p, p.requires_grad) for p in model.parameters()]

@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of what they are for."""
+"""Seeds as a pure function of their purpose."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def generator(device: torch.device, purpose: str, *numbers: int) -> torch.Genera
 
 @contextmanager
 def own_random_state() -> Iterator[None]:
-    """Gives torch's generators, of the CPU and of CUDA where it is in use, back as they were."""
+    """Restores the state of torch's generators on leaving, that of CUDA too if it is in use."""
     in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
     devices = list(range(torch.cuda.device_count())) if in_use else []
     with torch.random.fork_rng(devices, device_type="cuda"):

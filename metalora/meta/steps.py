@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from metalora._checks import DivergedError, check_choice, check_count, check_positive
+from metalora._checks import SHORT, check_choice, check_count, check_positive
+from metalora._errors import DivergedError
 from metalora.adapters import adapted_layers, task_parameters
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Batch, Rounds
@@ -29,9 +32,21 @@ Forward = Callable[[nn.Module, Any], Any]
 """``forward(model, batch.inputs)`` → outputs."""
 
 
+class Calls(TypedDict, total=False):
+    """How a training calls the model, and what its outputs cost.
+
+    Attributes:
+        loss: ``loss(outputs, batch)`` → the loss of each sample, [B]; without it `cross_entropy`.
+        forward: ``forward(model, batch.inputs)`` → outputs; without it `call_model`.
+    """
+
+    loss: Loss
+    forward: Forward
+
+
 def cross_entropy(outputs: Tensor, batch: Batch) -> Tensor:
     """Each sample's cross-entropy [B] of the logits [B, classes], in fp32 or better."""
-    logits = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+    logits = outputs.float() if outputs.dtype in SHORT else outputs
     return F.cross_entropy(logits, batch.targets, reduction="none")
 
 
@@ -41,27 +56,6 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     return getattr(outputs, "logits", outputs)
 
 
-class Step(Protocol):
-    """What the training loop asks of a kind of training."""
-
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    settings: dict[str, Any]
-    """What it was made with beyond the config, as JSON can hold it: a checkpoint's must agree."""
-
-    def per_epoch(self, rounds: Rounds) -> int:
-        """How many steps an epoch has."""
-        ...
-
-    def split(self, rounds: Rounds) -> Iterator[list[Batch]]:
-        """Cuts an epoch into what each step needs."""
-        ...
-
-    def __call__(self, batches: list[Batch]) -> Tensor:
-        """Takes one step; returns its loss, a scalar without graph that the host need not have."""
-        ...
-
-
 class Objective:
     """The loss of a batch: the mean over its tasks of each task's mean over samples (paper, eq. 5).
 
@@ -69,8 +63,7 @@ class Objective:
         model: plain or adapted.
         config: settings; of them, the precision.
         pooled: take the mean over samples instead.
-        loss: the loss of each sample.
-        forward: how the model is called.
+        loss, forward: see `Calls`.
     """
 
     def __init__(
@@ -139,7 +132,79 @@ class Objective:
         return torch.full(size, 1 / size[0], dtype=torch.float64, device=batch.task_ids.device)
 
 
-class GradientStep:
+class Step(ABC):
+    """How a training takes its steps, and on which parameters.
+
+    Args:
+        model: its trainable parameters are trained.
+        rounds: the loader.
+        config: settings.
+        pooled: whether the loss is the mean over samples, see `Objective`.
+        settings: what else it is made with, as JSON can hold it: a checkpoint's must agree.
+        calls: see `Calls`.
+    """
+
+    optimizer: torch.optim.Optimizer
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rounds: Rounds,
+        config: TrainConfig,
+        *,
+        pooled: bool,
+        settings: Mapping[str, Any],
+        **calls: Unpack[Calls],
+    ) -> None:
+        self.model, self.config = model, config
+        self.objective = Objective(model, config, pooled=pooled, **calls)
+        self.settings: dict[str, Any] = {
+            "num_tasks": rounds.num_tasks,
+            **settings,
+            "loss": identity_of(self.objective.loss),
+            "forward": identity_of(self.objective.forward),
+        }
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("train: the model has no trainable parameters")
+        # Only fp16 needs gradients scaled; for other precisions the scaler does nothing.
+        device = self.objective.device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=config.precision == "fp16")
+
+    @abstractmethod
+    def per_epoch(self, rounds: Rounds) -> int:
+        """How many steps an epoch has."""
+
+    @abstractmethod
+    def split(self, rounds: Rounds) -> Iterator[list[Batch]]:
+        """Cuts an epoch into what each step needs."""
+
+    @abstractmethod
+    def __call__(self, batches: list[Batch]) -> Tensor:
+        """Takes one step; returns its loss, a scalar without graph that the host need not have."""
+
+    def descend(
+        self,
+        optimizer: torch.optim.Optimizer,
+        batch: Batch,
+        only: Sequence[nn.Parameter] | None = None,
+    ) -> Tensor:
+        """Steps ``optimizer`` on the loss of ``batch``; returns the loss before it.
+
+        With ``only``, those parameters alone get gradients, clipped to ``config.grad_clip``, and
+        the optimiser leaves the others as they are.
+        """
+        optimizer.zero_grad()
+        value = self.objective.backward(batch, self.scaler, only)
+        if self.config.grad_clip is not None:
+            self.scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        return value
+
+
+class GradientStep(Step):
     """One step of the optimiser on the loss of a round, or of one task's part of it.
 
     With ``config.adapter_steps`` above 1, that many steps on the adapters and heads, then one on
@@ -153,8 +218,7 @@ class GradientStep:
         config: settings.
         own: what the tasks have of their own; None means the adapters and heads that
             `metalora.adapt` puts in.
-        loss: the loss of each sample.
-        forward: how the model is called.
+        calls: see `Calls`.
     """
 
     def __init__(
@@ -164,20 +228,12 @@ class GradientStep:
         config: TrainConfig,
         *,
         own: Sequence[nn.Parameter] | None = None,
-        loss: Loss = cross_entropy,
-        forward: Forward = call_model,
+        **calls: Unpack[Calls],
     ) -> None:
         if rounds.pooled and config.step_per == "task":
             raise ValueError("train: pooled rounds ignore tasks; use step_per='round' with them")
-        self.model, self.config = model, config
-        self.settings: dict[str, Any] = {
-            "num_tasks": rounds.num_tasks,
-            "pooled": rounds.pooled,
-            "loss": identity_of(loss),
-            "forward": identity_of(forward),
-        }
-        self.objective = Objective(model, config, pooled=rounds.pooled, loss=loss, forward=forward)
-        self.parameters = trainable(model)
+        settings = {"pooled": rounds.pooled}
+        super().__init__(model, rounds, config, pooled=rounds.pooled, settings=settings, **calls)
         of_tasks = {id(p) for p in (task_parameters(model) if own is None else own)}
         self.own = [p for p in self.parameters if id(p) in of_tasks]
         self.shared = [p for p in self.parameters if id(p) not in of_tasks]
@@ -187,8 +243,25 @@ class GradientStep:
                 f"train: adapter_steps must be 1 where no {lacking} are trained, "
                 f"got {config.adapter_steps}"
             )
-        self.optimizer = _optimizer(model, config, self.shared, self.own)
-        self.scaler = make_scaler(model, config)
+        self.optimizer = self._make_optimizer()
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        apart = {"lr": config.adapter_lr, "weight_decay": config.adapter_weight_decay}
+        if adapted_layers(self.model):
+            return TaskOptimizer(
+                self.model,
+                NAMED[config.optimizer],
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                **{f"adapter_{name}": value for name, value in apart.items()},
+            )
+        # Adapters of peft are parameters of one task each, without a gradient where it is absent.
+        given = {name: value for name, value in apart.items() if value is not None}
+        groups: list[dict[str, Any]] = [{"params": self.shared}, {"params": self.own, **given}]
+        return make_optimizer(
+            config.optimizer, [g for g in groups if g["params"]], config.lr, config.weight_decay
+        )
 
     def per_epoch(self, rounds: Rounds) -> int:
         """How many steps an epoch has."""
@@ -206,40 +279,26 @@ class GradientStep:
         """Takes one step on the one batch; returns its loss."""
         (batch,) = batches
         if self.config.adapter_steps == 1:
-            return self._step(batch)
+            return self.descend(self.optimizer, batch)
         for _ in range(self.config.adapter_steps):
-            self._step(batch, self.own)
-        return self._step(batch, self.shared)
-
-    def _step(self, batch: Batch, only: Sequence[nn.Parameter] | None = None) -> Tensor:
-        """An optimiser step, which leaves alone what gets no gradient; the loss before it."""
-        self.optimizer.zero_grad()
-        value = self.objective.backward(batch, self.scaler, only)
-        clip(self.optimizer, self.scaler, self.config, self.parameters)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return value
+            self.descend(self.optimizer, batch, self.own)
+        return self.descend(self.optimizer, batch, self.shared)
 
 
-class ReptileStep:
+class ReptileStep(Step):
     """Reptile: per task, some optimiser steps from W; then W moves along W_inner − W.
 
     W − W_inner is handed to the outer optimiser as the gradient, so it steps towards the task's
     solution; ``outer_sign="away"`` hands it the opposite. Inner optimisers start anew each time.
-    Buffers, such as the running statistics of batch normalisation, go on through all inner steps.
+    Buffers, such as the running statistics of batch normalisation, are not reset between tasks.
 
     Args:
         model: plain; its trainable parameters are trained.
         rounds: the loader.
         config: settings of the outer optimiser; its ``step_per`` is not used, its ``grad_clip``
             and ``precision`` hold for the inner steps.
-        inner_steps: inner steps m per task, each on one of its batches.
-        inner_lr: learning rate of the inner optimiser.
-        inner_optimizer: "sgd", "adam" or "adamw".
-        outer_sign: "towards" or "away".
-        average: one outer step for the mean over tasks, instead of one per task.
-        loss: the loss of each sample.
-        forward: how the model is called.
+        inner_steps, inner_lr, inner_optimizer, outer_sign, average: see `reptile`.
+        calls: see `Calls`.
     """
 
     def __init__(
@@ -253,8 +312,7 @@ class ReptileStep:
         inner_optimizer: str = "sgd",
         outer_sign: str = "towards",
         average: bool = False,
-        loss: Loss = cross_entropy,
-        forward: Forward = call_model,
+        **calls: Unpack[Calls],
     ) -> None:
         if rounds.pooled:
             raise ValueError(
@@ -265,33 +323,25 @@ class ReptileStep:
                 "reptile: takes inner_steps rounds of all tasks at a time, got batches of single "
                 "tasks; use a loader with order='rounds'"
             )
-        self.model, self.config, self.average = model, config, average
-        self.inner_steps = check_count("reptile", "inner_steps", inner_steps)
-        self.inner_lr = check_positive("reptile", "inner_lr", inner_lr)
-        self.inner_optimizer = check_choice("reptile", "inner_optimizer", inner_optimizer, NAMED)
-        check_choice("reptile", "outer_sign", outer_sign, ("towards", "away"))
-        self.sign = {"towards": 1.0, "away": -1.0}[outer_sign]
-        self.settings: dict[str, Any] = {
-            "num_tasks": rounds.num_tasks,
-            "inner_steps": self.inner_steps,
-            "inner_lr": self.inner_lr,
-            "inner_optimizer": self.inner_optimizer,
-            "outer_sign": outer_sign,
-            "average": average,
-            "loss": identity_of(loss),
-            "forward": identity_of(forward),
-        }
         if config.adapter_steps > 1:
             raise ValueError(
                 f"reptile: adapter_steps must be 1, as there are no adapters, "
                 f"got {config.adapter_steps}"
             )
-        self.objective = Objective(model, config, loss=loss, forward=forward)
-        self.parameters = trainable(model)
+        settings = {
+            "inner_steps": check_count("reptile", "inner_steps", inner_steps),
+            "inner_lr": check_positive("reptile", "inner_lr", inner_lr),
+            "inner_optimizer": check_choice("reptile", "inner_optimizer", inner_optimizer, NAMED),
+            "outer_sign": check_choice("reptile", "outer_sign", outer_sign, ("towards", "away")),
+            "average": average,
+        }
+        super().__init__(model, rounds, config, pooled=False, settings=settings, **calls)
+        self.inner_steps, self.inner_lr, self.average = inner_steps, float(inner_lr), average
+        self.inner_optimizer = inner_optimizer
+        self.sign = 1.0 if outer_sign == "towards" else -1.0
         self.optimizer = make_optimizer(
             config.optimizer, self.parameters, config.lr, config.weight_decay
         )
-        self.scaler = make_scaler(model, config)
 
     def per_epoch(self, rounds: Rounds) -> int:
         """How many outer steps an epoch has."""
@@ -332,20 +382,12 @@ class ReptileStep:
         losses = []
         for of_task in per_task:
             inner = make_optimizer(self.inner_optimizer, self.parameters, self.inner_lr, 0.0)
-            losses += [self._inner_step(inner, batch) for batch in of_task]
+            losses += [self.descend(inner, batch) for batch in of_task]
             with torch.no_grad():
                 for p, before, gradient in zip(self.parameters, start, gradients, strict=True):
                     gradient.add_(before - p, alpha=self.sign / len(per_task))
                     p.copy_(before)
         return gradients, torch.stack(losses).mean()
-
-    def _inner_step(self, inner: torch.optim.Optimizer, batch: Batch) -> Tensor:
-        self.model.zero_grad()
-        value = self.objective.backward(batch, self.scaler)
-        clip(inner, self.scaler, self.config, self.parameters)
-        self.scaler.step(inner)
-        self.scaler.update()
-        return value
 
 
 def check_finite(loss: float, what: str, config: TrainConfig) -> None:
@@ -362,52 +404,3 @@ def group_by_task(batches: list[Batch]) -> list[list[Batch]]:
     for batch in batches:
         groups.setdefault(batch.tasks_present()[0], []).append(batch)
     return [groups[task] for task in sorted(groups)]
-
-
-def _optimizer(
-    model: nn.Module,
-    config: TrainConfig,
-    shared: list[nn.Parameter],
-    own: list[nn.Parameter],
-) -> torch.optim.Optimizer:
-    apart = {"lr": config.adapter_lr, "weight_decay": config.adapter_weight_decay}
-    if adapted_layers(model):
-        return TaskOptimizer(
-            model,
-            NAMED[config.optimizer],
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            **{f"adapter_{name}": value for name, value in apart.items()},
-        )
-    # Adapters of peft are parameters of one task each, without a gradient where it is absent.
-    given = {name: value for name, value in apart.items() if value is not None}
-    groups: list[dict[str, Any]] = [{"params": shared}, {"params": own, **given}]
-    return make_optimizer(
-        config.optimizer, [g for g in groups if g["params"]], config.lr, config.weight_decay
-    )
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require a gradient."""
-    found = [p for p in model.parameters() if p.requires_grad]
-    if not found:
-        raise ValueError("train: the model has no trainable parameters")
-    return found
-
-
-def make_scaler(model: nn.Module, config: TrainConfig) -> torch.amp.GradScaler:
-    """The gradient scaler that fp16 needs; for other precisions it does nothing."""
-    device = next(model.parameters()).device.type
-    return torch.amp.GradScaler(device, enabled=config.precision == "fp16")
-
-
-def clip(
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    config: TrainConfig,
-    parameters: list[nn.Parameter] | list[Tensor],
-) -> None:
-    """Scales the gradients down to norm ``config.grad_clip`` where they are above it."""
-    if config.grad_clip is not None:
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(parameters, config.grad_clip)

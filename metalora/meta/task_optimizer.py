@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
-from metalora._checks import check_nonnegative
+from metalora._checks import check_module, check_nonnegative
 from metalora.adapters import adapted_layers
+from metalora.meta.identity import qualified_name
 from metalora.meta.optimizer import NAMED, can_fuse
 from metalora.nn import SeenTasks
 
@@ -40,16 +41,16 @@ class TaskOptimizer(Optimizer):
     It is used as any optimiser of torch. ``param_groups`` hold the model's own parameters, the
     shared ones first (no group if all are frozen), then the adapters and heads: learning-rate
     schedules, ``clip_grad_norm_``, ``GradScaler``, gradient accumulation and ``accelerate`` work as
-    usual. ``state`` and ``state_dict`` have one entry per parameter. Once its tasks have not all
-    been stepped alike, an entry holds each value stacked, [T, ...], and says which tasks have any.
+    usual. ``state`` and ``state_dict`` have one entry per parameter. Once the tasks have not all
+    been stepped alike, an entry holds each value stacked, [T, ...], and tells which tasks have one.
     ``state`` is a copy; `load_state_dict` changes it.
 
-    A task is present if it has samples in a pass whose gradients were added since they were last
-    set to None. This is known layer by layer. Passes without ``backward()``, as in an evaluation,
-    do not count. A GPU is not waited for, except by a model with heads alone: with ids on the GPU
-    and no counts it waits once per batch. With several processes in torch.distributed, whose
-    gradients DistributedDataParallel averages, a task is present if it is in any process; each
-    step then exchanges which are.
+    A task is present in a layer if it has samples in a pass whose gradients were added since they
+    were last set to None. Passes without ``backward()``, as in an evaluation, do not count. Nothing
+    waits for a GPU, except that a model with heads alone, with ids on the GPU and no counts, waits
+    once per batch. With several processes in torch.distributed, whose gradients
+    DistributedDataParallel averages, a task is present if it is in any process; each step then
+    exchanges which are.
 
     Args:
         model: an adapted model; the parameters that require a gradient now are trained.
@@ -57,8 +58,8 @@ class TaskOptimizer(Optimizer):
         adapter_lr: learning rate of adapters and heads; None means that of the shared parameters.
         adapter_weight_decay: their weight decay; None means that of the shared parameters.
         options: what ``optimizer`` takes beside the parameters, such as ``lr``. SGD, Adam and
-            AdamW are fused unless ``fused`` or ``foreach`` is given, as slices are many and small;
-            SGD with momentum is not, which torch can only fuse if all begin in the same step.
+            AdamW are fused unless ``fused`` or ``foreach`` is given, as slices are many and small.
+            SGD with momentum is not: torch can fuse it only if all begin in the same step.
 
     Raises:
         TypeError: if ``optimizer`` is no class of optimisers, or does not take ``options``.
@@ -184,11 +185,11 @@ class TaskOptimizer(Optimizer):
         """Of no effect: torch's constructor sets an empty one."""
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any optimiser, and under "wraps" the name of the optimiser's class."""
-        return {**super().state_dict(), "wraps": _name(type(self.inner))}
+        """The state of any optimiser and, under "wraps", the name of the wrapped class."""
+        return {**super().state_dict(), "wraps": qualified_name(type(self.inner))}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes back what `state_dict` returned, here or for an equal model.
+        """Restores what `state_dict` returned, here or for an equal model.
 
         Raises:
             ValueError: if it is of another model or optimiser; nothing is changed then.
@@ -223,7 +224,7 @@ class TaskOptimizer(Optimizer):
             after(self)
 
     def _keep_scalars(self, saved: dict[int, dict[str, Any]]) -> None:
-        """Undoes that torch rounds scalars, such as NAdam's products, to the parameters' dtype."""
+        """Restores scalars, such as NAdam's products, which torch rounds to another dtype."""
         leaves = [leaf for group in self.inner.param_groups for leaf in group["params"]]
         for number, values in saved.items():
             state = self.inner.state[leaves[number]]
@@ -235,7 +236,7 @@ class TaskOptimizer(Optimizer):
         where = "TaskOptimizer.load_state_dict: the state"
         if not {"state", "param_groups"} <= saved.keys():
             raise ValueError(f"{where} must hold 'state' and 'param_groups', got {sorted(saved)}")
-        name = _name(type(self.inner))
+        name = qualified_name(type(self.inner))
         if saved.get("wraps", name) != name:
             raise ValueError(
                 f"{where} must be of {name}, as this optimiser is, got {saved['wraps']}"
@@ -383,10 +384,8 @@ def _check_settable(name: str, optimizer: type, inner: Optimizer, own: list[nn.P
 
 
 def _watch(model: nn.Module, optimizer: type) -> dict[Tensor, list[SeenTasks]]:
-    """Per parameter with one slice per task, what tells its tasks; nothing where there is one."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"TaskOptimizer: model must be an nn.Module, got {type(model).__name__}")
-    layers = list(adapted_layers(model).values())
+    """Per parameter with one slice per task, its recorders; none where there is only one task."""
+    layers = list(adapted_layers(check_module("TaskOptimizer", model)).values())
     if not layers:
         raise ValueError(
             "TaskOptimizer: the model has no adapters; metalora.adapt puts them in, and for a "
@@ -408,7 +407,7 @@ def _watch(model: nn.Module, optimizer: type) -> dict[Tensor, list[SeenTasks]]:
 def _present(
     recorders: list[SeenTasks], device: torch.device
 ) -> dict[SeenTasks, frozenset[int] | None]:
-    """What each of them has seen, here or in any process whose gradients were averaged."""
+    """The tasks each recorder has seen, here or in any process whose gradients were averaged."""
     found = {seen: seen.tasks() for seen in recorders}
     if not (recorders and dist.is_available() and dist.is_initialized()):
         return found
@@ -456,7 +455,3 @@ def _part(value: Any, task: int, shape: torch.Size) -> Any:
     if not isinstance(value, Tensor):
         return deepcopy(value)
     return (value[task] if value.shape == shape else value).clone()
-
-
-def _name(optimizer: type) -> str:
-    return f"{optimizer.__module__}.{optimizer.__qualname__}"

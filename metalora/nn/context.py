@@ -70,7 +70,7 @@ def tasks(
     may run anywhere: layers that `torch.utils.checkpoint` runs again have the tasks of their
     forward pass.
 
-    A generator that yields inside the block leaves its caller inside until it goes on.
+    If a generator yields inside the block, its caller is inside too until the generator resumes.
 
     Args:
         task_ids: int64 [B], the task of each sample, in any order; or a `TaskBatch`.

@@ -18,8 +18,8 @@ class MultiTaskHead(TaskLayer):
     """y = x W_tᵀ + b_t with the sample's own task t: Last-Layer-ML's per-task parameters.
 
     ``weight`` is [T, out, in] and ``bias`` [T, out], each task initialised as nn.Linear does.
-    Every row is multiplied by all T heads, of which its own is kept: one product, no sorting, no
-    waiting for a device; meant for last layers, whose outputs are few.
+    Every row is multiplied by all T heads, and its own result is kept: one product, without sorting
+    or waiting for a device. Meant for last layers, which have few outputs.
 
     Args:
         in_features: size of the inputs.

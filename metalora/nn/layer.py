@@ -1,4 +1,4 @@
-"""What the layers that know tasks have in common."""
+"""The base of all layers with parameters per task."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TaskLayer(nn.Module):
     in_features: int
     out_features: int
     seen: SeenTasks | None = None
-    """Notes which tasks the gradients are of, once `watch_tasks` was called."""
+    """Records the tasks that the gradients are of, after `watch_tasks` was called."""
 
     def __init__(self, num_tasks: int, name: str = "") -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class TaskLayer(nn.Module):
         return task
 
     def watch_tasks(self) -> SeenTasks:
-        """From now on notes which tasks the gradients of the trainable per-task parameters are of.
+        """Starts recording the tasks that the gradients of trainable per-task parameters are of.
 
         For an optimiser that steps those tasks alone.
         """
@@ -64,11 +64,11 @@ class TaskLayer(nn.Module):
         return self.seen
 
     def batch_of(self, x: Tensor, tasks: TaskBatch | None) -> TaskBatch | None:
-        """The tasks for ``x`` [B, ..., in]; None where there is only one task and nothing was said.
+        """The tasks for ``x`` [B, ..., in]; None if there is only one task and none were given.
 
         Raises:
             TypeError: if ``tasks`` is no `TaskBatch`.
-            ValueError: if ``x`` has another shape than wanted, or no tasks are known.
+            ValueError: if the shape of ``x`` does not fit, or no tasks are known.
         """
         if x.dim() < 2 or x.shape[-1] != self.in_features:
             raise ValueError(
@@ -134,23 +134,12 @@ def rows_per_sample(x: Tensor, batch: TaskBatch) -> int:
     return inner if x.shape[0] == batch.size else inner * (x.shape[0] // batch.size)
 
 
-def empty_linear(in_features: int, out_features: int) -> nn.Linear:
-    """An nn.Linear without storage, whose parameters are assigned next."""
-    return nn.Linear(in_features, out_features, bias=False, device="meta")
-
-
 def as_linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> nn.Linear:
     """An nn.Linear made of these very parameters, [out, in] and [out]."""
-    linear = empty_linear(weight.shape[1], weight.shape[0])
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = weight
     linear.register_parameter("bias", bias)
     return linear.train(training)
-
-
-def share_parameters(layer: nn.Module, linear: nn.Linear) -> None:
-    """Gives ``layer`` the very parameters of ``linear``, under the same names."""
-    for name, parameter in linear._parameters.items():
-        layer.register_parameter(name, parameter)
 
 
 def new_parameter(like: Tensor, *shape: int) -> nn.Parameter:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metalora._checks import SHORT
 from metalora._library import constant_when_compiled, gpu_problem, native_available
 from metalora._transforms import transformed
 from metalora._warn import warn_user
-from metalora.ops._arguments import SHORT
 
 _raw: dict[str, Any] = {}
 _warned: set[str] = set()

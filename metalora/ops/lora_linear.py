@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from metalora import reference
-from metalora._checks import check_choice
-from metalora._library import cpu_status, gpu_memory, gpu_problem
-from metalora._transforms import transformed
-from metalora.ops._arguments import (
+from metalora._checks import (
     FLOATS,
     SHORT,
+    check_choice,
     check_float,
     check_like,
     check_scaling,
     check_shape,
 )
+from metalora._library import cpu_status, gpu_memory, gpu_problem
+from metalora._transforms import transformed
 from metalora.ops._native import call, register, tf32_allowed, usable, where_needed
 from metalora.ops.dropout import check_probability, seed_tensor
 

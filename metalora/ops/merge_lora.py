@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metalora import reference
-from metalora.ops._arguments import (
+from metalora._checks import (
     SHORT,
     check_float,
     check_like,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metalora import reference
-from metalora.ops._arguments import check_float, check_like, check_rank, check_shape
+from metalora._checks import check_float, check_like, check_rank, check_shape
 from metalora.ops._native import call, register, usable, where_needed
 
 # Above this many features the BLAS behind torch.bmm is faster than loops that know the shapes.

@@ -8,9 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metalora._checks import check_count, check_nonnegative
-from metalora._inputs import check_finite, check_generator, check_like, check_tensor, randn
-from metalora.shallow.network import Network, check_drawing, check_rank
+from metalora._checks import (
+    check_constant,
+    check_count,
+    check_drawing,
+    check_finite,
+    check_generator,
+    check_matrix_rank,
+    check_nonnegative,
+)
+from metalora._draws import Draws
+from metalora.shallow.network import Network
 
 
 @dataclass(frozen=True)
@@ -53,28 +61,18 @@ def sample_problem(
 ) -> ShallowProblem:
     """Draws A*, U_1*, ..., U_{T+1}* and c* with independent N(0, 1) entries.
 
-    Args:
-        num_tasks: T, the number of retraining tasks; the test task comes on top.
-        dim: d.
-        rank: k, at most d.
-        batch_shape: leading dimensions: so many independent problems.
-        generator: source of randomness; None is torch's own.
-        dtype: float32 or float64; one seed gives the same problem in both.
-        device: where the problem is to live.
-
-    Raises:
-        ValueError, TypeError: a number is not an int or out of range.
+    Arguments and errors as for `metalora.linear.sample_problem`.
     """
     name = "sample_problem"
     check_count(name, "num_tasks", num_tasks)
     check_count(name, "dim", dim)
-    check_rank(name, rank, dim)
+    check_matrix_rank(name, rank, dim)
     batch = check_drawing(name, batch_shape, generator, dtype)
-    place = torch.device(device)
+    draw = Draws(generator, dtype, torch.device(device))
     return ShallowProblem(
-        randn((*batch, dim, dim), generator, dtype, place),
-        randn((*batch, num_tasks + 1, dim, rank), generator, dtype, place),
-        randn((*batch, dim), generator, dtype, place),
+        draw.normal(*batch, dim, dim),
+        draw.normal(*batch, num_tasks + 1, dim, rank),
+        draw.normal(*batch, dim),
     )
 
 
@@ -105,11 +103,11 @@ def sample_data(
     check_nonnegative(name, "noise", noise)
     check_generator(name, generator)
     weight = network.weight
-    shape = (*weight.shape[:-2], count, weight.shape[-1])
-    x = randn(shape, generator, weight.dtype, weight.device)
+    draw = Draws(generator, weight.dtype, weight.device)
+    x = draw.normal(*weight.shape[:-2], count, weight.shape[-1])
     y = network.predict(x)
     if noise:
-        y += noise * randn(shape[:-1], generator, weight.dtype, weight.device)
+        y += noise * draw.normal(*y.shape)
     return x, y
 
 
@@ -117,8 +115,8 @@ def check_network(function: str, network: Network) -> None:
     """Refuses what is not a network of finite numbers."""
     if not isinstance(network, Network):
         raise TypeError(f"{function}: network must be a Network, got {type(network).__name__}")
-    weight = check_tensor(function, "network.weight", network.weight)
-    output = check_like(function, "network.output", network.output, weight, "network.weight")
+    weight = check_constant(function, "network.weight", network.weight)
+    output = check_constant(function, "network.output", network.output, "network.weight", weight)
     if weight.dim() < 2 or weight.shape[-1] != weight.shape[-2] or not weight.shape[-1]:
         raise ValueError(
             f"{function}: network.weight must be [..., d, d] with d >= 1, got {list(weight.shape)}"

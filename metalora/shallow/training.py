@@ -8,12 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metalora._checks import check_count, check_nonnegative
-from metalora._inputs import check_finite, check_like, check_shape, check_tensor
+from metalora._checks import (
+    check_constant,
+    check_count,
+    check_finite,
+    check_matrix_rank,
+    check_nonnegative,
+    check_shape,
+    check_values,
+)
 from metalora.ops._trainings import check_converged
 from metalora.shallow._native import train
 from metalora.shallow.data import check_network
-from metalora.shallow.network import Adapters, Network, check_rank
+from metalora.shallow.network import Adapters, Network
 
 
 @dataclass(frozen=True)
@@ -100,16 +107,9 @@ def lora_ml(
         ValueError, TypeError: wrong shapes, dtypes, devices or numbers.
         RuntimeError: a training diverged; names the epoch.
     """
-    name = "lora_ml"
-    batch = _check(name, x, y, network, epochs, optimizer, 1)
-    _check_adapters(name, adapters, x)
-    weight, output, lora_A, lora_B, losses, diverged_at = train(
-        "shallow_retrain",
-        batch,
-        (x, y, network.weight, network.output, adapters.lora_A, adapters.lora_B),
-        *(epochs, *optimizer._numbers()),
+    weight, output, lora_A, lora_B, losses = _train(
+        "lora_ml", "shallow_retrain", x, y, network, epochs, optimizer, adapters
     )
-    check_converged(name, diverged_at, epochs, "optimizer.lr")
     return RetrainResult(Network(weight, output), Adapters(lora_A, lora_B), losses)
 
 
@@ -125,15 +125,9 @@ def standard(
 
     Arguments and errors as for ``lora_ml``.
     """
-    name = "standard"
-    batch = _check(name, x, y, network, epochs, optimizer, 1)
-    weight, output, _, _, losses, diverged_at = train(
-        "shallow_retrain",
-        batch,
-        (x, y, network.weight, network.output, None, None),
-        *(epochs, *optimizer._numbers()),
+    weight, output, _, _, losses = _train(
+        "standard", "shallow_retrain", x, y, network, epochs, optimizer
     )
-    check_converged(name, diverged_at, epochs, "optimizer.lr")
     return RetrainResult(Network(weight, output), None, losses)
 
 
@@ -148,29 +142,35 @@ def finetune_lora(
 ) -> FinetuneResult:
     """LoRA on one task (paper, eq. 3): the adapter alone, A and c frozen.
 
-    Args:
-        x: inputs of the task, [..., n, d].
-        y: their outputs, [..., n].
-        network: A and c, with the leading dimensions of x.
-        adapters: the start of A_t [..., r, d] and B_t [..., d, r], r at most d.
-        epochs: number of steps; each takes all samples.
-        optimizer: AdamW's settings.
-
-    Raises:
-        ValueError, TypeError: wrong shapes, dtypes, devices or numbers.
-        RuntimeError: a training diverged; names the epoch.
+    Arguments and errors as for ``lora_ml``, but that x [..., n, d], y [..., n] and the adapters
+    A_t [..., r, d] and B_t [..., d, r] are of one task.
     """
-    name = "finetune_lora"
-    batch = _check(name, x, y, network, epochs, optimizer, 0)
-    _check_adapters(name, adapters, x)
-    lora_A, lora_B, losses, diverged_at = train(
-        "shallow_finetune",
-        batch,
-        (x, y, network.weight, network.output, adapters.lora_A, adapters.lora_B),
-        *(epochs, *optimizer._numbers()),
+    lora_A, lora_B, losses = _train(
+        "finetune_lora", "shallow_finetune", x, y, network, epochs, optimizer, adapters
     )
-    check_converged(name, diverged_at, epochs, "optimizer.lr")
     return FinetuneResult(Adapters(lora_A, lora_B), losses)
+
+
+def _train(
+    function: str,
+    operator: str,
+    x: Tensor,
+    y: Tensor,
+    network: Network,
+    epochs: int,
+    optimizer: AdamW,
+    *adapters: Adapters,
+) -> list[Tensor]:
+    """Checks the arguments and trains; returns what the operator does but ``diverged_at``."""
+    task_dims = 1 if operator == "shallow_retrain" else 0
+    batch = _check(function, x, y, network, epochs, optimizer, task_dims)
+    lora_A, lora_B = None, None
+    for given in adapters:
+        lora_A, lora_B = _checked_adapters(function, given, x)
+    tensors = x, y, network.weight, network.output, lora_A, lora_B
+    *results, diverged_at = train(operator, batch, tensors, epochs, *optimizer._numbers())
+    check_converged(function, diverged_at, epochs, "optimizer.lr")
+    return results
 
 
 def _check(
@@ -183,8 +183,8 @@ def _check(
     task_dims: int,
 ) -> torch.Size:
     """Checks all but the adapters; returns the leading dimensions of the trainings."""
-    check_tensor(function, "x", x)
-    check_like(function, "y", y, x, "x")
+    check_constant(function, "x", x)
+    check_constant(function, "y", y, "x", x)
     wanted, sizes = ("[..., T, N, d]", "T, N and d") if task_dims else ("[..., n, d]", "n and d")
     if x.dim() < 2 + task_dims or 0 in x.shape[-2 - task_dims :]:
         raise ValueError(f"{function}: x must be {wanted} with {sizes} >= 1, got {list(x.shape)}")
@@ -193,7 +193,7 @@ def _check(
     check_finite(function, "y", y)
     batch, dim = x.shape[: -2 - task_dims], x.shape[-1]
     check_network(function, network)
-    check_like(function, "network.weight", network.weight, x, "x")
+    check_constant(function, "network.weight", network.weight, "x", x)
     check_shape(function, "network.weight", network.weight, (*batch, dim, dim))
     check_count(function, "epochs", epochs, minimum=0)
     if not isinstance(optimizer, AdamW):
@@ -203,19 +203,17 @@ def _check(
     return batch
 
 
-def _check_adapters(function: str, adapters: Any, x: Tensor) -> None:
+def _checked_adapters(function: str, adapters: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     if not isinstance(adapters, Adapters):
         raise TypeError(f"{function}: adapters must be Adapters, got {type(adapters).__name__}")
-    lora_A = check_like(function, "adapters.lora_A", adapters.lora_A, x, "x")
-    lora_B = check_like(function, "adapters.lora_B", adapters.lora_B, x, "x")
+    lora_A = check_constant(function, "adapters.lora_A", adapters.lora_A, "x", x)
     leading, dim = x.shape[:-2], x.shape[-1]
     if lora_A.dim() < 2:
         raise ValueError(
             f"{function}: adapters.lora_A must be [..., r, d={dim}], got {list(lora_A.shape)}"
         )
     rank = lora_A.shape[-2]
-    check_rank(function, rank, dim)
-    check_shape(function, "adapters.lora_A", lora_A, (*leading, rank, dim))
-    check_shape(function, "adapters.lora_B", lora_B, (*leading, dim, rank))
-    check_finite(function, "adapters.lora_A", lora_A)
-    check_finite(function, "adapters.lora_B", lora_B)
+    check_matrix_rank(function, rank, dim)
+    check_values(function, "adapters.lora_A", lora_A, "x", x, (*leading, rank, dim))
+    lora_B = adapters.lora_B
+    return lora_A, check_values(function, "adapters.lora_B", lora_B, "x", x, (*leading, dim, rank))

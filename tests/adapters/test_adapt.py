@@ -436,7 +436,7 @@ def test_bad_number_of_tasks(task_count):
 
 
 def test_wrong_arguments_are_explained():
-    with pytest.raises(TypeError, match=r"config must be a metalora\.LoRAConfig or a peft"):
+    with pytest.raises(TypeError, match=r"lora_config must be a metalora\.LoRAConfig or a peft"):
         adapt(model(), {"rank": 2}, 2)
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got list"):
         adapt([], LoRAConfig(), 2)

@@ -9,14 +9,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from metalora import TaskOptimizer
-from metalora.adapters import task_parameters, task_state_dict
 from metalora.hf import TaskCollator, TaskRounds, accept_task_ids
 from metalora.nn import current_tasks, tasks
 
 accelerate = pytest.importorskip("accelerate", reason="needs the package accelerate")
 pytest.importorskip("transformers", reason="needs the package transformers")
 
-from tests.hf.tiny import T, adapted_model, features, pad  # noqa: E402
+from tests.hf.tiny import T, adapted_model, features, pad, state_of_task  # noqa: E402
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DATA = features()
@@ -65,15 +64,6 @@ def test_a_loop_with_accelerate_equals_one_without(group, dispatch):
     assert seen[: len(rounds)] != seen[len(rounds) :]  # accelerate sets the epoch
     for name, value in accelerator.unwrap_model(model).state_dict().items():
         torch.testing.assert_close(value.cpu(), other.state_dict()[name], rtol=0, atol=1e-10)
-
-
-def state_of_task(model, optimizer, task):
-    found = list(task_state_dict(model, task).values())
-    for parameter in task_parameters(model):
-        for key, value in optimizer.state[parameter].items():
-            if key != "tasks_with_state":
-                found.append((value[task] if value.dim() else value).clone())
-    return found
 
 
 def test_absent_tasks_stay_as_they_are_with_accumulated_gradients():

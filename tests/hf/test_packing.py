@@ -166,7 +166,7 @@ def test_adapters_before_and_after_with_absent_tasks():
             passes = passes_of(model, packed, max_tokens=30)
             results.append(outputs(model, passes, batch_of(len(ids), ids)))
             continue
-        metalora.remove(model, 3)
+        metalora.merge_and_unload(model, 3)
         got = outputs(model, passes_of(model, True))[0]
         torch.testing.assert_close(got[ids == 3], results[0][0][ids == 3], rtol=1e-11, atol=1e-11)
     assert_close(results[1], results[0], 1e-11)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from metalora import TaskOptimizer
-from metalora.adapters import task_parameters, task_state_dict, unload
+from metalora.adapters import unload
 from metalora.hf import TaskCollator, TaskRounds, accept_task_ids
 from metalora.meta import Batch, GradientStep, TrainConfig, evaluate
 from metalora.nn import current_tasks, tasks
@@ -15,7 +15,15 @@ from metalora.nn import current_tasks, tasks
 transformers = pytest.importorskip("transformers", reason="needs the package transformers")
 pytest.importorskip("accelerate", reason="needs the package accelerate")
 
-from tests.hf.tiny import T, adapted_model, features, pad, plain_model  # noqa: E402
+from tests.hf.tiny import (  # noqa: E402
+    T,
+    adapted_model,
+    features,
+    pad,
+    plain_model,
+    state_of_task,
+)
+from tests.meta.given import GivenRounds  # noqa: E402
 
 DATA = features()
 IDS = [feature["task_id"] for feature in DATA]
@@ -62,25 +70,6 @@ def accuracy_of_tasks(prediction):
     return {f"accuracy_{task}": right[ids == task].mean() for task in range(T)}
 
 
-class Rounds:
-    """Given batches for `GradientStep`, in the trainer's order."""
-
-    num_tasks, pooled = T, False
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    @property
-    def rounds_per_task(self):
-        return [sum(bool((b.task_ids == t).any()) for b in self.batches) for t in range(T)]
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        return iter(self.batches)
-
-
 def as_batch(batch):
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     return Batch(inputs, batch["labels"], batch["task_ids"], batch["task_counts"])
@@ -88,7 +77,7 @@ def as_batch(batch):
 
 def own_loop(model, batches, **fields):
     config = TrainConfig(epochs=1, lr=1e-2, optimizer="adamw", **fields)
-    step = GradientStep(model.train(), Rounds(batches), config)
+    step = GradientStep(model.train(), GivenRounds(batches, T), config)
     return [float(step([batch])) for batch in batches]
 
 
@@ -166,15 +155,6 @@ class StateOfTasks(transformers.TrainerCallback):
         self.states.append([state_of_task(self.model, self.optimizer, t) for t in range(T)])
 
 
-def state_of_task(model, optimizer, task):
-    found = list(task_state_dict(model, task).values())
-    for parameter in task_parameters(model):
-        for key, value in optimizer.state[parameter].items():
-            if key != "tasks_with_state":
-                found.append((value[task] if value.dim() else value).clone())
-    return found
-
-
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_absent_tasks_stay_as_they_are(accumulation, tmp_path):
     """Their adapters, moments and step counts; also over rounds whose gradients are added up."""
@@ -208,7 +188,7 @@ def test_evaluation_and_prediction(tmp_path):
     data = sorted(features(10, seed=2), key=lambda feature: feature["task_id"])
     made = trainer(model, tmp_path, data=data, per_device_eval_batch_size=4)
     batches = [as_batch(TaskCollator(pad)(data[i : i + 4])) for i in range(0, 10, 4)]
-    want = evaluate(model, Rounds(batches))
+    want = evaluate(model, GivenRounds(batches, T))
     found = made.evaluate()
     assert [found[f"eval_accuracy_{task}"] for task in range(T)] == pytest.approx(want.per_task)
     predictions = made.predict(data)
@@ -281,7 +261,7 @@ def test_calls_without_tasks_are_as_before():
     model(**batch)
     with pytest.raises(ValueError, match=r"latest call's samples, \[4\], got \[3\]"):
         accepted.mean(torch.zeros(3))
-    accepted.unload()
+    accepted.remove()
     with pytest.raises(ValueError, match="which task does each sample belong to"):
         model(**inputs, task_ids=batch["task_ids"])
 
@@ -294,7 +274,7 @@ def test_accepting_again_takes_the_earlier_objective_off():
         accepted = accept_task_ids(accepting)
         accepting(**batch)
         assert accepted.mean(torch.ones(4)) == 1
-        accepted.unload()
+        accepted.remove()
         assert not accepting._forward_pre_hooks and not accepting._forward_hooks
 
 

@@ -3,7 +3,7 @@
 import torch
 import transformers
 
-from metalora.adapters import LoRAConfig, adapt
+from metalora.adapters import LoRAConfig, adapt, task_parameters, task_state_dict
 
 T, CLASSES = 3, 2
 LORA = LoRAConfig(
@@ -54,3 +54,13 @@ def pad(samples):
     ids = torch.tensor(ids)
     labels = torch.tensor([sample["labels"] for sample in samples])
     return {"input_ids": ids, "attention_mask": (ids != 1).long(), "labels": labels}
+
+
+def state_of_task(model, optimizer, task):
+    """Copies of all that a task has: adapters, heads, and the optimiser's state of them."""
+    found = list(task_state_dict(model, task).values())
+    for parameter in task_parameters(model):
+        for key, value in optimizer.state[parameter].items():
+            if key != "tasks_with_state":
+                found.append((value[task] if value.dim() else value).clone())
+    return found

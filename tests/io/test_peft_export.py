@@ -144,7 +144,7 @@ def test_the_model_and_the_random_numbers_stay_as_they_are(tmp_path):
     config, random = model.config.to_dict(), torch.get_rng_state()
     export_peft(model, tmp_path / "out")
     state = [task_state_dict(model, task) for task in (0, 1)]
-    export_peft(unload(model), tmp_path / "again", adapters=state, config=LORA)
+    export_peft(unload(model), tmp_path / "again", adapters=state, lora_config=LORA)
     assert torch.equal(torch.get_rng_state(), random)
     assert model.config.to_dict() == config
     for name, parameter in model.named_parameters():
@@ -160,7 +160,7 @@ def test_the_adapters_of_a_result(tmp_path):
     result = lora_ml(model, rounds, TrainConfig(epochs=2, lr=0.05), LORA)
     model.eval()
     folders = export_peft(
-        model, tmp_path / "out", adapters=result.adapters, config=LORA, names=["b", "a"]
+        model, tmp_path / "out", adapters=result.adapters, lora_config=LORA, names=["b", "a"]
     )
     assert [folder.name for folder in folders] == ["b", "a"]
     assert_close(logits(load_base(tmp_path / "out/base")), logits(model))
@@ -174,7 +174,7 @@ def test_the_adapters_of_a_result(tmp_path):
 def test_one_task_of_a_result_leaves_the_base_as_the_model_is(tmp_path):
     model = plain_model()
     state = task_state_dict(adapted_model(LORA), 1)
-    export_peft(model, tmp_path / "out", adapters=[state], config=LORA)
+    export_peft(model, tmp_path / "out", adapters=[state], lora_config=LORA)
     assert torch.equal(logits(load_base(tmp_path / "out/base")), logits(model))
 
 
@@ -301,8 +301,11 @@ def test_what_peft_cannot_express_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adapters": [{}]}, "adapters and config come together"),
-        ({"adapters": [{}], "config": LORA}, "the model has adapters already; leave adapters out"),
+        ({"adapters": [{}]}, "adapters and lora_config come together"),
+        (
+            {"adapters": [{}], "lora_config": LORA},
+            "the model has adapters already; leave adapters out",
+        ),
         ({"names": ["a"]}, "names must be 2 different names, one per task, got ['a']"),
         ({"names": ["a", "a"]}, "names must be 2 different names"),
         ({"names": "ab"}, "names must be 2 different names, one per task, got 'ab'"),
@@ -330,9 +333,9 @@ def test_bad_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"the model has no adapters.*adapters=result\.adapters"):
         export_peft(plain_model(), out)
     with pytest.raises(ValueError, match="adapters must hold at least one task"):
-        export_peft(plain_model(), out, adapters=[], config=LORA)
+        export_peft(plain_model(), out, adapters=[], lora_config=LORA)
     with pytest.raises(ValueError, match="is missing from state"):
-        export_peft(plain_model(), out, adapters=[{}], config=LORA)
+        export_peft(plain_model(), out, adapters=[{}], lora_config=LORA)
     with pytest.raises(ValueError, match=r"Sequential has no save_pretrained.*base=<folder>"):
         export_peft(adapt(mlp(), LoRAConfig(rank=1), 2), out)
     assert list(tmp_path.iterdir()) == []

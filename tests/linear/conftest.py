@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from metalora._library import native_available
-from metalora.ops import _trainings
-
-
-@pytest.fixture(params=["native", "reference"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs a test on the native kernels and again on the reference."""
-    if request.param == "native" and not native_available():
-        pytest.skip("the native library is not built")
-    if request.param == "reference":
-        monkeypatch.setattr(_trainings, "usable", lambda tensor: False)
-    return request.param
+from tests.backends import backend  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -35,10 +35,14 @@ RETRAIN = [
     ({"inner_lr": "fast"}, TypeError, "inner_lr must be a finite number"),
     ({"generator": 3}, TypeError, "generator must be a torch.Generator or None"),
     ({"initial_weight": EYE[:3]}, ValueError, "initial_weight must be [4, 4], got [3, 4]"),
-    ({"initial_weight": EYE.float()}, TypeError, "initial_weight must be torch.float64"),
+    (
+        {"initial_weight": EYE.float()},
+        TypeError,
+        "initial_weight must have the dtype of stats.gram, torch.float64",
+    ),
     ({"initial_weight": EYE * NAN}, ValueError, "initial_weight must be finite"),
     ({"initial_factors": EYE}, ValueError, "initial_factors must be [3, 4, 1], got [4, 4]"),
-    ({"initial_factors": [1]}, TypeError, "initial_factors must be a torch.Tensor, got list"),
+    ({"initial_factors": [1]}, TypeError, "initial_factors must be a tensor, got list"),
 ]
 
 
@@ -71,7 +75,7 @@ def test_retrain_standard(
         ({"lr": float("inf")}, ValueError, "lr must be a finite number >= 0, got inf"),
         ({"steps": None}, TypeError, "steps must be an int >= 0"),
         ({"weight": EYE[:2]}, ValueError, "weight must be [3, d=4, d=4] as stats.gram is"),
-        ({"weight": EYE.numpy()}, TypeError, "weight must be a torch.Tensor, got ndarray"),
+        ({"weight": EYE.numpy()}, TypeError, "weight must be a tensor, got ndarray"),
         ({"truth": EYE * NAN}, ValueError, "truth must be finite"),
         ({"initial_factors": EYE}, TypeError, "initial_factors must be a pair (U, V)"),
         ({"initial_factors": (EYE, EYE)}, ValueError, "initial_factors[0] must be [3, 4, 1]"),

@@ -15,6 +15,7 @@ from metalora import linear
 from metalora.adapters import LoRAConfig, adapted_layers
 from metalora.linear import sufficient_statistics
 from metalora.meta import (
+    Callback,
     RoundLoader,
     TrainConfig,
     derive_seed,
@@ -25,7 +26,6 @@ from metalora.meta import (
     reptile,
     standard,
 )
-from metalora.meta.callbacks import Callback
 
 T, D, K = 3, 5, 3
 LORA = LoRAConfig(rank=2, alpha=1, heads=["head"])

@@ -4,8 +4,6 @@ The other side shares no code with metalora: per-task tensors, plain formulas, o
 the shared weights and one per task.
 """
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +11,7 @@ from torch import nn
 
 from metalora.adapters import LoRAConfig, adapt, adapted_layers
 from metalora.meta import Batch, GradientStep, TrainConfig
+from tests.meta.given import GivenRounds
 from tests.pairs import every_pair
 
 T, D, CLASSES = 3, 6, 3
@@ -33,29 +32,6 @@ class Net(nn.Module):
         return self.out(self.norm(torch.tanh(self.fc(x))).mean(1))
 
 
-@dataclass
-class ListRounds:
-    """A loader of given batches."""
-
-    batches: list
-    num_tasks: int = T
-    pooled: bool = False
-    rounds_per_task: list = field(init=False)
-
-    def __post_init__(self):
-        present = [set(batch.task_ids.tolist()) for batch in self.batches]
-        self.rounds_per_task = [sum(t in p for p in present) for t in range(self.num_tasks)]
-
-    def set_epoch(self, epoch):
-        pass
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        return iter(self.batches)
-
-
 def rounds(absent: bool):
     """Unsorted, ragged rounds; with ``absent``, some lack a task."""
     torch.manual_seed(3)
@@ -66,7 +42,7 @@ def rounds(absent: bool):
         [2, 2, 0] if absent else [2, 2, 0, 1],
         [1, 0, 2, 1, 1, 0],
     ]
-    return ListRounds(
+    return GivenRounds(
         [
             Batch(
                 torch.randn(len(i), 4, D, dtype=torch.float64),
@@ -74,7 +50,8 @@ def rounds(absent: bool):
                 torch.tensor(i),
             )
             for i in ids
-        ]
+        ],
+        T,
     )
 
 

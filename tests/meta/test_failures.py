@@ -1,6 +1,7 @@
 """What a training leaves behind: the caller's random state, and no half-adapted model."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -33,10 +34,10 @@ METHODS = {
     "standard": standard,
     "reptile": lambda *args, **options: reptile(*args, inner_steps=2, **options),
     "lora-ml": lambda *args, **options: lora_ml(*args, LORA, **options),
-    "last-layer-ml": last_layer_ml,
+    "last-layer-ml": partial(last_layer_ml, heads=["head"]),
     "peft-ml": lambda *args, **options: peft_ml(*args, peft_config(), **options),
     "finetune-lora": lambda *args, **options: finetune_lora(*args, LORA, **options),
-    "finetune-last-layer": finetune_last_layer,
+    "finetune-last-layer": partial(finetune_last_layer, heads=["head"]),
     "finetune-peft": lambda *args, **options: finetune_peft(*args, peft_config(), **options),
 }
 RETRAINING = ["lora-ml", "last-layer-ml", "peft-ml"]

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -68,10 +69,10 @@ class Network(nn.Module):
 METHODS = {
     "standard": standard,
     "lora-ml": lambda *args, **options: lora_ml(*args, LORA, **options),
-    "last-layer-ml": last_layer_ml,
+    "last-layer-ml": partial(last_layer_ml, heads=["head"]),
     "reptile": lambda *args, **options: reptile(*args, inner_steps=2, **options),
     "finetune-lora": lambda *args, **options: finetune_lora(*args, LORA, **options),
-    "finetune-last-layer": finetune_last_layer,
+    "finetune-last-layer": partial(finetune_last_layer, heads=["head"]),
 }
 
 
@@ -137,7 +138,7 @@ def test_adapters_of_retraining_are_returned():
 
 def test_last_layer_ml_keeps_the_mean_head():
     model = network()
-    result = last_layer_ml(model, rounds(), TrainConfig(epochs=1, lr=0.01))
+    result = last_layer_ml(model, rounds(), TrainConfig(epochs=1, lr=0.01), ["head"])
     heads = torch.stack([adapter["head.weight"] for adapter in result.adapters])
     assert not torch.equal(heads[0], heads[1])
     torch.testing.assert_close(model.head.weight, heads.mean(0))
@@ -146,11 +147,11 @@ def test_last_layer_ml_keeps_the_mean_head():
 def test_fresh_heads_start_anew_and_others_from_the_model():
     config = TrainConfig(epochs=1, lr=1e-9)
     model, start = network(), network().head.weight
-    finetune_last_layer(model, rounds(), config, fresh=False)
+    finetune_last_layer(model, rounds(), config, ["head"], fresh=False)
     assert isinstance(model.head, MultiTaskHead)
     torch.testing.assert_close(model.head.weight, start.expand(T, -1, -1))
     model = network()
-    finetune_last_layer(model, rounds(), config, fresh=True)
+    finetune_last_layer(model, rounds(), config, ["head"], fresh=True)
     assert not torch.allclose(model.head.weight[0], start, atol=1e-3)
 
 
@@ -464,6 +465,15 @@ def test_missing_heads_are_refused(method):
         method(network(), rounds(), TrainConfig(epochs=1, lr=0.1), heads=[])
     with pytest.raises(ValueError, match="matches 'heed'; did you mean 'head'"):
         method(network(), rounds(), TrainConfig(epochs=1, lr=0.1), heads=["heed"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_unknown_keyword_is_named_before_anything_happens(method):
+    model, config = network(), TrainConfig(epochs=1, lr=0.1)
+    named = rf"^{method.replace('-', '_')}\(\) got .* argument 'calbacks'; did you mean 'callbacks'"
+    with pytest.raises(TypeError, match=named):
+        METHODS[method](model, rounds(), config, calbacks=[])
+    assert not adapted_layers(model)
 
 
 def test_nothing_to_train_is_refused():

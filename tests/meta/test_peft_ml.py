@@ -22,6 +22,7 @@ from metalora.meta import (
     peft_ml,
 )
 from metalora.nn import tasks
+from tests.meta.given import GivenRounds
 
 peft = pytest.importorskip("peft", reason="needs the package peft")
 
@@ -124,32 +125,13 @@ def ragged(absent=True):
     """Unsorted rounds, of which some lack a task."""
     torch.manual_seed(3)
     ids = [[2, 0, 1, 1, 0, 2, 2], [1, 1, 0, 1] if absent else [1, 2, 0, 1], [0, 2, 1], [2, 0, 2, 1]]
-    return Ragged(
+    return GivenRounds(
         [
             Batch(torch.randn(len(i), 8).double(), torch.randint(2, (len(i),)), torch.tensor(i))
             for i in ids
-        ]
+        ],
+        T,
     )
-
-
-class Ragged:
-    num_tasks, pooled = T, False
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    @property
-    def rounds_per_task(self):
-        return [sum(bool((b.task_ids == t).any()) for b in self.batches) for t in range(T)]
-
-    def set_epoch(self, epoch):
-        pass
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        return iter(self.batches)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

@@ -8,19 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from metalora._library import native_available
-from metalora.ops import _trainings
 from metalora.shallow import AdamW, Adapters, Network
-
-
-@pytest.fixture(params=["native", "reference"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs a test on the native kernels and again on the reference."""
-    if request.param == "native" and not native_available():
-        pytest.skip("the native library is not built")
-    if request.param == "reference":
-        monkeypatch.setattr(_trainings, "usable", lambda tensor: False)
-    return request.param
+from tests.backends import backend  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

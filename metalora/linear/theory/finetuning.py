@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metalora._checks import check_count, check_nonnegative
-from metalora._inputs import check_finite, check_like, check_shape
+from metalora._checks import (
+    check_count,
+    check_finite,
+    check_matrix_rank,
+    check_nonnegative,
+    check_values,
+)
 from metalora.linear.statistics import SufficientStatistics
 
 
@@ -33,13 +38,10 @@ def best_adapted_weight(stats: SufficientStatistics, weight: Tensor, rank: int) 
             f"{name}: stats must be SufficientStatistics, got {type(stats).__name__}; "
             "make them with sufficient_statistics(x, y)"
         )
-    check_count(name, "rank", rank)
-    if rank > stats.dim:
-        raise ValueError(f"{name}: rank must be at most d = {stats.dim}, got {rank}")
-    check_like(name, "weight", weight, stats.gram, "stats.gram")
-    check_shape(name, "weight", weight, tuple(stats.gram.shape))
-    for argument, value in (("gram", stats.gram), ("cross", stats.cross), ("weight", weight)):
-        check_finite(name, argument, value)
+    check_matrix_rank(name, rank, stats.dim)
+    check_values(name, "weight", weight, "stats.gram", stats.gram, stats.gram.shape)
+    check_finite(name, "gram", stats.gram)
+    check_finite(name, "cross", stats.cross)
     lower, failed = torch.linalg.cholesky_ex(stats.gram)  # G = L Lᵀ; any root of G will do
     if bool(failed.any()):
         raise ValueError(
@@ -71,8 +73,6 @@ def expected_finetune_error(dim: int, rank: int, noise: float) -> float:
     """
     name = "expected_finetune_error"
     check_count(name, "dim", dim)
-    check_count(name, "rank", rank)
-    if rank > dim:
-        raise ValueError(f"{name}: rank must be at most dim = {dim}, got {rank}")
+    check_matrix_rank(name, rank, dim, name="dim")
     check_nonnegative(name, "noise", noise)
     return noise**2 * rank * (2 * dim - rank)

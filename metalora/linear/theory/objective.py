@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metalora._inputs import check_finite, check_like, check_shape, check_tensor
+from metalora._checks import check_constant, check_finite, check_square, check_values
 from metalora.linear.statistics import SufficientStatistics
 
 
@@ -28,9 +28,7 @@ def population_statistics(truths: Tensor) -> SufficientStatistics:
         truths: M_t, [..., d, d].
     """
     name = "population_statistics"
-    check_tensor(name, "truths", truths)
-    if truths.dim() < 2 or truths.shape[-1] != truths.shape[-2]:
-        raise ValueError(f"{name}: truths must be [..., d, d], got {list(truths.shape)}")
+    check_square(name, "truths", check_constant(name, "truths", truths))
     check_finite(name, "truths", truths)
     identity = torch.eye(truths.shape[-1], dtype=truths.dtype, device=truths.device)
     energy = truths.square().sum((-2, -1))
@@ -139,8 +137,8 @@ def _own_blocks(jacobians: Tensor, residuals: Tensor, factors: Tensor) -> Tensor
 
 
 def _check(function: str, truths: Tensor, factors: Tensor, weight: Tensor | None = None) -> None:
-    check_tensor(function, "truths", truths)
-    check_like(function, "factors", factors, truths, "truths")
+    check_constant(function, "truths", truths)
+    check_constant(function, "factors", factors, "truths", truths)
     if truths.dim() < 3 or truths.shape[-1] != truths.shape[-2] or 0 in truths.shape[-3:]:
         raise ValueError(
             f"{function}: truths must be [..., T, d, d] with T, d >= 1, got {list(truths.shape)}"
@@ -158,6 +156,5 @@ def _check(function: str, truths: Tensor, factors: Tensor, weight: Tensor | None
     check_finite(function, "truths", truths)
     check_finite(function, "factors", factors)
     if weight is not None:
-        check_like(function, "weight", weight, truths, "truths")
-        check_shape(function, "weight", weight, (*truths.shape[:-3], dim, dim))
-        check_finite(function, "weight", weight)
+        shape = (*truths.shape[:-3], dim, dim)
+        check_values(function, "weight", weight, "truths", truths, shape)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metalora._checks import check_count
-from metalora._inputs import check_finite, check_like, check_shape, check_tensor
+from metalora._checks import check_constant, check_count, check_finite, check_values
 from metalora.linear.theory.objective import reduced_hessian
 from metalora.linear.theory.standard import numerical_rank
 
@@ -49,14 +48,12 @@ def two_task_minima(factors: Tensor, boost: Tensor) -> Tensor:
         ValueError, TypeError: wrong shapes or dtypes, or not finite.
     """
     name = "two_task_minima"
-    check_tensor(name, "factors", factors)
+    check_constant(name, "factors", factors)
     if factors.dim() < 3 or factors.shape[-3] != 2:
         raise ValueError(f"{name}: factors must be [..., T=2, d, k], got {list(factors.shape)}")
     rank = factors.shape[-1]
-    check_like(name, "boost", boost, factors, "factors")
-    check_shape(name, "boost", boost, (*factors.shape[:-3], rank, rank))
     check_finite(name, "factors", factors)
-    check_finite(name, "boost", boost)
+    check_values(name, "boost", boost, "factors", factors, (*factors.shape[:-3], rank, rank))
     zero = torch.zeros_like(boost)
     generator = torch.cat([torch.cat([zero, boost], -1), torch.cat([boost.mT, zero], -1)], -2)
     both = factors.movedim(-3, -2).flatten(-2)  # [..., d, 2k]

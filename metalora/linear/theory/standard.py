@@ -12,8 +12,14 @@ import math
 import torch
 from torch import Tensor
 
-from metalora._checks import check_count, check_positive
-from metalora._inputs import check_finite, check_tensor
+from metalora._checks import (
+    check_constant,
+    check_count,
+    check_finite,
+    check_matrix_rank,
+    check_positive,
+    check_square,
+)
 
 
 def standard_minimum(truths: Tensor) -> Tensor:
@@ -29,7 +35,7 @@ def standard_minimum(truths: Tensor) -> Tensor:
         ValueError, TypeError: wrong shape or dtype, or not finite.
     """
     name = "standard_minimum"
-    check_tensor(name, "truths", truths)
+    check_constant(name, "truths", truths)
     if truths.dim() < 3 or truths.shape[-1] != truths.shape[-2] or truths.shape[-3] == 0:
         raise ValueError(
             f"{name}: truths must be [..., T, d, d] with T >= 1, got {list(truths.shape)}"
@@ -88,7 +94,7 @@ def many_task_loss_bound(
     """
     name = "many_task_loss_bound"
     _check_model(name, dim, rank, correlation)
-    _check_finetune_rank(name, finetune_rank, dim)
+    check_matrix_rank(name, finetune_rank, dim, argument="finetune_rank", minimum=0)
     return 0.5 * max(dim - rank - finetune_rank, 0) * (correlation * rank) ** 2
 
 
@@ -106,11 +112,8 @@ def best_finetune_loss(gap: Tensor, rank: int) -> Tensor:
         ValueError, TypeError: wrong shape or dtype, not finite, or a rank out of range.
     """
     name = "best_finetune_loss"
-    check_tensor(name, "gap", gap)
-    if gap.dim() < 2 or gap.shape[-1] != gap.shape[-2]:
-        raise ValueError(f"{name}: gap must be [..., d, d], got {list(gap.shape)}")
-    check_finite(name, "gap", gap)
-    _check_finetune_rank(name, rank, gap.shape[-1])
+    check_finite(name, "gap", check_square(name, "gap", check_constant(name, "gap", gap)))
+    check_matrix_rank(name, rank, gap.shape[-1], argument="finetune_rank", minimum=0)
     return torch.linalg.svdvals(gap)[..., rank:].square().sum(-1) / 2
 
 
@@ -129,7 +132,7 @@ def numerical_rank(matrix: Tensor, tolerance: float = 1e-12) -> tuple[Tensor, Te
             zero or not finite.
     """
     name = "numerical_rank"
-    check_finite(name, "matrix", check_tensor(name, "matrix", matrix))
+    check_finite(name, "matrix", check_constant(name, "matrix", matrix))
     check_positive(name, "tolerance", tolerance)
     values = torch.linalg.svdvals(matrix)
     if not bool((values[..., 0] > 0).all()):
@@ -143,14 +146,6 @@ def numerical_rank(matrix: Tensor, tolerance: float = 1e-12) -> tuple[Tensor, Te
 
 def _check_model(function: str, dim: int, rank: int, correlation: float) -> None:
     check_count(function, "dim", dim)
-    check_count(function, "rank", rank)
-    if rank > dim:
-        raise ValueError(f"{function}: rank must be at most dim = {dim}, got {rank}")
+    check_matrix_rank(function, rank, dim, name="dim")
     if not (math.isfinite(correlation) and -1 <= correlation <= 1):
         raise ValueError(f"{function}: correlation must be from -1 to 1, got {correlation!r}")
-
-
-def _check_finetune_rank(function: str, rank: int, dim: int) -> None:
-    check_count(function, "finetune_rank", rank, minimum=0)
-    if rank > dim:
-        raise ValueError(f"{function}: finetune_rank must be at most d = {dim}, got {rank}")

@@ -1,0 +1,126 @@
+"""The base of linear layers with a low-rank adapter per task."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from metalora import ops
+from metalora._checks import check_choice, check_count, check_nonnegative, check_positive
+from metalora._warn import warn_user
+from metalora.nn.layer import TaskLayer, as_linear, new_parameter
+from metalora.nn.task_batch import TaskBatch
+
+
+class LoRALayer(TaskLayer):
+    """y = x (W + s·B_t A_t)ᵀ + b, with s = alpha / rank and the sample's own task t.
+
+    Subclasses say what A_t and B_t are made of.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        num_tasks: int,
+        rank: int,
+        *,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        route: str = "auto",
+        keep_merged: bool = False,
+        name: str = "",
+    ) -> Self:
+        """Adapters on ``linear``, whose own Parameter objects become ``weight`` and ``bias``."""
+        layer = cls.__new__(cls)
+        TaskLayer.__init__(layer, num_tasks, name)
+        layer._build(linear, rank, alpha, dropout, route, keep_merged)
+        return layer.train(linear.training)
+
+    def _build(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float | None,
+        dropout: float,
+        route: str,
+        keep_merged: bool,
+    ) -> None:
+        function = type(self).__name__
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.rank = check_count(function, "rank", rank)
+        self.alpha = float(rank) if alpha is None else check_positive(function, "alpha", alpha)
+        self.scaling = self.alpha / self.rank
+        self.dropout = check_nonnegative(function, "dropout", dropout)
+        if self.dropout >= 1:
+            raise ValueError(f"{function}: dropout must be >= 0 and < 1, got {dropout}")
+        self.route = check_choice(function, "route", route, ops.ROUTES)
+        self.keep_merged = bool(keep_merged)
+        shapes = self._shapes()
+        self._note_rank()
+        for name, parameter in linear._parameters.items():  # the very parameters of ``linear``
+            self.register_parameter(name, parameter)
+        for name, shape in shapes.items():
+            self.register_parameter(name, new_parameter(self.weight, self.num_tasks, *shape))
+        self.reset_task_parameters()
+
+    def _note_rank(self) -> None:
+        full = min(self.in_features, self.out_features)
+        if self.rank > full:
+            warn_user(
+                f"{self._where()}: rank {self.rank} is above min(in={self.in_features}, "
+                f"out={self.out_features}) = {full}; legal, but a smaller rank would do the same"
+            )
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        """The shape of each per-task parameter, without the dimension of the tasks."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [T, rank, in] and B [T, out, rank] of all tasks."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, tasks: TaskBatch | None = None) -> Tensor:
+        """x [B, ..., in] → [B, ..., out].
+
+        Args:
+            x: inputs, the samples along the first dimension. It may also be [B·n, ..., in] with
+                the n parts of a sample one after the other, as when a model flattens its sequences,
+                or packed, see ``lengths`` of `metalora.tasks`.
+            tasks: the samples' tasks; None takes those of the `metalora.tasks` context around.
+
+        Raises:
+            ValueError: if shapes do not fit or no tasks are known.
+        """
+        batch = self.batch_of(x, tasks)
+        rows, task_ptr = self.sort_rows(x, batch)
+        lora_A, lora_B = self.factors()
+        y = ops.lora_linear(
+            rows,
+            self.weight,
+            self.bias,
+            lora_A,
+            lora_B,
+            task_ptr,
+            scaling=self.scaling,
+            dropout_p=self.dropout if self.training else 0.0,
+            route=self.route,
+            keep_merged=self.keep_merged,
+        )
+        return self.restore_rows(y, x, batch)
+
+    def to_linear(self, task: int | None = None) -> nn.Linear:
+        """Task t's layer, W + s·B_t A_t merged into a new weight; None gives W's own Parameter."""
+        if task is None:
+            return as_linear(self.weight, self.bias, self.training)
+        one = slice(self.check_task(task), task + 1)
+        lora_A, lora_B = (factor.detach()[one] for factor in self.factors())
+        merged = ops.merge_lora(self.weight.detach(), lora_A, lora_B, self.scaling)[0]
+        weight = nn.Parameter(merged.to(self.weight.dtype), self.weight.requires_grad)
+        return as_linear(weight, self.bias, self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}"
