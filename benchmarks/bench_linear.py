@@ -94,7 +94,7 @@ def _one_training() -> list[Row]:
     zero = torch.zeros(DIM, DIM, dtype=torch.float64)
 
     def plain(outer_steps: int = OUTER) -> Tensor:
-        return reference.retrain_lora_ml(
+        return reference.lora_ml(
             *(stats.gram, stats.cross, stats.energy, zero, start, SAMPLES),
             *(outer_steps, INNER, OUTER_LR, INNER_LR),
         )[0]

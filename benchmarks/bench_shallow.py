@@ -95,7 +95,7 @@ def explicit(s: Start, epochs: int) -> Tensor:
     if s.group == "LoRA-ML retraining":
         return reference.retrain(s.x, s.y, weight, output, a, b, epochs, *ADAMW)[4]
     x, y, a, b = s.x[:, 0], s.y[:, 0], a[:, 0], b[:, 0]
-    return reference.finetune(x, y, weight, output, a, b, epochs, *ADAMW)[2]
+    return reference.finetune_lora(x, y, weight, output, a, b, epochs, *ADAMW)[2]
 
 
 class Eager:

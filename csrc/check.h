@@ -81,12 +81,32 @@ inline void check_memory(const char* op, const char* name, const Tensor& tensor)
                  " elements; was it freed or resized?");
 }
 
+// A kernel is chosen by the most special device among the arguments, so the indices, of which a
+// CPU has none, tell devices apart.
+inline void check_device(const char* op, const char* name, const Tensor& tensor,
+                         const Tensor& like) {
+  METALORA_CHECK(tensor.get_device_index() == like.get_device_index(), op, ": ", name,
+                 " must be on the device of the other tensors");
+}
+
 // The tensor's dtype must be the wanted one, and its elements in memory.
 inline void check_data(const char* op, const char* name, const Tensor& tensor, ScalarType wanted) {
   METALORA_CHECK(tensor.scalar_type() == wanted, op, ": ", name, " must have the dtype ",
                  torch::headeronly::toString(wanted), ", got ",
                  torch::headeronly::toString(tensor.scalar_type()));
   check_memory(op, name, tensor);
+}
+
+// The tensor must have the dtype of another and be on its device, with its elements in memory.
+inline void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
+  check_data(op, name, tensor, like.scalar_type());
+  check_device(op, name, tensor, like);
+}
+
+inline void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
+                       std::initializer_list<int64_t> shape) {
+  check_shape(op, name, tensor, shape);
+  check_like(op, name, tensor, like);
 }
 
 inline void check_float_data(const char* op, const char* name, const Tensor& tensor) {

@@ -26,7 +26,6 @@ struct DeviceGuard {
   explicit DeviceGuard(const Tensor&) {}
 };
 inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
-inline bool on_device(const Tensor& tensor) { return tensor.is_cpu(); }
 inline bool has_grouped_products(const Tensor&) { return true; }
 inline int64_t most_shared_bytes(const Tensor&) { return 99 * 1024; }  // as the shim's launches
 #else
@@ -45,8 +44,6 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
-
 // Whether torch has grouped products for this GPU that do not read the offsets back.
 inline bool has_grouped_products(const Tensor& tensor) {
   int major = 0;
@@ -63,12 +60,6 @@ inline int64_t most_shared_bytes(const Tensor& tensor) {
 }
 #endif
 
-inline void check_device(const char* op, const char* name, const Tensor& tensor,
-                         const Tensor& like) {
-  METALORA_CHECK(on_device(tensor) && tensor.get_device_index() == like.get_device_index(), op,
-                 ": ", name, " must be on the GPU of the other tensors");
-}
-
 inline Type type_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double: return Type::f64;
@@ -78,12 +69,13 @@ inline Type type_of(ScalarType dtype) {
   }
 }
 
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
-}
-
 // Stands for a gradient that is not needed. One for each: results of an operator must not alias.
 inline Tensor none(const Tensor& like, ScalarType dtype) { return empty(like, {0}, dtype); }
+
+inline Tensor empty_if(bool needed, const Tensor& like, std::initializer_list<int64_t> sizes,
+                       ScalarType dtype) {
+  return needed ? empty(like, sizes, dtype) : none(like, dtype);
+}
 
 // A dense tensor seen with these sizes.
 inline Tensor viewed(const Tensor& tensor, std::initializer_list<int64_t> sizes) {

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from metalora._checks import check_count, check_nonnegative
 from metalora._inputs import check_finite, check_generator, check_like, check_shape, randn
-from metalora.linear._native import train
 from metalora.linear.statistics import SufficientStatistics
-from metalora.ops._trainings import check_converged
+from metalora.ops._trainings import check_converged, train
 
 INITIAL_STD = 0.1  # of the entries of U_t at the start, and of U and V in fine-tuning
 
@@ -98,7 +97,7 @@ def lora_ml(
         name, "initial_factors", stats, (*batch, tasks, dim, rank), initial_factors, generator
     )
     weight, factors, losses, diverged_at = train(
-        "linear_retrain_lora_ml",
+        "linear_lora_ml",
         batch,
         (stats.gram, stats.cross, stats.energy, weight, factors),
         *(stats.count, outer_steps, inner_steps, float(outer_lr), float(inner_lr)),
@@ -132,7 +131,7 @@ def standard(
     check_nonnegative(name, "lr", lr)
     batch = stats.batch_shape[:-1]
     weight, losses, diverged_at = train(
-        "linear_retrain_standard",
+        "linear_standard",
         batch,
         (
             stats.gram,

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from metalora._checks import check_count, check_nonnegative
 from metalora._inputs import check_finite, check_like, check_shape, check_tensor
-from metalora.ops._trainings import check_converged
-from metalora.shallow._native import train
+from metalora.ops._trainings import check_converged, train
 from metalora.shallow.data import check_network
 from metalora.shallow.network import Adapters, Network, check_rank
 
@@ -164,7 +163,7 @@ def finetune_lora(
     batch = _check(name, x, y, network, epochs, optimizer, 0)
     _check_adapters(name, adapters, x)
     lora_A, lora_B, losses, diverged_at = train(
-        "shallow_finetune",
+        "shallow_finetune_lora",
         batch,
         (x, y, network.weight, network.output, adapters.lora_A, adapters.lora_B),
         *(epochs, *optimizer._numbers()),

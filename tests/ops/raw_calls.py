@@ -67,11 +67,11 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
         *[True] * 3,
     ),
     "dropout_mask": lambda: (_seed(), 0.3, 4, 5),
-    "linear_retrain_lora_ml": lambda: (
+    "linear_lora_ml": lambda: (
         *(*_statistics(2, 2), torch.randn(2, 3, 3), torch.randn(2, 2, 3, 1)),
         *(9, 2, 2, 1e-3, 1e-3),
     ),
-    "linear_retrain_standard": lambda: (*_statistics(2, 2), torch.randn(2, 3, 3), 9, 2, 1e-3),
+    "linear_standard": lambda: (*_statistics(2, 2), torch.randn(2, 3, 3), 9, 2, 1e-3),
     "linear_finetune_lora": lambda: (
         *(*_statistics(2), torch.randn(2, 3, 3), torch.randn(2, 3, 1), torch.randn(2, 3, 1)),
         *(torch.randn(2, 3, 3), 9, 2, 1e-3),
@@ -80,7 +80,7 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(*_samples(2, 2), torch.randn(2, 2, 1, 3), torch.randn(2, 2, 3, 1)),
         *_ADAMW,
     ),
-    "shallow_finetune": lambda: (
+    "shallow_finetune_lora": lambda: (
         *(*_samples(2), torch.randn(2, 1, 3), torch.randn(2, 3, 1)),
         *_ADAMW,
     ),
