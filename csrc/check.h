@@ -109,20 +109,19 @@ inline void check_like(const char* op, const char* name, const Tensor& tensor, c
   check_like(op, name, tensor, like);
 }
 
-inline void check_float_data(const char* op, const char* name, const Tensor& tensor) {
+inline void check_full_precision_data(const char* op, const char* name, const Tensor& tensor,
+                                      bool or_16_bits = false) {
   const ScalarType dtype = tensor.scalar_type();
-  METALORA_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
-                     dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                 op, ": ", name, " must be floating point, got ",
-                 torch::headeronly::toString(dtype));
+  const bool is_short = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  METALORA_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::Double || (or_16_bits && is_short), op,
+      ": ", name, " must be ", or_16_bits ? "floating point" : "float32 or float64", ", got ",
+      torch::headeronly::toString(dtype));
   check_memory(op, name, tensor);
 }
 
-inline void check_full_precision_data(const char* op, const char* name, const Tensor& tensor) {
-  const ScalarType dtype = tensor.scalar_type();
-  METALORA_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op, ": ", name,
-                 " must be float32 or float64, got ", torch::headeronly::toString(dtype));
-  check_memory(op, name, tensor);
+inline void check_float_data(const char* op, const char* name, const Tensor& tensor) {
+  check_full_precision_data(op, name, tensor, true);
 }
 
 inline void check_dropout_mask(const Tensor& seed, double p, int64_t rows, int64_t columns) {

@@ -35,10 +35,10 @@ inline Tensor empty_if(bool needed, std::initializer_list<int64_t> sizes, Scalar
   return needed ? empty(sizes, dtype) : none(dtype);
 }
 
-// run(T{}) with the type that sums are kept in where the tensor's elements are summed.
+// run(T{}) with the type of this dtype, float or double.
 template <typename Run>
-auto in_work_type(const Tensor& tensor, const Run& run) {
-  return tensor.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
+auto with_type(ScalarType dtype, const Run& run) {
+  return dtype == ScalarType::Double ? run(double{}) : run(float{});
 }
 
 // There is but one CPU.

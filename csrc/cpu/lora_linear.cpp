@@ -305,9 +305,10 @@ struct Cpu {
 
   static Tensor weight(LoraLayer p, const std::optional<Tensor>& bias,
                        const std::optional<Tensor>& merged, bool /*tf32*/) {
-    p.weight = cast(p.weight, work_dtype(p.weight));
-    cast_adapters(p, p.weight.scalar_type());
-    return in_work_type(p.weight, [&]<typename T>(T) {
+    const ScalarType work = work_dtype(p.weight);
+    p.weight = cast(p.weight, work);
+    cast_adapters(p, work);
+    return with_type(work, [&]<typename T>(T) {
       return is_small<T>(p) ? small_forward<T>(p, bias) : weight_forward<T>(p, bias, merged);
     });
   }
@@ -315,10 +316,10 @@ struct Cpu {
   static Gradients weight_backward(LoraLayer p, const Tensor& grad_y,
                                    const std::optional<Tensor>& merged, bool /*tf32*/,
                                    const Needs& need) {
-    const ScalarType dtype = p.weight.scalar_type();
-    p.weight = cast(p.weight, work_dtype(p.weight));
-    cast_adapters(p, p.weight.scalar_type());
-    const Gradients g = in_work_type(p.weight, [&]<typename T>(T) {
+    const ScalarType dtype = p.weight.scalar_type(), work = work_dtype(p.weight);
+    p.weight = cast(p.weight, work);
+    cast_adapters(p, work);
+    const Gradients g = with_type(work, [&]<typename T>(T) {
       return is_small<T>(p) ? small_backward<T>(p, grad_y, need)
                             : cpu::weight_backward<T>(p, grad_y, merged, need);
     });
@@ -333,7 +334,7 @@ struct Cpu {
     const Tensor shrunk = empty({p.rows, p.rank}, work);
     p.x = cast(p.x, work);
     cast_adapters(p, work);
-    in_work_type(p.x, [&]<typename T>(T) {
+    with_type(work, [&]<typename T>(T) {
       token_forward<T>(p, mutable_data<T>(y), mutable_data<T>(shrunk), make_dropout(dropout));
     });
     return {cast(y, dtype), shrunk};
@@ -350,7 +351,7 @@ struct Cpu {
     const Tensor dy = cast(grad_y, work);
     p.x = cast(p.x, work);
     cast_adapters(p, work);
-    in_work_type(p.x, [&]<typename T>(T) {
+    with_type(work, [&]<typename T>(T) {
       cpu::token_backward<T>(p, g, data<T>(dy), data<T>(shrunk), make_dropout(dropout), need);
     });
     return {cast(g.x, dtype), cast(g.weight, dtype), cast(g.bias, dtype), cast(g.A, dtype),

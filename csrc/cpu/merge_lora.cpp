@@ -102,7 +102,7 @@ struct Cpu {
     const ScalarType work = work_dtype(weight);
     const Tensor w = cast(weight, work), a = cast(A, work), b = cast(lora_B, work);
     const Tensor merged = empty({tasks, out, in}, work);
-    in_work_type(weight, [&]<typename T>(T) {
+    with_type(work, [&]<typename T>(T) {
       for (int64_t t = 0; t < tasks; ++t)
         merge_task(mutable_data<T>(merged) + t * out * in, data<T>(w), data<T>(a) + t * rank * in,
                    data<T>(b) + t * out * rank, static_cast<T>(scaling), out, in, rank);
@@ -119,7 +119,7 @@ struct Cpu {
     const Tensor p = cast(grad, work), a = cast(A, work), b = cast(lora_B, work);
     const Tensor grad_weight = empty({out, in}, work);
     const Tensor grad_A = empty({tasks, rank, in}, work), grad_B = empty({tasks, out, rank}, work);
-    in_work_type(lora_A, [&]<typename T>(T) {
+    with_type(work, [&]<typename T>(T) {
       MergeGradients<T> gradients(grad_weight, grad_A, grad_B, a, b, scaling);
       for (int64_t t = 0; t < tasks; ++t) gradients.add(t, data<T>(p) + t * out * in);
       gradients.finish();

@@ -111,7 +111,7 @@ struct Cpu {
   static Tensor task_matvec(const Tensor& weight, const Tensor& x,
                             const std::optional<Tensor>& lora_U, const MatvecShape& shape) {
     const Tensor y = empty({shape.tasks, shape.rows, shape.out}, x.scalar_type());
-    in_work_type(x, [&]<typename T>(T) {
+    with_type(x.scalar_type(), [&]<typename T>(T) {
       forward(Problem(shape), mutable_data<T>(y), weight, data<T>(x), lora_U);
     });
     return y;
@@ -121,7 +121,7 @@ struct Cpu {
       const Tensor& grad_y, const Tensor& weight, const Tensor& x,
       const std::optional<Tensor>& lora_U, const MatvecShape& shape, bool need_weight, bool need_x,
       bool need_U) {
-    return in_work_type(x, [&]<typename T>(T) {
+    return with_type(x.scalar_type(), [&]<typename T>(T) {
       return backward<T>(Problem(shape), grad_y, weight, x, lora_U, need_weight, need_x, need_U);
     });
   }

@@ -22,8 +22,8 @@ extern "C" __attribute__((visibility("default"))) const char* metalora_cuda_arch
 
 namespace metalora::cuda {
 
-Tensor merge(const Tensor& weight, const Tensor& A, const Tensor& B, bool symmetric, double scaling,
-             ScalarType dtype, bool tf32) {
+Tensor MergeOnGpu::merge(const Tensor& weight, const Tensor& A, const Tensor& B, bool symmetric,
+                         double scaling, ScalarType dtype, bool tf32) {
   const MergeShape shape{B.size(0), B.size(1), weight.size(1), B.size(2)};
   const Tensor w = as_contiguous(weight), a = as_contiguous(A), b = as_contiguous(B);
   const Tensor merged = empty(weight, {shape.tasks, shape.out, shape.in}, dtype);
@@ -34,9 +34,10 @@ Tensor merge(const Tensor& weight, const Tensor& A, const Tensor& B, bool symmet
   return merged;
 }
 
-std::tuple<Tensor, Tensor, Tensor> merge_gradients(const Tensor& P, const Tensor& A,
-                                                   const Tensor& B, bool symmetric, double scaling,
-                                                   bool tf32, bool need_weight) {
+std::tuple<Tensor, Tensor, Tensor> MergeOnGpu::merge_backward(const Tensor& P, const Tensor& A,
+                                                              const Tensor& B, bool symmetric,
+                                                              double scaling, bool tf32,
+                                                              bool need_weight) {
   const MergeShape shape{P.size(0), P.size(1), P.size(2), B.size(2)};
   const ScalarType dtype = B.scalar_type();
   const Tensor p = as_contiguous(P), a = as_contiguous(A), b = as_contiguous(B);
@@ -57,18 +58,8 @@ std::tuple<Tensor, Tensor, Tensor> merge_gradients(const Tensor& P, const Tensor
 
 namespace {
 
-struct Gpu {
+struct MatvecOnGpu {
   using Guard = DeviceGuard;
-
-  static Tensor merge(const Tensor& weight, const Tensor& A, const Tensor& B, bool symmetric,
-                      double scaling, ScalarType dtype, bool tf32) {
-    return cuda::merge(weight, A, B, symmetric, scaling, dtype, tf32);
-  }
-  static std::tuple<Tensor, Tensor, Tensor> merge_backward(const Tensor& grad, const Tensor& A,
-                                                           const Tensor& B, bool symmetric,
-                                                           double scaling, bool tf32) {
-    return merge_gradients(grad, A, B, symmetric, scaling, tf32, true);
-  }
 
   static void check(const char* op, const MatvecShape& s) {
     METALORA_CHECK(std::max(s.in, s.out) <= kMatvecFeatures, op, ": on a GPU at most ",
@@ -113,8 +104,8 @@ Tensor dropout_mask(const Tensor& seed, double p, int64_t rows, int64_t columns)
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(METALORA_LIBRARY, METALORA_KEY, m) {
-  MergeOperators<Gpu>::add_to(m);
-  MatvecOperators<Gpu>::add_to(m);
+  MergeOperators<MergeOnGpu>::add_to(m);
+  MatvecOperators<MatvecOnGpu>::add_to(m);
   m.impl("dropout_mask", TORCH_BOX(&dropout_mask));
 }
 

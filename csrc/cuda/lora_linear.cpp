@@ -64,41 +64,6 @@ Tensor weight_forward(const LoraLayer& p, const Tensor& merged, const std::optio
   return y;
 }
 
-// grad_x [M, in] = dY_t W_t.
-Tensor weight_grad_x(const LoraLayer& p, const Tensor& grad_y, const Tensor& merged) {
-  const int64_t rows = rows_each(p);
-  if (!rows && is_grouped(p, grad_y)) return grouped_product(grad_y, merged, task_ends(p, grad_y));
-  const Tensor grad_x = empty(grad_y, {p.rows, p.in}, grad_y.scalar_type());
-  if (rows) {
-    product_out("aten::bmm", viewed(grad_x, {p.tasks, rows, p.in}),
-                viewed(grad_y, {p.tasks, rows, p.out}), merged);
-    return grad_x;
-  }
-  for (int64_t t = 0; t < p.tasks; ++t)
-    if (p.rows_in(t))
-      product_out("aten::mm", p.rows_of(grad_x, t), p.rows_of(grad_y, t), of_task(merged, t));
-  return grad_x;
-}
-
-// P [T, out, in] = dY_tᵀ X_t, of at least float.
-Tensor weight_products(const LoraLayer& p, const Tensor& grad_y) {
-  const Tensor& x = p.x;
-  const Tensor products = empty(x, {p.tasks, p.out, p.in}, work_dtype(x));
-  if (const int64_t rows = rows_each(p)) {
-    product_out("aten::bmm", products, batch_transposed(viewed(grad_y, {p.tasks, rows, p.out})),
-                viewed(x, {p.tasks, rows, p.in}));
-    return products;
-  }
-  for (int64_t t = 0; t < p.tasks; ++t) {
-    Tensor product = of_task(products, t);
-    if (!p.rows_in(t))
-      torch::stable::zero_(product);
-    else
-      product_out("aten::mm", product, transposed(p.rows_of(grad_y, t)), p.rows_of(x, t));
-  }
-  return products;
-}
-
 Tensor sum_of_rows(const Tensor& matrix) {
   const std::vector<int64_t> rows{0};
   return torch::stable::sum(matrix, rows);
@@ -107,7 +72,7 @@ Tensor sum_of_rows(const Tensor& matrix) {
 // [T, out, in] in the dtype of x, made where it is not at hand.
 Tensor merged_of(const LoraLayer& p, const std::optional<Tensor>& merged, bool tf32) {
   if (merged) return *merged;
-  return merge(p.weight, p.lora_A, p.lora_B, false, p.scaling, p.x.scalar_type(), tf32);
+  return MergeOnGpu::merge(p.weight, p.lora_A, p.lora_B, false, p.scaling, p.x.scalar_type(), tf32);
 }
 
 // For every task: result_t = beta · result_t + alpha · a_t b_t, all [m_t, ·] rows times [k, n].
@@ -125,22 +90,49 @@ void add_task_products(const LoraLayer& p, const Tensor& result, const Tensor& a
   }
 }
 
-// result [T, k, n]: result_t = alpha · a_tᵀ b_t over the rows of each task.
-Tensor task_outer_products(const LoraLayer& p, const Tensor& a, const Tensor& b, double alpha) {
-  const Tensor result = empty(a, {p.tasks, a.size(1), b.size(1)}, a.scalar_type());
+// grad_x [M, in] = dY_t W_t.
+Tensor weight_grad_x(const LoraLayer& p, const Tensor& grad_y, const Tensor& merged) {
+  if (!rows_each(p) && is_grouped(p, grad_y))
+    return grouped_product(grad_y, merged, task_ends(p, grad_y));
+  const Tensor grad_x = empty(grad_y, {p.rows, p.in}, grad_y.scalar_type());
+  add_task_products(p, grad_x, grad_y, merged, 0, 1);
+  return grad_x;
+}
+
+// result [T, k, n] in this dtype: result_t = a_tᵀ b_t over the rows of each task. `multiply` is
+// called for all tasks at once (true) or for one.
+template <typename Multiply>
+Tensor outer_products(const LoraLayer& p, const Tensor& a, const Tensor& b, ScalarType dtype,
+                      const Multiply& multiply) {
+  const Tensor result = empty(a, {p.tasks, a.size(1), b.size(1)}, dtype);
   if (const int64_t rows = rows_each(p)) {
-    baddbmm_out(result, result, batch_transposed(viewed(a, {p.tasks, rows, a.size(1)})),
-                viewed(b, {p.tasks, rows, b.size(1)}), 0, alpha);
+    multiply(true, result, batch_transposed(viewed(a, {p.tasks, rows, a.size(1)})),
+             viewed(b, {p.tasks, rows, b.size(1)}));
     return result;
   }
   for (int64_t t = 0; t < p.tasks; ++t) {
     Tensor product = of_task(result, t);
-    if (!p.rows_in(t))
-      torch::stable::zero_(product);
+    if (p.rows_in(t))
+      multiply(false, product, transposed(p.rows_of(a, t)), p.rows_of(b, t));
     else
-      addmm_out(product, product, transposed(p.rows_of(a, t)), p.rows_of(b, t), 0, alpha);
+      torch::stable::zero_(product);
   }
   return result;
+}
+
+// P [T, out, in] = dY_tᵀ X_t, of at least float.
+Tensor weight_products(const LoraLayer& p, const Tensor& grad_y) {
+  return outer_products(p, grad_y, p.x, work_dtype(p.x), [](bool all, const auto&... tensors) {
+    product_out(all ? "aten::bmm" : "aten::mm", tensors...);
+  });
+}
+
+// alpha · a_tᵀ b_t
+Tensor task_outer_products(const LoraLayer& p, const Tensor& a, const Tensor& b, double alpha) {
+  return outer_products(p, a, b, a.scalar_type(),
+                        [&](bool all, const Tensor& result, const Tensor& at, const Tensor& bt) {
+                          (all ? baddbmm_out : addmm_out)(result, result, at, bt, 0, alpha);
+                        });
 }
 
 // result = drop(x), or += where `accumulate`.
@@ -175,7 +167,7 @@ struct Gpu {
                 none(p.x, parameter)};
     if (need.x) g.x = weight_grad_x(p, dy, merged_of(p, merged, tf32));
     if (need.weight || need.A || need.B) {
-      const auto [grad_weight, grad_A, grad_B] = merge_gradients(
+      const auto [grad_weight, grad_A, grad_B] = MergeOnGpu::merge_backward(
           weight_products(p, dy), p.lora_A, p.lora_B, false, p.scaling, tf32, need.weight);
       g.weight = grad_weight;
       if (need.A) g.A = grad_A;

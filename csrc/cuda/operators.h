@@ -1,18 +1,21 @@
-// What operators on tensors are made of that other operators use, too. Arguments as in
-// operators/merge_lora.h.
+// What operators on tensors are made of that other operators use, too.
 #pragma once
 
 #include "../operators/merge_lora.h"
+#include "tensors.h"
 
 namespace metalora::cuda {
 
-Tensor merge(const Tensor& weight, const Tensor& A, const Tensor& B, bool symmetric, double scaling,
-             ScalarType dtype, bool tf32);
-
-// From P [T, out, in], in the dtype of the adapters or in float: gradients of the weight [out, in]
-// (empty unless need_weight), of A [T, r, in] (empty where symmetric) and of B [T, out, r].
-std::tuple<Tensor, Tensor, Tensor> merge_gradients(const Tensor& P, const Tensor& A,
-                                                   const Tensor& B, bool symmetric, double scaling,
-                                                   bool tf32, bool need_weight);
+// The Device of operators/merge_lora.h. The gradient P [T, out, in] of merged weights is in the
+// dtype of the adapters or in float; gradients that are not needed are empty.
+struct MergeOnGpu {
+  using Guard = DeviceGuard;
+  static Tensor merge(const Tensor& weight, const Tensor& A, const Tensor& B, bool symmetric,
+                      double scaling, ScalarType dtype, bool tf32);
+  static std::tuple<Tensor, Tensor, Tensor> merge_backward(const Tensor& P, const Tensor& A,
+                                                           const Tensor& B, bool symmetric,
+                                                           double scaling, bool tf32,
+                                                           bool need_weight = true);
+};
 
 }  // namespace metalora::cuda

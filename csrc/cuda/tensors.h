@@ -105,33 +105,22 @@ inline void addmm_out(const Tensor& result, const Tensor& self, const Tensor& a,
 // result = a b, matrices (op "aten::mm") or batches of them ("aten::bmm"). Sums of 16-bit factors
 // go into a float result as they are.
 inline void product_out(const char* op, const Tensor& result, const Tensor& a, const Tensor& b) {
-  using torch::stable::detail::from;
-  if (result.scalar_type() == a.scalar_type()) {
-    std::array<StableIValue, 3> stack{from(a), from(b), from(result)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);
-    return;
-  }
+  const ScalarType dtype = result.scalar_type();
+  if (dtype == a.scalar_type())
+    call_aten(op, "out", a, b, result);
+  else
 #ifdef METALORA_SHIM  // the CPU has no such product
-  product_out(op, result, torch::stable::to(a, result.scalar_type()),
-              torch::stable::to(b, result.scalar_type()));
+    call_aten(op, "out", torch::stable::to(a, dtype), torch::stable::to(b, dtype), result);
 #else
-  std::array<StableIValue, 4> stack{from(a), from(b), from(result.scalar_type()), from(result)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "dtype_out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
+    call_aten(op, "dtype_out", a, b, dtype, result);
 #endif
 }
 
 // The rows of x [M, k] times each task's own b [T, k, n]: -> [M, n]; ends int32 [T] on the GPU says
 // where each task's rows end.
 inline Tensor grouped_product(const Tensor& x, const Tensor& b, const Tensor& ends) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 5> stack{from(x), from(b), from(std::optional<Tensor>(ends)),
-                                    from(std::optional<Tensor>()),
-                                    from(std::optional<ScalarType>())};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::_grouped_mm", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return call_aten("aten::_grouped_mm", "", x, b, std::optional<Tensor>(ends),
+                   std::optional<Tensor>(), std::optional<ScalarType>());
 }
 
 }  // namespace metalora::cuda

@@ -34,14 +34,15 @@ def usable(tensor: Tensor) -> bool:
     return problem is None
 
 
+def autocasting(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def autocast(tensor: Tensor) -> Tensor:
-    """The tensor as torch.autocast wants it, where that is on for its device."""
-    device_type = tensor.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return tensor
+    """The tensor as torch.autocast wants it, which is on for its device."""
     if tensor.dtype not in FLOATS or tensor.dtype == torch.float64:
         return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 @constant_when_compiled

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from metalora import reference
 from metalora.ops._arguments import SHORT, check_float, check_like, check_scaling, check_shape
-from metalora.ops._native import autocast, call, register, tf32_allowed, usable, where_needed
+from metalora.ops._native import (
+    autocast,
+    autocasting,
+    call,
+    register,
+    tf32_allowed,
+    usable,
+    where_needed,
+)
 from metalora.ops.dropout import check_probability, seed_tensor
 from metalora.ops.route import ROUTE_OF, check_route, decide, memory_of
 
@@ -86,7 +94,9 @@ def _run(
     keep_merged: bool,
 ) -> Tensor:
     x, weight, bias, lora_A, lora_B, task_ptr = layer
-    x, bias = autocast(x), None if bias is None else autocast(bias)
+    device_type = x.device.type
+    if autocasting(device_type):
+        x, bias = autocast(x), None if bias is None else autocast(bias)
     scaling = check_scaling("lora_linear", scaling)
     if dropout_p != 0:
         dropout_p = check_probability("lora_linear", "dropout_p", dropout_p)
@@ -98,7 +108,7 @@ def _run(
         rows, tasks, native = x.shape[0], lora_A.shape[0], usable(x)
         decision = decide(
             *(rows, tasks, out_features, in_features, dropout_p),
-            *(x.dtype, weight.dtype, x.device.type, native, memory_of(x) if native else None),
+            *(x.dtype, weight.dtype, device_type, native, memory_of(x) if native else None),
         )
         route = ROUTE_OF[decision]
     elif route != "reference":
@@ -137,14 +147,14 @@ def _capturing() -> bool:
 class _WeightRoute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *layer, scaling, tf32, keep_merged = arguments
-        x, weight, _, lora_A, lora_B, task_ptr = layer
+        x, weight, bias, lora_A, lora_B, task_ptr, scaling, tf32, keep_merged = arguments
         merged = None
         if keep_merged:
             merged = call("merge_lora", weight, lora_A, lora_B, scaling, x.dtype, tf32)
         ctx.save_for_backward(x, weight, lora_A, lora_B, task_ptr, merged)
         ctx.scaling, ctx.tf32 = scaling, tf32
-        return call("lora_linear_weight", *layer, scaling, merged, tf32)
+        arguments = (x, weight, bias, lora_A, lora_B, task_ptr, scaling, merged, tf32)
+        return call("lora_linear_weight", *arguments)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
@@ -269,7 +279,8 @@ def _problem(layer: Any) -> Exception | None:
     """What the checks find, of x and bias as they are under autocast."""
     x, weight, bias, lora_A, lora_B, task_ptr = layer
     try:
-        x, bias = (autocast(t) if isinstance(t, Tensor) else t for t in (x, bias))
+        if isinstance(x, Tensor) and autocasting(x.device.type):
+            x, bias = autocast(x), autocast(bias) if isinstance(bias, Tensor) else bias
         _check((x, weight, bias, lora_A, lora_B, task_ptr))
         if task_ptr.is_cpu or not _capturing():  # a captured stream must not be waited for
             _check_values(task_ptr, x.shape[0])

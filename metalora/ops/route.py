@@ -12,7 +12,7 @@ from metalora._checks import check_choice
 from metalora._library import cpu_status, gpu_memory, gpu_problem
 from metalora._transforms import transformed
 from metalora.ops._arguments import SHORT, check_float
-from metalora.ops._native import autocast, usable
+from metalora.ops._native import autocast, autocasting, usable
 
 ROUTES = ("auto", "weight", "token", "reference")
 
@@ -46,7 +46,8 @@ def lora_linear_route(
         dropout_p: probability in [0, 1) to drop an element on the LoRA branch.
     """
     check_float("lora_linear_route", "x", x)
-    x = autocast(x)
+    if autocasting(x.device.type):
+        x = autocast(x)
     return choose_route(
         rows=x.shape[0],
         tasks=lora_A.shape[0],

@@ -92,3 +92,14 @@ def tensor_arguments(name: str) -> list[tuple[int, str]]:
     schema = getattr(torch.ops.metalora, name).default._schema
     given = ARGUMENTS[name]()
     return [(i, a.name) for i, a in enumerate(schema.arguments) if isinstance(given[i], Tensor)]
+
+
+def defined_operators(library: str) -> set[str]:
+    """The names of csrc/schemas.h as torch's dispatcher has them."""
+    names = torch._C._dispatch_get_all_op_names()
+    return {n.removeprefix(f"{library}::") for n in names if n.startswith(f"{library}::")}
+
+
+def has_kernel(library: str, name: str) -> bool:
+    """Whether there is a kernel for CPU tensors; the shim's kernels for these are those of CUDA."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{library}::{name}", "CPU")

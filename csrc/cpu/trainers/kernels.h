@@ -14,12 +14,11 @@ struct Kernel {
   int64_t (*train)(const Arguments& arguments, const Shape& shape, int64_t training, void* scratch);
 };
 
-struct Kernels {
-  Kernel<LoraMlArguments, LinearShape> lora_ml;
-  Kernel<StandardArguments, LinearShape> standard;
-  Kernel<FinetuneArguments, LinearShape> finetune;
-  Kernel<ShallowArguments, ShallowShape> shallow;
-};
+// One of each kind; it is any of them by the type of its arguments.
+struct Kernels : Kernel<LoraMlArguments, LinearShape>,
+                 Kernel<StandardArguments, LinearShape>,
+                 Kernel<FinetuneArguments, LinearShape>,
+                 Kernel<ShallowArguments, ShallowShape> {};
 
 // Written for whatever the build targets; always there.
 const Kernels& portable_kernels(bool in_double);

@@ -43,43 +43,29 @@ class Scratch {
   void* memory_;
 };
 
-template <typename Arguments, typename Shape>
-void run(const char* op, const Kernel<Arguments, Shape>& kernel, const Arguments& arguments,
-         const Shape& shape) {
-  const int64_t bytes = kernel.scratch(shape);
-  std::atomic<bool> no_memory{false};  // exceptions must not leave a parallel region
-  torch::stable::parallel_for(0, shape.trainings, 1, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(bytes);
-    if (!scratch.get()) {
-      no_memory = true;
-      return;
-    }
-    for (int64_t b = begin; b < end; ++b)
-      arguments.diverged_at[b] = kernel.train(arguments, shape, b, scratch.get());
-  });
-  METALORA_CHECK(!no_memory, op, ": out of memory, ", bytes, " bytes wanted per thread");
-}
-
 struct Cpu {
   using Guard = cpu::Guard;
+
   static Tensor samples(const char*, const Tensor& x, const ShallowShape&) {
     return as_contiguous(x);
   }
-  static void train(const char* op, const LoraMlArguments& arguments, const LinearShape& shape,
+
+  template <typename Arguments, typename Shape>
+  static void train(const char* op, const Arguments& arguments, const Shape& shape,
                     const Tensor& like) {
-    run(op, kernels_for(like).lora_ml, arguments, shape);
-  }
-  static void train(const char* op, const StandardArguments& arguments, const LinearShape& shape,
-                    const Tensor& like) {
-    run(op, kernels_for(like).standard, arguments, shape);
-  }
-  static void train(const char* op, const FinetuneArguments& arguments, const LinearShape& shape,
-                    const Tensor& like) {
-    run(op, kernels_for(like).finetune, arguments, shape);
-  }
-  static void train(const char* op, const ShallowArguments& arguments, const ShallowShape& shape,
-                    const Tensor& like) {
-    run(op, kernels_for(like).shallow, arguments, shape);
+    const Kernel<Arguments, Shape>& kernel = kernels_for(like);
+    const int64_t bytes = kernel.scratch(shape);
+    std::atomic<bool> no_memory{false};  // exceptions must not leave a parallel region
+    torch::stable::parallel_for(0, shape.trainings, 1, [&](int64_t begin, int64_t end) {
+      const Scratch scratch(bytes);
+      if (!scratch.get()) {
+        no_memory = true;
+        return;
+      }
+      for (int64_t b = begin; b < end; ++b)
+        arguments.diverged_at[b] = kernel.train(arguments, shape, b, scratch.get());
+    });
+    METALORA_CHECK(!no_memory, op, ": out of memory, ", bytes, " bytes wanted per thread");
   }
 };
 
