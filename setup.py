@@ -137,6 +137,10 @@ def choose(mode: str) -> tuple[bool, bool, str]:
     return True, toolkit is not None, why
 
 
+def sources(folder: str, pattern: str) -> list[str]:
+    return sorted(map(str, Path(folder).rglob(pattern)))
+
+
 def extensions(cuda: bool) -> list[Any]:
     import pybind11
     import torch
@@ -149,21 +153,17 @@ def extensions(cuda: bool) -> list[Any]:
     built = [
         CppExtension(
             "metalora._C",
-            ["csrc/library.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
+            ["csrc/library.cpp", *sources("csrc/cpu", "*.cpp")],
             include_dirs=[pybind11.get_include()],
             extra_compile_args={"cxx": [*cxx, version]},
         )
     ]
     if cuda:
         architectures = f'-DMETALORA_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"'
-        sources = [
-            *sorted(map(str, Path("csrc/cuda").glob("*.cpp"))),
-            *sorted(map(str, Path("csrc/cuda").glob("*.cu"))),
-        ]
         built.append(
             CUDAExtension(
                 "metalora._C_cuda",
-                sources,
+                [*sources("csrc/cuda", "*.cpp"), *sources("csrc/cuda", "*.cu")],
                 extra_compile_args={
                     "cxx": [*cxx, "-DUSE_CUDA", architectures],
                     "nvcc": NVCC_FLAGS,

@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     nvcc, why = find_nvcc()
     if nvcc is None:
         raise RunError(f"kernel_resources needs nvcc: {why}")
-    measured = measure(nvcc, sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+    measured = measure(nvcc, sorted((ROOT / "csrc" / "cuda").rglob("*.cu")))
     if settings.write:
         write(RESULTS, measured, compiler_version(nvcc))
     errors, notes = compare(measured, read_recorded(RESULTS))

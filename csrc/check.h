@@ -81,6 +81,14 @@ inline void check_memory(const char* op, const char* name, const Tensor& tensor)
                  " elements; was it freed or resized?");
 }
 
+// A kernel is chosen by the most special device among the arguments, so the indices, of which a
+// CPU has none, tell devices apart.
+inline void check_device(const char* op, const char* name, const Tensor& tensor,
+                         const Tensor& like) {
+  METALORA_CHECK(tensor.get_device_index() == like.get_device_index(), op, ": ", name,
+                 " must be on the device of the other tensors");
+}
+
 // The tensor's dtype must be the wanted one, and its elements in memory.
 inline void check_data(const char* op, const char* name, const Tensor& tensor, ScalarType wanted) {
   METALORA_CHECK(tensor.scalar_type() == wanted, op, ": ", name, " must have the dtype ",
@@ -89,20 +97,31 @@ inline void check_data(const char* op, const char* name, const Tensor& tensor, S
   check_memory(op, name, tensor);
 }
 
-inline void check_float_data(const char* op, const char* name, const Tensor& tensor) {
+// The tensor must have the dtype of another and be on its device, with its elements in memory.
+inline void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
+  check_data(op, name, tensor, like.scalar_type());
+  check_device(op, name, tensor, like);
+}
+
+inline void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
+                       std::initializer_list<int64_t> shape) {
+  check_shape(op, name, tensor, shape);
+  check_like(op, name, tensor, like);
+}
+
+inline void check_full_precision_data(const char* op, const char* name, const Tensor& tensor,
+                                      bool or_16_bits = false) {
   const ScalarType dtype = tensor.scalar_type();
-  METALORA_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
-                     dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                 op, ": ", name, " must be floating point, got ",
-                 torch::headeronly::toString(dtype));
+  const bool is_short = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  METALORA_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::Double || (or_16_bits && is_short), op,
+      ": ", name, " must be ", or_16_bits ? "floating point" : "float32 or float64", ", got ",
+      torch::headeronly::toString(dtype));
   check_memory(op, name, tensor);
 }
 
-inline void check_full_precision_data(const char* op, const char* name, const Tensor& tensor) {
-  const ScalarType dtype = tensor.scalar_type();
-  METALORA_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op, ": ", name,
-                 " must be float32 or float64, got ", torch::headeronly::toString(dtype));
-  check_memory(op, name, tensor);
+inline void check_float_data(const char* op, const char* name, const Tensor& tensor) {
+  check_full_precision_data(op, name, tensor, true);
 }
 
 inline void check_dropout_mask(const Tensor& seed, double p, int64_t rows, int64_t columns) {

@@ -47,11 +47,11 @@ void define_operators(Library& m) {
   // Whole trainings of the paper's linear model on sufficient statistics, batched over the first
   // dimension; the last result of each is the step at which a training diverged, or 0.
   m.def(
-      "linear_retrain_lora_ml(Tensor gram, Tensor cross, Tensor energy, Tensor weight, "
+      "linear_lora_ml(Tensor gram, Tensor cross, Tensor energy, Tensor weight, "
       "Tensor factors, int count, int outer_steps, int inner_steps, float outer_lr, "
       "float inner_lr) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "linear_retrain_standard(Tensor gram, Tensor cross, Tensor energy, Tensor weight, "
+      "linear_standard(Tensor gram, Tensor cross, Tensor energy, Tensor weight, "
       "int count, int steps, float lr) -> (Tensor, Tensor, Tensor)");
   m.def(
       "linear_finetune_lora(Tensor gram, Tensor cross, Tensor energy, Tensor weight, "
@@ -64,7 +64,7 @@ void define_operators(Library& m) {
       "Tensor? lora_B, int epochs, float lr, float beta1, float beta2, float eps, "
       "float weight_decay) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "shallow_finetune(Tensor x, Tensor y, Tensor weight, Tensor output, Tensor lora_A, "
+      "shallow_finetune_lora(Tensor x, Tensor y, Tensor weight, Tensor output, Tensor lora_A, "
       "Tensor lora_B, int epochs, float lr, float beta1, float beta2, float eps, "
       "float weight_decay) -> (Tensor, Tensor, Tensor, Tensor)");
 }

@@ -11,21 +11,7 @@ import torch
 
 import metalora
 from metalora._library import native_available
-
-OPERATORS = (
-    "lora_linear_weight",
-    "lora_linear_token",
-    "merge_lora",
-    "merge_lora_symmetric",
-    "task_matvec",
-    "dropout_mask",
-    "linear_retrain_lora_ml",
-    "linear_retrain_standard",
-    "linear_finetune_lora",
-    "shallow_retrain",
-    "shallow_finetune",
-)
-
+from metalora.ops._native import operators
 
 USAGE = "usage: python -m metalora    (without arguments; --help shows this line)"
 
@@ -56,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, text in lines.items():
         print(f"{name + ':':<14}{text}")
     print(f"\n{'operator':<26}{'on CPU':<12}on CUDA")
-    for name in OPERATORS:
+    for name in operators:
+        if name.endswith("_backward"):
+            continue
         print(f"{name:<26}{backend(name, 'cpu'):<12}{backend(name, 'cuda')}")
     return 0
 

@@ -31,6 +31,21 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
 // Stands for a gradient that is not needed. One for each: results of an operator must not alias.
 inline Tensor none(ScalarType dtype) { return empty({0}, dtype); }
 
+inline Tensor empty_if(bool needed, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return needed ? empty(sizes, dtype) : none(dtype);
+}
+
+// run(T{}) with the type of this dtype, float or double.
+template <typename Run>
+auto with_type(ScalarType dtype, const Run& run) {
+  return dtype == ScalarType::Double ? run(double{}) : run(float{});
+}
+
+// There is but one CPU.
+struct Guard {
+  explicit Guard(const Tensor&) {}
+};
+
 // Consecutive rows of one task.
 struct Chunk {
   int64_t task, begin, end;
@@ -80,6 +95,16 @@ void transpose(T* result, const T* matrix, int64_t rows, int64_t columns) {
     for (int64_t j = 0; j < columns; ++j) result[j * rows + i] = matrix[i * columns + j];
 }
 
+// matrices [count, rows, columns], each transposed, so that its columns lie together.
+template <typename T>
+std::unique_ptr<T[]> transposed_each(const Tensor& matrices, int64_t count, int64_t rows,
+                                     int64_t columns) {
+  auto result = scratch<T>(count * rows * columns);
+  for (int64_t i = 0; i < count * rows * columns; i += rows * columns)
+    transpose(result.get() + i, data<T>(matrices) + i, rows, columns);
+  return result;
+}
+
 // result [elements] = the sum of partial [count, elements].
 template <typename T, typename Partial>
 void sum_partials(T* result, const Partial* partial, int64_t count, int64_t elements) {
@@ -106,6 +131,17 @@ void sum_chunks(T* result, const T* partial, const std::vector<Chunk>& chunks, i
     partial += count * elements;
     result += elements;
   }
+}
+
+// result [tasks, columns, rows]: the same sums of partial [chunks, rows, columns], transposed.
+template <typename T>
+void sum_chunks_transposed(T* result, const T* partial, const std::vector<Chunk>& chunks,
+                           int64_t tasks, int64_t rows, int64_t columns) {
+  const int64_t size = rows * columns;
+  const auto sum = scratch<T>(tasks * size);
+  sum_chunks(sum.get(), partial, chunks, tasks, size);
+  for (int64_t t = 0; t < tasks; ++t)
+    transpose(result + t * size, sum.get() + t * size, rows, columns);
 }
 
 // The sum of many matrices of `elements` each, of which every one is added to `part()` in turn,

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <cstdint>
+#include "aten.h"
 
 namespace metalora::cpu {
 
@@ -9,11 +9,24 @@ template <typename T>
 void merge_task(T* merged, const T* weight, const T* A, const T* B, T scaling, int64_t out,
                 int64_t in, int64_t rank);
 
-// For P [out, in], the gradient of one task's merged weight, reads P once and computes
-// grad_weight [out, in] += P, grad_B [out, r] = scaling · P Aᵀ, grad_A [r, in] = scaling · Bᵀ P.
-// A null grad_weight is left out.
+// The gradients of weight [out, in], lora_A [T, r, in] and lora_B [T, out, r], of which each task
+// adds its part: grad_weight = Σ_t P_t, grad_B_t = scaling · P_t A_tᵀ, grad_A_t = scaling · B_tᵀ
+// P_t for the gradient P_t [out, in] of its merged weight. An empty grad_weight is left out.
 template <typename T>
-void merge_task_backward(T* grad_weight, T* grad_A, T* grad_B, const T* P, const T* A, const T* B,
-                         T scaling, int64_t out, int64_t in, int64_t rank);
+class MergeGradients {
+ public:
+  MergeGradients(const Tensor& grad_weight, const Tensor& grad_A, const Tensor& grad_B,
+                 const Tensor& lora_A, const Tensor& lora_B, double scaling);
+  void add(int64_t task, const T* P);  // reads P once
+  void add_nothing(int64_t task);
+  void finish();
+
+ private:
+  const Tensor &grad_A_, &grad_B_, &lora_A_, &lora_B_;
+  T scaling_;
+  int64_t rank_, in_, out_;
+  LongSum<T> grad_weight_;
+  bool need_weight_;
+};
 
 }  // namespace metalora::cpu

@@ -121,24 +121,17 @@ METALORA_INLINE void outer_any(T* p, const T* a, const T* x, int64_t rows, int64
 
 }  // namespace
 
-METALORA_CLONES void small_product(float* y, const float* x, const float* b, const float* c,
-                                   int64_t rows, int64_t k, int64_t n) {
-  product_any(y, x, b, c, rows, k, n);
-}
+#define METALORA_KERNELS(T)                                                                  \
+  METALORA_CLONES void small_product(T* y, const T* x, const T* b, const T* c, int64_t rows, \
+                                     int64_t k, int64_t n) {                                 \
+    product_any(y, x, b, c, rows, k, n);                                                     \
+  }                                                                                          \
+  METALORA_CLONES void small_outer(T* p, const T* a, const T* x, int64_t rows, int64_t m,    \
+                                   int64_t n) {                                              \
+    outer_any(p, a, x, rows, m, n);                                                          \
+  }
 
-METALORA_CLONES void small_product(double* y, const double* x, const double* b, const double* c,
-                                   int64_t rows, int64_t k, int64_t n) {
-  product_any(y, x, b, c, rows, k, n);
-}
-
-METALORA_CLONES void small_outer(float* p, const float* a, const float* x, int64_t rows, int64_t m,
-                                 int64_t n) {
-  outer_any(p, a, x, rows, m, n);
-}
-
-METALORA_CLONES void small_outer(double* p, const double* a, const double* x, int64_t rows,
-                                 int64_t m, int64_t n) {
-  outer_any(p, a, x, rows, m, n);
-}
+METALORA_KERNELS(float)
+METALORA_KERNELS(double)
 
 }  // namespace metalora::cpu

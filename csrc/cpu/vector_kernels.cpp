@@ -89,34 +89,21 @@ METALORA_INLINE void add_rows_loop(double* __restrict sum, const T* __restrict s
 
 }  // namespace
 
-METALORA_CLONES void add_scaled(float* destination, const float* coefficient, const float* source,
-                                int64_t stride, int64_t groups, int64_t n) {
-  add_scaled_loop(destination, coefficient, source, stride, groups, n);
-}
+#define METALORA_KERNELS(T)                                                                   \
+  METALORA_CLONES void add_scaled(T* destination, const T* coefficient, const T* source,      \
+                                  int64_t stride, int64_t groups, int64_t n) {                \
+    add_scaled_loop(destination, coefficient, source, stride, groups, n);                     \
+  }                                                                                           \
+  METALORA_CLONES void dot_rows(T* result, const T* vector, const T* rows, int64_t stride,    \
+                                int64_t groups, int64_t n) {                                  \
+    dot_rows_loop(result, vector, rows, stride, groups, n);                                   \
+  }                                                                                           \
+  METALORA_CLONES void add_rows(double* sum, const T* source, int64_t stride, int64_t groups, \
+                                int64_t n) {                                                  \
+    add_rows_loop(sum, source, stride, groups, n);                                            \
+  }
 
-METALORA_CLONES void add_scaled(double* destination, const double* coefficient,
-                                const double* source, int64_t stride, int64_t groups, int64_t n) {
-  add_scaled_loop(destination, coefficient, source, stride, groups, n);
-}
-
-METALORA_CLONES void dot_rows(float* result, const float* vector, const float* rows, int64_t stride,
-                              int64_t groups, int64_t n) {
-  dot_rows_loop(result, vector, rows, stride, groups, n);
-}
-
-METALORA_CLONES void dot_rows(double* result, const double* vector, const double* rows,
-                              int64_t stride, int64_t groups, int64_t n) {
-  dot_rows_loop(result, vector, rows, stride, groups, n);
-}
-
-METALORA_CLONES void add_rows(double* sum, const float* source, int64_t stride, int64_t groups,
-                              int64_t n) {
-  add_rows_loop(sum, source, stride, groups, n);
-}
-
-METALORA_CLONES void add_rows(double* sum, const double* source, int64_t stride, int64_t groups,
-                              int64_t n) {
-  add_rows_loop(sum, source, stride, groups, n);
-}
+METALORA_KERNELS(float)
+METALORA_KERNELS(double)
 
 }  // namespace metalora::cpu

@@ -5,13 +5,10 @@
 
 #include <cstdint>
 
+#include "../shapes.h"
 #include "types.h"
 
 namespace metalora::cuda {
-
-struct MergeShape {
-  int64_t tasks, out, in, rank;
-};
 
 // The adapters: A_t [r, in], or for the symmetric form U_t [in, r] read as its transpose, and
 // B_t [out, r] (symmetric: U_t again).

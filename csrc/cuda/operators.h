@@ -1,21 +1,21 @@
-// Operators on tensors that other operators are made of.
+// What operators on tensors are made of that other operators use, too.
 #pragma once
 
-#include <optional>
-#include <tuple>
-
-#include "../problems.h"
+#include "../operators/merge_lora.h"
+#include "tensors.h"
 
 namespace metalora::cuda {
 
-// weight [out, in], lora_A [T, r, in], lora_B [T, out, r] -> [T, out, in]
-Tensor merge_lora(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
-                  std::optional<ScalarType> dtype, bool tf32);
-
-// From P [T, out, in], in the dtype of the adapters or in float: gradients of the weight [out, in]
-// (empty unless need_weight), of A [T, r, in] and of B [T, out, r].
-std::tuple<Tensor, Tensor, Tensor> merge_gradients(const Tensor& P, const Tensor& lora_A,
-                                                   const Tensor& lora_B, double scaling, bool tf32,
-                                                   bool need_weight);
+// The Device of operators/merge_lora.h. The gradient P [T, out, in] of merged weights is in the
+// dtype of the adapters or in float; gradients that are not needed are empty.
+struct MergeOnGpu {
+  using Guard = DeviceGuard;
+  static Tensor merge(const Tensor& weight, const Tensor& A, const Tensor& B, bool symmetric,
+                      double scaling, ScalarType dtype, bool tf32);
+  static std::tuple<Tensor, Tensor, Tensor> merge_backward(const Tensor& P, const Tensor& A,
+                                                           const Tensor& B, bool symmetric,
+                                                           double scaling, bool tf32,
+                                                           bool need_weight = true);
+};
 
 }  // namespace metalora::cuda

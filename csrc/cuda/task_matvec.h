@@ -5,13 +5,10 @@
 
 #include <cstdint>
 
+#include "../shapes.h"
 #include "types.h"
 
 namespace metalora::cuda {
-
-struct MatvecShape {
-  int64_t tasks, rows, out, in, rank;  // rank 0: every task has its own weight
-};
 
 // The most features that these kernels take on either side.
 constexpr int64_t kMatvecFeatures = 64;

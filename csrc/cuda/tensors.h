@@ -26,7 +26,6 @@ struct DeviceGuard {
   explicit DeviceGuard(const Tensor&) {}
 };
 inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
-inline bool on_device(const Tensor& tensor) { return tensor.is_cpu(); }
 inline bool has_grouped_products(const Tensor&) { return true; }
 inline int64_t most_shared_bytes(const Tensor&) { return 99 * 1024; }  // as the shim's launches
 #else
@@ -45,8 +44,6 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
-
 // Whether torch has grouped products for this GPU that do not read the offsets back.
 inline bool has_grouped_products(const Tensor& tensor) {
   int major = 0;
@@ -63,12 +60,6 @@ inline int64_t most_shared_bytes(const Tensor& tensor) {
 }
 #endif
 
-inline void check_device(const char* op, const char* name, const Tensor& tensor,
-                         const Tensor& like) {
-  METALORA_CHECK(on_device(tensor) && tensor.get_device_index() == like.get_device_index(), op,
-                 ": ", name, " must be on the GPU of the other tensors");
-}
-
 inline Type type_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double: return Type::f64;
@@ -78,12 +69,13 @@ inline Type type_of(ScalarType dtype) {
   }
 }
 
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
-}
-
 // Stands for a gradient that is not needed. One for each: results of an operator must not alias.
 inline Tensor none(const Tensor& like, ScalarType dtype) { return empty(like, {0}, dtype); }
+
+inline Tensor empty_if(bool needed, const Tensor& like, std::initializer_list<int64_t> sizes,
+                       ScalarType dtype) {
+  return needed ? empty(like, sizes, dtype) : none(like, dtype);
+}
 
 // A dense tensor seen with these sizes.
 inline Tensor viewed(const Tensor& tensor, std::initializer_list<int64_t> sizes) {
@@ -113,33 +105,22 @@ inline void addmm_out(const Tensor& result, const Tensor& self, const Tensor& a,
 // result = a b, matrices (op "aten::mm") or batches of them ("aten::bmm"). Sums of 16-bit factors
 // go into a float result as they are.
 inline void product_out(const char* op, const Tensor& result, const Tensor& a, const Tensor& b) {
-  using torch::stable::detail::from;
-  if (result.scalar_type() == a.scalar_type()) {
-    std::array<StableIValue, 3> stack{from(a), from(b), from(result)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);
-    return;
-  }
+  const ScalarType dtype = result.scalar_type();
+  if (dtype == a.scalar_type())
+    call_aten(op, "out", a, b, result);
+  else
 #ifdef METALORA_SHIM  // the CPU has no such product
-  product_out(op, result, torch::stable::to(a, result.scalar_type()),
-              torch::stable::to(b, result.scalar_type()));
+    call_aten(op, "out", torch::stable::to(a, dtype), torch::stable::to(b, dtype), result);
 #else
-  std::array<StableIValue, 4> stack{from(a), from(b), from(result.scalar_type()), from(result)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "dtype_out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
+    call_aten(op, "dtype_out", a, b, dtype, result);
 #endif
 }
 
 // The rows of x [M, k] times each task's own b [T, k, n]: -> [M, n]; ends int32 [T] on the GPU says
 // where each task's rows end.
 inline Tensor grouped_product(const Tensor& x, const Tensor& b, const Tensor& ends) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 5> stack{from(x), from(b), from(std::optional<Tensor>(ends)),
-                                    from(std::optional<Tensor>()),
-                                    from(std::optional<ScalarType>())};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::_grouped_mm", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return call_aten("aten::_grouped_mm", "", x, b, std::optional<Tensor>(ends),
+                   std::optional<Tensor>(), std::optional<ScalarType>());
 }
 
 }  // namespace metalora::cuda

@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 
-from metalora._checks import DivergedError
+from metalora._errors import DivergedError
 
 INTERRUPTED = 130  # the shell's exit code for a process ended by Ctrl-C
 # torch has no class of its own for these: an allocation failed, or the size itself overflowed.

@@ -17,9 +17,8 @@ from metalora._checks import (
     check_values,
 )
 from metalora._draws import Draws
-from metalora.linear._native import train
 from metalora.linear.statistics import SufficientStatistics
-from metalora.ops._trainings import check_converged
+from metalora.ops._trainings import check_converged, train
 
 INITIAL_STD = 0.1  # of the entries of U_t at the start, and of U and V in fine-tuning
 
@@ -106,7 +105,7 @@ def lora_ml(
         name, "initial_factors", stats, (*batch, tasks, dim, rank), initial_factors, generator
     )
     weight, factors, losses, diverged_at = train(
-        "linear_retrain_lora_ml",
+        "linear_lora_ml",
         batch,
         (stats.gram, stats.cross, stats.energy, weight, factors),
         stats.count,
@@ -144,7 +143,7 @@ def standard(
     check_nonnegative(name, "lr", lr)
     weight = _start_weight(name, stats, initial_weight)
     weight, losses, diverged_at = train(
-        "linear_retrain_standard",
+        "linear_standard",
         stats.batch_shape[:-1],
         (stats.gram, stats.cross, stats.energy, weight),
         stats.count,

@@ -5,14 +5,9 @@ the same results to rounding.
 """
 
 from metalora.ops.dropout import dropout_mask
-from metalora.ops.lora_linear import (
-    ROUTES,
-    RouteChoice,
-    choose_route,
-    lora_linear,
-    lora_linear_route,
-)
+from metalora.ops.lora_linear import lora_linear
 from metalora.ops.merge_lora import merge_lora, merge_lora_symmetric
+from metalora.ops.route import ROUTES, RouteChoice, choose_route, lora_linear_route
 from metalora.ops.task_matvec import task_matvec
 
 __all__ = [

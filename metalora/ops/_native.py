@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metalora._checks import SHORT
+from metalora._checks import FLOATS, SHORT
 from metalora._library import constant_when_compiled, gpu_problem, native_available
 from metalora._transforms import transformed
 from metalora._warn import warn_user
 
+operators: list[str] = []  # the names of all that `register` has seen, native or not
 _raw: dict[str, Any] = {}
 _warned: set[str] = set()
 
@@ -32,6 +32,17 @@ def usable(tensor: Tensor) -> bool:
         _warned.add(problem)
         warn_user(f"CUDA tensors run on plain PyTorch: {problem}")
     return problem is None
+
+
+def autocasting(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """The tensor as torch.autocast wants it, which is on for its device."""
+    if tensor.dtype not in FLOATS or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 @constant_when_compiled
@@ -63,42 +74,46 @@ def call(name: str, *arguments: Any) -> Any:
         return raw(name)(*arguments)
 
 
-def _checked(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """The fake kernel, refusing tensors of several devices.
+def _fake_kernel(name: str, fake: Callable[[Any], Any]) -> Callable[..., Any]:
+    """The fake kernel with the operator's own signature, refusing tensors of several devices.
 
     With one meta tensor among real ones, the dispatcher takes the fake kernel, whose result would
     be memory that nobody wrote. Only task_ptr may be on the CPU beside tensors of another device.
     """
-    names = list(inspect.signature(fake).parameters)
+    names = [argument.name for argument in raw(name)._schema.arguments]
 
-    @functools.wraps(fake)
     def checked(*arguments: Any, **named: Any) -> Any:
         given = {**dict(zip(names, arguments, strict=False)), **named}
-        devices = {n: a.device for n, a in given.items() if isinstance(a, Tensor)}
-        if len(set(devices.values())) > 1:
-            first = next(n for n in names if n in devices)
-            for other, device in devices.items():
-                is_pointers = other == "task_ptr" and device.type == "cpu"
-                if device != devices[first] and not is_pointers:
-                    raise RuntimeError(
-                        f"torch.ops.metalora.{name}: {other} must be on the device of {first}, "
-                        f"{devices[first]}, got {device}"
-                    )
-        return fake(*arguments, **named)
+        devices = {n: given[n].device for n in names if isinstance(given[n], Tensor)}
+        first = next(iter(devices))
+        for other, device in devices.items():
+            is_pointers = other == "task_ptr" and device.type == "cpu"
+            if device != devices[first] and not is_pointers:
+                raise RuntimeError(
+                    f"torch.ops.metalora.{name}: {other} must be on the device of {first}, "
+                    f"{devices[first]}, got {device}"
+                )
+        return fake(SimpleNamespace(**given))
 
     return checked
 
 
-def register(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates an operator's fake kernel; direct calls on tensors that need grad then raise."""
+def register(*names: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+    """Decorates the fake kernel of operators, which takes the arguments as one namespace.
 
-    def decorate(fake: Callable[..., Any]) -> Callable[..., Any]:
-        if native_available():
-            _raw[name] = getattr(torch.ops.metalora, name).default
-            torch.library.register_fake(f"metalora::{name}", _checked(name, fake))
-            torch.library.register_autograd(
-                f"metalora::{name}", _no_backward, setup_context=_refuse(name)
-            )
+    Direct calls of these operators on tensors that need grad then raise.
+    """
+
+    def decorate(fake: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        for name in names:
+            operators.append(name)
+            if native_available():
+                qualified = f"metalora::{name}"
+                _raw[name] = getattr(torch.ops.metalora, name).default
+                torch.library.register_fake(qualified, _fake_kernel(name, fake))
+                torch.library.register_autograd(
+                    qualified, _no_backward, setup_context=_refuse(name)
+                )
         return fake
 
     return decorate

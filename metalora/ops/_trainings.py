@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from metalora.ops._native import raw, usable
+from metalora.ops._native import raw, register, usable
+from metalora.reference import linear, shallow
+
+_REFERENCE: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "linear_lora_ml": linear.lora_ml,
+    "linear_standard": linear.standard,
+    "linear_finetune_lora": linear.finetune_lora,
+    "shallow_retrain": shallow.retrain,
+    "shallow_finetune_lora": shallow.finetune_lora,
+}
 
 
-def run_trainings(
-    name: str,
-    reference: Callable[..., tuple[Tensor, ...]],
-    batch: torch.Size,
-    tensors: Sequence[Tensor | None],
-    *numbers: float,
+def train(
+    name: str, batch: torch.Size, tensors: Sequence[Tensor | None], *numbers: float
 ) -> tuple[Tensor, ...]:
     """Runs a trainer's native operator where it is built, else its reference.
 
@@ -25,7 +31,7 @@ def run_trainings(
     first = tensors[0]
     assert first is not None
     if not usable(first):
-        return reference(*tensors, *numbers)
+        return _REFERENCE[name](*tensors, *numbers)
     trainings = batch.numel()
     flat = [None if t is None else t.reshape((trainings, *t.shape[len(batch) :])) for t in tensors]
     return tuple(
@@ -46,3 +52,43 @@ def check_converged(function: str, diverged_at: Tensor, steps: int, rates: str) 
         f"{function}: {training}diverged, not finite at step {step} of {steps}{others}; "
         f"lower {rates}"
     )
+
+
+@register("linear_lora_ml")
+def _lora_ml_fake(a: Any) -> tuple[Tensor, ...]:
+    records = _records(a.gram, a.outer_steps)
+    return torch.empty_like(a.weight), torch.empty_like(a.factors), *records
+
+
+@register("linear_standard")
+def _standard_fake(a: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(a.weight), *_records(a.gram, a.steps)
+
+
+@register("linear_finetune_lora")
+def _linear_finetune_fake(a: Any) -> tuple[Tensor, ...]:
+    losses, diverged_at = _records(a.gram, a.steps)
+    errors = a.gram.new_empty((a.gram.shape[0], 0 if a.truth is None else a.steps + 1))
+    return torch.empty_like(a.factor_u), torch.empty_like(a.factor_v), losses, errors, diverged_at
+
+
+@register("shallow_retrain")
+def _retrain_fake(a: Any) -> tuple[Tensor, ...]:
+    trainings, tasks, _, dim = a.x.shape
+    rank = 0 if a.lora_A is None else a.lora_A.shape[2]
+    return (
+        *(torch.empty_like(a.weight), torch.empty_like(a.output)),
+        *(a.x.new_empty(trainings, tasks, rank, dim), a.x.new_empty(trainings, tasks, dim, rank)),
+        *_records(a.x, a.epochs),
+    )
+
+
+@register("shallow_finetune_lora")
+def _shallow_finetune_fake(a: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(a.lora_A), torch.empty_like(a.lora_B), *_records(a.x, a.epochs)
+
+
+def _records(like: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """The losses of every training, and the steps at which they diverged."""
+    trainings = like.shape[0]
+    return like.new_empty((trainings, steps)), like.new_empty(trainings, dtype=torch.int64)

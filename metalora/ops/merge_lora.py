@@ -146,36 +146,18 @@ class _MergeLoraSymmetric(torch.autograd.Function):
         return *where_needed(ctx.needs_input_grad[:2], gradients), None
 
 
-@register("merge_lora")
-def _merge_fake(
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dtype: torch.dtype | None,
-    tf32: bool,
-) -> Tensor:
-    return weight.new_empty((lora_A.shape[0], *weight.shape), dtype=dtype)
+@register("merge_lora", "merge_lora_symmetric")
+def _merge_fake(a: Any) -> Tensor:
+    tasks = (a.lora_U if hasattr(a, "lora_U") else a.lora_A).shape[0]
+    return a.weight.new_empty((tasks, *a.weight.shape), dtype=a.dtype)
 
 
 @register("merge_lora_backward")
-def _merge_backward_fake(
-    grad: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, tf32: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        lora_A.new_empty(grad.shape[1:]),
-        lora_A.new_empty(lora_A.shape),
-        lora_B.new_empty(lora_B.shape),
-    )
-
-
-@register("merge_lora_symmetric")
-def _symmetric_fake(
-    weight: Tensor, lora_U: Tensor, dtype: torch.dtype | None, tf32: bool
-) -> Tensor:
-    return weight.new_empty((lora_U.shape[0], *weight.shape), dtype=dtype)
+def _merge_backward_fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grad_weight = a.lora_A.new_empty(a.grad.shape[1:])
+    return grad_weight, a.lora_A.new_empty(a.lora_A.shape), a.lora_B.new_empty(a.lora_B.shape)
 
 
 @register("merge_lora_symmetric_backward")
-def _symmetric_backward_fake(grad: Tensor, lora_U: Tensor, tf32: bool) -> tuple[Tensor, Tensor]:
-    return lora_U.new_empty(grad.shape[1:]), lora_U.new_empty(lora_U.shape)
+def _symmetric_backward_fake(a: Any) -> tuple[Tensor, Tensor]:
+    return a.lora_U.new_empty(a.grad.shape[1:]), a.lora_U.new_empty(a.lora_U.shape)

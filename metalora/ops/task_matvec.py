@@ -70,22 +70,14 @@ class _TaskMatvec(torch.autograd.Function):
 
 
 @register("task_matvec")
-def _fake(weight: Tensor, x: Tensor, lora_U: Tensor | None) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[1], weight.shape[-2]))
+def _fake(a: Any) -> Tensor:
+    return a.x.new_empty((*a.x.shape[:2], a.weight.shape[-2]))
 
 
 @register("task_matvec_backward")
-def _backward_fake(
-    grad_y: Tensor,
-    weight: Tensor,
-    x: Tensor,
-    lora_U: Tensor | None,
-    need_weight: bool,
-    need_x: bool,
-    need_U: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        x.new_empty(weight.shape if need_weight else (0,)),
-        x.new_empty(x.shape if need_x else (0,)),
-        x.new_empty(lora_U.shape if need_U and lora_U is not None else (0,)),
+        a.x.new_empty(a.weight.shape if a.need_weight else (0,)),
+        a.x.new_empty(a.x.shape if a.need_x else (0,)),
+        a.x.new_empty(a.lora_U.shape if a.need_U and a.lora_U is not None else (0,)),
     )

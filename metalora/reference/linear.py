@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-def retrain_lora_ml(
+def lora_ml(
     gram: Tensor,  # [..., T, d, d]
     cross: Tensor,  # [..., T, d, d]
     energy: Tensor,  # [..., T]
@@ -44,7 +44,7 @@ def retrain_lora_ml(
     return weight, factors, losses, _diverged_at(losses, weight)
 
 
-def retrain_standard(
+def standard(
     gram: Tensor,  # [..., T, d, d]
     cross: Tensor,  # [..., T, d, d]
     energy: Tensor,  # [..., T]

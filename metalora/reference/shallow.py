@@ -52,7 +52,7 @@ def retrain(
     return weight, output, lora_A, lora_B, losses, diverged_at
 
 
-def finetune(
+def finetune_lora(
     x: Tensor,  # [..., n, d]
     y: Tensor,  # [..., n]
     weight: Tensor,  # [..., d, d], A, frozen

@@ -17,8 +17,7 @@ from metalora._checks import (
     check_shape,
     check_values,
 )
-from metalora.ops._trainings import check_converged
-from metalora.shallow._native import train
+from metalora.ops._trainings import check_converged, train
 from metalora.shallow.data import check_network
 from metalora.shallow.network import Adapters, Network
 
@@ -146,7 +145,7 @@ def finetune_lora(
     A_t [..., r, d] and B_t [..., d, r] are of one task.
     """
     lora_A, lora_B, losses = _train(
-        "finetune_lora", "shallow_finetune", x, y, network, epochs, optimizer, adapters
+        "finetune_lora", "shallow_finetune_lora", x, y, network, epochs, optimizer, adapters
     )
     return FinetuneResult(Adapters(lora_A, lora_B), losses)
 

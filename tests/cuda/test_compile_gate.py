@@ -49,7 +49,7 @@ def measured(nvcc: Path, request: pytest.FixtureRequest) -> list[gate.Resources]
     kept = request.config.cache.get(key, None)
     if kept is not None:
         return [gate.Resources(**row) for row in kept]
-    found = gate.measure(nvcc, sorted((gate.ROOT / "csrc" / "cuda").glob("*.cu")))
+    found = gate.measure(nvcc, sorted((gate.ROOT / "csrc" / "cuda").rglob("*.cu")))
     request.config.cache.set(key, [asdict(r) for r in found])
     return found
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from metalora import reference
+from metalora.ops import _native
 from tests.ops.long_sums import KINDS, addends, factors, worst
 from tests.ops.problems import relative_error
+from tests.ops.raw_calls import defined_operators, has_kernel
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
@@ -87,6 +89,12 @@ def check(
 
 def as_tuple(result: Any) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(r for r in result if r is not None)
+
+
+def test_every_operator_has_a_cuda_kernel(shim_operators: Any) -> None:
+    defined = defined_operators("metalora_shim")
+    assert defined == set(_native.operators)
+    assert [name for name in defined if not has_kernel("metalora_shim", name)] == []
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -226,9 +226,9 @@ def test_the_public_functions_take_this_code(
 
     def counted(*inputs: Any) -> Any:
         called.append(inputs)
-        return shim_operators.linear_retrain_lora_ml(*inputs)
+        return shim_operators.linear_lora_ml(*inputs)
 
-    monkeypatch.setitem(_native._raw, "linear_retrain_lora_ml", counted)
+    monkeypatch.setitem(_native._raw, "linear_lora_ml", counted)
     result = linear.lora_ml(stats, 2, **settings)  # type: ignore[arg-type]
     assert len(called) == 1
     for name in ("weight", "factors", "losses"):

@@ -36,8 +36,12 @@ def test_launchers(sanitized: Path, kernel: str) -> None:
 
 def barriers() -> list[Any]:
     """(file, n) for every barrier in csrc/cuda; one of them is enough for every day."""
-    files = [f for f in sorted(build.CUDA.iterdir()) if f.suffix in (".cu", ".h")]
-    found = [(f.name, n) for f in files for n, _ in enumerate(BARRIER.finditer(f.read_text()))]
+    files = [f for f in sorted(build.CUDA.rglob("*")) if f.suffix in (".cu", ".h")]
+    found = [
+        (str(f.relative_to(build.CUDA)), n)
+        for f in files
+        for n, _ in enumerate(BARRIER.finditer(f.read_text()))
+    ]
     daily = ("merge_lora.cu", 0)
     assert daily in found
     return [pytest.param(*b, marks=[] if b == daily else pytest.mark.exhaustive) for b in found]
@@ -51,5 +55,6 @@ def test_removed_barrier_is_found(cache: Path, tmp_path: Path, file: str, n: int
     removed = list(BARRIER.finditer(text))[n]
     (kernels / file).write_text(text[: removed.start()] + ";" + text[removed.end() :])
     program = launchers(cache, kernels, "thread")
-    users = [p for p in build.kernels(kernels) if p.name == file or f'"{file}"' in p.read_text()]
+    name = Path(file).name
+    users = [p for p in build.kernels(kernels) if p.name == name or f'{name}"' in p.read_text()]
     assert any(build.run(program, user.stem).returncode for user in users)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not native_available(), reason="the native libra
 
 ADAMW = (1e-3, 0.9, 0.999, 1e-8, 0.01)
 OTHER = (0.05, 0.8, 0.95, 1e-3, 0.3)
-OPS = ("retrain", "retrain without adapters", "finetune")
+OPS = ("retrain", "retrain without adapters", "finetune_lora")
 # T, N, d, k: fewer samples than a warp, a last pair half filled, a hidden unit more than a tile
 # and one less, more tiles than warps, full rank
 SIZES = [(1, 1, 1, 1), (3, 40, 10, 1), (2, 65, 3, 2), (2, 131, 5, 3), (2, 33, 6, 1)]
@@ -32,7 +32,7 @@ def arguments(
 ) -> list[Any]:
     """Of a raw operator, on the CPU: three trainings of ``sizes`` T, N, d, k."""
     s = start(*sizes, **{"batch": (3,), **settings})
-    s = s.one_task() if op == "finetune" else s
+    s = s.one_task() if op == "finetune_lora" else s
     adapters = (s.adapters.lora_A, s.adapters.lora_B)
     if op == "retrain without adapters":
         adapters = (None, None)  # type: ignore[assignment]
@@ -66,7 +66,7 @@ def test_agrees_with_the_cpu(
 @pytest.mark.parametrize("op", OPS)
 def test_samples_that_do_not_fit_into_shared_memory(device: torch.device, op: str) -> None:
     """512 KiB of them, in chunks of which the last is short."""
-    sizes = (1, 13_000, 5, 1) if op == "finetune" else (2, 6_500, 5, 1)
+    sizes = (1, 13_000, 5, 1) if op == "finetune_lora" else (2, 6_500, 5, 1)
     inputs = arguments(op, *sizes, epochs=2, batch=(1,))
     for got, wanted in zip(by_cuda(op, inputs, device), on_cpu(op, inputs), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)

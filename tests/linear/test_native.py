@@ -34,13 +34,13 @@ def arguments(dim: int = 5, dtype: torch.dtype = torch.float64) -> dict[str, tup
     sums = (stats.gram, stats.cross, stats.energy)
     tuned = (test.gram, test.cross, test.energy, problem.base, factors[:, 0], factors[:, 1])
     return {
-        "retrain_lora_ml": (*sums, problem.base, factors, 20, 4, 3, 0.03, 0.003),
-        "retrain_standard": (*sums, problem.base, 20, 4, 0.03),
+        "lora_ml": (*sums, problem.base, factors, 20, 4, 3, 0.03, 0.003),
+        "standard": (*sums, problem.base, 20, 4, 0.03),
         "finetune_lora": (*tuned, problem.test_truth, 20, 4, 0.005),
     }
 
 
-OPS = ["retrain_lora_ml", "retrain_standard", "finetune_lora"]
+OPS = ["lora_ml", "standard", "finetune_lora"]
 
 
 @pytest.mark.usefixtures("_keep_threads")
@@ -64,7 +64,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 )
 def test_every_column_length(op: str, dim: int, dtype: torch.dtype) -> None:
     inputs = list(arguments(dim, dtype)[op])
-    rates = {"retrain_lora_ml": (-2, -1), "retrain_standard": (-1,), "finetune_lora": (-1,)}[op]
+    rates = {"lora_ml": (-2, -1), "standard": (-1,), "finetune_lora": (-1,)}[op]
     for rate in rates:  # small enough for the largest d
         inputs[rate] = inputs[rate] / 30  # type: ignore[operator]
     native = getattr(torch.ops.metalora, f"linear_{op}").default(*inputs)
@@ -86,9 +86,9 @@ def test_opcheck(op: str) -> None:
 
 
 def test_what_divergence_leaves_is_nan() -> None:
-    inputs = [*arguments()["retrain_standard"]]
+    inputs = [*arguments()["standard"]]
     inputs[-2:] = [2000, 100.0]
-    _, losses, diverged_at = torch.ops.metalora.linear_retrain_standard(*inputs)
+    _, losses, diverged_at = torch.ops.metalora.linear_standard(*inputs)
     for row, step in zip(losses, diverged_at.tolist(), strict=True):
         assert 1 < step < 2000
         assert bool(row[: step - 1].isfinite().all())

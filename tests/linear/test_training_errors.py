@@ -47,7 +47,7 @@ RETRAIN = [
 
 
 @pytest.mark.parametrize(("change", "error", "message"), RETRAIN)
-def test_retrain_lora_ml(
+def test_lora_ml(
     stats: SufficientStatistics, change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     arguments = {"rank": 1, "outer_steps": 2, **change}
@@ -62,7 +62,7 @@ def test_retrain_lora_ml(
         ({"initial_weight": EYE[0]}, ValueError, "initial_weight must be [4, 4], got [4]"),
     ],
 )
-def test_retrain_standard(
+def test_standard(
     stats: SufficientStatistics, change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     _raises(error, f"standard: {message}", lambda: standard(stats, **change))

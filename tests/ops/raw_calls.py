@@ -67,11 +67,11 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
         *[True] * 3,
     ),
     "dropout_mask": lambda: (_seed(), 0.3, 4, 5),
-    "linear_retrain_lora_ml": lambda: (
+    "linear_lora_ml": lambda: (
         *(*_statistics(2, 2), torch.randn(2, 3, 3), torch.randn(2, 2, 3, 1)),
         *(9, 2, 2, 1e-3, 1e-3),
     ),
-    "linear_retrain_standard": lambda: (*_statistics(2, 2), torch.randn(2, 3, 3), 9, 2, 1e-3),
+    "linear_standard": lambda: (*_statistics(2, 2), torch.randn(2, 3, 3), 9, 2, 1e-3),
     "linear_finetune_lora": lambda: (
         *(*_statistics(2), torch.randn(2, 3, 3), torch.randn(2, 3, 1), torch.randn(2, 3, 1)),
         *(torch.randn(2, 3, 3), 9, 2, 1e-3),
@@ -80,7 +80,7 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
         *(*_samples(2, 2), torch.randn(2, 2, 1, 3), torch.randn(2, 2, 3, 1)),
         *_ADAMW,
     ),
-    "shallow_finetune": lambda: (
+    "shallow_finetune_lora": lambda: (
         *(*_samples(2), torch.randn(2, 1, 3), torch.randn(2, 3, 1)),
         *_ADAMW,
     ),
@@ -92,3 +92,14 @@ def tensor_arguments(name: str) -> list[tuple[int, str]]:
     schema = getattr(torch.ops.metalora, name).default._schema
     given = ARGUMENTS[name]()
     return [(i, a.name) for i, a in enumerate(schema.arguments) if isinstance(given[i], Tensor)]
+
+
+def defined_operators(library: str) -> set[str]:
+    """The names of csrc/schemas.h as torch's dispatcher has them."""
+    names = torch._C._dispatch_get_all_op_names()
+    return {n.removeprefix(f"{library}::") for n in names if n.startswith(f"{library}::")}
+
+
+def has_kernel(library: str, name: str) -> bool:
+    """Whether there is a kernel for CPU tensors; the shim's kernels for these are those of CUDA."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{library}::{name}", "CPU")

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from metalora import _library, ops
 from metalora.ops import _native
 
-MODULES = [__import__("sys").modules[f"metalora.ops.{name}"] for name in ("_native", "lora_linear")]
+MODULES = [__import__("sys").modules[f"metalora.ops.{name}"] for name in ("_native", "route")]
+LAYER = __import__("sys").modules["metalora.ops.lora_linear"]
 
 
 @pytest.fixture
@@ -62,13 +63,13 @@ def tensors(
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the raw operators that are called from now on."""
     names: list[str] = []
-    original = MODULES[1].call
+    original = LAYER.call
 
     def call(name: str, *arguments: object) -> object:
         names.append(name)
         return original(name, *arguments)
 
-    monkeypatch.setattr(MODULES[1], "call", call)
+    monkeypatch.setattr(LAYER, "call", call)
     return names
 
 
@@ -184,8 +185,8 @@ def test_without_the_library_a_warning_says_how_to_build_it(
     without: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without("the native CUDA library is not built; to build: METALORA_BUILD=cuda pip install .")
-    monkeypatch.setattr(MODULES[1].reference, "lora_linear", lambda x, weight, *rest: x @ weight.T)
-    monkeypatch.setattr(MODULES[1], "_check_values", lambda task_ptr, rows: None)
+    monkeypatch.setattr(LAYER.reference, "lora_linear", lambda x, weight, *rest: x @ weight.T)
+    monkeypatch.setattr(LAYER, "_check_values", lambda task_ptr, rows: None)
     with pytest.warns(UserWarning, match="METALORA_BUILD=cuda pip install"):
         ops.lora_linear(**tensors())
     ops.lora_linear(**tensors())  # a second warning would be an error here

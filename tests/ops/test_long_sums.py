@@ -108,9 +108,9 @@ def test_trainers_of_the_linear_model() -> None:
     gram = (torch.eye(3) + 0.1).expand(1, 2500, 3, 3) * 9
     cross, energy = torch.full((1, 2500, 3, 3), 0.9), torch.full((1, 2500), 0.1)
     start, factors_ = torch.zeros(1, 3, 3), torch.full((1, 2500, 3, 1), 0.1)
-    name, plain = "linear_retrain_lora_ml", reference.linear.retrain_lora_ml
+    name, plain = "linear_lora_ml", reference.linear.lora_ml
     assert steps_of(name, plain, (gram, cross, energy, start, factors_), 9, 1, 1, 0.1, 0.1) <= 1
-    name, plain = "linear_retrain_standard", reference.linear.retrain_standard
+    name, plain = "linear_standard", reference.linear.standard
     assert steps_of(name, plain, (gram, cross, energy, start), 9, 1, 0.1) <= 1
 
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from metalora import ops
 from metalora._library import native_available
 from metalora.ops import _native
-from tests.ops.raw_calls import ARGUMENTS, tensor_arguments
+from tests.ops.raw_calls import ARGUMENTS, defined_operators, has_kernel, tensor_arguments
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -43,8 +43,11 @@ def cut(tensor: Tensor) -> Tensor:
     return wide
 
 
-def test_every_operator_is_here() -> None:
-    assert set(ARGUMENTS) == set(_native._raw)
+def test_every_operator_has_a_kernel_a_fake_kernel_and_a_call_here() -> None:
+    defined = defined_operators("metalora")
+    assert set(ARGUMENTS) == defined == set(_native._raw)
+    assert len(_native.operators) == len(defined)
+    assert [name for name in defined if not has_kernel("metalora", name)] == []
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

@@ -15,13 +15,13 @@ from tests.shallow.problems import start
 
 pytestmark = pytest.mark.skipif(not native_available(), reason="the native library is not built")
 ADAMW = (1e-3, 0.9, 0.999, 1e-8, 0.01)
-OPS = ["retrain", "retrain without adapters", "finetune"]
+OPS = ["retrain", "retrain without adapters", "finetune_lora"]
 
 
 def arguments(op: str, *sizes: int, dtype: torch.dtype = torch.float64) -> list[Any]:
     """Of a raw operator: three trainings of ``sizes`` T, N, d, k."""
     s = start(*sizes, batch=(3,), dtype=dtype)
-    s = s.one_task() if op == "finetune" else s
+    s = s.one_task() if op == "finetune_lora" else s
     adapters = (s.adapters.lora_A, s.adapters.lora_B)
     if op == "retrain without adapters":
         adapters = (None, None)  # type: ignore[assignment]

@@ -37,20 +37,17 @@ def has_compiler() -> bool:
 
 
 def kernels(folder: Path = CUDA) -> list[Path]:
-    return sorted(folder.glob("*.cu"))
+    return sorted(folder.rglob("*.cu"))
 
 
 def copy_of_kernels(target: Path, blocks: int) -> Path:
-    """A copy of csrc/cuda that divides its work among so many blocks as if they filled a GPU.
+    """A copy of csrc whose kernels divide their work among so many blocks as if they filled a GPU.
 
     Small problems then take every path: strips of several tiles, groups of several tasks.
     """
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(CUDA, target / "cuda")
-    for header in CSRC.glob("*.h"):
-        shutil.copy(header, target)
+    shutil.copytree(CSRC, target, dirs_exist_ok=True)
     changed = 0
-    for path in (target / "cuda").iterdir():
+    for path in (p for p in (target / "cuda").rglob("*") if p.is_file()):
         text, count = re.subn(r"(int64_t kBlocks = )\d+;", rf"\g<1>{blocks};", path.read_text())
         path.write_text(text)
         changed += count
@@ -83,7 +80,7 @@ def operators(cache: Path) -> Path:
         *(f"-I{SHIM}", *(f"-isystem{path}" for path in cpp_extension.include_paths())),
     ]
     jobs = [(source, plain) for source in kernels()]
-    jobs += [(source, bindings) for source in [SHIM / "library.cpp", *sorted(CUDA.glob("*.cpp"))]]
+    jobs += [(source, bindings) for source in [SHIM / "library.cpp", *sorted(CUDA.rglob("*.cpp"))]]
     folders = cpp_extension.library_paths()
     link = ["-shared", *(f"-L{p}" for p in folders), *(f"-Wl,-rpath,{p}" for p in folders)]
     libraries = ["-ltorch_cpu", "-ltorch", "-lc10"]

@@ -1,6 +1,6 @@
 #include <cmath>
 
-#include "../../csrc/cuda/linear_training.h"
+#include "../../csrc/cuda/trainers/linear_training.h"
 #include "launchers.h"
 
 namespace metalora::cuda {
@@ -96,7 +96,7 @@ struct LinearCase {
   Array gram, cross, energy, weight, truth, U, V;
 };
 
-void retrain_lora_ml(Type type, const LinearShape& shape) {
+void lora_ml(Type type, const LinearShape& shape) {
   LinearCase c(type, shape);
   const auto [trainings, tasks, d, k] = shape;
   Matrix weights, factors, losses;
@@ -125,16 +125,17 @@ void retrain_lora_ml(Type type, const LinearShape& shape) {
   }
   Array got(type, trainings * c.kSteps);
   std::vector<int64_t> diverged(trainings, -1);
-  launch_linear_retrain_lora_ml({c.statistics(), c.weight.data(), c.U.data(), got.data(),
-                                 diverged.data(), c.kSteps, c.kInner, c.kRate, c.kInnerRate},
-                                type, shape, nullptr);
-  c.check("retrain_lora_ml weight", c.weight, weights);
-  c.check("retrain_lora_ml factors", c.U, factors);
-  c.check("retrain_lora_ml losses", got, losses);
+  const LoraMlArguments arguments{c.statistics(), c.weight.data(), c.U.data(),
+                                  got.data(),     diverged.data(), c.kSteps,
+                                  c.kInner,       c.kRate,         c.kInnerRate};
+  launch_training(arguments, type, shape, nullptr);
+  c.check("lora_ml weight", c.weight, weights);
+  c.check("lora_ml factors", c.U, factors);
+  c.check("lora_ml losses", got, losses);
   failures += diverged != std::vector<int64_t>(trainings, 0);
 }
 
-void retrain_standard(Type type, LinearShape shape) {
+void standard(Type type, LinearShape shape) {
   shape.rank = 0;
   LinearCase c(type, shape);
   const auto [trainings, tasks, d, k] = shape;
@@ -155,11 +156,11 @@ void retrain_standard(Type type, LinearShape shape) {
   }
   Array got(type, trainings * c.kSteps);
   std::vector<int64_t> diverged(trainings, -1);
-  launch_linear_retrain_standard(
-      {c.statistics(), c.weight.data(), got.data(), diverged.data(), c.kSteps, c.kRate}, type,
-      shape, nullptr);
-  c.check("retrain_standard weight", c.weight, weights);
-  c.check("retrain_standard losses", got, losses);
+  const StandardArguments arguments{c.statistics(),  c.weight.data(), got.data(),
+                                    diverged.data(), c.kSteps,        c.kRate};
+  launch_training(arguments, type, shape, nullptr);
+  c.check("standard weight", c.weight, weights);
+  c.check("standard losses", got, losses);
   failures += diverged != std::vector<int64_t>(trainings, 0);
 }
 
@@ -185,10 +186,10 @@ void finetune_lora(Type type, LinearShape shape) {
   }
   Array got_losses(type, trainings * c.kSteps), got_errors(type, trainings * (c.kSteps + 1));
   std::vector<int64_t> diverged(trainings, -1);
-  launch_linear_finetune_lora(
-      {c.statistics(), c.weight.data(), c.truth.data(), c.U.data(), c.V.data(), got_losses.data(),
-       got_errors.data(), diverged.data(), c.kSteps, c.kRate},
-      type, shape, nullptr);
+  const FinetuneArguments arguments{
+      c.statistics(),    c.weight.data(),   c.truth.data(),  c.U.data(), c.V.data(),
+      got_losses.data(), got_errors.data(), diverged.data(), c.kSteps,   c.kRate};
+  launch_training(arguments, type, shape, nullptr);
   c.check("finetune_lora U", c.U, all_U);
   c.check("finetune_lora V", c.V, all_V);
   c.check("finetune_lora losses", got_losses, losses);
@@ -202,8 +203,8 @@ void linear_training() {
   const LinearShape shapes[] = {{1, 1, 1, 1}, {2, 3, 10, 1}, {2, 5, 7, 3}, {1, 2, 33, 6}};
   for (Type type : {Type::f64, Type::f32})
     for (const LinearShape& shape : shapes) {
-      retrain_lora_ml(type, shape);
-      retrain_standard(type, shape);
+      lora_ml(type, shape);
+      standard(type, shape);
       finetune_lora(type, shape);
     }
 }

@@ -1,6 +1,6 @@
 #include <cmath>
 
-#include "../../csrc/cuda/shallow_training.h"
+#include "../../csrc/cuda/trainers/shallow_training.h"
 #include "launchers.h"
 
 namespace metalora::cuda {
@@ -111,10 +111,11 @@ void check(Type type, const ShallowShape& shape, bool train_network, const Shall
   }
   Array got_losses(type, shape.trainings * kEpochs);
   std::vector<int64_t> diverged(static_cast<size_t>(shape.trainings), -1);
-  launch_shallow_training(
-      {c.x.data(), c.y.data(), c.weight.data(), c.output.data(), c.lora_a.data(), c.lora_b.data(),
-       got_losses.data(), diverged.data(), kEpochs, train_network, kAdamW},
-      type, shape, block, nullptr);
+  const ShallowArguments arguments{c.x.data(),        c.y.data(),      c.weight.data(),
+                                   c.output.data(),   c.lora_a.data(), c.lora_b.data(),
+                                   got_losses.data(), diverged.data(), kEpochs,
+                                   train_network,     kAdamW};
+  launch_training(arguments, type, shape, block, nullptr);
   const std::string what = std::string("shallow_training ") + name_of(type) +
                            " N=" + std::to_string(shape.samples) +
                            " d=" + std::to_string(shape.dim) + " k=" + std::to_string(shape.rank) +

@@ -1,28 +1,17 @@
-// Whole trainings of the paper's linear model, a block each. What the arguments mean:
-// metalora/reference/linear.py.
+// Whole trainings of the paper's linear model, as kernels of every device take them. What the
+// arguments mean: metalora/reference/linear.py.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
-#include <cstddef>
 #include <cstdint>
 
-#include "types.h"
-
-namespace metalora::cuda {
+namespace metalora {
 
 // B trainings of T tasks with matrices [d, d] and factors [d, k].
 struct LinearShape {
   int64_t trainings, tasks, dim, rank;
 };
 
-// What a block of a kernel needs; a GPU may have less.
-struct BlockSize {
-  int64_t threads;
-  int64_t shared_bytes;
-};
-
-// All trainings' arrays, of one type, f32 or f64.
+// All trainings' arrays, row-major, contiguous and of one type, float or double.
 struct LinearStatistics {
   const void* gram;    // [B, T, d, d]
   const void* cross;   // [B, T, d, d]
@@ -35,7 +24,7 @@ struct LoraMlArguments {
   void* weight;          // [B, d, d]         start in, result out
   void* factors;         // [B, T, d, k]      start in, result out
   void* losses;          // [B, outer_steps]
-  int64_t* diverged_at;  // [B]
+  int64_t* diverged_at;  // [B]               step (from 1), or 0
   int64_t outer_steps, inner_steps;
   double outer_lr, inner_lr;
 };
@@ -62,18 +51,4 @@ struct FinetuneArguments {
   double lr;
 };
 
-// The most threads that a block of these kernels may have.
-constexpr int kMostLinearThreads = 512;
-
-BlockSize linear_retrain_lora_ml_block(const LinearShape& shape, Type type);
-BlockSize linear_retrain_standard_block(const LinearShape& shape, Type type);
-BlockSize linear_finetune_lora_block(const LinearShape& shape, Type type);
-
-void launch_linear_retrain_lora_ml(const LoraMlArguments& arguments, Type type,
-                                   const LinearShape& shape, cudaStream_t stream);
-void launch_linear_retrain_standard(const StandardArguments& arguments, Type type,
-                                    const LinearShape& shape, cudaStream_t stream);
-void launch_linear_finetune_lora(const FinetuneArguments& arguments, Type type,
-                                 const LinearShape& shape, cudaStream_t stream);
-
-}  // namespace metalora::cuda
+}  // namespace metalora

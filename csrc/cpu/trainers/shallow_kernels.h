@@ -7,7 +7,7 @@
 // that no sample ever meets an adapter. All sums run in one fixed order: results do not depend on
 // the number of threads.
 
-#include "shallow_jobs.h"
+#include "../../trainers/shallow.h"
 #include "sigmoid.h"
 #include "simd.h"
 
@@ -27,17 +27,17 @@ struct Layout {
 };
 
 template <typename Real>
-Layout layout_of(const Job<Real>& job) {
+Layout layout_of(const ShallowShape& shape) {
   constexpr int64_t lanes = kLanes<Real>;
   Layout layout;
-  const int64_t wanted = 320 / job.dim / 2 * 2;  // inputs and hidden units take 20 KiB with AVX2
+  const int64_t wanted = 320 / shape.dim / 2 * 2;  // inputs and hidden units take 20 KiB with AVX2
   layout.block_vectors = wanted < 8 ? 8 : wanted > 64 ? 64 : wanted;
   const int64_t block_samples = layout.block_vectors * lanes;
-  layout.blocks = (job.samples + block_samples - 1) / block_samples;
-  layout.last_samples = job.samples - (layout.blocks - 1) * block_samples;
+  layout.blocks = (shape.samples + block_samples - 1) / block_samples;
+  layout.last_samples = shape.samples - (layout.blocks - 1) * block_samples;
   layout.last_vectors = (layout.last_samples + 2 * lanes - 1) / (2 * lanes) * 2;
-  layout.adapter_vectors = vectors_per_column<Real>(2 * job.tasks * job.rank * job.dim);
-  layout.network_vectors = vectors_per_column<Real>(job.dim * job.dim + job.dim);
+  layout.adapter_vectors = vectors_per_column<Real>(2 * shape.tasks * shape.rank * shape.dim);
+  layout.network_vectors = vectors_per_column<Real>(shape.dim * shape.dim + shape.dim);
   return layout;
 }
 
@@ -49,11 +49,11 @@ struct Parameters {
   Real* weight;  // [d, d], at the start of a vector
   Real* output;  // [d]
 
-  Parameters(Vector<Real>* memory, const Job<Real>& job, const Layout& layout) {
+  Parameters(Vector<Real>* memory, const ShallowShape& shape, const Layout& layout) {
     lora_a = reinterpret_cast<Real*>(memory);
-    lora_b = lora_a + job.tasks * job.rank * job.dim;
+    lora_b = lora_a + shape.tasks * shape.rank * shape.dim;
     weight = reinterpret_cast<Real*>(memory + layout.adapter_vectors);
-    output = weight + job.dim * job.dim;
+    output = weight + shape.dim * shape.dim;
   }
 };
 
@@ -254,19 +254,19 @@ METALORA_INLINE Vector<Real> square_root(Vector<Real> v) {
 
 // AdamW with decoupled weight decay, in the order of torch.optim.AdamW.
 template <typename Real>
-struct AdamW {
+struct Optimizer {
   Real decay, rate1, beta2, rate2, eps;  // rate = 1 − beta
   double lr, beta1, beta2_exact, power1 = 1, power2 = 1;
 
-  explicit AdamW(const Job<Real>& job)
-      : decay(static_cast<Real>(1 - job.lr * job.weight_decay)),
-        rate1(static_cast<Real>(1 - job.beta1)),
-        beta2(static_cast<Real>(job.beta2)),
-        rate2(static_cast<Real>(1 - job.beta2)),
-        eps(static_cast<Real>(job.eps)),
-        lr(job.lr),
-        beta1(job.beta1),
-        beta2_exact(job.beta2) {}
+  explicit Optimizer(const AdamW& settings)
+      : decay(static_cast<Real>(1 - settings.lr * settings.weight_decay)),
+        rate1(static_cast<Real>(1 - settings.beta1)),
+        beta2(static_cast<Real>(settings.beta2)),
+        rate2(static_cast<Real>(1 - settings.beta2)),
+        eps(static_cast<Real>(settings.eps)),
+        lr(settings.lr),
+        beta1(settings.beta1),
+        beta2_exact(settings.beta2) {}
 
   void step(int64_t vectors, const Vector<Real>* gradient, Vector<Real>* first,
             Vector<Real>* second, Vector<Real>* parameters) {
@@ -285,32 +285,32 @@ struct AdamW {
 };
 
 template <typename Real>
-int64_t scratch_bytes(const Job<Real>& job) {
-  const Layout layout = layout_of<Real>(job);
+int64_t scratch_bytes(const ShallowShape& shape) {
+  const Layout layout = layout_of<Real>(shape);
   const int64_t parameters = layout.adapter_vectors + layout.network_vectors;
-  const int64_t square = job.dim * job.dim;
+  const int64_t square = shape.dim * shape.dim;
   const int64_t vectors = 4 * parameters + vectors_per_column<Real>(square) +
-                          vectors_per_column<Real>(job.dim) + layout.network_vectors + square +
-                          2 * job.dim + 1 + layout.block_vectors * (job.dim + 1) +
-                          job.tasks * layout.blocks * layout.block_vectors * (job.dim + 1);
+                          vectors_per_column<Real>(shape.dim) + layout.network_vectors + square +
+                          2 * shape.dim + 1 + layout.block_vectors * (shape.dim + 1) +
+                          shape.tasks * layout.blocks * layout.block_vectors * (shape.dim + 1);
   return vectors * static_cast<int64_t>(sizeof(Vector<Real>));
 }
 
 // Row-major samples -> blocks of rows, padded with zeros.
 template <typename Real>
-void load_samples(const Job<Real>& job, const Layout& layout, Vector<Real>* x,
-                  Vector<Real>* targets) {
-  const int64_t row = layout.block_vectors, row_samples = row * kLanes<Real>, dim = job.dim;
-  const int64_t blocks = job.tasks * layout.blocks;
+void load_samples(const Real* samples, const Real* outputs, const ShallowShape& shape,
+                  const Layout& layout, Vector<Real>* x, Vector<Real>* targets) {
+  const int64_t row = layout.block_vectors, row_samples = row * kLanes<Real>, dim = shape.dim;
+  const int64_t blocks = shape.tasks * layout.blocks;
   set_zero<Real>(x, blocks * dim * row);
   set_zero<Real>(targets, blocks * row);
-  for (int64_t t = 0; t < job.tasks; ++t) {
-    for (int64_t n = 0; n < job.samples; ++n) {
+  for (int64_t t = 0; t < shape.tasks; ++t) {
+    for (int64_t n = 0; n < shape.samples; ++n) {
       const int64_t block = t * layout.blocks + n / row_samples, lane = n % row_samples;
-      const Real* sample = job.x + (t * job.samples + n) * dim;
+      const Real* sample = samples + (t * shape.samples + n) * dim;
       Real* rows = reinterpret_cast<Real*>(x + block * dim * row);
       for (int64_t j = 0; j < dim; ++j) rows[j * row_samples + lane] = sample[j];
-      reinterpret_cast<Real*>(targets + block * row)[lane] = job.y[t * job.samples + n];
+      reinterpret_cast<Real*>(targets + block * row)[lane] = outputs[t * shape.samples + n];
     }
   }
 }
@@ -326,14 +326,25 @@ METALORA_INLINE bool copy_finite(const Real* source, int64_t count, Real* target
 }
 
 template <typename Real>
-int64_t train(const Job<Real>& job, void* scratch) {
+int64_t train(const ShallowArguments& arguments, const ShallowShape& shape, int64_t training,
+              void* scratch) {
   using V = Vector<Real>;
-  const Layout layout = layout_of<Real>(job);
-  const int64_t dim = job.dim, rank = job.rank, square = dim * dim, row = layout.block_vectors;
-  const int64_t adapter = rank * dim, blocks = job.tasks * layout.blocks;
+  const Layout layout = layout_of<Real>(shape);
+  const int64_t dim = shape.dim, rank = shape.rank, square = dim * dim, row = layout.block_vectors;
+  const int64_t adapter = rank * dim, blocks = shape.tasks * layout.blocks;
   const int64_t count = layout.adapter_vectors + layout.network_vectors;
-  const int64_t trained = job.train_network ? count : layout.adapter_vectors;
-  const Real mean = Real(1) / static_cast<Real>(job.tasks * job.samples);
+  const int64_t trained = arguments.train_network ? count : layout.adapter_vectors;
+  const int64_t all_samples = shape.tasks * shape.samples, all_adapters = shape.tasks * adapter;
+  const int64_t epochs = arguments.epochs;
+  const Real mean = Real(1) / static_cast<Real>(all_samples);
+
+  const Real* given_x = of_training<Real>(arguments.x, training, all_samples * dim);
+  const Real* given_y = of_training<Real>(arguments.y, training, all_samples);
+  Real* weight = of_training<Real>(arguments.weight, training, square);
+  Real* output = of_training<Real>(arguments.output, training, dim);
+  Real* lora_a = of_training<Real>(arguments.lora_a, training, all_adapters);
+  Real* lora_b = of_training<Real>(arguments.lora_b, training, all_adapters);
+  Real* losses = of_training<Real>(arguments.losses, training, epochs);
 
   Arena<Real> arena{static_cast<V*>(scratch)};
   V* parameters = arena.take(count);
@@ -350,20 +361,20 @@ int64_t train(const Job<Real>& job, void* scratch) {
   V* targets = arena.take(blocks * row);
 
   set_zero<Real>(parameters, 4 * count);  // the four arrays lie one after the other
-  const Parameters<Real> now(parameters, job, layout), grad(gradient, job, layout);
-  copy_finite(job.weight, square, now.weight);
-  copy_finite(job.output, dim, now.output);
-  copy_finite(job.lora_a, job.tasks * adapter, now.lora_a);
-  copy_finite(job.lora_b, job.tasks * adapter, now.lora_b);
-  load_samples<Real>(job, layout, x, targets);
-  AdamW<Real> adamw(job);
+  const Parameters<Real> now(parameters, shape, layout), grad(gradient, shape, layout);
+  copy_finite(weight, square, now.weight);
+  copy_finite(output, dim, now.output);
+  copy_finite(lora_a, all_adapters, now.lora_a);
+  copy_finite(lora_b, all_adapters, now.lora_b);
+  load_samples<Real>(given_x, given_y, shape, layout, x, targets);
+  Optimizer<Real> adamw(arguments.adamw);
 
   int64_t epoch = 1;
-  for (; epoch <= job.epochs; ++epoch) {
+  for (; epoch <= epochs; ++epoch) {
     double loss = 0;
     set_zero<Real>(gradient + layout.adapter_vectors, layout.network_vectors);
     set_zero<Real>(lost, layout.network_vectors);
-    for (int64_t t = 0; t < job.tasks; ++t) {
+    for (int64_t t = 0; t < shape.tasks; ++t) {
       const Real *a = now.lora_a + t * adapter, *b = now.lora_b + t * adapter;
       fold<Real>(now.weight, a, b, dim, rank, folded);
       set_zero<Real>(sums.weight, square);
@@ -383,26 +394,16 @@ int64_t train(const Job<Real>& job, void* scratch) {
                           grad.lora_a + t * adapter, grad.lora_b + t * adapter, gradient_row,
                           reinterpret_cast<Real*>(lost));
     }
-    job.losses[epoch - 1] = static_cast<Real>(loss);
-    if (!is_finite(job.losses[epoch - 1])) break;
+    losses[epoch - 1] = static_cast<Real>(loss);
+    if (!is_finite(losses[epoch - 1])) break;
     adamw.step(trained, gradient, first, second, parameters);
   }
 
-  bool finite = copy_finite(now.weight, square, job.weight);
-  finite = copy_finite(now.output, dim, job.output) && finite;
-  finite = copy_finite(now.lora_a, job.tasks * adapter, job.lora_a) && finite;
-  finite = copy_finite(now.lora_b, job.tasks * adapter, job.lora_b) && finite;
-  if (epoch <= job.epochs) {
-    fill_nan<Real>(job.losses, epoch, job.epochs);
-    return epoch;
-  }
-  return finite ? 0 : job.epochs;
-}
-
-template <typename Real>
-const Kernels<Real>& kernels() {
-  static const Kernels<Real> table = {scratch_bytes<Real>, train<Real>};
-  return table;
+  bool finite = copy_finite(now.weight, square, weight);
+  finite = copy_finite(now.output, dim, output) && finite;
+  finite = copy_finite(now.lora_a, all_adapters, lora_a) && finite;
+  finite = copy_finite(now.lora_b, all_adapters, lora_b) && finite;
+  return finished(epoch, epochs, finite, losses);
 }
 
 }  // namespace metalora::shallow::METALORA_ISA

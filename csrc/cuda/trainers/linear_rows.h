@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "elements.h"
+#include "../elements.h"
 #include "trainings.h"
 
 namespace metalora::cuda {

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "elements.h"
+#include "../elements.h"
 #include "shallow_samples.h"
 #include "shallow_training.h"
 #include "trainings.h"
@@ -206,9 +206,8 @@ ShallowBlock choose_shallow_block(const ShallowShape& shape, Type type, int64_t 
     }
 }
 
-void launch_shallow_training(const ShallowArguments& arguments, Type type,
-                             const ShallowShape& shape, const ShallowBlock& block,
-                             cudaStream_t stream) {
+void launch_training(const ShallowArguments& arguments, Type type, const ShallowShape& shape,
+                     const ShallowBlock& block, cudaStream_t stream) {
   if (shape.trainings == 0) return;
   const auto launch = [&](auto real, auto samples_in_shared) {
     using Real = decltype(real);

@@ -4,7 +4,7 @@
 // Matrices live in scratch memory column by column, every column padded with zeros to whole
 // vectors. All sums run in one fixed order: results do not depend on the number of threads.
 
-#include "linear_jobs.h"
+#include "../../trainers/linear.h"
 #include "simd.h"
 
 namespace metalora::linear::METALORA_ISA {
@@ -141,14 +141,26 @@ void add_transposed(const Vector<Real>* matrix, int64_t dim, int64_t nv, Vector<
   }
 }
 
+// One training's statistics.
+template <typename Real>
+struct Given {
+  const Real *gram, *cross;  // [T, d, d]
+  const Real* energy;        // [T]
+
+  Given(const LinearStatistics& all, int64_t training, int64_t tasks, int64_t dim)
+      : gram(of_training<Real>(all.gram, training, tasks * dim * dim)),
+        cross(of_training<Real>(all.cross, training, tasks * dim * dim)),
+        energy(of_training<Real>(all.energy, training, tasks)) {}
+};
+
 // ---------------------------------------------------------------------------------------- LoRA-ML
 
 template <typename Real>
-int64_t lora_ml_scratch(const LoraMlJob<Real>& job) {
-  const int64_t nv = vectors_per_column<Real>(job.dim);
-  const int64_t square = job.dim * nv, tall = job.rank * nv;
-  const int64_t products = 2 * vectors_per_column<Real>(job.rank * job.rank);
-  const int64_t vectors = 4 * square + nv + products + job.tasks * (4 * square + 3 * tall);
+int64_t lora_ml_scratch(const LinearShape& shape) {
+  const int64_t nv = vectors_per_column<Real>(shape.dim);
+  const int64_t square = shape.dim * nv, tall = shape.rank * nv;
+  const int64_t products = 2 * vectors_per_column<Real>(shape.rank * shape.rank);
+  const int64_t vectors = 4 * square + nv + products + shape.tasks * (4 * square + 3 * tall);
   return vectors * static_cast<int64_t>(sizeof(Vector<Real>));
 }
 
@@ -210,14 +222,20 @@ Real outer_gradient(const Vector<Real>* weight, const Vector<Real>* residual,
 constexpr int64_t kTasksSummed = 8;
 
 template <typename Real, int NV, int K>
-int64_t lora_ml_sized(const LoraMlJob<Real>& job, void* scratch) {
+int64_t lora_ml_sized(const LoraMlArguments& a, const LinearShape& shape, int64_t training,
+                      void* scratch) {
   using V = Vector<Real>;
-  const int64_t tasks = job.tasks, dim = job.dim, rank = K > 0 ? K : job.rank;
+  const int64_t tasks = shape.tasks, dim = shape.dim, rank = K > 0 ? K : shape.rank;
   const int64_t nv = count_vectors<NV>(vectors_per_column<Real>(dim));
   const int64_t square = dim * nv, tall = rank * nv;
-  const Real scale = Real(1) / static_cast<Real>(job.count);
-  const Real inner_lr = static_cast<Real>(job.inner_lr);
-  const Real outer_lr = static_cast<Real>(job.outer_lr / static_cast<double>(tasks));
+  const Real scale = Real(1) / static_cast<Real>(a.statistics.count);
+  const Real inner_lr = static_cast<Real>(a.inner_lr);
+  const Real outer_lr = static_cast<Real>(a.outer_lr / static_cast<double>(tasks));
+
+  const Given<Real> given(a.statistics, training, tasks, dim);
+  Real* weights = of_training<Real>(a.weight, training, dim * dim);
+  Real* factors = of_training<Real>(a.factors, training, tasks * dim * rank);
+  Real* losses = of_training<Real>(a.losses, training, a.outer_steps);
 
   Arena<Real> arena{static_cast<V*>(scratch)};
   V* weight = arena.take(square);
@@ -233,23 +251,23 @@ int64_t lora_ml_sized(const LoraMlJob<Real>& job, void* scratch) {
   V* u = arena.take(tasks * tall);
   V* gram_u = arena.take(tasks * tall);
 
-  load<Real>(job.weight, dim, dim, Real(1), nv, weight);
+  load<Real>(weights, dim, dim, Real(1), nv, weight);
   set_zero<Real>(symmetric, tasks * square);
   for (int64_t t = 0; t < tasks; ++t) {
-    load_gram<Real>(job.gram + t * dim * dim, dim, scale, nv, gram + t * square);
-    load<Real>(job.cross + t * dim * dim, dim, dim, scale, nv, cross + t * square);
-    load<Real>(job.factors + t * dim * rank, dim, rank, Real(1), nv, u + t * tall);
+    load_gram<Real>(given.gram + t * dim * dim, dim, scale, nv, gram + t * square);
+    load<Real>(given.cross + t * dim * dim, dim, dim, scale, nv, cross + t * square);
+    load<Real>(factors + t * dim * rank, dim, rank, Real(1), nv, u + t * tall);
   }
 
   int64_t step = 1;
-  for (; step <= job.outer_steps; ++step) {
+  for (; step <= a.outer_steps; ++step) {
     for (int64_t t = 0; t < tasks; ++t) {
       residual_of<Real, NV>(weight, gram + t * square, cross + t * square, dim, nv,
                             residual + t * square);
       add_transposed<Real>(residual + t * square, dim, nv, symmetric + t * square);
     }
     // Tasks inside steps: the chains of dependent operations of different tasks overlap.
-    for (int64_t i = 0; i < job.inner_steps; ++i) {
+    for (int64_t i = 0; i < a.inner_steps; ++i) {
       for (int64_t t = 0; t < tasks; ++t) {
         inner_step<Real, NV, K>(symmetric + t * square, gram + t * square, inner_lr, dim, rank, nv,
                                 products, gradient, gram_u + t * tall, u + t * tall);
@@ -270,10 +288,10 @@ int64_t lora_ml_sized(const LoraMlJob<Real>& job, void* scratch) {
       }
       twice_loss +=
           outer_gradient<Real, NV>(weight, residual + t * square, cross + t * square, u + t * tall,
-                                   gram_u + t * tall, job.energy[t] * scale, dim, rank, nv, sum);
+                                   gram_u + t * tall, given.energy[t] * scale, dim, rank, nv, sum);
     }
     const Real loss = static_cast<Real>(twice_loss / static_cast<double>(2 * tasks));
-    job.losses[step - 1] = loss;
+    losses[step - 1] = loss;
     if (!is_finite(loss)) break;
     for (int64_t v = 0; v < square; ++v) {
       add_exactly(total[v], lost[v], sum[v]);
@@ -281,38 +299,40 @@ int64_t lora_ml_sized(const LoraMlJob<Real>& job, void* scratch) {
     }
   }
 
-  const bool weight_finite = store<Real>(weight, dim, dim, nv, job.weight);
+  const bool weight_finite = store<Real>(weight, dim, dim, nv, weights);
   for (int64_t t = 0; t < tasks; ++t)
-    store<Real>(u + t * tall, dim, rank, nv, job.factors + t * dim * rank);
-  if (step <= job.outer_steps) {
-    fill_nan<Real>(job.losses, step, job.outer_steps);
-    return step;
-  }
-  return weight_finite ? 0 : job.outer_steps;
+    store<Real>(u + t * tall, dim, rank, nv, factors + t * dim * rank);
+  return finished(step, a.outer_steps, weight_finite, losses);
 }
 
 template <typename Real, int NV>
-int64_t lora_ml_any_rank(const LoraMlJob<Real>& job, void* scratch) {
-  return job.rank == 1 ? lora_ml_sized<Real, NV, 1>(job, scratch)
-                       : lora_ml_sized<Real, NV, 0>(job, scratch);
+int64_t lora_ml_any_rank(const LoraMlArguments& a, const LinearShape& shape, int64_t training,
+                         void* scratch) {
+  return shape.rank == 1 ? lora_ml_sized<Real, NV, 1>(a, shape, training, scratch)
+                         : lora_ml_sized<Real, NV, 0>(a, shape, training, scratch);
 }
 
 // --------------------------------------------------------------------------- standard retraining
 
 template <typename Real>
-int64_t standard_scratch(const StandardJob<Real>& job) {
-  const int64_t nv = vectors_per_column<Real>(job.dim);
-  return 7 * job.dim * nv * static_cast<int64_t>(sizeof(Vector<Real>));
+int64_t standard_scratch(const LinearShape& shape) {
+  const int64_t nv = vectors_per_column<Real>(shape.dim);
+  return 7 * shape.dim * nv * static_cast<int64_t>(sizeof(Vector<Real>));
 }
 
 // The gradient of the mean loss needs only the mean statistics: A −= lr·(A·mean G − mean C)/N.
 template <typename Real, int NV>
-int64_t standard_sized(const StandardJob<Real>& job, void* scratch) {
+int64_t standard_sized(const StandardArguments& a, const LinearShape& shape, int64_t training,
+                       void* scratch) {
   using V = Vector<Real>;
-  const int64_t dim = job.dim, nv = count_vectors<NV>(vectors_per_column<Real>(dim)),
-                square = dim * nv;
-  const Real scale = Real(1) / (static_cast<Real>(job.count) * static_cast<Real>(job.tasks));
-  const Real lr = static_cast<Real>(job.lr);
+  const int64_t tasks = shape.tasks, dim = shape.dim;
+  const int64_t nv = count_vectors<NV>(vectors_per_column<Real>(dim)), square = dim * nv;
+  const Real scale = Real(1) / (static_cast<Real>(a.statistics.count) * static_cast<Real>(tasks));
+  const Real lr = static_cast<Real>(a.lr);
+
+  const Given<Real> given(a.statistics, training, tasks, dim);
+  Real* weights = of_training<Real>(a.weight, training, dim * dim);
+  Real* losses = of_training<Real>(a.losses, training, a.steps);
 
   Arena<Real> arena{static_cast<V*>(scratch)};
   V* weight = arena.take(square);
@@ -322,21 +342,21 @@ int64_t standard_sized(const StandardJob<Real>& job, void* scratch) {
   V* task = arena.take(square);
   V* lost = arena.take(2 * square);
 
-  load<Real>(job.weight, dim, dim, Real(1), nv, weight);
+  load<Real>(weights, dim, dim, Real(1), nv, weight);
   set_zero<Real>(gram, square);
   set_zero<Real>(cross, square);
   set_zero<Real>(lost, 2 * square);
   Real energy = 0, energy_lost = 0;
-  for (int64_t t = 0; t < job.tasks; ++t) {
-    load_gram<Real>(job.gram + t * dim * dim, dim, scale, nv, task);
+  for (int64_t t = 0; t < tasks; ++t) {
+    load_gram<Real>(given.gram + t * dim * dim, dim, scale, nv, task);
     for (int64_t v = 0; v < square; ++v) add_exactly(gram[v], lost[v], task[v]);
-    load<Real>(job.cross + t * dim * dim, dim, dim, scale, nv, task);
+    load<Real>(given.cross + t * dim * dim, dim, dim, scale, nv, task);
     for (int64_t v = 0; v < square; ++v) add_exactly(cross[v], lost[square + v], task[v]);
-    add_exactly(energy, energy_lost, job.energy[t] * scale);
+    add_exactly(energy, energy_lost, given.energy[t] * scale);
   }
 
   int64_t step = 1;
-  for (; step <= job.steps; ++step) {
+  for (; step <= a.steps; ++step) {
     residual_of<Real, NV>(weight, gram, cross, dim, nv, residual);
     V twice_loss = {};
     for (int64_t v = 0; v < square; ++v) {
@@ -344,25 +364,21 @@ int64_t standard_sized(const StandardJob<Real>& job, void* scratch) {
       weight[v] -= residual[v] * lr;
     }
     const Real loss = (sum_lanes<Real>(twice_loss) + energy) / Real(2);
-    job.losses[step - 1] = loss;
+    losses[step - 1] = loss;
     if (!is_finite(loss)) break;
   }
 
-  const bool finite = store<Real>(weight, dim, dim, nv, job.weight);
-  if (step <= job.steps) {
-    fill_nan<Real>(job.losses, step, job.steps);
-    return step;
-  }
-  return finite ? 0 : job.steps;
+  const bool finite = store<Real>(weight, dim, dim, nv, weights);
+  return finished(step, a.steps, finite, losses);
 }
 
 // ------------------------------------------------------------------------------------ fine-tuning
 
 template <typename Real>
-int64_t finetune_scratch(const FinetuneJob<Real>& job) {
-  const int64_t nv = vectors_per_column<Real>(job.dim);
-  const int64_t square = job.dim * nv, tall = job.rank * nv;
-  const int64_t products = vectors_per_column<Real>(2 * job.rank * job.rank);
+int64_t finetune_scratch(const LinearShape& shape) {
+  const int64_t nv = vectors_per_column<Real>(shape.dim);
+  const int64_t square = shape.dim * nv, tall = shape.rank * nv;
+  const int64_t products = vectors_per_column<Real>(2 * shape.rank * shape.rank);
   return (7 * square + 5 * tall + products) * static_cast<int64_t>(sizeof(Vector<Real>));
 }
 
@@ -392,13 +408,21 @@ METALORA_INLINE Real error_of(const Vector<Real>* gap, const Vector<Real>* gap_g
 }
 
 template <typename Real, int NV, int K>
-int64_t finetune_sized(const FinetuneJob<Real>& job, void* scratch) {
+int64_t finetune_sized(const FinetuneArguments& a, const LinearShape& shape, int64_t training,
+                       void* scratch) {
   using V = Vector<Real>;
-  const int64_t dim = job.dim, rank = K > 0 ? K : job.rank;
+  const int64_t dim = shape.dim, rank = K > 0 ? K : shape.rank;
   const int64_t nv = count_vectors<NV>(vectors_per_column<Real>(dim));
   const int64_t square = dim * nv, tall = rank * nv;
-  const Real count = static_cast<Real>(job.count), scale = Real(1) / count;
-  const Real lr = static_cast<Real>(job.lr);
+  const Real count = static_cast<Real>(a.statistics.count), scale = Real(1) / count;
+  const Real lr = static_cast<Real>(a.lr);
+
+  const Given<Real> given(a.statistics, training, 1, dim);
+  Real* factor_u = of_training<Real>(a.factor_u, training, dim * rank);
+  Real* factor_v = of_training<Real>(a.factor_v, training, dim * rank);
+  Real* losses = of_training<Real>(a.losses, training, a.steps);
+  const bool want_errors = a.truth != nullptr;
+  Real* errors = want_errors ? of_training<Real>(a.errors, training, a.steps + 1) : nullptr;
 
   Arena<Real> arena{static_cast<V*>(scratch)};
   V* gram = arena.take(square);
@@ -416,11 +440,11 @@ int64_t finetune_sized(const FinetuneJob<Real>& job, void* scratch) {
   Real* v_gram_v = arena.take_values(2 * rank * rank);
   Real* u_u = v_gram_v + rank * rank;
 
-  load_gram<Real>(job.gram, dim, scale, nv, gram);
-  load<Real>(job.cross, dim, dim, scale, nv, cross);
-  load<Real>(job.weight, dim, dim, Real(1), nv, weight);
-  load<Real>(job.factor_u, dim, rank, Real(1), nv, u);
-  load<Real>(job.factor_v, dim, rank, Real(1), nv, v);
+  load_gram<Real>(given.gram, dim, scale, nv, gram);
+  load<Real>(given.cross, dim, dim, scale, nv, cross);
+  load<Real>(of_training<Real>(a.weight, training, dim * dim), dim, dim, Real(1), nv, weight);
+  load<Real>(factor_u, dim, rank, Real(1), nv, u);
+  load<Real>(factor_v, dim, rank, Real(1), nv, v);
   residual_of<Real, NV>(weight, gram, cross, dim, nv, residual);
   set_zero<Real>(residual_transposed, square);
   add_transposed<Real>(residual, dim, nv, residual_transposed);
@@ -428,18 +452,17 @@ int64_t finetune_sized(const FinetuneJob<Real>& job, void* scratch) {
 
   V twice_loss = {};
   for (int64_t i = 0; i < square; ++i) twice_loss += weight[i] * (residual[i] - cross[i]);
-  const Real start_loss = (sum_lanes<Real>(twice_loss) + job.energy[0] * scale) / Real(2);
+  const Real start_loss = (sum_lanes<Real>(twice_loss) + given.energy[0] * scale) / Real(2);
 
-  const bool want_errors = job.truth != nullptr;
   if (want_errors) {
-    load<Real>(job.truth, dim, dim, Real(1), nv, gap);
+    load<Real>(of_training<Real>(a.truth, training, dim * dim), dim, dim, Real(1), nv, gap);
     for (int64_t i = 0; i < square; ++i) gap[i] = weight[i] - gap[i];
     for (int64_t j = 0; j < dim; ++j)
       times<Real, NV>(gap, gram + j * nv, dim, nv, gap_gram + j * nv);
   }
 
   int64_t step = 1;
-  for (; step <= job.steps; ++step) {
+  for (; step <= a.steps; ++step) {
     // ∇U = P V + U (Vᵀ G V) and ∇V = Pᵀ U + G V (Uᵀ U), both at the present U and V.
     for (int64_t c = 0; c < rank; ++c) {
       times<Real, NV>(gram, v + c * nv, dim, nv, gram_v + c * nv);
@@ -451,10 +474,10 @@ int64_t finetune_sized(const FinetuneJob<Real>& job, void* scratch) {
     Real loss = start_loss;
     for (int64_t c = 0; c < rank; ++c) loss += dot<Real, NV>(u + c * nv, gradient_u + c * nv, nv);
     for (int64_t i = 0; i < rank * rank; ++i) loss += u_u[i] * v_gram_v[i] / Real(2);
-    job.losses[step - 1] = loss;
+    losses[step - 1] = loss;
     if (!is_finite(loss)) break;
     if (want_errors)
-      job.errors[step - 1] = count * error_of<Real, NV>(gap, gap_gram, u, v, gram_v, dim, rank, nv);
+      errors[step - 1] = count * error_of<Real, NV>(gap, gap_gram, u, v, gram_v, dim, rank, nv);
     add_product<Real, NV>(gradient_u, u, v_gram_v, rank, nv);
     add_product<Real, NV>(gradient_v, gram_v, u_u, rank, nv);
     for (int64_t c = 0; c < rank; ++c) {
@@ -462,55 +485,42 @@ int64_t finetune_sized(const FinetuneJob<Real>& job, void* scratch) {
       add_scaled<Real, NV>(v + c * nv, gradient_v + c * nv, -lr, nv);
     }
   }
-  if (want_errors && step > job.steps) {
+  if (want_errors && step > a.steps) {
     for (int64_t c = 0; c < rank; ++c) times<Real, NV>(gram, v + c * nv, dim, nv, gram_v + c * nv);
-    job.errors[job.steps] = count * error_of<Real, NV>(gap, gap_gram, u, v, gram_v, dim, rank, nv);
+    errors[a.steps] = count * error_of<Real, NV>(gap, gap_gram, u, v, gram_v, dim, rank, nv);
   }
 
-  const bool u_finite = store<Real>(u, dim, rank, nv, job.factor_u);
-  const bool v_finite = store<Real>(v, dim, rank, nv, job.factor_v);
-  if (step <= job.steps) {
-    fill_nan<Real>(job.losses, step, job.steps);
-    if (want_errors) fill_nan<Real>(job.errors, step - 1, job.steps + 1);
-    return step;
-  }
-  return u_finite && v_finite ? 0 : job.steps;
+  const bool u_finite = store<Real>(u, dim, rank, nv, factor_u);
+  const bool v_finite = store<Real>(v, dim, rank, nv, factor_v);
+  if (want_errors && step <= a.steps) fill_nan<Real>(errors, step - 1, a.steps + 1);
+  return finished(step, a.steps, u_finite && v_finite, losses);
 }
 
 template <typename Real, int NV>
-int64_t finetune_any_rank(const FinetuneJob<Real>& job, void* scratch) {
-  return job.rank == 1 ? finetune_sized<Real, NV, 1>(job, scratch)
-                       : finetune_sized<Real, NV, 0>(job, scratch);
+int64_t finetune_any_rank(const FinetuneArguments& a, const LinearShape& shape, int64_t training,
+                          void* scratch) {
+  return shape.rank == 1 ? finetune_sized<Real, NV, 1>(a, shape, training, scratch)
+                         : finetune_sized<Real, NV, 0>(a, shape, training, scratch);
 }
 
 // --------------------------------------------------------------------------- choice of the size
 
 // Columns of up to three vectors (with AVX2: d <= 12 in float64, 24 in float32) have kernels of
 // their own; for longer ones these gain nothing over blocks of four.
-#define METALORA_BY_SIZE(kernel, Job)                              \
-  template <typename Real>                                         \
-  int64_t kernel##_any_size(const Job<Real>& job, void* scratch) { \
-    switch (vectors_per_column<Real>(job.dim)) {                   \
-      case 1: return kernel<Real, 1>(job, scratch);                \
-      case 2: return kernel<Real, 2>(job, scratch);                \
-      case 3: return kernel<Real, 3>(job, scratch);                \
-      default: return kernel<Real, 0>(job, scratch);               \
-    }                                                              \
+#define METALORA_BY_SIZE(name, kernel, Arguments)                                               \
+  template <typename Real>                                                                      \
+  int64_t name(const Arguments& a, const LinearShape& shape, int64_t training, void* scratch) { \
+    switch (vectors_per_column<Real>(shape.dim)) {                                              \
+      case 1: return kernel<Real, 1>(a, shape, training, scratch);                              \
+      case 2: return kernel<Real, 2>(a, shape, training, scratch);                              \
+      case 3: return kernel<Real, 3>(a, shape, training, scratch);                              \
+      default: return kernel<Real, 0>(a, shape, training, scratch);                             \
+    }                                                                                           \
   }
 
-METALORA_BY_SIZE(lora_ml_any_rank, LoraMlJob)
-METALORA_BY_SIZE(standard_sized, StandardJob)
-METALORA_BY_SIZE(finetune_any_rank, FinetuneJob)
-
-template <typename Real>
-const Kernels<Real>& kernels() {
-  static const Kernels<Real> table = {
-      lora_ml_scratch<Real>,  lora_ml_any_rank_any_size<Real>,
-      standard_scratch<Real>, standard_sized_any_size<Real>,
-      finetune_scratch<Real>, finetune_any_rank_any_size<Real>,
-  };
-  return table;
-}
+METALORA_BY_SIZE(lora_ml, lora_ml_any_rank, LoraMlArguments)
+METALORA_BY_SIZE(standard, standard_sized, StandardArguments)
+METALORA_BY_SIZE(finetune, finetune_any_rank, FinetuneArguments)
 
 #undef METALORA_BY_SIZE
 

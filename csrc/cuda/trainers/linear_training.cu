@@ -341,7 +341,7 @@ auto by_rank(Type type, int64_t rank, Launch launch) {
 
 }  // namespace
 
-BlockSize linear_retrain_lora_ml_block(const LinearShape& shape, Type type) {
+BlockSize block_size(const LoraMlArguments&, Type type, const LinearShape& shape) {
   return by_rank(type, shape.rank, [&](auto real, auto rank) -> BlockSize {
     const int64_t threads = Place::threads(shape.tasks, shape.dim), rows = shape.tasks * shape.dim;
     const auto matrices = Columns<decltype(real)>::elements;
@@ -351,13 +351,13 @@ BlockSize linear_retrain_lora_ml_block(const LinearShape& shape, Type type) {
   });
 }
 
-BlockSize linear_retrain_standard_block(const LinearShape& shape, Type type) {
+BlockSize block_size(const StandardArguments&, Type type, const LinearShape& shape) {
   const int64_t elements = shape.dim * shape.dim;
   const int64_t warps = std::min<int64_t>(ceil_div(elements, kWarp), kMostLinearThreads / kWarp);
   return {warps * kWarp, (4 * elements + 2 * warps) * (type == Type::f64 ? 8 : 4)};
 }
 
-BlockSize linear_finetune_lora_block(const LinearShape& shape, Type type) {
+BlockSize block_size(const FinetuneArguments&, Type type, const LinearShape& shape) {
   return by_rank(type, shape.rank, [&](auto real, auto rank) -> BlockSize {
     const int64_t elements = 4 * Columns<decltype(real)>::elements(shape.dim, shape.dim) +
                              5 * shape.dim * padded<rank>(shape.rank);
@@ -365,38 +365,36 @@ BlockSize linear_finetune_lora_block(const LinearShape& shape, Type type) {
   });
 }
 
-void launch_linear_retrain_lora_ml(const LoraMlArguments& arguments, Type type,
-                                   const LinearShape& shape, cudaStream_t stream) {
+// METALORA_LAUNCH_TRAININGS((kernel<float>)) with the launcher's arguments.
+#define METALORA_LAUNCH_TRAININGS(kernel)                                                   \
+  METALORA_LAUNCH(kernel, blocks_of(shape.trainings), static_cast<unsigned>(block.threads), \
+                  static_cast<size_t>(block.shared_bytes), stream, arguments, shape)
+
+void launch_training(const LoraMlArguments& arguments, Type type, const LinearShape& shape,
+                     cudaStream_t stream) {
   if (shape.trainings == 0) return;
-  const auto [threads, bytes] = linear_retrain_lora_ml_block(shape, type);
-  by_rank(type, shape.rank, [&, threads = threads, bytes = bytes](auto real, auto rank) {
-    METALORA_LAUNCH((lora_ml_kernel<decltype(real), rank>), blocks_of(shape.trainings),
-                    static_cast<unsigned>(threads), static_cast<size_t>(bytes), stream, arguments,
-                    shape);
+  const BlockSize block = block_size(arguments, type, shape);
+  by_rank(type, shape.rank, [&](auto real, auto rank) {
+    METALORA_LAUNCH_TRAININGS((lora_ml_kernel<decltype(real), rank>));
   });
 }
 
-void launch_linear_retrain_standard(const StandardArguments& arguments, Type type,
-                                    const LinearShape& shape, cudaStream_t stream) {
+void launch_training(const StandardArguments& arguments, Type type, const LinearShape& shape,
+                     cudaStream_t stream) {
   if (shape.trainings == 0) return;
-  const auto [threads, bytes] = linear_retrain_standard_block(shape, type);
-  const auto blocks = blocks_of(shape.trainings);
+  const BlockSize block = block_size(arguments, type, shape);
   if (type == Type::f64)
-    METALORA_LAUNCH(standard_kernel<double>, blocks, static_cast<unsigned>(threads),
-                    static_cast<size_t>(bytes), stream, arguments, shape);
+    METALORA_LAUNCH_TRAININGS(standard_kernel<double>);
   else
-    METALORA_LAUNCH(standard_kernel<float>, blocks, static_cast<unsigned>(threads),
-                    static_cast<size_t>(bytes), stream, arguments, shape);
+    METALORA_LAUNCH_TRAININGS(standard_kernel<float>);
 }
 
-void launch_linear_finetune_lora(const FinetuneArguments& arguments, Type type,
-                                 const LinearShape& shape, cudaStream_t stream) {
+void launch_training(const FinetuneArguments& arguments, Type type, const LinearShape& shape,
+                     cudaStream_t stream) {
   if (shape.trainings == 0) return;
-  const auto [threads, bytes] = linear_finetune_lora_block(shape, type);
-  by_rank(type, shape.rank, [&, threads = threads, bytes = bytes](auto real, auto rank) {
-    METALORA_LAUNCH((finetune_kernel<decltype(real), rank>), blocks_of(shape.trainings),
-                    static_cast<unsigned>(threads), static_cast<size_t>(bytes), stream, arguments,
-                    shape);
+  const BlockSize block = block_size(arguments, type, shape);
+  by_rank(type, shape.rank, [&](auto real, auto rank) {
+    METALORA_LAUNCH_TRAININGS((finetune_kernel<decltype(real), rank>));
   });
 }
 

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "device.h"
+#include "../device.h"
 
 namespace metalora::cuda {
 

@@ -6,7 +6,7 @@
 // sums run in one fixed order.
 #pragma once
 
-#include "elements.h"
+#include "../elements.h"
 #include "shallow_training.h"
 #include "trainings.h"
 

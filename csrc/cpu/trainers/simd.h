@@ -62,6 +62,24 @@ void fill_nan(Real* values, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) values[i] = static_cast<Real>(__builtin_nan(""));
 }
 
+// What a training returns that ended at `step`, which is beyond the last where all losses are
+// finite, and whether its results are finite.
+template <typename Real>
+int64_t finished(int64_t step, int64_t steps, bool finite, Real* losses) {
+  fill_nan<Real>(losses, step, steps);
+  return step <= steps ? step : finite ? 0 : steps;
+}
+
+// One training's array among those of all.
+template <typename Real>
+METALORA_INLINE const Real* of_training(const void* all, int64_t training, int64_t elements) {
+  return static_cast<const Real*>(all) + training * elements;
+}
+template <typename Real>
+METALORA_INLINE Real* of_training(void* all, int64_t training, int64_t elements) {
+  return static_cast<Real*>(all) + training * elements;
+}
+
 template <typename Real>
 METALORA_INLINE void set_zero(Vector<Real>* matrix, int64_t vectors) {
   for (int64_t v = 0; v < vectors; ++v) matrix[v] = Vector<Real>{};

@@ -1,0 +1,178 @@
+// The multi-task LoRA linear layer as operators, for CPU and CUDA: checks, and what is called. A
+// Device has Guard(tensor), which makes the tensor's device the current one, and the two routes
+// between which metalora/ops/route.py chooses, forward and backward:
+//   weight(layer, bias, merged, tf32) -> y
+//   weight_backward(layer, grad_y, merged, tf32, need) -> Gradients
+//   token(layer, bias, dropout) -> (y, shrunk)
+//   token_backward(layer, grad_y, shrunk, dropout, need) -> Gradients
+// where x and grad_y are dense.
+#pragma once
+
+#include <optional>
+#include <tuple>
+#include <utility>
+
+#include "merge_lora.h"
+
+namespace metalora {
+
+struct LoraLayer {
+  Tensor x, weight, lora_A, lora_B;  // [M, in], [out, in], [T, r, in], [T, out, r]
+  double scaling;
+  int64_t rows, in, out, tasks, rank;
+  Tensor pointers;
+  const int64_t* task_ptr;  // [tasks + 1], the data of `pointers`
+
+  int64_t rows_in(int64_t task) const { return task_ptr[task + 1] - task_ptr[task]; }
+  // The rows of one task, a view.
+  Tensor rows_of(const Tensor& matrix, int64_t task) const {
+    Tensor whole = matrix;
+    return torch::stable::narrow(whole, 0, task_ptr[task], rows_in(task));
+  }
+};
+
+struct Needs {
+  bool x, weight, bias, A, B;
+};
+
+struct Gradients {
+  Tensor x, weight, bias, A, B;
+};
+
+// Of the LoRA branch.
+struct BranchDropout {
+  double p;
+  const std::optional<Tensor>& seed;
+};
+
+inline LoraLayer check_lora_linear(const char* op, const Tensor& x, const Tensor& weight,
+                                   const Tensor& lora_A, const Tensor& lora_B,
+                                   const Tensor& task_ptr, double scaling) {
+  check_dim(op, "x", x, 2);
+  check_dim(op, "weight", weight, 2);
+  check_dim(op, "lora_A", lora_A, 3);
+  check_data(op, "task_ptr", task_ptr, ScalarType::Long);
+  METALORA_CHECK(task_ptr.is_cpu(), op, ": task_ptr must be on the CPU");
+  const Tensor pointers = as_contiguous(task_ptr);
+  LoraLayer l{
+      x,         weight,         lora_A,         lora_B,         scaling,  x.size(0),
+      x.size(1), weight.size(0), lora_A.size(0), lora_A.size(1), pointers, data<int64_t>(pointers)};
+  METALORA_CHECK(l.tasks > 0 && l.rank > 0, op,
+                 ": lora_A must have at least one task and a rank of at least 1, got ",
+                 shape_text(lora_A));
+  check_shape(op, "weight", weight, {l.out, l.in});
+  check_like(op, "lora_A", lora_A, weight, {l.tasks, l.rank, l.in});
+  check_like(op, "lora_B", lora_B, weight, {l.tasks, l.out, l.rank});
+  check_shape(op, "task_ptr", task_ptr, {l.tasks + 1});
+  check_float_data(op, "x", x);
+  check_float_data(op, "weight", weight);
+  check_device(op, "weight", weight, x);
+  METALORA_CHECK(l.task_ptr[0] == 0 && l.task_ptr[l.tasks] == l.rows, op,
+                 ": task_ptr must start at 0 and end at M=", l.rows, ", got ", l.task_ptr[0],
+                 " and ", l.task_ptr[l.tasks]);
+  for (int64_t t = 0; t < l.tasks; ++t)
+    METALORA_CHECK(l.task_ptr[t] <= l.task_ptr[t + 1], op, ": task_ptr must not decrease, but has ",
+                   l.task_ptr[t], " before ", l.task_ptr[t + 1]);
+  l.x = as_contiguous(x);
+  return l;
+}
+
+inline void check_bias(const char* op, const LoraLayer& l, const std::optional<Tensor>& bias) {
+  if (bias) check_like(op, "bias", *bias, l.x, {l.out});
+}
+
+inline void check_weight_route(const char* op, const LoraLayer& l,
+                               const std::optional<Tensor>& merged) {
+  check_merged_dtype(op, "x", l.x.scalar_type(), l.weight);
+  if (merged) check_like(op, "merged", *merged, l.x, {l.tasks, l.out, l.in});
+}
+
+inline void check_token_route(const char* op, const LoraLayer& l, const BranchDropout& dropout) {
+  check_like(op, "x", l.x, l.weight);
+  METALORA_CHECK(dropout.p >= 0 && dropout.p < 1, op, ": dropout_p must be in [0, 1), got ",
+                 dropout.p);
+  METALORA_CHECK(dropout.p == 0 || dropout.seed, op, ": dropout needs a seed");
+  if (!dropout.seed) return;
+  check_dim(op, "seed", *dropout.seed, 0);
+  check_data(op, "seed", *dropout.seed, ScalarType::Long);
+  check_device(op, "seed", *dropout.seed, l.x);
+}
+
+template <typename Device>
+struct LoraOperators {
+  using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+  static Tensor lora_linear_weight(const Tensor& x, const Tensor& weight,
+                                   const std::optional<Tensor>& bias, const Tensor& lora_A,
+                                   const Tensor& lora_B, const Tensor& task_ptr, double scaling,
+                                   const std::optional<Tensor>& merged, bool tf32) {
+    const char* op = "lora_linear";
+    LoraLayer l = check_lora_linear(op, x, weight, lora_A, lora_B, task_ptr, scaling);
+    check_bias(op, l, bias);
+    check_weight_route(op, l, merged);
+    const typename Device::Guard guard(x);
+    return Device::weight(std::move(l), bias, merged, tf32);
+  }
+
+  static FiveTensors lora_linear_weight_backward(const Tensor& grad_y, const Tensor& x,
+                                                 const Tensor& weight, const Tensor& lora_A,
+                                                 const Tensor& lora_B, const Tensor& task_ptr,
+                                                 double scaling,
+                                                 const std::optional<Tensor>& merged, bool tf32,
+                                                 bool need_x, bool need_weight, bool need_bias,
+                                                 bool need_A, bool need_B) {
+    const char* op = "lora_linear_weight_backward";
+    LoraLayer l = check_lora_linear(op, x, weight, lora_A, lora_B, task_ptr, scaling);
+    check_like(op, "grad_y", grad_y, x, {l.rows, l.out});
+    check_weight_route(op, l, merged);
+    const typename Device::Guard guard(x);
+    const Gradients g = Device::weight_backward(std::move(l), as_contiguous(grad_y), merged, tf32,
+                                                {need_x, need_weight, need_bias, need_A, need_B});
+    return {g.x, g.weight, g.bias, g.A, g.B};
+  }
+
+  static std::tuple<Tensor, Tensor> lora_linear_token(const Tensor& x, const Tensor& weight,
+                                                      const std::optional<Tensor>& bias,
+                                                      const Tensor& lora_A, const Tensor& lora_B,
+                                                      const Tensor& task_ptr, double scaling,
+                                                      double dropout_p,
+                                                      const std::optional<Tensor>& seed) {
+    const char* op = "lora_linear";
+    LoraLayer l = check_lora_linear(op, x, weight, lora_A, lora_B, task_ptr, scaling);
+    check_bias(op, l, bias);
+    check_token_route(op, l, {dropout_p, seed});
+    const typename Device::Guard guard(x);
+    return Device::token(std::move(l), bias, {dropout_p, seed});
+  }
+
+  static FiveTensors lora_linear_token_backward(const Tensor& grad_y, const Tensor& x,
+                                                const Tensor& weight, const Tensor& lora_A,
+                                                const Tensor& lora_B, const Tensor& task_ptr,
+                                                const Tensor& shrunk, double scaling,
+                                                double dropout_p, const std::optional<Tensor>& seed,
+                                                bool need_x, bool need_weight, bool need_bias,
+                                                bool need_A, bool need_B) {
+    const char* op = "lora_linear_token_backward";
+    LoraLayer l = check_lora_linear(op, x, weight, lora_A, lora_B, task_ptr, scaling);
+    check_like(op, "grad_y", grad_y, x, {l.rows, l.out});
+    check_token_route(op, l, {dropout_p, seed});
+    check_shape(op, "shrunk", shrunk, {l.rows, l.rank});
+    check_data(op, "shrunk", shrunk, Device::shrunk_dtype(x));
+    check_device(op, "shrunk", shrunk, x);
+    const typename Device::Guard guard(x);
+    const Gradients g =
+        Device::token_backward(std::move(l), as_contiguous(grad_y), as_contiguous(shrunk),
+                               {dropout_p, seed}, {need_x, need_weight, need_bias, need_A, need_B});
+    return {g.x, g.weight, g.bias, g.A, g.B};
+  }
+
+  template <typename Library>
+  static void add_to(Library& m) {
+    m.impl("lora_linear_weight", TORCH_BOX(&lora_linear_weight));
+    m.impl("lora_linear_weight_backward", TORCH_BOX(&lora_linear_weight_backward));
+    m.impl("lora_linear_token", TORCH_BOX(&lora_linear_token));
+    m.impl("lora_linear_token_backward", TORCH_BOX(&lora_linear_token_backward));
+  }
+};
+
+}  // namespace metalora

@@ -1,0 +1,200 @@
+"""Which way `lora_linear` computes, and why."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metalora._checks import SHORT, check_choice, check_float
+from metalora._library import cpu_status, gpu_memory, gpu_problem
+from metalora._transforms import transformed
+from metalora.ops._native import autocast, autocasting, usable
+
+ROUTES = ("auto", "weight", "token", "reference")
+
+# The weight route wins once a task has more rows than, on a CPU, this many times
+# in * out / (in + out), where the two were measured to cross (`python -m benchmarks.lora_linear
+# --cases routes --baselines routes`); on a GPU, this many times sqrt(in * out), where their
+# memory traffic is equal.
+_CPU_WEIGHT_FROM = 8.0
+_CUDA_WEIGHT_FROM = 2.0
+_SMALL = {torch.float32: 64, torch.float64: 32}  # kSmall of csrc/cpu/small_product.h
+# Of a GPU's memory the weight route takes at most this part for the W_t and their gradients.
+_MEMORY_SHARE = 1 / 8
+
+
+class RouteChoice(NamedTuple):
+    """How `lora_linear` computes, and why."""
+
+    route: str  # "weight", "token" or "reference"
+    reason: str
+
+
+def lora_linear_route(
+    x: Tensor, weight: Tensor, lora_A: Tensor, *, dropout_p: float = 0.0
+) -> RouteChoice:
+    """The route that ``lora_linear(..., route="auto")`` takes for these tensors, and why.
+
+    Args:
+        x: [M, in].
+        weight: [out, in].
+        lora_A: [T, r, in].
+        dropout_p: probability in [0, 1) to drop an element on the LoRA branch.
+    """
+    check_float("lora_linear_route", "x", x)
+    if autocasting(x.device.type):
+        x = autocast(x)
+    return choose_route(
+        rows=x.shape[0],
+        tasks=lora_A.shape[0],
+        in_features=weight.shape[1],
+        out_features=weight.shape[0],
+        dropout_p=dropout_p,
+        dtype=x.dtype,
+        weight_dtype=weight.dtype,
+        device_type=x.device.type,
+        problem=_problem_of_device(x),
+        memory=memory_of(x),
+    )
+
+
+def choose_route(
+    *,
+    rows: int,
+    tasks: int,
+    in_features: int,
+    out_features: int,
+    dropout_p: float,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None = None,
+    device_type: str,
+    problem: str | None = None,
+    memory: int | None = None,
+) -> RouteChoice:
+    """The choice behind route="auto": a pure function of what it is told.
+
+    Args:
+        rows: M, over all tasks.
+        tasks: T.
+        in_features, out_features: of the layer.
+        dropout_p: dropout on the LoRA branch.
+        dtype: of x.
+        weight_dtype: of the parameters; None means that of x.
+        device_type: "cpu", "cuda", ….
+        problem: why there are no native kernels for that device; None if there are.
+        memory: bytes that the weight route may take on a GPU for all W_t and their gradients;
+            None for any number.
+    """
+    weight_dtype = dtype if weight_dtype is None else weight_dtype
+    decision = decide(
+        *(rows, tasks, out_features, in_features, dropout_p),
+        *(dtype, weight_dtype, device_type, problem is None, memory),
+    )
+    limit = tasks * _weight_route_from(in_features, out_features, device_type)
+    needed = _weight_route_bytes(tasks, out_features, in_features, dtype, weight_dtype)
+    reason = {
+        "device": problem or f"there are no native kernels for {device_type} tensors",
+        "dropout": "dropout on the LoRA branch has no form in weight space",
+        "short": f"a merged weight rounded to {dtype} would lose the adapter",
+        "memory": f"{tasks} merged weights and gradients would take {needed / 1e9:.1f} GB",
+        "small": f"up to {_SMALL.get(dtype)} features a row stays in registers",
+        "many rows": f"{rows} rows for {tasks} tasks are more than {limit:.0f}",
+        "few rows": f"{rows} rows for {tasks} tasks are no more than {limit:.0f}",
+    }[decision]
+    return RouteChoice(ROUTE_OF[decision], reason)
+
+
+ROUTE_OF = {
+    "device": "reference",
+    "dropout": "token",
+    "short": "token",
+    "memory": "token",
+    "small": "weight",
+    "many rows": "weight",
+    "few rows": "token",
+}
+
+
+def decide(
+    rows: int,
+    tasks: int,
+    out_features: int,
+    in_features: int,
+    dropout_p: float,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    device_type: str,
+    native: bool,
+    memory: int | None,
+) -> str:
+    """What settles the route, a key of ROUTE_OF; quick, since every call asks."""
+    if not native or device_type not in ("cpu", "cuda"):
+        return "device"
+    if dropout_p > 0:
+        return "dropout"
+    if device_type == "cpu":
+        if dtype in SHORT:
+            return "short"
+        if max(in_features, out_features) <= _SMALL.get(dtype, 0):
+            return "small"
+    elif weight_dtype in SHORT:
+        return "short"
+    elif memory is not None and memory < _weight_route_bytes(
+        tasks, out_features, in_features, dtype, weight_dtype
+    ):
+        return "memory"
+    many = rows > tasks * _weight_route_from(in_features, out_features, device_type)
+    return "many rows" if many else "few rows"
+
+
+def _weight_route_from(in_features: int, out_features: int, device_type: str) -> float:
+    """Rows a task from which on forming W_t costs less than a LoRA branch for every row."""
+    area = in_features * out_features
+    if device_type == "cpu":
+        return _CPU_WEIGHT_FROM * area / max(1, in_features + out_features)
+    return _CUDA_WEIGHT_FROM * math.sqrt(area)
+
+
+def _weight_route_bytes(
+    tasks: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+) -> int:
+    """What the W_t, in the dtype of x, and their gradients, in that of W, take on a GPU."""
+    return tasks * out_features * in_features * (dtype.itemsize + weight_dtype.itemsize)
+
+
+def memory_of(x: Tensor) -> int | None:
+    return int(gpu_memory(x.get_device()) * _MEMORY_SHARE) if x.is_cuda else None
+
+
+def _problem_of_device(x: Tensor) -> str | None:
+    """Why there are no native kernels for x; None if there are."""
+    if usable(x):
+        return None
+    if transformed():
+        return "transforms of torch.func and forward-mode derivatives have plain PyTorch only"
+    if x.is_cuda:
+        return gpu_problem(x.get_device())
+    if x.is_cpu:
+        return f"the native CPU library is {cpu_status}"
+    return f"there are no native kernels for {x.device.type} tensors"
+
+
+def check_route(route: str, x: Tensor, dropout_p: float) -> None:
+    check_choice("lora_linear", "route", route, ROUTES)
+    problem = _problem_of_device(x)
+    if problem is not None:
+        raise RuntimeError(
+            f"lora_linear: route={route!r} cannot be had: {problem}; or use route='auto'"
+        )
+    if route == "weight" and dropout_p > 0:
+        raise ValueError(
+            f"lora_linear: route='weight' cannot apply dropout_p={dropout_p}: dropout acts on "
+            f"rows, not on weights; use route='token' or 'auto'"
+        )
