@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each layer imports only from those before it (and from itself).
 LAYERS = ["_checks", "_errors", "_draws", "_optional", "_files", "_warn", "_library", "_transforms"]
 LAYERS += ["reference", "ops", "nn", "adapters", "meta", "linear", "shallow", "io", "hf"]
-WITHOUT_CIRCLES = ["metalora", "benchmarks"]
+WITHOUT_CIRCLES = ["metalora", "experiments", "benchmarks"]
 # Stand beside these, not above all that comes before them.
 _BELOW = {"_checks", "_files", "_warn", "_library", "_draws", "reference", "ops"}
 SIDE_BY_SIDE = {"linear": _BELOW, "shallow": _BELOW}

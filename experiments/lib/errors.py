@@ -40,7 +40,5 @@ def divergence(unit: str, rates: str) -> Iterator[None]:
     """
     try:
         yield
-    except (DivergedError, RuntimeError) as error:
-        if "diverged" not in str(error) and not isinstance(error, DivergedError):
-            raise
+    except DivergedError as error:
         raise RunError(f"{unit} diverged; lower {rates} ({error})") from error

@@ -88,7 +88,7 @@ def lora_ml(
 
     Raises:
         ValueError, TypeError: wrong shapes, dtypes, devices or numbers.
-        RuntimeError: a training diverged; names the step.
+        DivergedError: a training diverged; names the step.
     """
     name = "lora_ml"
     _check_tasks(name, stats)
@@ -135,7 +135,7 @@ def standard(
 
     Raises:
         ValueError, TypeError: wrong shapes, dtypes, devices or numbers.
-        RuntimeError: a training diverged; names the step.
+        DivergedError: a training diverged; names the step.
     """
     name = "standard"
     _check_tasks(name, stats)
@@ -183,7 +183,7 @@ def finetune_lora(
 
     Raises:
         ValueError, TypeError: wrong shapes, dtypes, devices or numbers.
-        RuntimeError: a training diverged; names the step.
+        DivergedError: a training diverged; names the step.
     """
     name = "finetune_lora"
     _check_statistics(name, stats)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metalora._errors import DivergedError
 from metalora.ops._native import raw, register, usable
 from metalora.reference import linear, shallow
 
@@ -40,7 +41,7 @@ def train(
 
 
 def check_converged(function: str, diverged_at: Tensor, steps: int, rates: str) -> None:
-    """Raises RuntimeError if a training diverged: names it, the step, and the rates to lower."""
+    """Raises DivergedError if a training diverged: names it, the step, and the rates to lower."""
     if not bool(diverged_at.any()):
         return
     where = diverged_at.nonzero()
@@ -48,7 +49,7 @@ def check_converged(function: str, diverged_at: Tensor, steps: int, rates: str) 
     step = int(diverged_at[tuple(index)])
     training = f"training {index} of {list(diverged_at.shape)}: " if index else ""
     others = f" ({len(where)} trainings diverged)" if len(where) > 1 else ""
-    raise RuntimeError(
+    raise DivergedError(
         f"{function}: {training}diverged, not finite at step {step} of {steps}{others}; "
         f"lower {rates}"
     )

@@ -104,7 +104,7 @@ def lora_ml(
 
     Raises:
         ValueError, TypeError: wrong shapes, dtypes, devices or numbers.
-        RuntimeError: a training diverged; names the epoch.
+        DivergedError: a training diverged; names the epoch.
     """
     weight, output, lora_A, lora_B, losses = _train(
         "lora_ml", "shallow_retrain", x, y, network, epochs, optimizer, adapters

@@ -16,6 +16,7 @@ from metalora.linear import (
     standard,
     sufficient_statistics,
 )
+from metalora.meta import DivergedError
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -272,7 +273,7 @@ def test_divergence_names_the_step_and_the_training(method: str) -> None:
         "standard": lambda: standard(tame, lr=100.0, steps=1000),
         "finetune": lambda: finetune_lora(one, zero, 1, steps=400, lr=10.0),
     }
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(DivergedError) as caught:
         train[method]()
     message = str(caught.value)
     assert "training [1] of [3]: diverged, not finite at step " in message

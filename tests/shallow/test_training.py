@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from metalora.meta import DivergedError
 from metalora.shallow import (
     AdamW,
     Adapters,
@@ -176,7 +177,7 @@ def test_divergence_names_the_epoch_and_the_training(method: str) -> None:
     s = start(2, 10, 3, 1, batch=(3,), dtype=torch.float32)
     # The second training alone starts so far out that its loss overflows at the first step.
     s.network.output[1] = 1e30
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(DivergedError) as caught:
         run(method, s, epochs=4)
     message = str(caught.value)
     assert "training [1] of [3]: diverged, not finite at step 1 of 4; lower optimizer.lr" in message
@@ -185,5 +186,5 @@ def test_divergence_names_the_epoch_and_the_training(method: str) -> None:
 
 def test_a_learning_rate_that_diverges_is_found_within_the_run() -> None:
     s = start(2, 10, 3, 1)
-    with pytest.raises(RuntimeError, match=r"not finite at step \d+ of 2000; lower optimizer.lr"):
+    with pytest.raises(DivergedError, match=r"not finite at step \d+ of 2000; lower optimizer.lr"):
         standard(s.x, s.y, s.network, epochs=2000, optimizer=AdamW(lr=1e4))
