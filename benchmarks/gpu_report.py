@@ -68,7 +68,6 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
     flags = ["--device", device, "--write", str(out)] + ["--smoke"] * smoke
     goals, others = ("autocast", "tf32"), ("bf16", "fp32")
     compiled = ("metalora", "merged", "compiled")
-
     budget = ["--budget-seconds", str(BUDGET), *(["--resume"] * resume)]
 
     def layers(

@@ -106,7 +106,7 @@ def parse(log: str) -> list[Resources]:
         stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", part)
         used = re.search(r"Used (\d+) registers", part)
         if not (entry and stack and used):
-            raise ValueError(f"cannot read the output of ptxas for a kernel: {part[:300]!r}")
+            raise ValueError(f"what ptxas says of a kernel was not understood: {part[:300]!r}")
         shared = re.search(r"(\d+) bytes smem", part)
         found.append(
             Resources(

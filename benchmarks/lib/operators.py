@@ -212,7 +212,7 @@ def command(benchmark: Benchmark, description: str) -> Callable[..., None]:
         precisions = [PRECISIONS[name] for name in settings.precisions or benchmark.precisions]
         if settings.profile:
             rows, data = profile(cases, precisions, options)
-            name = settings.name or f"{benchmark.name}_{device}_profile"
+            name = settings.name or f"profile_{benchmark.name}_{device}"
             again, folder = repeat(benchmark.name, argv), settings.write
             write_table(name, "Kernels of one call", again, HEADER, rows, data, folder, device)
             return

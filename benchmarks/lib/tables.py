@@ -101,7 +101,9 @@ def operator_tables(record: Mapping[str, Any]) -> str:
     names = [n for n in dict.fromkeys(n for r in records for n in r["rows"]) if n != floor]
     ratios = [
         [
-            *(r["case"], r["precision"], r.get("route", "")),
+            r["case"],
+            r["precision"],
+            r.get("route", ""),
             _time(r["rows"].get(floor, {}), "total"),
             *(_ratio(r["rows"].get(name, {})) for name in names),
         ]
@@ -130,8 +132,18 @@ def operator_tables(record: Mapping[str, Any]) -> str:
 
 
 DETAILS = [
-    *("case", "precision", "version", "forward", "backward", "total (quartiles)", "relative"),
-    *("spread", "error", "padding", "peak memory, MiB", "rate"),
+    "case",
+    "precision",
+    "version",
+    "forward",
+    "backward",
+    "total (quartiles)",
+    "relative",
+    "spread",
+    "error",
+    "padding",
+    "peak memory, MiB",
+    "rate",
 ]
 
 
@@ -142,10 +154,15 @@ def _details(record: Mapping[str, Any], name: str, row: Mapping[str, Any]) -> li
         rates = [n / row[step]["median"] / work["scale"] for step, n in work["amounts"].items()]
         rate = f"{' / '.join(map(three_digits, rates))} {work['unit']}"
     return [
-        *(record["case"], record["precision"], name),
-        *(_time(row, step) for step in ("forward", "backward")),
+        record["case"],
+        record["precision"],
+        name,
+        _time(row, "forward"),
+        _time(row, "backward"),
         f"{seconds(total['median'])} ({seconds(total['low'])} to {seconds(total['high'])})",
-        *(_ratio(row), f"{100 * total['spread']:.0f} %", f"{row['error']:.0e}"),
+        _ratio(row),
+        f"{100 * total['spread']:.0f} %",
+        f"{row['error']:.0e}",
         "" if row.get("padding") is None else f"{100 * row['padding']:.0f} %",
         "" if peak is None else f"{peak / 2**20:,.0f}",
         rate,

@@ -12,7 +12,14 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import ceilings, gpu_report, language, task_matvec
+from benchmarks import (
+    ceilings,
+    gpu_report,
+    language,
+    linear_training,
+    shallow_training,
+    task_matvec,
+)
 from benchmarks.gpu_report import LIMIT, Part, parts, run
 from benchmarks.lib.operators import Settings
 from benchmarks.lib.registry import benchmarks
@@ -43,8 +50,10 @@ def test_parts_one_after_the_other(
     page = table.with_suffix(".md").read_text()
     assert page in (tmp_path / "routes.log").read_text()
 
+    # The profile's file is none of those that can be drawn.
+    assert exit_code(task_matvec, "--smoke", "--profile", "--write", str(tmp_path)) == 0
     assert exit_code(gpu_report, *call, "plot") == 0
-    assert len(list(tmp_path.glob("lora_linear_cpu_routes_*.png"))) == 2
+    assert len(list(tmp_path.glob("*.png"))) == 2
     summary = (tmp_path / "gpu_report.md").read_text()
     assert "| sanitize-memcheck | not run | 0 | there is nothing to sanitize on a CPU |" in summary
     assert "| routes | done |" in summary and "| plot | done |" in summary
@@ -134,11 +143,20 @@ def test_the_whole_fails_where_a_part_does(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("module", "flags"), [(ceilings, ()), (task_matvec, ("--profile", "--precisions", "fp64"))]
+    ("module", "flags"),
+    [
+        (ceilings, ()),
+        (task_matvec, ("--profile", "--precisions", "fp64")),
+        (linear_training, ("--cases", "fine-tuning", "--baselines", "all", "--threads", "1")),
+        (shallow_training, ("--cases", "fine-tuning, 10 at once", "--baselines", "all")),
+    ],
 )
 def test_the_other_tables(module, flags: tuple[str, ...], tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
     assert exit_code(module, "--smoke", "--write", str(tmp_path), *flags) == 0
+    torch.set_num_threads(threads)
     (table,) = tmp_path.glob("*.json")
     record = json.loads(table.read_text())
     assert record["rows"] and record["machine"]["torch"]
-    assert record["command"] in table.with_suffix(".md").read_text()
+    page = table.with_suffix(".md").read_text()
+    assert record["command"] in page and ": failed" not in page and ": wrong" not in page
