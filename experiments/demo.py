@@ -32,17 +32,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = _folder(settings)
     start = time.monotonic()
     print("1/2  Figure 1 of the paper: five sweeps of the linear model", flush=True)
-    linear = run_linear(out, settings.smoke)
+    linear, linear_table = run_linear(out, settings.smoke)
     print("2/2  vision protocol: handwritten digits, test task 8 or 9", flush=True)
     vision = run_vision(out, settings.smoke)
-    print(f"\n{linear_table(linear.rows())}\n\n{vision_table(vision.rows())}\n")
+    print(f"\n{linear_table}\n\n{vision_table(vision.rows())}\n")
     for path in sorted([*linear.folder.glob("*.png"), *vision.folder.glob("*.png")]):
         print(f"figure: {path}")
     print(f"done in {time.monotonic() - start:.0f} s; all numbers are in {out}")
 
 
 def _folder(settings: RunSettings) -> Path:
-    """The demo's folder, checked before anything is computed; the two runs are folders in it."""
+    """Returns the demo's folder, which holds the two runs', after checking that it can be used."""
     if settings.resume:
         if settings.out is None:
             raise RunError("--resume needs --out, the folder of the demo to go on with")
@@ -56,22 +56,27 @@ def _folder(settings: RunSettings) -> Path:
     return out
 
 
-def run_linear(demo: Path, smoke: bool = False) -> RunFolder:
-    """All five sweeps of Figure 1 with 5 trials (paper, section 3 and appendix D.1).
+def run_linear(demo: Path, smoke: bool = False) -> tuple[RunFolder, str]:
+    """Runs all five sweeps of Figure 1 with 5 trials (paper, section 3 and appendix D.1).
 
-    Goes on with those that are in the demo's folder already, as `run_vision` does.
+    It goes on with those that are in the demo's folder already, as `run_vision` does.
+
+    Returns:
+        The run's folder and its table.
     """
     from experiments.synthetic.linear.run import LINEAR
     from experiments.synthetic.linear.settings import LinearSettings
+    from experiments.synthetic.linear.summary import table
 
     out = demo / "linear"
     resume = (out / MANIFEST).is_file()
     settings = LinearSettings(vary="all", trials=5, smoke=smoke, out=out, resume=resume)
-    return LINEAR.run(settings, go_on=f"--resume --out {demo}")
+    folder = LINEAR.run(settings, go_on=f"--resume --out {demo}")
+    return folder, table(settings.points(), folder.rows())
 
 
 def run_vision(demo: Path, smoke: bool = False) -> RunFolder:
-    """All retraining methods and both fine-tunings on digits, with few images of the test task."""
+    """Runs all retrainings and both fine-tunings on digits, with few images of the test task."""
     from experiments.vision.run import VISION
     from experiments.vision.settings import VisionSettings
 
@@ -89,25 +94,8 @@ def run_vision(demo: Path, smoke: bool = False) -> RunFolder:
         return VISION.run(settings, go_on=f"--resume --out {demo}")
 
 
-def linear_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Prediction error of both methods at every setting of Figure 1."""
-    values: dict[tuple[str, ...], list[float]] = {}
-    for row in rows:
-        key = f"{row['vary']} = {row['setting']}", row["method"]
-        values.setdefault(key, []).append(float(row["value"]))
-    lines = ["prediction error, mean (standard error)"]
-    lines.append(f"{'setting':<12}{'lora-ml':>22}{'standard':>22}{'standard / lora-ml':>20}")
-    for setting in dict.fromkeys(key[0] for key in values):
-        lora, standard = (values[setting, method] for method in ("lora-ml", "standard"))
-        ratio = statistics.fmean(standard) / statistics.fmean(lora)
-        lines.append(
-            f"{setting:<12}{_mean(lora, '.3g'):>22}{_mean(standard, '.3g'):>22}{ratio:>20.4g}"
-        )
-    return "\n".join(lines)
-
-
 def vision_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Accuracy of every method with either fine-tuning, at the best epoch as in the paper."""
+    """Returns each method's accuracy with either fine-tuning, at the best epoch as in the paper."""
     values: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
         if row["metric"] == "accuracy_best":

@@ -1,6 +1,7 @@
 """Command lines from frozen dataclasses, read by cyclopts: every field is a flag, or an argument.
 
-A mistake ends the process with one line on stderr and exit code 2.
+A mistake ends the process with one line on stderr and exit code 2. Why cyclopts: it raises its
+errors, so that they can be printed as one line; tyro prints them itself, in several.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Settings = TypeVar("Settings")
 Value = TypeVar("Value")
 WRONG_USE = 2
 HELP_COLUMNS = 100
-MOST_TRIALS = 10_000  # more are a slip of the finger, and would fill the memory before they fail
+MOST_TRIALS = 10_000  # more are a typing error, and would fill the memory before they fail
 _LARGEST = 10**18  # beyond it, sums of sizes overflow
 _APP: dict[str, Any] = {"help_format": "plaintext", "version_flags": ()}
 _WANTED = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
@@ -39,7 +40,7 @@ def option(
     positional: bool = False,
     run_only: bool = False,
 ) -> Any:
-    """A dataclass field with what the command line needs to know about it.
+    """Makes a dataclass field that says what the command line needs to know about it.
 
     Args:
         default: the field's default; without one the flag must be given.
@@ -92,7 +93,7 @@ def check_values(
     zero: Sequence[str] = (),
     most: Mapping[str, int] = types.MappingProxyType({}),
 ) -> None:
-    """Refuses values outside a field's choices, and numbers out of range; None is not looked at.
+    """Refuses values outside a field's choices, and numbers out of range; None is accepted.
 
     Numbers must be above zero, or at least zero for the fields named in ``zero``, and at most what
     ``most`` says.
@@ -114,17 +115,17 @@ def check_values(
 
 
 def flag_of(name: str) -> str:
-    """The flag of a settings field."""
+    """Returns the flag of a settings field."""
     return "--" + name.replace("_", "-")
 
 
 def shown(value: Any) -> str:
-    """A settings value as it is given on the command line."""
+    """Returns a settings value as one would type it on the command line."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def unique(values: tuple[Value, ...]) -> tuple[Value, ...]:
-    """Each value once, where it came first."""
+    """Returns each value once, in the order of its first occurrence."""
     return tuple(dict.fromkeys(values))
 
 
@@ -148,7 +149,7 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., NoReturn]:
         except (MemoryError, RuntimeError, OverflowError) as error:
             if not too_large(error):
                 raise
-            what = str(error).partition("\n")[0]  # of torch's errors the rest is a backtrace
+            what = str(error).partition("\n")[0]  # in torch's errors a backtrace follows
             _fail(f"not enough memory for these settings, choose smaller ones ({what})")
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -181,13 +182,13 @@ def _read(app: App, argv: Sequence[str] | None, prog: str) -> Any:
         _fail(told if "Did you mean" in told else f"{told.rstrip('.')}; see {prog} --help")
     except (ValueError, TypeError) as error:
         _fail(str(error))
-    if parsed is None:  # the help was asked for
+    if parsed is None:  # --help was given
         sys.exit(0)
     return parsed
 
 
 def _app(settings: type, name: str, description: str) -> App:
-    """The app that reads a settings class, and returns an object of it."""
+    """Makes the app that reads a command line and returns an object of the settings class."""
     hints = typing.get_type_hints(settings)
     fields = sorted(dataclasses.fields(settings), key=_place)
     positional = [field.name for field in fields if field.metadata.get("positional")]
@@ -204,12 +205,12 @@ def _app(settings: type, name: str, description: str) -> App:
 
 
 def _place(field: dataclasses.Field[Any]) -> int:
-    """Arguments come first in the help, and what says where and how to run last."""
+    """Puts arguments first in the help, and the fields that say where and how to run last."""
     return 2 * field.metadata.get("run_only", False) - field.metadata.get("positional", False)
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
-    """A field as a parameter of the function that cyclopts calls."""
+    """Turns a field into a parameter of the function that cyclopts calls."""
     choices, positional = field.metadata.get("choices"), field.metadata.get("positional")
     several = any(typing.get_origin(t) is tuple for t in (hint, *typing.get_args(hint)))
     if choices:
@@ -222,7 +223,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
         show_default=False if isinstance(field.default, (bool, type(None))) else shown,
         negative=() if field.default is False else None,
         negative_iterable=(),
-        allow_repeating=True,  # the last counts
+        allow_repeating=True,  # the last value counts
     )
     return inspect.Parameter(
         field.name,

@@ -24,7 +24,7 @@ class DataError(RunError):
 
 
 def too_large(error: BaseException | None) -> bool:
-    """Whether an error says that something is too large for this memory, or for any."""
+    """Returns whether an error says that something does not fit this machine's memory, or any."""
     if isinstance(error, (MemoryError, OverflowError)):
         return True
     return isinstance(error, RuntimeError) and _TOO_LARGE.search(str(error)) is not None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
+from tqdm import tqdm
+
 from experiments.lib import cli
+from experiments.lib.errors import divergence
 from experiments.lib.runs import RunFolder
 from experiments.lib.units import RESULTS
 from experiments.lib.unused import say
@@ -27,7 +30,7 @@ Settings = TypeVar("Settings", bound=RunSettings)
 
 @dataclass(frozen=True)
 class Work:
-    """A run that is ready to start: what can be checked beforehand was checked.
+    """A run that is ready to start: everything that can be checked beforehand has been checked.
 
     Attributes:
         settings: for the manifest; a run is only resumed with the same.
@@ -50,7 +53,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Experiment(Generic[Settings]):
-    """An experiment: its name, what it is in a sentence, its settings, and how it is prepared.
+    """An experiment: its name, a description in one sentence, its settings, and its preparation.
 
     Attributes:
         prepare: turns settings into `Work`. It raises `RunError` for data, devices and the like
@@ -96,6 +99,32 @@ class Experiment(Generic[Settings]):
             say(work.notes)
             work.trials(folder)
             return folder, work.figures(folder)
+
+
+def each_unit(
+    folder: RunFolder,
+    kind: str,
+    units: Mapping[str, Callable[[], Mapping[str, str] | None]],
+    rates: str,
+) -> None:
+    """Does the units of work that the folder does not hold yet, and shows a progress bar.
+
+    Args:
+        folder: the run's.
+        kind: what a unit is called, such as "cell".
+        units: by name, a function that does the unit and returns what to show beside the bar.
+        rates: the flags to lower if a training diverges.
+
+    Raises:
+        RunError: a training diverged.
+    """
+    with tqdm(units.items(), unit=kind, disable=None) as progress:
+        for name, work in progress:
+            progress.set_description(name)
+            if not folder.done(name):
+                with divergence(f"{kind} {name}", rates):
+                    progress.set_postfix(work())
+                folder.mark_done(name)
 
 
 def command(prog: str, *experiments: Experiment[Any]) -> Callable[..., NoReturn]:

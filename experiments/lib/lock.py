@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""A lock that lets one process at a time work in a folder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class FolderLock:
         except BaseException:
             self._file.close()
             raise
-        with contextlib.suppress(OSError):  # a full disk: only the name of the holder is missing
+        with contextlib.suppress(OSError):  # on a full disk only the holder's name is missing
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
 
@@ -62,5 +62,5 @@ class FolderLock:
             )
 
     def release(self) -> None:
-        """Lets others in; may be called again."""
+        """Releases the folder; may be called more than once."""
         self._file.close()

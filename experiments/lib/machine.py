@@ -18,7 +18,7 @@ from metalora._checks import did_you_mean
 
 
 def description() -> dict[str, Any]:
-    """The machine in a manifest."""
+    """Returns what a manifest says about the machine."""
     return {
         "system": f"{platform.system()} {platform.release()}",
         "cpu": cpu_name(),
@@ -30,7 +30,7 @@ def description() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system tells it."""
+    """Returns the processor's name as the system reports it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -45,7 +45,7 @@ def _memory_gib() -> float | None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" is the accelerator, if there is one.
+    """Returns the device called ``name``; "auto" is the accelerator, or the CPU without one.
 
     Raises:
         RunError: there is no such device, or it computes nothing, as torch's "meta".
@@ -68,9 +68,10 @@ def choose_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """For tensors so small that waking a second thread takes longer than their arithmetic.
+    """Has torch use one thread, for tensors whose arithmetic is shorter than waking a second one.
 
-    On a busy machine it costs up to ten times the time: each waits for the other at every step.
+    On a busy machine two threads, which wait for each other at every step, take up to ten times
+    as long.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 
 
 def new_manifest(settings: Any, experiment: str) -> dict[str, Any]:
-    """The manifest of a run that begins now."""
+    """Returns the manifest of a run that begins now."""
     return {
         "experiment": experiment,
         "status": "running",
@@ -45,7 +45,7 @@ def new_manifest(settings: Any, experiment: str) -> dict[str, Any]:
 
 
 def resumed_manifest(folder: Path, settings: Any, experiment: str) -> dict[str, Any]:
-    """The manifest of a run that goes on now.
+    """Returns the manifest of a run that goes on now.
 
     Raises:
         RunError: it is damaged, or of another experiment, or of a run with other settings.
@@ -70,12 +70,12 @@ def resumed_manifest(folder: Path, settings: Any, experiment: str) -> dict[str, 
 
 
 def now() -> str:
-    """The time, as a manifest has it."""
+    """Returns the time in the form in which a manifest has it."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def plain(value: Any, keep_nan: bool = False) -> Any:
-    """As JSON can hold it: numbers of torch and numpy as Python's, NaN and infinity as null."""
+    """Converts a value for JSON: torch's and numpy's numbers to Python's, NaN and inf to null."""
     if isinstance(value, Mapping):
         return {str(k): plain(v, keep_nan) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -111,7 +111,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """The checkout's commit and whether its files were changed; None outside a checkout."""
+    """Returns the checkout's commit and whether files differ from it; None outside a checkout."""
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:

@@ -70,7 +70,7 @@ def style() -> None:
 
 
 def log_ticks(*parts: Axis) -> None:
-    """A few ticks per logarithmic axis, labelled 10ⁿ in plain text.
+    """Sets a few ticks per logarithmic axis, labelled 10ⁿ in plain text.
 
     Laying out mathematical text takes longer than drawing everything else.
     """
@@ -81,7 +81,7 @@ def log_ticks(*parts: Axis) -> None:
 
 
 def legend_below(fig: Figure, ax: Axes) -> None:
-    """One legend, of ``ax``, for all panels, below them, where it hides nothing."""
+    """Puts the legend of ``ax`` below all panels, where it hides nothing."""
     handles, labels = ax.get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=len(labels))
 

@@ -119,7 +119,7 @@ class RunFolder:
         return run
 
     def path(self, name: str) -> Path:
-        """The path of a file in this folder."""
+        """Returns the path of a file in this folder."""
         return self.folder / name
 
     def add_data(self, name: str, sha256: str) -> None:
@@ -163,22 +163,22 @@ class RunFolder:
         self._columns = columns
 
     def rows(self) -> list[dict[str, str]]:
-        """What results.csv holds by now."""
+        """Returns the rows of results.csv so far."""
         return read_rows(self.path(RESULTS)) if self.path(RESULTS).exists() else []
 
     def records(self) -> list[dict[str, Any]]:
-        """What metrics.jsonl holds by now."""
+        """Returns the records of metrics.jsonl so far."""
         if not self.path(METRICS).exists():
             return []
         with self.path(METRICS).open(encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
     def done(self, unit: str) -> bool:
-        """Whether this unit of work was finished, now or before the run was resumed."""
+        """Returns whether this unit of work is finished, in this process or before a resumption."""
         return unit in self._done
 
     def mark_done(self, unit: str) -> None:
-        """Closes a unit of work: what was written so far stays when the run is resumed."""
+        """Closes a unit of work: everything written so far is kept when the run is resumed."""
         units.finish(self.folder, unit)
         self._done.add(unit)
 
@@ -196,7 +196,7 @@ class RunFolder:
             self.close()
 
     def close(self) -> None:
-        """Lets other processes use the folder; called by `finish`."""
+        """Releases the folder to other processes; `finish` calls it."""
         self._lock.release()
 
     def __enter__(self) -> RunFolder:
@@ -234,7 +234,7 @@ class RunFolder:
             self._fail(error, "".join(traceback.format_exception(kind, error, trace)))
 
     def _fail(self, error: BaseException | None, trace: str) -> None:
-        """Records the error as far as it can be written; of a full disk a `RunError`."""
+        """Records the error as far as possible, and turns a full disk into a `RunError`."""
         told = error
         if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
             told = _not_written(self.folder, error, self._go_on)
@@ -251,26 +251,26 @@ class RunFolder:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a results.csv."""
+    """Reads the rows of a results.csv."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def default_folder(experiment: str, tag: str = "") -> Path:
-    """``runs/<experiment>-<tag>-<UTC time>``."""
+    """Returns ``runs/<experiment>-<tag>-<UTC time>``."""
     stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
     return Path("runs") / "-".join(part for part in (experiment, tag, stamp) if part)
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; NaN for fewer than two values."""
+    """Returns the standard error of the mean; NaN for fewer than two values."""
     if len(values) < 2:
         return math.nan
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def with_error(mean: float, error: float, form: str = ".2f") -> str:
-    """``mean (error)`` in the format ``form``; n/a for an error that is NaN."""
+    """Returns ``mean (error)`` in the format ``form``; n/a stands for an error that is NaN."""
     return f"{mean:{form}} ({'n/a' if math.isnan(error) else format(error, form)})"
 
 

@@ -17,12 +17,12 @@ def append(path: Path, text: str) -> None:
     """Appends to a file in one unbuffered write: an interrupt comes before or after it."""
     with path.open("ab", buffering=0) as file:
         data = text.encode()
-        while (written := file.write(data)) < len(data):  # the disk is full: the next one says so
+        while (written := file.write(data)) < len(data):  # the disk is full: the next write says so
             data = data[written:]
 
 
 def finish(folder: Path, unit: str) -> None:
-    """Records that a unit is finished; it and what was written so far are on the disk then."""
+    """Records that a unit is finished, after writing everything so far to the disk."""
     lengths = {name: _sync(folder / name) for name in (METRICS, RESULTS)}
     append(folder / UNITS, json.dumps({"unit": unit, "lengths": lengths}) + "\n")
     _sync(folder / UNITS)
@@ -30,7 +30,7 @@ def finish(folder: Path, unit: str) -> None:
 
 
 def cut_back(folder: Path) -> set[str]:
-    """The finished units; the files lose whatever an unfinished unit wrote after them.
+    """Returns the finished units, and cuts off whatever an unfinished unit wrote after them.
 
     Raises:
         RunError: a file is damaged.
@@ -63,7 +63,7 @@ def cut_back(folder: Path) -> set[str]:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """The record of a finished unit; None if the line is something else."""
+    """Returns the record of a finished unit; None if the line is something else."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

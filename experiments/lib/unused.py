@@ -1,4 +1,4 @@
-"""Settings that were given but have no part in a run: what a command says instead of nothing."""
+"""Notes about settings that were given but change nothing, or less than they say."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from experiments.lib.cli import flag_of, shown
 
 
 def unused(settings: Any, part_of: Mapping[str, Sequence[str]], kinds: Set[str]) -> list[str]:
-    """A line for each setting that differs from its default and that nothing in the run reads.
+    """Returns a line for each setting that differs from its default but that the run does not read.
 
     Args:
         settings: a settings dataclass as given, before its defaults are filled in.
@@ -30,7 +30,7 @@ def unused(settings: Any, part_of: Mapping[str, Sequence[str]], kinds: Set[str])
 
 
 def cut(given: Any, used: Any) -> list[str]:
-    """A line for each setting that differs from its default and that ``--smoke`` cut down.
+    """Returns a line for each setting that differs from its default and that ``--smoke`` reduced.
 
     Args:
         given, used: a settings dataclass before and after.
@@ -52,7 +52,7 @@ def say(lines: Sequence[str]) -> None:
 
 
 def at_most(name: str, wanted: int | None, most: int, what: str) -> list[str]:
-    """A line if more was asked for than there is, so that all of it is used.
+    """Returns a line if more was asked for than there is, so that all of it is used.
 
     Args:
         name: the settings field.

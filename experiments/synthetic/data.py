@@ -1,4 +1,4 @@
-"""What the trials of a sweep draw from."""
+"""Random generators and random starts of the trials."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from metalora.linear.training import INITIAL_STD
 
 
 def trial_generator(point: Point, seed: int, trial: int) -> torch.Generator:
-    """The source of all that one trial draws: the seed, the point and the trial alone decide."""
+    """Returns a trial's generator, which depends on the seed, the point and the trial alone."""
     return seeded(seed, list(SWEEPS).index(point.vary), point.value, trial)
 
 
 def linear_start(generator: torch.Generator, *shape: int) -> Tensor:
-    """Where a trainer of the linear model starts a factor, in fp64."""
+    """Draws the start of a factor of the linear model, in fp64."""
     return INITIAL_STD * torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -1,13 +1,15 @@
-"""What the figures of the sweeps share."""
+"""The parts shared by the figures of the sweeps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from experiments.lib import plotting
 from experiments.synthetic.settings import SWEEPS, Point
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MEANINGS = {
@@ -21,13 +23,21 @@ LINES = {"lora-ml": "-", "standard": "--"}
 
 
 def by_sweep(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """The points of each sweep that has any."""
+    """Groups the points by sweep, and leaves out sweeps without points."""
     sweeps = {vary: [point for point in points if point.vary == vary] for vary in SWEEPS}
     return {vary: group for vary, group in sweeps.items() if group}
 
 
+def band(axis: Axes, method: str, x: Any, low: Any, middle: Any, high: Any, **look: Any) -> None:
+    """Draws a method's line over its range of trials."""
+    color = plotting.COLORS[method]
+    axis.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
+    label = plotting.LABELS[method]
+    axis.plot(x, middle, color=color, linestyle=LINES[method], label=label, **look)
+
+
 def title_and_legend(fig: Figure, title: str, shown: str) -> None:
-    """Puts a title above the panels, and one legend below them for all.
+    """Puts a title above the panels and one legend for all of them below.
 
     Args:
         fig: its first panel has the methods' labels.

@@ -1,4 +1,4 @@
-"""Settings that the synthetic experiments share, and the points of their sweeps."""
+"""Settings shared by the synthetic experiments, and the points of their sweeps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ SWEEPS = {
 # N when k varies: Figure 1's 5000; the table in the paper's appendix D.1 prints 1000.
 BASE = {"T": 3, "n": 100, "N": 5000, "k": 1, "d": 10}
 Synthetic = TypeVar("Synthetic", bound="SyntheticSettings")
-Sweeps = Mapping[str, tuple[int, ...]]
 
 
 def check_device(device: str) -> None:
@@ -54,7 +53,7 @@ class SyntheticSettings(RunSettings):
         check_values("settings", self, zero=zero, most=most)
 
     def shortened(self: Synthetic) -> Synthetic:
-        """These settings, cut down to a run of seconds if ``smoke`` is set."""
+        """Returns these settings, reduced to a run of seconds if ``smoke`` is set."""
         if not self.smoke:
             return self
         values: dict[str, Any] = {}
@@ -94,33 +93,41 @@ class Point:
         return f"{self.vary}={self.value}"
 
 
-def sweep_points(
-    vary: str, sweeps: Sweeps, base: Mapping[str, int], finetune_steps: Mapping[str, int]
-) -> list[Point]:
-    """The points of one sweep, or of all if ``vary`` is "all".
+@dataclass(frozen=True)
+class SweepSettings(SyntheticSettings):
+    """Settings of an experiment that varies one parameter at a time.
 
-    Args:
-        vary: the parameter varied.
-        sweeps: its values, for each parameter.
-        base: the values of the parameters that are not varied.
-        finetune_steps: by the parameter varied.
+    Attributes:
+        SWEEPS: the values of each parameter that is varied.
+        BASE: the values of those that are not.
     """
-    points = []
-    for name in sweeps if vary == "all" else (vary,):
-        for value in sweeps[name]:
-            sizes = {**base, name: value}
+
+    SWEEPS: ClassVar[Mapping[str, tuple[int, ...]]] = SWEEPS
+    BASE: ClassVar[Mapping[str, int]] = BASE
+
+    vary: str = option("all", choices=[*SWEEPS, "all"], help="the sweep to run")
+    noise: float = option(0.1, help="standard deviation of the noise in the data")
+
+    def finetune_length(self, vary: str) -> int:
+        """Returns the number of fine-tuning steps in a sweep."""
+        raise NotImplementedError
+
+    def points(self) -> list[Point]:
+        """Returns the points to run, sweep by sweep."""
+        sweeps = self.SWEEPS if self.vary == "all" else (self.vary,)
+        return [self._point(vary, value) for vary in sweeps for value in self.SWEEPS[vary]]
+
+    def _point(self, vary: str, value: int) -> Point:
+        sizes = {**self.BASE, vary: value}
+        return Point(
+            vary=vary,
+            value=value,
+            num_tasks=sizes["T"],
+            finetune_samples=sizes["n"],
+            retrain_samples=sizes["N"],
+            rank=sizes["k"],
+            dim=sizes["d"],
             # Two tasks determine A* only up to rank 2k (paper, theorem 3.2 and corollary 1).
-            finetune_rank = 3 * sizes["k"] if sizes["T"] == 2 else sizes["k"]
-            point = Point(
-                vary=name,
-                value=value,
-                num_tasks=sizes["T"],
-                finetune_samples=sizes["n"],
-                retrain_samples=sizes["N"],
-                rank=sizes["k"],
-                dim=sizes["d"],
-                finetune_rank=finetune_rank,
-                finetune_steps=finetune_steps[name],
-            )
-            points.append(point)
-    return points
+            finetune_rank=3 * sizes["k"] if sizes["T"] == 2 else sizes["k"],
+            finetune_steps=self.finetune_length(vary),
+        )

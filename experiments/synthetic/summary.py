@@ -1,4 +1,4 @@
-"""Rows of results.csv, and what the tables read from them."""
+"""The rows of results.csv, and their values grouped for a table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from experiments.synthetic.settings import Point
 def row(
     experiment: str, point: Point, method: str, trial: int, metric: str, value: Any
 ) -> dict[str, Any]:
-    """A row of results.csv: one number of one trial."""
+    """Returns a row of results.csv: one number of one trial."""
     return {
         "experiment": experiment,
         "vary": point.vary,
@@ -24,7 +24,7 @@ def row(
 
 
 def grouped(rows: Sequence[Mapping[str, str]]) -> dict[tuple[str, str, str], list[float]]:
-    """The trials' values, by the point's name, the method and the metric."""
+    """Groups the trials' values by the point's name, the method and the metric."""
     values: dict[tuple[str, str, str], list[float]] = {}
     for found in rows:
         key = (f"{found['vary']}={found['setting']}", found["method"], found["metric"])

@@ -1,7 +1,7 @@
 """Checks: a prediction beside a measurement, and a criterion that the measurement can fail.
 
 Intervals have the level 99.99 %, so that the hundred or so of a run rarely fail by chance. A check
-of an estimate also asks how narrow its interval is: what was measured too coarsely is not verified.
+of an estimate also requires a narrow interval: too coarse a measurement verifies nothing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Check:
 
     @property
     def shown(self) -> str:
-        """The measurement and its interval as text."""
+        """The measurement with its interval, as text."""
         if self.low == self.high:
             return f"{self.measured:.4g}"
         return f"{self.measured:.4g} [{self.low:.4g}, {self.high:.4g}]"
@@ -76,14 +76,17 @@ class Checks(list[Check]):
     at = ""
 
     def mean_equals(self, what: str, samples: Tensor, predicted: float, within: float) -> Check:
-        """The mean's interval holds the prediction, and is no wider than ± ``within`` times it."""
+        """Checks that the mean's interval holds the prediction, and is no wider than allowed.
+
+        Allowed is ± ``within`` times the prediction.
+        """
         mean, low, high = interval(samples)
         narrow = high - low <= 2 * within * abs(predicted)
         text = f"{predicted:.5g} (±{within:.2g} relative)"
         return self._add(what, text, mean, low, high, low <= predicted <= high and narrow)
 
     def mean_at_least(self, what: str, samples: Tensor, limit: float) -> Check:
-        """The whole interval of the mean is above the limit."""
+        """Checks that the whole interval of the mean is above the limit."""
         mean, low, high = interval(samples)
         return self._add(what, f">= {limit:.5g}", mean, low, high, low >= limit)
 
@@ -95,7 +98,7 @@ class Checks(list[Check]):
         predicted: float,
         within: float,
     ) -> Check:
-        """The interval of b in mean(samples) ~ x^b lies within ``within`` of the prediction.
+        """Checks that the interval of b in mean(samples) ~ x^b is near the prediction.
 
         Args:
             what: what the exponent is of.
@@ -110,28 +113,28 @@ class Checks(list[Check]):
         return self._add(what, f"{predicted:.3g} ± {within:.2g}", slope, low, high, holds)
 
     def at_most(self, what: str, measured: float | Tensor, limit: float) -> Check:
-        """A computed number is no larger than the limit (and is a number)."""
+        """Checks that a computed number is at most the limit; NaN is not."""
         value = float(measured)
         return self._add(what, f"<= {limit:.3g}", value, value, value, value <= limit)
 
     def at_least(self, what: str, measured: float | Tensor, limit: float) -> Check:
-        """A computed number is no smaller than the limit (and is a number)."""
+        """Checks that a computed number is at least the limit; NaN is not."""
         value = float(measured)
         return self._add(what, f">= {limit:.3g}", value, value, value, value >= limit)
 
     def all_of(self, what: str, hits: Tensor, at_least: int = 1) -> Check:
-        """Every one of the cases, and there were ``at_least`` so many."""
+        """Checks that every case is a hit, and that there are ``at_least`` as many cases."""
         found, cases = int(hits.sum()), hits.numel()
         text = f"all, of >= {at_least}" if at_least > 1 else "all"
         return self._share(what, hits, text, found == cases and cases >= at_least)
 
     def share_at_least(self, what: str, hits: Tensor, limit: float) -> Check:
-        """The whole interval of a share lies above the limit."""
+        """Checks that the whole interval of a share is above the limit."""
         low, _ = share_interval(int(hits.sum()), hits.numel())
         return self._share(what, hits, f">= {limit:.3g}", low >= limit)
 
     def share_at_most(self, what: str, hits: Tensor, limit: float) -> Check:
-        """The whole interval of a share lies below the limit."""
+        """Checks that the whole interval of a share is below the limit."""
         _, high = share_interval(int(hits.sum()), hits.numel())
         return self._share(what, hits, f"<= {limit:.3g}", high <= limit)
 
@@ -157,14 +160,14 @@ class Checks(list[Check]):
 
 
 def interval(samples: Tensor) -> tuple[float, float, float]:
-    """(mean, low, high) of independent samples, by the normal approximation."""
+    """Returns (mean, low, high) of independent samples, by the normal approximation."""
     mean = float(samples.mean())
     error = _Z * float(samples.std()) / math.sqrt(samples.numel())
     return mean, mean - error, mean + error
 
 
 def share_interval(found: int, cases: int) -> tuple[float, float]:
-    """Clopper and Pearson's exact interval of a binomial share."""
+    """Returns Clopper and Pearson's exact interval of a binomial share."""
     tail = (1 - LEVEL) / 2
     low = float(betaincinv(found, cases - found + 1, tail)) if found else 0.0
     high = float(betaincinv(found + 1, cases - found, 1 - tail)) if found < cases else 1.0
@@ -172,7 +175,7 @@ def share_interval(found: int, cases: int) -> tuple[float, float]:
 
 
 def fit_exponent(x: Sequence[float], samples: Sequence[Tensor]) -> tuple[float, float]:
-    """(b, its standard error) of mean(samples) = a x^b, by weighted least squares of logarithms."""
+    """Fits mean(samples) = a x^b by weighted least squares of logarithms: b, its standard error."""
     means = np.array([float(s.mean()) for s in samples])
     errors = np.array([float(s.std()) / math.sqrt(s.numel()) for s in samples])
     weights = (means / errors) ** 2

@@ -186,7 +186,7 @@ def _points(
 
 
 def _theory(axis: Axes, points: list[dict[str, Any]], over: str, color: str) -> None:
-    """The predicted error through the points' own settings."""
+    """Draws the predicted error at the points' own settings."""
     predicted = [
         expected_finetune_error(p["dim"], p["finetune_rank"], p["noise"])
         / (p["samples"] * p["unit"])

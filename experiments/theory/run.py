@@ -8,12 +8,10 @@ seed that found it), and the figures. A row of results.csv is one check.
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
-from experiments.lib.errors import divergence
-from experiments.lib.experiment import Experiment, Work, command
+from experiments.lib.experiment import Experiment, Work, command, each_unit
 from experiments.lib.machine import one_thread
 from experiments.lib.runs import RunFolder
 from experiments.lib.unused import unused
@@ -26,16 +24,13 @@ NAME = "theory"
 
 
 def prepare(settings: TheorySettings) -> Work:
-    """Every statement is a unit of work; those that are wrong on purpose come first."""
+    """Prepares the statements, each a unit of work; those wrong on purpose come first."""
     chosen = [name for name in (*CONTROLS, *STATEMENTS) if name in settings.statements]
 
     def trials(folder: RunFolder) -> None:
-        with tqdm(chosen, unit="statement", disable=None) as progress, one_thread():
-            for name in progress:
-                progress.set_description(f"statement {name}")
-                if not folder.done(name):
-                    _run_unit(name, settings, folder)
-                progress.set_postfix({name: verdict(load_outcome(name, folder))})
+        with one_thread():
+            units = {name: partial(_run_unit, name, settings, folder) for name in chosen}
+            each_unit(folder, "statement", units, "--outer-lr or --inner-lr")
 
     def outcomes(folder: RunFolder) -> dict[str, Outcome]:
         return {name: load_outcome(name, folder) for name in chosen}
@@ -59,9 +54,8 @@ def prepare(settings: TheorySettings) -> Work:
     )
 
 
-def _run_unit(name: str, settings: TheorySettings, folder: RunFolder) -> None:
-    with divergence(f"statement {name}", "--outer-lr or --inner-lr"):
-        outcome = ALL[name].check(settings)
+def _run_unit(name: str, settings: TheorySettings, folder: RunFolder) -> dict[str, str]:
+    outcome = ALL[name].check(settings)
     folder.write_json(
         f"statement-{name}.json",
         {"checks": [asdict(c) for c in outcome.checks], "data": outcome.data},
@@ -73,7 +67,7 @@ def _run_unit(name: str, settings: TheorySettings, folder: RunFolder) -> None:
         ]
     )
     folder.log(statement=name, verdict=verdict(outcome), checks=len(outcome.checks))
-    folder.mark_done(name)
+    return {name: verdict(outcome)}
 
 
 THEORY = Experiment(

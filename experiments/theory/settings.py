@@ -18,7 +18,7 @@ PART_OF = {
     "noise": ("8",),
     **dict.fromkeys(("outer_lr", "inner_lr"), ("5", "6", "10", "11", "12", "wrong-6")),
 }
-_SMOKE = 8  # so many times fewer draws
+_SMOKE = 8  # a smoke run has this many times fewer draws
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class TheorySettings(RunSettings):
         check_values("settings", self, zero=("seed",))
 
     def draws(self, full: int) -> int:
-        """How many random cases: so many, or an eighth of them in a smoke run."""
+        """Returns the number of random cases: ``full``, or an eighth of it in a smoke run."""
         return -(-full // _SMOKE) if self.smoke else full
 
     def within(self, full: float) -> float:
-        """The tolerance of an estimate from `draws`, wider as the interval gets."""
+        """Returns the tolerance of an estimate from `draws`, wider in a smoke run."""
         return full * _SMOKE**0.5 if self.smoke else full
 
     def generator(self, statement: str) -> torch.Generator:
-        """A statement's own randomness, whatever else is run."""
+        """Returns a statement's own generator, the same whatever else is run."""
         index = (*STATEMENTS, *CONTROLS).index(statement)
         return seeded(self.seed, index)

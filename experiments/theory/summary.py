@@ -12,7 +12,7 @@ from experiments.theory.statements import ALL, CONTROLS, STATEMENTS
 
 
 def load_outcome(name: str, folder: RunFolder) -> Outcome:
-    """The outcome of a statement that a run has checked.
+    """Reads the outcome of a statement that a run has checked.
 
     Raises:
         RunError: its file is missing or damaged.
@@ -26,12 +26,12 @@ def load_outcome(name: str, folder: RunFolder) -> Outcome:
 
 
 def verdict(outcome: Outcome) -> str:
-    """What an outcome says of its statement: verified or refuted."""
+    """Returns what an outcome says of its statement: verified or refuted."""
     return "verified" if outcome.holds else "refuted"
 
 
 def table(outcomes: Mapping[str, Outcome]) -> str:
-    """A line per statement: claim, prediction, measurement, verdict; the wrong ones come first.
+    """Returns a line per statement: claim, prediction, measurement, verdict; the wrong ones first.
 
     Prediction and measurement are those of the statement's first check, or of the first that
     failed; results.csv has all.

@@ -15,15 +15,7 @@ from experiments.synthetic.linear import run as linear
 from experiments.vision.trials import Trials
 
 
-def test_tables_hold_mean_and_standard_error() -> None:
-    rows = [
-        {"vary": "T", "setting": "3", "method": method, "value": str(value)}
-        for method, values in {"lora-ml": (1, 3), "standard": (200, 600)}.items()
-        for value in values
-    ]
-    assert demo.linear_table(rows).splitlines()[-1].split() == [
-        *("T", "=", "3", "2", "(1)", "400", "(200)", "200"),
-    ]
+def test_the_table_holds_mean_and_standard_error() -> None:
     rows = [
         {"method": m, "finetune": f, "shots": "10", "metric": metric, "value": str(value)}
         for m in METHODS

@@ -17,6 +17,7 @@ import torch
 from experiments.synthetic.__main__ import main
 from experiments.synthetic.linear.run import LINEAR
 from experiments.synthetic.linear.settings import LinearSettings
+from experiments.synthetic.linear.summary import METRIC, table
 from experiments.synthetic.linear.trials import Trial
 from tests.processes import start_interruptible
 
@@ -92,6 +93,17 @@ def test_all_sweeps_give_the_same_numbers_as_one_alone(all_sweeps: Path, tmp_pat
     for name in ("figure1", "figure1-T", "figure1-n", "figure1-N", "figure1-k", "figure1-d"):
         assert (all_sweeps / f"{name}.png").is_file()
         assert (all_sweeps / f"{name}.csv").is_file()
+
+
+def test_the_table_holds_mean_and_standard_error() -> None:
+    rows = [
+        {"vary": "T", "setting": "3", "method": method, "metric": METRIC, "value": str(value)}
+        for method, values in {"lora-ml": (1, 3), "standard": (200, 600)}.items()
+        for value in values
+    ]
+    point = LinearSettings(vary="T").points()[1]
+    line = table([point], rows).splitlines()[-1]
+    assert line.split() == ["T=3", "2", "(1)", "400", "(200)", "200.0"]
 
 
 def test_trials_and_seeds(all_sweeps: Path, tmp_path: Path) -> None:

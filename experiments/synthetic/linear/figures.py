@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.lib import plotting
 from experiments.lib.runs import RunFolder
-from experiments.synthetic.figures import LINES, MEANINGS, by_sweep, title_and_legend
+from experiments.synthetic.figures import MEANINGS, band, by_sweep, title_and_legend
 from experiments.synthetic.settings import METHODS, SWEEPS, Point
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Curves = Mapping[str, Mapping[str, np.ndarray]]  # point -> method -> [trials, steps + 1]
 
-FIRST_SHOWN, SHOWN_STEPS = 10, 200  # a log axis: the first ten steps change nothing one could see
+FIRST_SHOWN, SHOWN_STEPS = 10, 200  # on a log axis the first ten steps change nothing visible
 
 
 def draw(points: Sequence[Point], curves: Curves, folder: RunFolder) -> list[Path]:
@@ -79,15 +79,7 @@ def _panel(axis: Axes, curves: Mapping[str, np.ndarray]) -> None:
         errors = curves[method]
         steps = _shown(errors)
         shown = errors[:, steps]
-        color = plotting.COLORS[method]
-        axis.fill_between(steps, shown.min(0), shown.max(0), color=color, alpha=0.25, linewidth=0)
-        axis.plot(
-            steps,
-            shown.mean(0),
-            color=color,
-            linestyle=LINES[method],
-            label=plotting.LABELS[method],
-        )
+        band(axis, method, steps, shown.min(0), shown.mean(0), shown.max(0))
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlim(FIRST_SHOWN, errors.shape[1] - 1)
@@ -117,6 +109,6 @@ def _rows(points: Sequence[Point], curves: Curves) -> list[dict[str, Any]]:
 
 
 def _shown(errors: np.ndarray) -> np.ndarray:
-    """The steps that the figure shows; the curve files hold all."""
+    """Returns the steps that the figure shows; the curve files hold all of them."""
     last = errors.shape[1] - 1
     return np.unique(np.geomspace(FIRST_SHOWN, last, SHOWN_STEPS).round().astype(int))

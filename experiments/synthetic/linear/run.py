@@ -7,12 +7,10 @@ prediction error before the first and after every step of fine-tuning, one array
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
-from experiments.lib.errors import divergence
-from experiments.lib.experiment import Experiment, Work
+from experiments.lib.experiment import Experiment, Work, each_unit
 from experiments.lib.runs import RunFolder
 from experiments.lib.unused import cut
 from experiments.synthetic import linear
@@ -26,16 +24,13 @@ NAME = "linear"
 
 
 def prepare(given: LinearSettings) -> Work:
-    """Every point of the sweeps is a unit of work."""
+    """Prepares the sweeps; every point of theirs is a unit of work."""
     settings = given.shortened()
     points = settings.points()
 
     def trials(folder: RunFolder) -> None:
-        with tqdm(points, unit="setting", disable=None) as progress:
-            for point in progress:
-                progress.set_description(point.name)
-                if not folder.done(point.name):
-                    progress.set_postfix(_run_unit(point, settings, folder))
+        units = {point.name: partial(_run_unit, point, settings, folder) for point in points}
+        each_unit(folder, "setting", units, "--outer-lr, --inner-lr or --finetune-lr")
 
     def figures(folder: RunFolder) -> list[Path]:
         from experiments.synthetic.linear.figures import draw  # matplotlib takes a second to import
@@ -54,8 +49,7 @@ def prepare(given: LinearSettings) -> Work:
 
 def _run_unit(point: Point, settings: LinearSettings, folder: RunFolder) -> dict[str, str]:
     """Runs the trials of a point and returns each method's mean error, for the progress bar."""
-    with divergence(point.name, "--outer-lr, --inner-lr or --finetune-lr"):
-        errors = run_point(point, settings)
+    errors = run_point(point, settings)
     save_curves(point, errors, folder)
     folder.add_rows(
         [
@@ -66,7 +60,6 @@ def _run_unit(point: Point, settings: LinearSettings, folder: RunFolder) -> dict
     )
     final = {method: float(errors[method][:, -1].mean()) for method in METHODS}
     folder.log(vary=point.vary, setting=point.value, mean_prediction_error=final)
-    folder.mark_done(point.name)
     return {method: f"{error:.3g}" for method, error in final.items()}
 
 

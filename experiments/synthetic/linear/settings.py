@@ -5,27 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from experiments.lib.cli import option
-from experiments.synthetic.settings import (
-    BASE,
-    DEVICES,
-    SWEEPS,
-    Point,
-    SyntheticSettings,
-    check_device,
-    sweep_points,
-)
+from experiments.synthetic.settings import DEVICES, SweepSettings, check_device
 from metalora._checks import check_count
 
 FINETUNE_STEPS = {"T": 10000, "n": 1000, "N": 1000, "k": 10000, "d": 1400}
 
 
 @dataclass(frozen=True)
-class LinearSettings(SyntheticSettings):
+class LinearSettings(SweepSettings):
     """Settings of one run."""
 
     SMOKE = {"trials": 2, "outer_steps": 20, "finetune_steps": 50}  # noqa: RUF012
 
-    vary: str = option("all", choices=[*SWEEPS, "all"], help="the sweep of Figure 1 to run")
     outer_steps: int = option(3000, help="retraining: steps on the shared weights, both methods")
     inner_steps: int = option(10, help="LoRA-ML: steps on the adapters before each of them")
     outer_lr: float = option(0.03, help="retraining: step size of the shared weights, both methods")
@@ -34,7 +25,6 @@ class LinearSettings(SyntheticSettings):
     finetune_steps: int | None = option(
         None, help="fine-tuning: steps (default: 10000 for T and k, 1400 for d, 1000 for n and N)"
     )
-    noise: float = option(0.1, help="standard deviation of the noise in the data")
     symmetric_base: bool = option(
         False, help="a symmetric A*, (A + Aᵀ) / 2, as in the authors' runs"
     )
@@ -51,7 +41,6 @@ class LinearSettings(SyntheticSettings):
             check_count("settings", "--finetune-steps", self.finetune_steps, minimum=20)
         check_device(self.device)
 
-    def points(self) -> list[Point]:
-        """The settings to run, sweep by sweep."""
-        steps = {vary: self.finetune_steps or FINETUNE_STEPS[vary] for vary in SWEEPS}
-        return sweep_points(self.vary, SWEEPS, BASE, steps)
+    def finetune_length(self, vary: str) -> int:
+        """Returns the number of fine-tuning steps in a sweep; the paper's, unless one was given."""
+        return self.finetune_steps or FINETUNE_STEPS[vary]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from experiments.lib.errors import RunError
-from experiments.lib.runs import RunFolder
+from experiments.lib.runs import RunFolder, standard_error, with_error
 from experiments.synthetic.settings import METHODS, Point
 from experiments.synthetic.summary import grouped
 from metalora._files import replacing
@@ -18,13 +20,16 @@ METRIC = "prediction_error"
 
 
 def table(points: Sequence[Point], rows: Sequence[Mapping[str, str]]) -> str:
-    """Mean prediction error after the last step: a line per setting."""
-    lines = [f"{'setting':>9}  {'LoRA-ML':>10}  {'standard':>10}  {'standard / LoRA-ML':>18}"]
+    """Returns a line per setting: the prediction error after the last step, with standard error."""
+    lines = ["prediction error, mean (standard error)"]
+    lines.append(f"{'setting':<12}{'LoRA-ML':>22}{'standard':>22}{'standard / LoRA-ML':>20}")
     values = grouped(rows)
     for point in points:
-        ours, standard = (float(np.mean(values[point.name, m, METRIC])) for m in METHODS)
-        ratio = standard / ours if ours else float("inf")
-        lines.append(f"{point.name:>9}  {ours:>10.3g}  {standard:>10.3g}  {ratio:>18,.1f}")
+        of = [values[point.name, method, METRIC] for method in METHODS]
+        ours, standard = (statistics.fmean(found) for found in of)
+        cells = [with_error(statistics.fmean(v), standard_error(v), ".3g") for v in of]
+        ratio = standard / ours if ours else math.inf
+        lines.append(f"{point.name:<12}{cells[0]:>22}{cells[1]:>22}{ratio:>20,.1f}")
     return "\n".join(lines)
 
 

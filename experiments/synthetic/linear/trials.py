@@ -73,14 +73,14 @@ def _problem(point: Point, settings: LinearSettings, generator: torch.Generator)
 
 
 class Trial:
-    """What one trial draws."""
+    """Everything that one trial draws at random."""
 
     def __init__(self, point: Point, settings: LinearSettings, trial: int):
         generator = trial_generator(point, settings.seed, trial)
         problem = _problem(point, settings, generator)
         if settings.one_truth:
-            # The generator has drawn a problem all the same: the data of trial 0 would else be made
-            # of the very numbers that its truth is made of.
+            # A problem was drawn from the trial's own generator all the same: otherwise the data of
+            # trial 0 would be made from the numbers that its truth is made from.
             problem = _problem(point, settings, trial_generator(point, settings.seed, 0))
         self.test_truth = problem.test_truth
         self.retrain_stats = sample_statistics(

@@ -75,7 +75,7 @@ def _panel(axis: Axes, columns: Sequence[int], ranks: Sequence[int], found: Cell
 
 
 def _line(draw_line: Any, ticks: Sequence[int], first: int, label: str, **style: Any) -> None:
-    """A line between the cells below ``first`` and those from it on."""
+    """Draws a line between the cells below ``first`` and those from it on."""
     draw_line(sum(t < first for t in ticks) - 0.5, color=LINE, linewidth=3, label=label, **style)
 
 

@@ -9,12 +9,10 @@ A run folder holds, besides what every run folder holds, the figure ``phase`` an
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
-from experiments.lib.errors import divergence
-from experiments.lib.experiment import Experiment, Work
+from experiments.lib.experiment import Experiment, Work, each_unit
 from experiments.lib.runs import RunFolder
 from experiments.lib.unused import cut
 from experiments.synthetic import phase
@@ -26,20 +24,15 @@ NAME = "phase"
 
 
 def prepare(given: PhaseSettings) -> Work:
-    """A unit of work is a cell of the diagram over T, or all n of one rank (T is None)."""
+    """Prepares both diagrams; a unit is a cell of that over T, or all n of a rank (T is None)."""
     settings = given.shortened()
-    units = [
-        *((num_tasks, rank) for rank in settings.ranks for num_tasks in settings.tasks),
-        *((None, rank) for rank in settings.ranks),
-    ]
 
     def trials(folder: RunFolder) -> None:
-        with tqdm(units, unit="cell", disable=None) as progress:
-            for num_tasks, rank in progress:
-                name = f"n k={rank}" if num_tasks is None else f"T={num_tasks} k={rank}"
-                progress.set_description(name)
-                if not folder.done(name):
-                    _run_unit(name, num_tasks, rank, settings, folder)
+        over_tasks = [(t, k) for k in settings.ranks for t in settings.tasks]
+        units = {f"T={t} k={k}": partial(_run_unit, t, k, settings, folder) for t, k in over_tasks}
+        for k in settings.ranks:
+            units[f"n k={k}"] = partial(_run_unit, None, k, settings, folder)
+        each_unit(folder, "cell", units, "--outer-lr, --inner-lr or --finetune-lr")
 
     def diagram(vary: str, folder: RunFolder) -> Cells:
         return cells(vary, settings.tolerance, folder.rows())
@@ -58,14 +51,11 @@ def prepare(given: PhaseSettings) -> Work:
     )
 
 
-def _run_unit(
-    name: str, num_tasks: int | None, rank: int, settings: PhaseSettings, folder: RunFolder
-) -> None:
-    with divergence(name, "--outer-lr, --inner-lr or --finetune-lr"):
-        if num_tasks is None:
-            outcomes = recover_test_task(RETRAIN_TASKS, settings.samples, rank, settings)
-        else:
-            outcomes = {num_tasks: recover_base(num_tasks, rank, settings)}
+def _run_unit(num_tasks: int | None, rank: int, settings: PhaseSettings, folder: RunFolder) -> None:
+    if num_tasks is None:
+        outcomes = recover_test_task(RETRAIN_TASKS, settings.samples, rank, settings)
+    else:
+        outcomes = {num_tasks: recover_base(num_tasks, rank, settings)}
     folder.add_rows(
         [
             {
@@ -83,7 +73,6 @@ def _run_unit(
             for metric in METRICS
         ]
     )
-    folder.mark_done(name)
 
 
 PHASE = Experiment(NAME, phase.__doc__ or "", PhaseSettings, prepare)

@@ -50,7 +50,7 @@ class PhaseSettings(SyntheticSettings):
         check_device(self.device)
 
     def shortened(self) -> PhaseSettings:
-        """These settings, cut down to a run of seconds if ``smoke`` is set."""
+        """Returns these settings, reduced to a run of seconds if ``smoke`` is set."""
         if not self.smoke:
             return self
         return dataclasses.replace(

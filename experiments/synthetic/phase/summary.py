@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 METRICS = ("relative_error", "remaining_loss", "late_progress")
-# A training is at its end with this much of its first loss, or if the last tenth of its steps took
-# no more than this part of the loss that was left.
+# A training is finished when its loss is this part of its first one, or when the last tenth of its
+# steps lowered the loss by no more than this part of it.
 LEAST_LOSS, LEAST_PROGRESS = 1e-10, 0.01
 
 
@@ -28,7 +28,7 @@ Cells = dict[tuple[int, int], Cell]  # by T or n, and k
 
 
 def cells(diagram: str, tolerance: float, rows: Sequence[Mapping[str, str]]) -> Cells:
-    """The diagram over T or n, from results.csv."""
+    """Returns the diagram over T or n, from the rows of results.csv."""
     values: dict[tuple[int, int], dict[str, list[float]]] = {}
     for row in rows:
         if row["vary"] == diagram:
@@ -48,7 +48,7 @@ def cells(diagram: str, tolerance: float, rows: Sequence[Mapping[str, str]]) -> 
 
 
 def table(diagram: str, found: Cells) -> str:
-    """Success in percent: a line per rank, the largest first; ``*`` where trials are unfinished."""
+    """Returns success in percent, the largest rank first; ``*`` marks unfinished trials."""
     columns = sorted({value for value, _ in found})
     lines = [f"{diagram + ' =':>7}" + "".join(f"{value:>6}" for value in columns)]
     for rank in sorted({rank for _, rank in found}, reverse=True):

@@ -27,7 +27,7 @@ Outcome = Mapping[str, Tensor]  # by metric, [trials]
 
 
 def recover_base(num_tasks: int, rank: int, settings: PhaseSettings) -> Outcome:
-    """How far LoRA-ML on T tasks is from A*: ‖Â − A*‖_F / ‖A*‖_F."""
+    """Measures how far LoRA-ML on T tasks ends from A*: ‖Â − A*‖_F / ‖A*‖_F."""
     drawn = _draw(num_tasks, rank, settings)
     retrained = _retrain(drawn, rank, settings)
     return _outcome(retrained.weight, drawn.problem.base, retrained.losses)
@@ -36,10 +36,11 @@ def recover_base(num_tasks: int, rank: int, settings: PhaseSettings) -> Outcome:
 def recover_test_task(
     num_tasks: int, samples: Sequence[int], rank: int, settings: PhaseSettings
 ) -> dict[int, Outcome]:
-    """How far LoRA on n noiseless samples is from the test task, after LoRA-ML on T tasks.
+    """Measures how far LoRA on n noiseless samples ends from the test task, after LoRA-ML.
 
     Returns:
-        For every n ‖Â + U Vᵀ − M‖_F / ‖M‖_F; fewer samples are the first of more.
+        For every n the error ‖Â + U Vᵀ − M‖_F / ‖M‖_F. The samples of a smaller n are the first of
+        those of a larger one.
     """
     drawn = _draw(num_tasks, rank, settings)
     truth = drawn.problem.test_truth
@@ -91,7 +92,7 @@ def _draw(num_tasks: int, rank: int, settings: PhaseSettings) -> _Drawn:
 
 
 def _retrain(drawn: _Drawn, rank: int, settings: PhaseSettings) -> RetrainResult:
-    """LoRA-ML on the population loss (paper, eq. 14)."""
+    """Runs LoRA-ML on the population loss (paper, eq. 14)."""
     return lora_ml(
         population_statistics(drawn.problem.truths).to(settings.device),
         rank,
@@ -104,7 +105,7 @@ def _retrain(drawn: _Drawn, rank: int, settings: PhaseSettings) -> RetrainResult
 
 
 def _outcome(matrix: Tensor, truth: Tensor, losses: Tensor) -> Outcome:
-    """The error of matrix [trials, d, d], and what its training's losses [trials, steps] say.
+    """Returns the error of matrix [trials, d, d], and what its losses [trials, steps] say.
 
     ``remaining_loss`` is the last loss over the first, ``late_progress`` the part by which it fell
     in the last tenth of the steps.

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.lib import plotting
 from experiments.lib.runs import RunFolder
-from experiments.synthetic.figures import LINES, MEANINGS, by_sweep, title_and_legend
+from experiments.synthetic.figures import MEANINGS, band, by_sweep, title_and_legend
 from experiments.synthetic.settings import METHODS, Point
 from experiments.synthetic.shallow.summary import Summaries
 
@@ -58,17 +58,8 @@ def _panel(axis: Axes, points: Sequence[Point], summaries: Summaries) -> None:
     places = range(len(points))
     for method in METHODS:
         found = [summaries[point.name, method, METRIC] for point in points]
-        color = plotting.COLORS[method]
-        low, high = [s.low for s in found], [s.high for s in found]
-        axis.fill_between(places, low, high, color=color, alpha=0.25, linewidth=0)
-        axis.plot(
-            places,
-            [s.median for s in found],
-            color=color,
-            linestyle=LINES[method],
-            marker=plotting.MARKERS[method],
-            label=plotting.LABELS[method],
-        )
+        low, middle, high = zip(*((s.low, s.median, s.high) for s in found), strict=True)
+        band(axis, method, places, low, middle, high, marker=plotting.MARKERS[method])
     axis.set_yscale("log")
     axis.set_xticks(places, [f"{point.value:,}" for point in points])
     axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))

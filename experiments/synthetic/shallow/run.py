@@ -27,7 +27,7 @@ TABLES = "tables.md"
 
 
 def prepare(given: ShallowSettings) -> Work:
-    """Every trial of every point is a unit of work."""
+    """Prepares the sweeps; every trial of every point is a unit of work."""
     settings = given.shortened()
     points = settings.points()
     together = torch.get_num_threads()  # trials run side by side; a run that is stopped loses few

@@ -25,7 +25,7 @@ Summaries = Mapping[tuple[str, str, str], Summary]  # by the point's name, metho
 
 
 def summarise(rows: Sequence[Mapping[str, str]]) -> Summaries:
-    """The summary of every metric, by the point's name, the method and the metric."""
+    """Summarises every metric, by the point's name, the method and the metric."""
     return {key: _summary(values) for key, values in grouped(rows).items()}
 
 
@@ -37,7 +37,7 @@ def _summary(values: Sequence[float]) -> Summary:
 
 
 def tables(points: Sequence[Point], summaries: Summaries) -> str:
-    """A Markdown table per sweep: median, and the range of the central 6 of 10 trials."""
+    """Returns a Markdown table per sweep: median, and the range of the central 6 of 10 trials."""
     parts = []
     for vary in dict.fromkeys(point.vary for point in points):
         lines = [

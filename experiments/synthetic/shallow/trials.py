@@ -70,7 +70,7 @@ def run_trials(
 
 
 def _draw(point: Point, settings: ShallowSettings, trial: int) -> dict[str, Tensor]:
-    """Everything random of one trial."""
+    """Draws everything random of one trial."""
     generator = trial_generator(point, settings.seed, trial)
     common: dict[str, Any] = {"generator": generator, "dtype": getattr(torch, settings.dtype)}
     problem = sample_problem(point.num_tasks, point.dim, point.rank, **common)

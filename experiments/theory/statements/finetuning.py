@@ -101,7 +101,7 @@ def finetuning_error(settings: TheorySettings) -> Outcome:
 
 
 class _Retrained:
-    """Problems and what each method makes of their population losses, made once."""
+    """Problems and the weights that each method ends with on their population losses, kept."""
 
     def __init__(self, settings: TheorySettings, generator: torch.Generator):
         self.settings = settings
@@ -110,7 +110,7 @@ class _Retrained:
         self.made: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, at: _Setting) -> tuple[Tensor, Tensor]:
-        """The test tasks' truths and the retrained weights, [problems, d, d] each."""
+        """Returns the test tasks' truths and the retrained weights, [problems, d, d] each."""
         key = at.method, at.tasks, at.rank, at.dim
         if key not in self.made:
             self.made[key] = self._make(at)
@@ -132,7 +132,7 @@ class _Retrained:
 def _errors(
     at: _Setting, retrained: _Retrained, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """‖X(W − M)ᵀ‖_F² on the samples' own inputs and ‖W − M‖_F², [draws] each."""
+    """Returns ‖X(W − M)ᵀ‖_F² on the samples' own inputs and ‖W − M‖_F², [draws] each."""
     truth, weight = retrained(at)
     repeats = -(-retrained.draws // len(weight))
     truth = truth.expand(repeats, *weight.shape).contiguous()
@@ -144,7 +144,7 @@ def _errors(
 
 
 def _off_by_descent(at: _Setting, retrained: _Retrained, generator: torch.Generator) -> Tensor:
-    """How far gradient descent's error is from that of the minimiser which is measured above."""
+    """Returns how far gradient descent's error is from the minimiser's, relative to the latter."""
     truth, weight = retrained(at)
     stats = sample_statistics(truth, at.samples, noise=at.noise, generator=generator)
     best = prediction_error(stats, best_adapted_weight(stats, weight, at.needed), truth)

@@ -157,13 +157,13 @@ def find_spurious_minimum(seed: int) -> tuple[int, Tensor, Tensor]:
 
 
 def _check_falls(checks: Checks, truths: Tensor, factors: Tensor) -> None:
-    """That every point curves down somewhere, and that the loss falls as far as that makes it."""
+    """Checks that every point has negative curvature somewhere, and that the loss falls there."""
     size = truths.square().sum((-3, -2, -1)).sqrt()
     down = lowest_curvature(truths, factors)
     weight = best_weight(truths, factors)
     before = loss(truths, weight, factors)
-    # With curvature −c, at the distance h = √c/2 in the better of both senses, the quadratic term
-    # is −c h²/2, the cubic one not positive, and the quartic one at most h⁴/2.
+    # With curvature −c, at the distance h = √c/2 in the better of both directions, the quadratic
+    # term is −c h²/2, the cubic one not positive, and the quartic one at most h⁴/2.
     step = (down.value.abs().sqrt() / 2)[:, None, None]
     after = [
         loss(truths, weight + s * down.weight, factors + s.unsqueeze(-1) * down.factors)
@@ -178,7 +178,7 @@ def _check_falls(checks: Checks, truths: Tensor, factors: Tensor) -> None:
 
 
 def _check_derivatives(checks: Checks, tasks: int, generator: torch.Generator) -> None:
-    """Gradient and Hessian of eq. 14 as written against autograd's."""
+    """Checks the formulas for the gradient and Hessian of eq. 14 against autograd."""
     dim, rank = 4, 2
     truths = torch.randn(tasks, dim, dim, generator=generator, dtype=torch.float64)
     point = torch.randn(dim * (dim + tasks * rank), generator=generator, dtype=torch.float64)
@@ -200,7 +200,7 @@ def _check_derivatives(checks: Checks, tasks: int, generator: torch.Generator) -
 
 
 def _descend(truths: Tensor, starts: Tensor, settings: TheorySettings) -> RetrainResult:
-    """Descent of eq. 14 with the truths [T, d, d] from starts [runs, T, d, k] and the best A."""
+    """Descends eq. 14 with the truths [T, d, d] from starts [runs, T, d, k] and the best A."""
     copies = truths.expand(len(starts), *truths.shape).contiguous()
     return lora_ml(
         population_statistics(copies),
@@ -215,7 +215,7 @@ def _descend(truths: Tensor, starts: Tensor, settings: TheorySettings) -> Retrai
 
 
 def _path(truths: Tensor, true: Tensor, found: Tensor) -> dict[str, list[float]]:
-    """f on the straight line from the minimum found to the truth, its columns' signs chosen."""
+    """Returns f on the line from the minimum found to the truth with the nearest column signs."""
     signs = (true * found).sum((-2, -1), keepdim=True).sign()
     share = torch.linspace(-0.1, 1.1, 241, dtype=torch.float64)
     line = found + share[:, None, None, None] * (signs * true - found)
@@ -229,7 +229,7 @@ def _directions(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def _starts(factors: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Random starts of the truths' own size, [count, T, d, k]."""
+    """Draws random starts of the truths' own size, [count, T, d, k]."""
     size = factors.norm(dim=(-2, -1), keepdim=True) / factors[0].numel() ** 0.5
     shape = (count, *factors.shape)
     return size * torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -243,7 +243,7 @@ def _truths(
     spread: float | None,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Random U_t*, or with ``spread`` ones that differ by so much, and starts of their size."""
+    """Draws U_t*, independent or ``spread`` apart from a common one, and starts of their size."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -256,7 +256,7 @@ def _truths(
 
 
 def _not_global(truths: Tensor, found: CriticalPoints) -> Tensor:
-    """Which points are critical and have a positive loss, relative to the truths' size."""
+    """Returns which points are critical and have a positive loss, relative to the truths' size."""
     size = truths.square().sum((-3, -2, -1))
     critical = found.gradient_norms <= _CRITICAL * size**0.75
     return critical & (found.losses > _POSITIVE * size)

@@ -21,8 +21,8 @@ from metalora.linear.theory import (
     two_task_minima,
 )
 
-_ZERO = 1e-20  # a loss so far below the truths' own size is zero
-_TRAINED = 1e-8  # singular values up to so many times the largest are what training left of zero
+_ZERO = 1e-20  # a loss below this part of the truths' own size counts as zero
+_TRAINED = 1e-8  # singular values up to this part of the largest count as zero
 
 
 def base_gap(settings: TheorySettings) -> Outcome:
@@ -166,7 +166,7 @@ def descent(settings: TheorySettings) -> Outcome:
 def zero_losses(
     problem: LinearProblem, settings: TheorySettings, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient descent from random starts, polished by Newton-like steps.
+    """Runs gradient descent from random starts and polishes its end by Newton-like steps.
 
     Returns:
         A, the U_t, and which of the problems ended with zero loss [...].
@@ -182,7 +182,7 @@ def zero_losses(
 
 
 def inner_rate(settings: TheorySettings, size: float) -> float:
-    """The step of the U_t where the true ‖U_t‖² are not about d, as random ones, but ``size``."""
+    """Returns the step size of the U_t for truths with ‖U_t‖² of about ``size`` instead of d."""
     return 5 * settings.inner_lr / size
 
 

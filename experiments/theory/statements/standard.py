@@ -179,12 +179,12 @@ def asymmetric(settings: TheorySettings) -> Outcome:
 
 
 def relative_loss_left(gap: Tensor, rank: int) -> Tensor:
-    """What the best adapter of this rank leaves of a gap [..., d, d], over ‖gap‖²: [...]."""
+    """Returns the loss that the best adapter of a rank leaves of gaps [..., d, d], over ‖gap‖²."""
     return best_finetune_loss(gap, rank) / gap.square().sum((-2, -1))
 
 
 def _least_above_bound(gap: Tensor, rank: int, correlation: float = 1.0) -> Tensor:
-    """The least loss that any rank r leaves of the gaps [draws, d, d], minus proposition 2's."""
+    """Returns the least loss of any rank r over gaps [draws, d, d], minus proposition 2's bound."""
     dim = gap.shape[-1]
     bounds = [many_task_loss_bound(dim, rank, r, correlation) for r in range(dim + 1)]
     return min((best_finetune_loss(gap, r) - bound).min() for r, bound in enumerate(bounds))
@@ -207,17 +207,17 @@ class _Adapters:
     correlation: float = 1.0
 
     def draw(self, tasks: int, draws: int) -> Tensor:
-        """U_t V_tᵀ, [draws, tasks, d, d], or [draws, d, d] of one task."""
+        """Draws U_t V_tᵀ, [draws, tasks, d, d], or [draws, d, d] of one task."""
         u, v = self._factors(draws, tasks, self.dim, self.rank)
         return (u @ v.mT).squeeze(1) if tasks == 1 else u @ v.mT
 
     def means(self, tasks: int, draws: int) -> Tensor:
-        """mean_t U_t V_tᵀ, [draws, d, d], as one product of the factors side by side."""
+        """Draws mean_t U_t V_tᵀ, [draws, d, d], each as one product of the factors side by side."""
         pairs = (self._factors(self.dim, self.rank * tasks) for _ in range(draws))
         return torch.stack([u @ v.mT / tasks for u, v in pairs])
 
     def standard_losses(self, tasks: int, draws: int) -> Tensor:
-        """(1/T) Σ L*_t(Â_SR) of so many problems, [draws]."""
+        """Returns (1/T) Σ L*_t(Â_SR) of ``draws`` problems, [draws]."""
         parts = []
         for begin in range(0, draws, _AT_ONCE):
             truths = self.draw(tasks, min(_AT_ONCE, draws - begin))
