@@ -65,7 +65,7 @@ class Task:
 
 @dataclass(frozen=True)
 class FileReport:
-    """What was found in one file.
+    """The findings in one file.
 
     Attributes:
         sha256: checksums by file name: the file's and its persona map's.
@@ -186,7 +186,7 @@ class _Source:
         self.lists = _CandidateLists(self.dialogues, per_turn, seed, path)
 
     def largest(self, count: int, strict: bool) -> list[tuple[int, list[Dialogue]]]:
-        """The ``count`` largest clusters and their dialogues, largest first."""
+        """Returns the ``count`` largest clusters and their dialogues, largest first."""
         clusters = self._clusters(strict)
         if len(clusters) < count:
             strangers = [d.where for d in self.dialogues if d.match == UNMATCHED]
@@ -266,7 +266,7 @@ class _CandidateLists:
             )
 
     def complete(self, dialogue: Dialogue) -> Dialogue:
-        """The dialogue with ``per_turn`` candidates at every turn."""
+        """Returns the dialogue with ``per_turn`` candidates at every turn."""
         place = self._place[dialogue.where]
         generator = np.random.default_rng([self._seed, place])
         turns = tuple(self._complete(turn, place, generator) for turn in dialogue.turns)
@@ -290,7 +290,7 @@ class _CandidateLists:
 
 
 def _find(root: Path, retrain_file: str | None, test_file: str | None) -> tuple[Path, Path]:
-    """The file to retrain on and the one to test on."""
+    """Returns the file to retrain on and the one to test on."""
     if not root.exists():
         raise DataError(f"{root} does not exist; give the folder of the dialogues with --data")
     if root.is_file() or is_dialogues(root):
@@ -327,7 +327,7 @@ def _first(root: Path, names: Sequence[str]) -> Path | None:
 
 
 def _conversation(dialogue: Dialogue) -> tuple[str, ...]:
-    """What is said in a dialogue, the same from either side.
+    """Returns what is said in a dialogue, the same from either side.
 
     The partner's side opens with silence and lacks the last response of the responder's side.
     """

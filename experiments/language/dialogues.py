@@ -100,7 +100,7 @@ class Dialogue:
 
 
 def is_dialogues(path: Path) -> bool:
-    """Whether a path has one of the forms that `read` knows."""
+    """Checks whether a path has one of the forms that `read` knows."""
     if path.is_dir():
         return (path / DATASET_STATE).is_file()
     return path.is_file() and path.suffix in (".txt", ".jsonl")
@@ -188,14 +188,14 @@ def _parlai_turn(text: str, fields: int, per_turn: int, where: str) -> Turn:
 
 
 def _other_side(turns: Sequence[Turn]) -> list[Turn]:
-    """The same dialogue with the partner as the responder; candidate lists do not carry over."""
+    """Makes the partner the responder; candidate lists do not carry over."""
     said = [text for turn in turns for text in (turn.utterance, turn.response)]
     said = said[1:] if said[:1] == [SILENCE] else [SILENCE, *said]
     return [Turn(u, (r,), 0) for u, r in zip(said[::2], said[1::2], strict=False)]
 
 
 def plain(sentence: str) -> str:
-    """A sentence in lower case, contractions written out and punctuation removed."""
+    """Returns a sentence in lower case, contractions written out and punctuation removed."""
     sentence = sentence.lower()
     for short, written_out in CONTRACTIONS:
         sentence = sentence.replace(short, written_out)
@@ -223,7 +223,7 @@ class PersonaMap:
                     self._clusters_with[sentence].add(cluster)
 
     def match(self, persona: Iterable[str]) -> tuple[int | None, str]:
-        """The cluster of a persona and how it matches.
+        """Returns the cluster of a persona and how it matches.
 
         "exact": the persona is one of the cluster's variants, sentence for sentence. "partial":
         all but at most two of its sentences, and at least one, are in that cluster, which has
@@ -339,7 +339,7 @@ def _from_record(record: Mapping[str, Any], per_turn: int, where: str) -> Dialog
 def _turn(
     utterance: str, response: str, candidates: Sequence[str] | None, per_turn: int, where: str
 ) -> Turn:
-    """A turn with its texts stripped; None stands for a file without candidate lists."""
+    """Makes a turn of stripped texts; None stands for a file without candidate lists."""
     utterance, response = utterance.strip(), response.strip()
     stripped = tuple(c.strip() for c in candidates or ())
     named = [("utterance", utterance), ("response", response)]
@@ -364,7 +364,7 @@ def _turn(
 
 
 def _numbered_lines(path: Path, *, ended: bool = False) -> list[Line]:
-    """The lines of a UTF-8 text file that are not blank, with their numbers from 1.
+    """Reads the lines of a UTF-8 text file that are not blank, with their numbers from 1.
 
     Args:
         ended: whether the last line must end in a line break, for files whose lines do not show

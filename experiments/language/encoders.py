@@ -51,7 +51,7 @@ class Encoders:
             self.tokenizer = load_tokenizer(*given)
 
     def new(self, seed: int) -> nn.Module:
-        """The pretrained encoder (of "tiny" a random one) with a head drawn by seed.
+        """Loads the pretrained encoder ("tiny": makes a random one), its head drawn by seed.
 
         Raises:
             RunError: there is no such model, or ``as_roberta`` cannot be.
@@ -65,7 +65,7 @@ class Encoders:
 
 
 def minilm_folder() -> str:
-    """The folder of the pretrained MiniLM that comes as a package."""
+    """Returns the folder of the pretrained MiniLM that comes as a package."""
     found = importlib.util.find_spec(MINILM_PACKAGE)
     if found is None or found.origin is None:
         package = MINILM_PACKAGE.replace("_", "-")
@@ -77,7 +77,7 @@ def minilm_folder() -> str:
 
 
 def word_tokenizer(texts: Iterable[str]) -> Any:
-    """A tokenizer with the most frequent words of ``texts``."""
+    """Makes a tokenizer of the most frequent words of ``texts``."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -93,7 +93,7 @@ def word_tokenizer(texts: Iterable[str]) -> Any:
 
 
 def tiny_roberta(tokenizer: Any) -> nn.Module:
-    """A RoBERTa of two layers, random from torch's generator."""
+    """Makes a RoBERTa of two layers, drawn by torch's generator."""
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     config = RobertaConfig(
@@ -143,7 +143,7 @@ def roberta_from_bert(bert: Any, tokenizer: Any) -> nn.Module:
 
 
 def _roberta(tokenizer: Any, length: int) -> dict[str, Any]:
-    """A RoBERTa's special tokens, and positions for ``length`` tokens beside the padding's."""
+    """Returns special tokens, and positions for ``length`` tokens beside the padding's."""
     return {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.cls_token_id,
@@ -155,7 +155,7 @@ def _roberta(tokenizer: Any, length: int) -> dict[str, Any]:
 
 
 def head_names(model: Any) -> list[str]:
-    """The linear layers after the encoder: RoBERTa's classifier, BERT's pooler and classifier.
+    """Names the linear layers after the encoder: the classifier's and, of BERT, the pooler.
 
     They exist once per task, and last-layer fine-tuning trains them. All other linear layers are
     the encoder's and get LoRA.
@@ -170,7 +170,7 @@ def head_names(model: Any) -> list[str]:
 
 
 def model_folder(name: str, flag: str = "--model") -> Path:
-    """The folder of a model given by folder or by its name on the Hugging Face Hub.
+    """Finds a model's folder, given as a folder or by its name on the Hugging Face Hub.
 
     A name is looked for among the models already downloaded first, and then on the Hub. ``flag`` is
     what it was given with.
@@ -199,7 +199,7 @@ def model_folder(name: str, flag: str = "--model") -> Path:
 
 
 def load_tokenizer(name: str, flag: str = "--model") -> Any:
-    """The tokenizer in a model's folder, which was given with ``flag``.
+    """Loads the tokenizer in a model's folder, which was given with ``flag``.
 
     Raises:
         DataError: there is none, it is damaged, not a fast one, or without cls and sep tokens.
@@ -229,7 +229,7 @@ def load_tokenizer(name: str, flag: str = "--model") -> Any:
 
 
 def load_model(name: str, tokenizer: Any) -> nn.Module:
-    """A sequence-classification model with two labels, in float32.
+    """Loads a sequence-classification model with two labels, in float32.
 
     A head that is missing or has other labels is drawn anew by torch's global generator.
 
@@ -270,7 +270,7 @@ def load_model(name: str, tokenizer: Any) -> nn.Module:
 
 
 def max_length(model: Any) -> int:
-    """The longest sequence that a model has positions for."""
+    """Returns the length of the longest sequence that a model has positions for."""
     for name, module in model.named_modules():
         if name.endswith(".position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa's positions begin after the one that stands for padding.
@@ -281,7 +281,7 @@ def max_length(model: Any) -> int:
 
 
 def has_token_types(model: Any, tokenizer: Any) -> bool:
-    """Whether token types tell history and candidate apart, as with BERT.
+    """Checks whether token types tell history and candidate apart, as with BERT.
 
     The tokenizer must make two types and the model must have them, which RoBERTa does not.
     """

@@ -71,7 +71,7 @@ def _chance(ax: Axes, chance: float) -> None:
 
 
 def _tasks(run: RunFolder, lines: Sequence[dict[str, Any]], chance: float) -> Path:
-    """Accuracy of every test task: a panel per fine-tuning and rank, a mark per method."""
+    """Draws accuracy of every test task: a panel per fine-tuning and rank, a mark per method."""
     panels = list(dict.fromkeys((line["finetune"], line["rank"]) for line in lines))
     tasks = list(dict.fromkeys(line["task"] for line in lines))
     fig, axes = plt.subplots(

@@ -101,7 +101,7 @@ def _manifest(run: Path) -> dict[str, Any]:
 
 
 def _fixed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same: the settings and the data."""
+    """Returns what must be the same: the settings and the data."""
     settings = {k: v for k, v in manifest["settings"].items() if k not in FREE}
     return {**settings, "data": manifest["data"]}
 

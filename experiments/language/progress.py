@@ -18,7 +18,7 @@ class Clock:
         self._total, self._done, self._since = total, 0.0, time.monotonic()
 
     def left(self, done: float) -> str:
-        """The time left in words, after ``done`` more work."""
+        """Returns the time left in words, after ``done`` more work."""
         self._done += done
         left = max(self._total - self._done, 0.0)  # rounding may make it slightly negative
         seconds = (time.monotonic() - self._since) * left / self._done
@@ -29,7 +29,7 @@ class Clock:
 
 
 class EpochLine(Callback):
-    """A line on stderr after every epoch."""
+    """Writes a line on stderr after every epoch."""
 
     def __init__(self, clock: Clock, unit: str, work: float) -> None:
         self._clock, self._unit, self._work = clock, unit, work

@@ -60,7 +60,7 @@ def prepare(given: LanguageSettings) -> Work:
 
 
 def load_corpus(settings: LanguageSettings) -> Corpus:
-    """The dialogues, or for a smoke run without data made-up ones.
+    """Loads the dialogues; for a smoke run without data it makes some up.
 
     Raises:
         RunError: the data are missing, damaged or too few.
@@ -92,7 +92,7 @@ def load_corpus(settings: LanguageSettings) -> Corpus:
 
 
 def plan(settings: LanguageSettings) -> Iterator[tuple[str, Labels]]:
-    """The phase and the labels of every training: a retraining, then the fine-tunings after it."""
+    """Yields the phase and labels of every training: a retraining, then its fine-tunings."""
     for trial in settings.trials:
         for method in settings.retrain:
             for rank in settings.ranks(method):

@@ -171,20 +171,20 @@ class LanguageSettings(RetrainingSettings):
         return {**DEFAULTS, **(SMOKE if self.smoke else {}), "max_tokens": max_tokens}
 
     def finetunes(self, method: str) -> tuple[str, ...]:
-        """The fine-tunings to run after a method."""
+        """Returns the fine-tunings to run after a method."""
         if OWN in self.finetune:
             return OWN_FINETUNES.get(method, FINETUNES)
         return self.finetune
 
     def kinds(self) -> set[str]:
-        """The methods and fine-tunings of this run."""
+        """Returns the methods and fine-tunings of this run."""
         return {
             *self.retrain,
             *(kind for method in self.retrain for kind in self.finetunes(method)),
         }
 
     def ranks(self, kind: str) -> tuple[int | None, ...]:
-        """The ranks to run a method or fine-tuning with; None: it has no adapters."""
+        """Returns the ranks to run a method or fine-tuning with; None: it has no adapters."""
         return self.rank if kind in ("lora-ml", "lora") else (None,)
 
 

@@ -27,7 +27,7 @@ TITLES = {
 
 
 def summary(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Accuracies in percent after each retraining and fine-tuning with each rank.
+    """Returns accuracies in percent after each retraining and fine-tuning with each rank.
 
     For each trial the mean over test tasks is taken first.
     """
@@ -35,12 +35,12 @@ def summary(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
 
 
 def by_task(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """The last epoch's accuracy in percent, of each test task by itself."""
+    """Returns the last epoch's accuracy in percent, of each test task by itself."""
     return training.summarize(rows, (*KEY, "task"), (LAST,))
 
 
 def tables(rows: Sequence[Mapping[str, str]], chance: float) -> str:
-    """The summary as text and, for several ranks of LoRA, a table of these.
+    """Returns the summary as text and, for several ranks of LoRA, a table of these.
 
     Args:
         chance: accuracy of a blind choice, in percent.
@@ -56,7 +56,7 @@ def tables(rows: Sequence[Mapping[str, str]], chance: float) -> str:
 
 
 def table_of_ranks(lines: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The last epoch's accuracy after fine-tuning with LoRA: a line per method, a column per rank.
+    """Returns LoRA's accuracy in the last epoch: a line per method, a column per rank.
 
     Empty if there is only one rank.
     """

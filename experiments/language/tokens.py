@@ -217,7 +217,7 @@ def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def _key(tasks: Sequence[Sequence[Dialogue]], tokenizer: Any, settings: Sequence[Any]) -> str:
-    """sha256 of all that the sequences depend on: the texts, the tokenizer, the settings."""
+    """Returns the sha256 of all that the sequences depend on: texts, tokenizer, settings."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # The last call left these behind; the sequences do not depend on them.
     del backend["padding"], backend["truncation"]
@@ -231,14 +231,14 @@ def _key(tasks: Sequence[Sequence[Dialogue]], tokenizer: Any, settings: Sequence
 
 
 def default_folder() -> Path:
-    """``$METALORA_CACHE``, or ``metalora`` in the user's cache folder."""
+    """Returns ``$METALORA_CACHE``, or ``metalora`` in the user's cache folder."""
     if folder := os.environ.get(FOLDER_VARIABLE):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metalora"
 
 
 def _read(folder: Path, key: str) -> dict[str, Tensor] | None:
-    """The tensors stored under a key; None if there are none or, with a note, if damaged."""
+    """Returns the tensors under a key; None if there are none or, with a note, if damaged."""
     from safetensors import SafetensorError, safe_open
 
     path = _path(folder, key)

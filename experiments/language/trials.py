@@ -34,7 +34,7 @@ EVALUATION, HEAD, LORA, FULL = 1.0, 1.0, 2.0, 3.0
 
 
 def choice_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy of "is this the true one", [B * n, 2] → the mean over candidates, [B]."""
+    """Averages cross-entropy of "is this the true one" over candidates, [B * n, 2] → [B]."""
     answers = batch.targets.to(logits.device)
     n = len(logits) // len(answers)
     truth = (torch.arange(n, device=logits.device) == answers[:, None]).long()
@@ -43,7 +43,7 @@ def choice_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def choice_accuracy(logits: Tensor, batch: Batch) -> Tensor:
-    """1 for each turn whose true candidate has the highest class-1 logit, else 0; [B]."""
+    """Returns 1 for each turn whose true candidate has the highest class-1 logit, else 0; [B]."""
     chosen = logits[:, 1].view(len(batch.targets), -1).argmax(1)
     return (chosen == batch.targets.to(chosen.device)).double()
 
@@ -100,7 +100,7 @@ class Trials(training.Trials[TokenizedTurns]):
         self._position_offset = position_offset(model)
 
     def work(self, kind: str) -> float:
-        """What an epoch of a retraining or fine-tuning costs, in forward passes of a turn."""
+        """Returns the cost of an epoch, in forward passes of a turn."""
         if kind in ("lora", "last-layer"):
             each = LORA if kind == "lora" else HEAD
             return each * len(self.test) + EVALUATION * len(self.test_held_out)
@@ -109,7 +109,7 @@ class Trials(training.Trials[TokenizedTurns]):
         return FULL * len(self.retraining) + EVALUATION * len(self.validation)
 
     def notes(self) -> list[str]:
-        """Lines on what is left out or cut, and on settings that ask for more than there is.
+        """Returns lines on what is left out or cut, and on settings beyond what there is.
 
         On request there is a line for every unmatched dialogue too.
         """
@@ -143,7 +143,7 @@ class Trials(training.Trials[TokenizedTurns]):
         ]
 
     def facts(self) -> dict[str, Any]:
-        """What the data turned out to be, for the manifest."""
+        """Returns what the data turned out to be, for the manifest."""
         corpus, parts = self.corpus, self._parts()
         return {
             "retraining_clusters": [task.cluster for task in corpus.retraining],

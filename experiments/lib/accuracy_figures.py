@@ -17,7 +17,7 @@ Lines = Sequence[Mapping[str, Any]]  # of `experiments.lib.training.summarize`
 
 
 def panels(lines: Lines) -> tuple[Figure, list[tuple[Axes, str, Lines]]]:
-    """A figure with a panel for each fine-tuning: its axes, its name and its lines."""
+    """Makes a figure with a panel for each fine-tuning; returns axes, name and lines of each."""
     kinds = [kind for kind in FINETUNES if any(line["finetune"] == kind for line in lines)]
     size = (6.3 * len(kinds), 5.0)
     fig, axes = plt.subplots(1, len(kinds), figsize=size, sharey=True, squeeze=False)
@@ -28,13 +28,13 @@ def panels(lines: Lines) -> tuple[Figure, list[tuple[Axes, str, Lines]]]:
 
 
 def trials_of(lines: Lines) -> str:
-    """How many trials the numbers are means of, in words."""
+    """Returns in words how many trials the numbers are means of."""
     trials = max(line["trials"] for line in lines)
     return f"{trials} trial{'s' if trials > 1 else ''}"
 
 
 def dots(ax: Axes, lines: Lines, names: Sequence[str], *metrics: str) -> None:
-    """A mark for each line, filled for the first metric and hollow for a second one."""
+    """Draws a mark for each line, filled for the first metric and hollow for a second one."""
     shift = 0.1 * (len(metrics) - 1)
     for place, line in enumerate(lines):
         color = COLORS[line["method"]]
@@ -65,7 +65,7 @@ def dots(ax: Axes, lines: Lines, names: Sequence[str], *metrics: str) -> None:
 
 
 def over(ax: Axes, lines: Lines, name: str, values: Sequence[str], metric: str) -> None:
-    """A line per method over the values of the setting ``name``."""
+    """Draws a line per method over the values of the setting ``name``."""
     methods = list(dict.fromkeys(line["method"] for line in lines))
     for number, method in enumerate(methods):
         found = {line[name]: line for line in lines if line["method"] == method}

@@ -93,15 +93,15 @@ class RetrainingSettings(RunSettings):
 
     @property
     def trials(self) -> range:
-        """The seeds of the trials."""
+        """Returns the seeds of the trials."""
         return range(self.first_seed, self.first_seed + self.seeds)
 
     def defaults(self, device_type: str) -> Mapping[str, Any]:
-        """What stands for None, by field."""
+        """Returns what stands for None, by field."""
         raise NotImplementedError
 
     def resolved(self: Resolved, device_type: str) -> Resolved:
-        """These settings with every default filled in."""
+        """Returns these settings with every default filled in."""
         defaults = self.defaults(device_type)
         missing = {k: v for k, v in defaults.items() if getattr(self, k) is None}
         if self.precision == "auto":
@@ -110,6 +110,6 @@ class RetrainingSettings(RunSettings):
 
 
 def part_of(settings: type, own: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Which methods and the like each field is for: the shared ones', ``own`` and Reptile's."""
+    """Returns which methods and the like each field is for: shared fields, ``own``, Reptile's."""
     names = [field.name for field in dataclasses.fields(settings)]
     return {**PART_OF, **{n: ("reptile",) for n in names if n.startswith("reptile")}, **own}

@@ -1,4 +1,4 @@
-"""What the experiments with PyTorch models share: their trials, unit by unit, and the table."""
+"""Trials of the experiments with PyTorch models: trainings, units of work, rows and their table."""
 
 from __future__ import annotations
 
@@ -67,23 +67,23 @@ class Trials(abc.ABC, Generic[Part]):
 
     @abc.abstractmethod
     def new_model(self, seed: int) -> nn.Module:
-        """The model at the start of a trial, the same for every method."""
+        """Makes the model at the start of a trial, the same for every method."""
 
     @abc.abstractmethod
     def loader(self, part: Part, batch_size: int, **keywords: Any) -> RoundLoader:
-        """Batches to train on; ``keywords`` are those of `RoundLoader`."""
+        """Makes batches to train on; ``keywords`` are those of `RoundLoader`."""
 
     @abc.abstractmethod
     def held_out(self, part: Part) -> Any:
-        """The keyword ``validation`` of a training: how accuracy is measured on held-out data."""
+        """Returns the keyword ``validation`` of a training, which measures held-out accuracy."""
 
     @abc.abstractmethod
     def lora(self, rank: int | None) -> LoRAConfig:
-        """The adapters of lora-ml and of fine-tuning with LoRA."""
+        """Returns the adapters of lora-ml and of fine-tuning with LoRA."""
 
     @abc.abstractmethod
     def samples_per_epoch(self, method: str) -> int:
-        """How many samples an epoch of retraining runs through the model."""
+        """Returns how many samples an epoch of retraining runs through the model."""
 
     @abc.abstractmethod
     def finetune(
@@ -96,13 +96,13 @@ class Trials(abc.ABC, Generic[Part]):
         """
 
     def max_rounds(self, method: str) -> int | None:
-        """The rounds after which an epoch of retraining ends early."""
+        """Returns the rounds after which an epoch of retraining ends early."""
         return None
 
     def config(self, kind: str, seed: int) -> TrainConfig:
-        """How a retraining method or a fine-tuning trains: by the settings that `TrainConfig` has.
+        """Returns how a method or a fine-tuning trains: `TrainConfig`'s fields among the settings.
 
-        Those of Reptile and of the fine-tunings have a prefix where they are not those of the
+        A setting of Reptile or of the fine-tunings has a prefix if it differs from that of the
         other methods, such as ``reptile_lr`` and ``finetune_epochs``.
         """
         prefix = "finetune_" if kind in FINETUNES else "reptile_" if kind == "reptile" else ""
@@ -118,7 +118,7 @@ class Trials(abc.ABC, Generic[Part]):
     def retrain(
         self, method: str, seed: int, *callbacks: Callback, rank: int | None = None
     ) -> tuple[nn.Module, Result]:
-        """A plain model after one of the four retrainings, at its best epoch on held-out data."""
+        """Returns a plain model after a retraining, at its best epoch on held-out data."""
         s, own_seed = self.settings, derive_seed("retraining", seed)
         model = self.new_model(seed)
         rounds = self.loader(
@@ -181,7 +181,7 @@ class Trials(abc.ABC, Generic[Part]):
 
 @dataclass(frozen=True)
 class Trainings:
-    """The trainings of a run, its units of work: what its folder holds already is not done again.
+    """The trainings of a run, which are its units of work; finished ones are not repeated.
 
     Attributes:
         folder: the run's.
@@ -253,19 +253,19 @@ class EpochLog(Callback):
 
 
 def unit_name(phase: str, labels: Labels) -> str:
-    """The name of a training in its run: "retrain lora-ml 8 0"."""
+    """Returns the name of a training in its run, such as "retrain lora-ml 8 0"."""
     return " ".join([phase, *map(_shown, labels.values())])
 
 
 def row(columns: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of all columns; "" stands for those that are missing or None."""
+    """Returns the values of all columns; "" stands for those that are missing or None."""
     return {name: "" if values.get(name) is None else values[name] for name in columns}
 
 
 def summarize(
     rows: Iterable[Mapping[str, str]], key: Sequence[str], metrics: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Accuracies in percent for each value of the key's columns, in results' order.
+    """Returns accuracies in percent for each value of the key's columns, in results' order.
 
     For each trial the mean over its rows is taken; then the mean over trials, and its standard
     error (``<metric>_se``), which is NaN for one trial.
@@ -287,7 +287,7 @@ def summarize(
 
 
 def table(lines: Iterable[Mapping[str, Any]], titles: Mapping[str, str]) -> list[str]:
-    """Lines of `summarize` as text, accuracies with their standard error in brackets.
+    """Returns lines of `summarize` as text, accuracies with their standard error in brackets.
 
     Args:
         titles: of the columns, by key or metric, each as wide as its column.

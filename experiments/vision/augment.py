@@ -44,7 +44,7 @@ class Augmentation:
 
 
 class Normalize:
-    """uint8 [B, C, H, W] to float32 of mean 0 and deviation 1 per channel, after augmentation.
+    """Turns uint8 [B, C, H, W] into float32 of mean 0 and deviation 1 per channel.
 
     Args:
         mean: [C], on the scale 0 to 255.
@@ -71,6 +71,6 @@ class Normalize:
 
 
 def frozen(pixels: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """The whole set [N, C, H, W] augmented once, as the authors' vision runs do."""
+    """Augments the whole set [N, C, H, W] once, as the authors' vision runs do."""
     parts = [augmentation(part, generator) for part in pixels.split(4096)]
     return torch.cat(parts)

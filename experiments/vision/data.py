@@ -66,7 +66,7 @@ class Dataset:
     sha256: str
 
     def channel_statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation [C] of the training pixels, on the scale 0 to 255."""
+        """Returns mean and standard deviation [C] of the training pixels, on the scale 0 to 255."""
         moments = []
         for channel in range(self.train.pixels.shape[1]):
             counts = torch.bincount(self.train.pixels[:, channel].flatten(), minlength=256).double()
@@ -87,7 +87,7 @@ def load(name: str, root: Path, download: bool = False) -> Dataset:
 
 
 def load_digits() -> Dataset:
-    """The 1797 handwritten digits, 8 x 8, of scikit-learn; 40 % of each class are held out."""
+    """Loads scikit-learn's 1797 handwritten digits, 8 x 8; 40 % of each class are held out."""
     from sklearn.datasets import load_digits as bundled
 
     digits = bundled()
@@ -112,7 +112,7 @@ def load_digits() -> Dataset:
 
 
 def load_cifar10(root: Path, download: bool = False) -> Dataset:
-    """CIFAR-10 in torchvision's layout, or as grids of images beside a manifest.json.
+    """Loads CIFAR-10 in torchvision's layout, or as grids of images beside a manifest.json.
 
     Args:
         root: the folder that holds ``cifar-10-batches-py``, or ``manifest.json`` with one
@@ -131,7 +131,7 @@ def load_cifar10(root: Path, download: bool = False) -> Dataset:
 
 
 def binary_tasks(images: Images, pairs: Sequence[Pair]) -> tuple[Images, Tensor]:
-    """The images of the given pairs of classes, labelled 0 and 1, sorted by task.
+    """Selects the images of the given pairs of classes, labelled 0 and 1, sorted by task.
 
     Returns:
         images whose label says which class of its pair each shows, and their tasks int64 [N].
@@ -147,7 +147,7 @@ def binary_tasks(images: Images, pairs: Sequence[Pair]) -> tuple[Images, Tensor]
 
 
 def few_shot(images: Images, shots: int, seed: int) -> Images:
-    """``shots`` images of a binary task, balanced over its two classes, drawn by seed.
+    """Draws ``shots`` images of a binary task by seed, balanced over its two classes.
 
     For the same seed a smaller draw is part of a larger one. An odd ``shots`` gives class 0 one
     more.
@@ -170,7 +170,7 @@ def few_shot(images: Images, shots: int, seed: int) -> Images:
 
 
 def first_per_class(images: Images, count: int) -> Images:
-    """The first ``count`` images of every class, for shorter runs."""
+    """Keeps the first ``count`` images of every class, for shorter runs."""
     kept = [(images.labels == kind).nonzero().flatten()[:count] for kind in images.labels.unique()]
     return images.select(torch.cat(kept).sort().values)
 
@@ -203,7 +203,7 @@ def _load_torchvision(root: Path, download: bool) -> Dataset:
 
 
 def _damaged_batch(folder: Path) -> Path:
-    """The first file of the folder that is not what torchvision publishes."""
+    """Returns the first file of the folder that is not what torchvision publishes."""
     from torchvision.datasets import CIFAR10
 
     files = [*CIFAR10.train_list, *CIFAR10.test_list]
@@ -242,7 +242,7 @@ def _load_grids(root: Path) -> Dataset:
 
 
 def _grid(path: Path, sha256: str) -> np.ndarray:
-    """The 10000 images [10000, 3, 32, 32] of one grid, after a check of their sha256."""
+    """Reads the 10000 images [10000, 3, 32, 32] of one grid and checks their sha256."""
     from PIL import Image
 
     try:

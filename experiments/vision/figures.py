@@ -47,7 +47,7 @@ def _accuracy(run: RunFolder, lines: list[dict[str, Any]]) -> Path:
 
 
 def _curves(run: RunFolder) -> Path:
-    """Accuracy during fine-tuning, mean over trials, a row of panels for each number of shots."""
+    """Draws accuracy during fine-tuning, mean over trials; a row of panels per number of shots."""
     settings = run.manifest["settings"]
     kinds, shots = settings["finetune"], settings["shots"]
     rows = [

@@ -94,7 +94,7 @@ class MixerBlock(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Images [B, channels, image_size, image_size] to logits [B, classes].
+    """Maps images [B, channels, image_size, image_size] to logits [B, classes].
 
     Every learned map but the LayerNorms is an nn.Linear: the patch embedding `embed`, the four of
     each block, and the `head`.
@@ -115,7 +115,7 @@ class Mixer(nn.Module):
         return self.head(x)
 
     def patchify(self, images: Tensor) -> Tensor:
-        """Images [B, C, S, S] as rows of pixels [B, patches, C * P * P], row by row of patches."""
+        """Cuts images [B, C, S, S] into patches [B, patches, C * P * P], row by row."""
         count, channels, size, _ = images.shape
         patch = self.config.patch_size
         grid = images.view(count, channels, size // patch, patch, size // patch, patch)

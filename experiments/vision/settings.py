@@ -144,11 +144,11 @@ class VisionSettings(RetrainingSettings):
         self.pairs()
 
     def kinds(self) -> set[str]:
-        """The methods, fine-tunings and data of this run."""
+        """Returns the methods, fine-tunings and data of this run."""
         return {*self.retrain, *self.finetune, self.data}
 
     def pairs(self) -> list[Pair]:
-        """The tasks' classes; the last pair is the test task's."""
+        """Returns the tasks' classes; the last pair is the test task's."""
         pairs: list[Pair] = []
         for text in self.tasks:
             first, _, second = text.partition("-")

@@ -20,12 +20,12 @@ TITLES = {
 
 
 def summary(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Both accuracies in percent after each retraining, fine-tuning and number of shots."""
+    """Returns both accuracies in percent after each retraining, fine-tuning and number of shots."""
     return training.summarize(rows, ("method", "finetune", "shots"), (BEST, LAST))
 
 
 def table(lines: Iterable[Mapping[str, Any]]) -> str:
-    """The summary as text."""
+    """Returns the summary as text."""
     text = training.table(lines, TITLES)
     text.append("held-out accuracy of the test task in %, mean (standard error) over trials")
     return "\n".join(text)

@@ -45,7 +45,7 @@ class Tasks:
 
 @dataclasses.dataclass(frozen=True)
 class ImagePasses:
-    """A ``collate`` (see `metalora.meta.Batch`) that gives the model few images at a time.
+    """A ``collate`` (see `metalora.meta.Batch`) that passes the model few images at a time.
 
     Loss and gradients are those of the whole batch, up to rounding. Only one pass at a time keeps
     what its backward pass needs.
@@ -60,7 +60,7 @@ class ImagePasses:
         check_count("ImagePasses", "images", self.images)
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
-        """The fewest passes of about equal size, in the order of the batch, sorted by task."""
+        """Yields the fewest passes of about equal size, in the batch's order, sorted by task."""
         total = len(batch.targets)
         passes = -(-total // self.images)
         for i in range(passes):
@@ -130,7 +130,7 @@ class Trials(training.Trials[Tasks]):
     def finetune(
         self, model: nn.Module, labels: training.Labels, *callbacks: Callback
     ) -> list[dict[str, Any]]:
-        """Adapts the model, in place, to some images of the test task; held-out accuracy."""
+        """Adapts the model, in place, to some images of the test task."""
         part = self._test_task(labels["shots"], labels["trial"])
         result = self._finetune(model, labels, part, self.test_held_out, *callbacks)
         measured = {BEST: result.best_metric, LAST: result.last_metric}
