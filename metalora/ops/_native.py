@@ -46,14 +46,14 @@ def autocast(tensor: Tensor) -> Tensor:
 
 
 @constant_when_compiled
-def tf32_allowed(dtype: torch.dtype) -> bool:
-    """Whether a GPU's products of this dtype may round their factors to TF32.
+def tf32_allowed(dtype: torch.dtype, on_gpu: bool) -> bool:
+    """Whether products of this dtype may round their factors to TF32, as GPUs can.
 
     They may where the products around them are no more precise: in 16 bits, and in float32 where
-    torch is set to TF32.
+    torch is set to TF32. That setting is slow to read, so it is read for GPUs only.
     """
     if dtype == torch.float32:
-        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+        return on_gpu and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return dtype in SHORT
 
 

@@ -124,7 +124,7 @@ def _run(
         _check_values(task_ptr, x.shape[0])
         return reference.lora_linear(*layer, scaling, dropout_p, seed)
     if route == "weight":  # on the CPU the raw operators check their arguments
-        return _WeightRoute.apply(*layer, scaling, tf32_allowed(x.dtype), keep_merged)
+        return _WeightRoute.apply(*layer, scaling, tf32_allowed(x.dtype, x.is_cuda), keep_merged)
     return _TokenRoute.apply(*layer, scaling, dropout_p, seed)
 
 

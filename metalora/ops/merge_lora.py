@@ -115,7 +115,8 @@ class _MergeLora(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(lora_A, lora_B)
         ctx.scaling = scaling
-        return call("merge_lora", weight, lora_A, lora_B, scaling, dtype, tf32_allowed(dtype))
+        tf32 = tf32_allowed(dtype, weight.is_cuda)
+        return call("merge_lora", weight, lora_A, lora_B, scaling, dtype, tf32)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -124,8 +125,8 @@ class _MergeLora(torch.autograd.Function):
             grad = grad.to(lora_A.dtype)
             gradients = reference.merge_lora_backward(grad, lora_A, lora_B, ctx.scaling)
         else:
-            arguments = (grad, lora_A, lora_B, ctx.scaling, tf32_allowed(grad.dtype))
-            gradients = call("merge_lora_backward", *arguments)
+            tf32 = tf32_allowed(grad.dtype, grad.is_cuda)
+            gradients = call("merge_lora_backward", grad, lora_A, lora_B, ctx.scaling, tf32)
         return *where_needed(ctx.needs_input_grad[:3], gradients), None, None
 
 
@@ -133,7 +134,8 @@ class _MergeLoraSymmetric(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, lora_U: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(lora_U)
-        return call("merge_lora_symmetric", weight, lora_U, dtype, tf32_allowed(dtype))
+        tf32 = tf32_allowed(dtype, weight.is_cuda)
+        return call("merge_lora_symmetric", weight, lora_U, dtype, tf32)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -141,8 +143,8 @@ class _MergeLoraSymmetric(torch.autograd.Function):
         if torch.is_grad_enabled():
             gradients = reference.merge_lora_symmetric_backward(grad.to(lora_U.dtype), lora_U)
         else:
-            allowed = tf32_allowed(grad.dtype)
-            gradients = call("merge_lora_symmetric_backward", grad, lora_U, allowed)
+            tf32 = tf32_allowed(grad.dtype, grad.is_cuda)
+            gradients = call("merge_lora_symmetric_backward", grad, lora_U, tf32)
         return *where_needed(ctx.needs_input_grad[:2], gradients), None
 
 
