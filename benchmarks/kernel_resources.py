@@ -8,6 +8,7 @@ Needs nvcc and no GPU. Compilers differ in registers: a difference is printed bu
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
@@ -70,6 +71,22 @@ def find_nvcc() -> tuple[Path | None, str]:
         return None, "this torch has no CUDA"
     toolkit, why = load_setup().find_toolkit(torch.version.cuda)
     return (toolkit / "bin" / "nvcc", why) if toolkit else (None, why)
+
+
+def kernels() -> list[Path]:
+    """The CUDA sources of the build."""
+    return sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
+
+
+def digest(sources: Sequence[Path]) -> str:
+    """A digest of sources and what they include, without comments and line breaks, and of flags."""
+    found, parts = list(sources), [*load_setup().NVCC_FLAGS]
+    for path in found:  # which grows by what its own files include
+        text = path.read_text(encoding="utf-8")
+        parts += re.sub(r"//.*", "", text).split()
+        named = [path.parent / name for name in re.findall(r'^#include "(.+)"', text, re.MULTILINE)]
+        found += [p for p in map(Path.resolve, named) if p.exists() and p not in found]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:24]
 
 
 def measure(nvcc: Path, sources: Sequence[Path]) -> list[Resources]:
@@ -167,9 +184,15 @@ def read_recorded(folder: Path) -> list[Resources]:
     return [Resources(**row) for row in read_json(path)["kernels"]]
 
 
-def write(folder: Path, measured: Sequence[Resources], compiler: str) -> None:
+def read_digest(folder: Path) -> str:
+    """The digest of the sources of which the table is."""
+    return str(read_json(folder / f"{NAME}.json")["sources"])
+
+
+def write(folder: Path, measured: Sequence[Resources], compiler: str, sources: str) -> None:
     command = f"{program(NAME)} --write"
-    record = {"command": command, "compiler": compiler, "kernels": [asdict(r) for r in measured]}
+    kernels = [asdict(r) for r in measured]
+    record = {"command": command, "compiler": compiler, "sources": sources, "kernels": kernels}
     write_json(folder / f"{NAME}.json", record)
     header = ["kernel", "architecture", "registers", "warps", "shared, bytes", "stack, bytes"]
     rows = [
@@ -209,9 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     nvcc, why = find_nvcc()
     if nvcc is None:
         raise RunError(f"kernel_resources needs nvcc: {why}")
-    measured = measure(nvcc, sorted((ROOT / "csrc" / "cuda").rglob("*.cu")))
+    measured = measure(nvcc, kernels())
     if settings.write:
-        write(RESULTS, measured, compiler_version(nvcc))
+        write(RESULTS, measured, compiler_version(nvcc), digest(kernels()))
     errors, notes = compare(measured, read_recorded(RESULTS))
     for line in [*notes, *errors]:
         print(line)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,28 +41,32 @@ def nvcc() -> Path:
     return found
 
 
-@pytest.fixture(scope="module")
-def measured(nvcc: Path, request: pytest.FixtureRequest) -> list[gate.Resources]:
-    """What the kernels take, kept between runs of the tests: compiling takes minutes."""
-    key = f"metalora_kernels/{digest(nvcc)}"
-    kept = request.config.cache.get(key, None)
-    if kept is not None:
-        return [gate.Resources(**row) for row in kept]
-    found = gate.measure(nvcc, sorted((gate.ROOT / "csrc" / "cuda").rglob("*.cu")))
-    request.config.cache.set(key, [asdict(r) for r in found])
-    return found
+def test_the_table_is_of_these_sources() -> None:
+    """Compiling all takes minutes, so every day only that the table was made after a change."""
+    assert gate.read_digest(gate.RESULTS) == gate.digest(gate.kernels()), (
+        "the CUDA sources have changed since their table was written: "
+        "run python -m benchmarks.kernel_resources --write, which also finds spills"
+    )
+    assert not any(r.spills for r in gate.read_recorded(gate.RESULTS))
 
 
-def digest(nvcc: Path) -> str:
-    """Of all that decides what the compiler makes of the kernels."""
-    sources = [p for p in sorted((gate.ROOT / "csrc").rglob("*")) if p.suffix in (".cu", ".h")]
-    texts = [*sources, gate.ROOT / "setup.py", Path(gate.__file__)]
-    parts = [gate.compiler_version(nvcc), *(f"{p.name}\0{p.read_text()}" for p in texts)]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+@pytest.mark.parametrize("name", ["kernel.cu", "header.h", "deeper/last.h"])
+def test_a_change_in_a_source_or_what_it_includes_is_found(tmp_path: Path, name: str) -> None:
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "kernel.cu").write_text('#include "header.h"\n#include <math.h>\nint a;\n')
+    (tmp_path / "header.h").write_text('#include "deeper/last.h"\nint b;\n')
+    (tmp_path / "deeper/last.h").write_text('#include "../header.h"\nint c;\n')
+    before = gate.digest([tmp_path / "kernel.cu"])
+    changed = tmp_path / name
+    changed.write_text(changed.read_text() + "// a remark\n")
+    assert gate.digest([tmp_path / "kernel.cu"]) == before
+    changed.write_text(changed.read_text() + "int d;\n")
+    assert gate.digest([tmp_path / "kernel.cu"]) != before
 
 
-@pytest.mark.slow
-def test_kernels_are_those_of_the_table_and_do_not_spill(measured: list[gate.Resources]) -> None:
+@pytest.mark.exhaustive
+def test_kernels_are_those_of_the_table_and_do_not_spill(nvcc: Path) -> None:
+    measured = gate.measure(nvcc, gate.kernels())
     assert {r.architecture for r in measured} == {"sm_80", "sm_90"}
     errors, notes = gate.compare(measured, gate.read_recorded(gate.RESULTS))
     print("\n".join(notes))
@@ -101,7 +104,8 @@ def test_comparison() -> None:
 
 def test_table_is_read_as_written(tmp_path: Path) -> None:
     rows = [gate.Resources("a<float, 2>", "sm_90", 40, 16, 0, 0)]
-    gate.write(tmp_path, rows, "nvcc 13.0")
+    gate.write(tmp_path, rows, "nvcc 13.0", "a digest")
+    assert gate.read_digest(tmp_path) == "a digest"
     assert gate.read_recorded(tmp_path) == rows
     assert (
         "| `a<float, 2>` | sm_90 | 40 | 48 | 16 | 0 | 0 |"
