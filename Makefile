@@ -17,8 +17,8 @@ BUILD := "torch>=2.11,<2.15" numpy "setuptools>=77" wheel "pybind11>=2.13" ninja
 # Locked as one pair: newer ones are large, and to be tried with test-latest first.
 TORCH := torch==2.14.1 torchvision==0.29.1
 
-# A process per core; the tests of a file stay together, and so do the fixtures that they share.
-PYTEST := -m pytest --numprocesses auto --dist loadfile
+# A process per core; the tests of a file stay together, as do the fixtures that they share.
+PYTEST := -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo check test exhaustive test-latest lint format bench lock setup check-machine clean
 

@@ -104,6 +104,7 @@ def install(
     return lines[1:], build.stdout + build.stderr
 
 
+@pytest.mark.slow
 def test_none_is_pure_python(tmp_path: Path) -> None:
     (loaded, cpu_status, _), log = install("none", tmp_path)
     assert loaded == "False False"
@@ -145,7 +146,7 @@ def _a_clone_without_libraries_is_named(folder: Path) -> None:
         assert "pip install --no-build-isolation --no-deps -e ." in text
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_cpu_builds_the_cpu_library_only(tmp_path: Path) -> None:
     if shutil.which("c++") is None and shutil.which("g++") is None:
         pytest.skip("no C++ compiler")

@@ -224,6 +224,7 @@ def test_another_runtime_error_keeps_its_traceback() -> None:
         main()
 
 
+@pytest.mark.slow
 def test_a_process_ends_with_the_same_line() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "metalora", "nonsense"], capture_output=True, text=True, cwd=ROOT
@@ -232,6 +233,7 @@ def test_a_process_ends_with_the_same_line() -> None:
     assert re.fullmatch(r"error: unexpected argument 'nonsense'; usage: .*\n", done.stderr)
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_line() -> None:
     code = (
         "import time; from experiments.lib import cli\n"

@@ -96,6 +96,7 @@ def start_writing(path: Path, largest: int) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
     path = tmp_path / "file"
@@ -116,6 +117,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> No
     assert names(tmp_path) == ["file"] and path.read_bytes() == b"new"
 
 
+@pytest.mark.slow
 def test_a_limit_on_files_is_an_oserror_and_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")

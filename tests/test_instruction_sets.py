@@ -39,6 +39,7 @@ def results() -> list[Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not native_available(), reason="the native library is not built")
 @pytest.mark.skipif(os.environ.get(PORTABLE[0]) == PORTABLE[1], reason="this process is portable")
 def test_every_instruction_set_gives_the_same_results(tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def test_a_circle_is_found() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {"a", "b", "c"}
 
 
+@pytest.mark.slow
 def test_import_is_quick_and_brings_only_torch_and_numpy() -> None:
     code = """
 import sys, time
@@ -138,6 +139,7 @@ print(seconds, sorted(foreign), torch.cuda.is_initialized())
     assert float(seconds) < 1
 
 
+@pytest.mark.slow
 def test_main_explains_the_installation() -> None:
     run = python("-m", "metalora")
     assert run.returncode == 0, run.stderr
@@ -145,6 +147,7 @@ def test_main_explains_the_installation() -> None:
         assert word in run.stdout
 
 
+@pytest.mark.slow
 def test_native_kernels_can_be_switched_off() -> None:
     code = """
 import torch

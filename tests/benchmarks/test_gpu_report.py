@@ -37,6 +37,7 @@ def exit_code(module: ModuleType, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
+@pytest.mark.slow
 def test_parts_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +127,7 @@ def test_tests_that_are_all_skipped_are_no_success(tmp_path: Path) -> None:
     assert (passed.status, passed.note) == ("done", "5 passed, 7 skipped in 1s")
 
 
+@pytest.mark.slow
 def test_a_part_is_ended_with_its_children(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(mark)!r}).touch()"
@@ -142,6 +144,7 @@ def test_the_whole_fails_where_a_part_does(tmp_path: Path, monkeypatch: pytest.M
     assert exit_code(gpu_report, "--out", str(tmp_path), "--part", "build") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "flags"),
     [

@@ -56,6 +56,7 @@ def setting(turns: Turns) -> Setting:
     return Setting(language.new_model("tiny"), turns, rounds, 48, "cpu")
 
 
+@pytest.mark.slow
 def test_all_versions_pass_the_gate_and_have_all_columns(setting: Setting) -> None:
     found = language.benchmark(setting, "made up", "bf16")
     options = Options(tuple(found.versions["all"]))
@@ -172,6 +173,7 @@ def test_drawn_lengths_are_like_those_of_the_dialogues() -> None:
     assert torch.bincount(turns.task_ids).min() >= 20 * 7
 
 
+@pytest.mark.slow
 def test_the_command_writes_its_table(
     turns: Turns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,7 +78,7 @@ def test_every_version_passes_with_frozen_weights(name: str, case: LayerCase) ->
     assert passes(case, name, frozen=True) == {"y", "x"} | adapters
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_compiled_version_passes_the_gate() -> None:
     passes(EQUAL, "merged+compile", "autocast")
 
@@ -184,6 +184,7 @@ def measured(folder: Path, seconds: float = 1e9, **changes: Any) -> list[dict[st
     )
 
 
+@pytest.mark.slow
 def test_tables_and_resuming(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

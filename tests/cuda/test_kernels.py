@@ -16,6 +16,8 @@ from tests.ops.long_sums import KINDS, addends, factors, worst
 from tests.ops.problems import relative_error
 from tests.ops.raw_calls import defined_operators, has_kernel
 
+pytestmark = pytest.mark.slow
+
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 # T, out, in, r

@@ -17,7 +17,10 @@ from metalora.reference import linear as reference
 from tests.ops.problems import relative_error
 from tests.pairs import every_pair
 
-pytestmark = pytest.mark.skipif(not native_available(), reason="the native library is not built")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not native_available(), reason="the native library is not built"),
+]
 
 F64, F32 = torch.float64, torch.float32
 Run = Callable[..., tuple[Tensor, ...]]

@@ -16,6 +16,8 @@ from tests.cuda.places import Calls
 from tests.ops.problems import SPLITS, Problem, oracle, problem, relative_error
 from tests.pairs import every_pair
 
+pytestmark = pytest.mark.slow
+
 ROUTES = ("weight", "token")
 SIZES = ((1, 1, 1), (7, 5, 3), (16, 24, 1), (33, 40, 17))  # in, out, rank
 SHORT = (torch.bfloat16, torch.float16)

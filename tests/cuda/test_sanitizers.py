@@ -10,6 +10,8 @@ import pytest
 
 from tests.shim import build
 
+pytestmark = pytest.mark.slow
+
 BARRIER = re.compile(r"__sync(threads|warp)\([^()]*\);")
 FEW_BLOCKS = 2  # to divide the work among
 
@@ -19,7 +21,9 @@ def launchers(cache: Path, kernels: Path, sanitizer: str) -> Path:
     return build.program(cache, sources, sanitizer)
 
 
-@pytest.fixture(scope="module", params=["thread", "address"])
+@pytest.fixture(
+    scope="module", params=["thread", pytest.param("address", marks=pytest.mark.exhaustive)]
+)
 def sanitized(
     cache: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Path:
@@ -27,7 +31,6 @@ def sanitized(
     return launchers(cache, kernels, request.param)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [path.stem for path in build.kernels()])
 def test_launchers(sanitized: Path, kernel: str) -> None:
     done = build.run(sanitized, kernel)
@@ -47,7 +50,6 @@ def barriers() -> list[Any]:
     return [pytest.param(*b, marks=[] if b == daily else pytest.mark.exhaustive) for b in found]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("file", "n"), barriers())
 def test_removed_barrier_is_found(cache: Path, tmp_path: Path, file: str, n: int) -> None:
     kernels = build.copy_of_kernels(tmp_path, FEW_BLOCKS)

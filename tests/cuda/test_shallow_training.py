@@ -16,7 +16,10 @@ from tests.cuda.places import Calls
 from tests.pairs import every_pair
 from tests.shallow.problems import start
 
-pytestmark = pytest.mark.skipif(not native_available(), reason="the native library is not built")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not native_available(), reason="the native library is not built"),
+]
 
 ADAMW = (1e-3, 0.9, 0.999, 1e-8, 0.01)
 OTHER = (0.05, 0.8, 0.95, 1e-3, 0.3)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tests.shim import build
 
+pytestmark = pytest.mark.slow
+
 # Case -> who finds the flaw, and what it says. None: the shim itself, in every build.
 PLANTED = {
     "barrier": ("thread", "data race"),

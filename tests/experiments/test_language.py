@@ -60,6 +60,7 @@ def test_what_is_left_out_or_cut_is_said_and_listed_on_request(
     assert [line for line in listed if "fly" in line] == listed[1:5]
 
 
+@pytest.mark.slow
 def test_several_ranks_in_one_run(tmp_path: Path) -> None:
     given = {"retrain": ("none", "lora-ml", "last-layer-ml"), "rank": (1, 4)}
     folder = LANGUAGE.run(language_settings(**given, out=tmp_path / "run"))

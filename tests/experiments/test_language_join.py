@@ -31,6 +31,7 @@ def made(path: Path, trial: int, value: float, **given: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_two_trials_become_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [made(tmp_path / "a", 0, 0.2), made(tmp_path / "b", 1, 0.4)]
     with pytest.raises(SystemExit) as ended:

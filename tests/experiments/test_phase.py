@@ -55,6 +55,7 @@ def test_smoke(smoke: Path) -> None:
     assert json.loads((smoke / "manifest.json").read_text())["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_resumed_runs_end_the_same(smoke: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()

@@ -195,6 +195,7 @@ with RunFolder.create(Path(sys.argv[1]), Settings(), experiment="test") as run:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "status"),
     [
@@ -256,6 +257,7 @@ class Same:
     lr: float = 0.1
 
 
+@pytest.mark.slow
 def test_one_process_at_a_time_has_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with another_run(folder) as process:
@@ -405,6 +407,7 @@ def start_on(folder: Path, trials: int, **options: Any) -> subprocess.CompletedP
     )
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_grow_ends_the_run_in_one_line(tmp_path: Path) -> None:
     folder, limit = tmp_path / "run", 120_000
     done = start_on(
@@ -440,6 +443,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_in_one_line(small_disk: Path) -> None:
     folder = small_disk / "run"
     done = start_on(folder, 9)
@@ -461,6 +465,7 @@ def test_a_full_disk_ends_the_run_in_one_line(small_disk: Path) -> None:
     assert manifest(folder)["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_on_a_full_disk_no_new_run_is_left_half_made(small_disk: Path) -> None:
     with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
         while file.write(bytes(4096)):

@@ -59,6 +59,7 @@ def test_the_command_writes_a_run_folder(all_sweeps: Path) -> None:
     assert manifest["settings"]["retrain_epochs"] == 40000
 
 
+@pytest.mark.slow
 def test_one_sweep_alone_and_resumed(all_sweeps: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     folder = tmp_path / "k"
     assert smoke("k", folder) == 0

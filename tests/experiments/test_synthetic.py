@@ -133,6 +133,7 @@ def test_one_truth_leaves_the_data_of_each_trial_its_own() -> None:
         assert torch.equal(before.test_stats.gram, now.test_stats.gram)
 
 
+@pytest.mark.slow
 def test_an_existing_folder_is_refused_and_resumed(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     folder = tmp_path / "run"
     LINEAR.run(LinearSettings(vary="n", smoke=True, out=folder))
@@ -190,6 +191,7 @@ def test_divergence_is_the_users_to_put_right(tmp_path: Path, capsys) -> None:  
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_interrupted_runs_can_be_read_and_resumed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     arguments = ("linear", "--vary", "T", "--out", str(folder))

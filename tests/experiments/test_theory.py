@@ -43,6 +43,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, output.getvalue()
 
 
+@pytest.mark.slow
 def test_it_ends_with_twelve_verdicts_none_assumed(smoke: tuple[Path, str]) -> None:
     folder, output = smoke
     last = output.split("\nstatement ")[1].split("\nresults: ")[0].splitlines()[1:]
@@ -54,6 +55,7 @@ def test_it_ends_with_twelve_verdicts_none_assumed(smoke: tuple[Path, str]) -> N
         assert all(isinstance(c["measured"], float) for c in stored)
 
 
+@pytest.mark.slow
 def test_wrong_statements_are_refuted(smoke: tuple[Path, str]) -> None:
     folder, output = smoke
     first = output.split("wrong on purpose")[1].split("\nstatement ")[0]
@@ -63,6 +65,7 @@ def test_wrong_statements_are_refuted(smoke: tuple[Path, str]) -> None:
         assert not all(c["holds"] for c in stored)
 
 
+@pytest.mark.slow
 def test_the_run_folder_holds_every_check_and_figure(smoke: tuple[Path, str]) -> None:
     folder, output = smoke
     with (folder / "results.csv").open(newline="") as file:
@@ -76,6 +79,7 @@ def test_the_run_folder_holds_every_check_and_figure(smoke: tuple[Path, str]) ->
     assert json.loads((folder / "manifest.json").read_text())["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_the_spurious_minimum_is_found_again(smoke: tuple[Path, str]) -> None:
     """Saved with the seed that finds it: from the numbers saved, and by another search."""
     stored = json.loads((smoke[0] / "statement-11.json").read_text())["data"]
@@ -99,6 +103,7 @@ def test_the_spurious_minimum_is_found_again(smoke: tuple[Path, str]) -> None:
     torch.testing.assert_close(minimum, factors, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_resuming_checks_only_what_is_missing(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     folder = tmp_path / "run"
     arguments = ["2", "10", "--smoke", "--out", str(folder)]

@@ -180,6 +180,7 @@ def test_a_mistake_is_one_line_before_anything_is_written(
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumed_equals_one_never_stopped(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

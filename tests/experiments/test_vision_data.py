@@ -173,6 +173,7 @@ def test_damaged_torchvision_layout_is_reported_by_name(torchvision_folder: Path
         load("cifar10", torchvision_folder)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no copy of CIFAR-10 beside the checkout")
 def test_real_cifar10() -> None:
     data = load_cifar10(SHARED)

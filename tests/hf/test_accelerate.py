@@ -98,11 +98,13 @@ def test_absent_tasks_stay_as_they_are_with_accumulated_gradients():
     assert absent > 0
 
 
+@pytest.mark.slow
 def test_the_example_with_accelerate_learns(capsys):
     history = runpy.run_path(str(EXAMPLES / "accelerate_loop.py"))["main"]()
     assert history[-1] < 0.3 < history[0]
 
 
+@pytest.mark.slow
 def test_the_example_with_the_trainer_learns(capsys):
     measured = runpy.run_path(str(EXAMPLES / "transformers_trainer.py"))["main"]()
     assert all(measured[f"eval_task{task}"] > 0.9 for task in range(3))

@@ -83,6 +83,7 @@ def test_bad_features_are_refused():
         TaskRounds(FEATURES, IDS[:-1], batch_size=1)
 
 
+@pytest.mark.slow
 def test_importing_brings_neither_transformers_nor_accelerate():
     code = (
         "import sys, metalora.hf;"

@@ -114,6 +114,7 @@ def test_training_equals_the_own_loop(tmp_path):
     assert_same(model, other)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     want = adapted_model()
     trainer(want, tmp_path).train()
@@ -155,6 +156,7 @@ class StateOfTasks(transformers.TrainerCallback):
         self.states.append([state_of_task(self.model, self.optimizer, t) for t in range(T)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_absent_tasks_stay_as_they_are(accumulation, tmp_path):
     """Their adapters, moments and step counts; also over rounds whose gradients are added up."""
@@ -211,6 +213,7 @@ def test_ungrouped_predictions_are_in_the_order_of_the_dataset(tmp_path):
     torch.testing.assert_close(torch.from_numpy(found.predictions), logits)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped(tmp_path):
     whole, stopped, resumed = adapted_model(), adapted_model(), adapted_model()
     options = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2}

@@ -288,6 +288,7 @@ def test_settings_that_are_no_file_or_nested_too_deeply(tmp_path):
     refused(plain_model(), tmp_path / "a", "config.json cannot be read: there is no such file")
 
 
+@pytest.mark.slow
 def test_settings_of_any_type_give_a_clear_line(tmp_path):
     """Every field of a damaged file, with wrong types."""
     written_by_peft(tmp_path / "a")

@@ -321,6 +321,7 @@ def test_senseless_numbers_are_refused(saved):
     refused(saved, smaller, values, "does not fit KeepBest: the weights of the best epoch must be")
 
 
+@pytest.mark.slow
 def test_forged_files_end_in_an_error_or_a_training(tmp_path):
     """Each with a valid checksum; what is accepted must be trained to its end."""
     path = tmp_path / "run.safetensors"
@@ -450,6 +451,7 @@ METHODS["lora-ml"](network(), rounds(), CONFIG_LONG, validation=rounds(1),
 CONFIG_LONG = TrainConfig(epochs=40, lr=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 def test_killed_at_a_random_moment_it_goes_on(tmp_path):
     path = tmp_path / "run.safetensors"

@@ -336,6 +336,7 @@ def test_the_file_is_there_before_the_first_epoch(tmp_path):
         start(path)
 
 
+@pytest.mark.slow
 def test_what_a_killed_save_left_is_removed_even_if_nothing_is_saved(tmp_path):
     path = tmp_path / "run.safetensors"
     start(path)
@@ -386,6 +387,7 @@ sys.exit(0 if all(torch.equal(a, b) for a, b in pairs) else 3)
 """
 
 
+@pytest.mark.slow
 def test_a_file_cut_short_while_the_training_runs_does_no_harm(tmp_path):
     """Memory mapped from the file would end the process."""
     arguments = [str(tmp_path / "run.safetensors"), str(Path(__file__).parent)]

@@ -482,6 +482,7 @@ def test_nothing_to_train_is_refused():
         standard(model, rounds(), TrainConfig(epochs=1, lr=0.1))
 
 
+@pytest.mark.slow
 def test_importing_brings_no_optional_package():
     code = (
         "import sys, torch; before = set(sys.modules);"

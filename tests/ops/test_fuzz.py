@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +29,7 @@ def problems(draw: st.DrawFn) -> Problem:
     return p
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(p=problems(), route=st.sampled_from(ROUTES), scaling=st.floats(-4, 4), data=st.data())
 def test_lora_linear(p: Problem, route: str, scaling: float, data: st.DataObject) -> None:

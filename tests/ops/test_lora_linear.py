@@ -99,6 +99,7 @@ def test_gradcheck_for_every_subset_of_inputs(route: str, mask: int) -> None:
     assert torch.autograd.gradcheck(function, p.leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_gradgradcheck(route: str, dropout_p: float) -> None:
@@ -286,6 +287,7 @@ def test_kept_merged_weights_are_used(native: None) -> None:
     torch.testing.assert_close(after, 2 * before)
 
 
+@pytest.mark.slow
 def test_torch_compile_fullgraph_without_recompiling(native: None) -> None:
     recompiles = torch._dynamo.utils.counters["stats"]
     torch._dynamo.reset()
@@ -302,6 +304,7 @@ def test_torch_compile_fullgraph_without_recompiling(native: None) -> None:
     assert recompiles["unique_graphs"] == before + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(10, 10, 1), (40, 33, 3), (70, 33, 3)], ids=str)
 def test_opcheck(native: None, sizes: tuple[int, int, int]) -> None:
     raw, check = torch.ops.metalora, torch.library.opcheck

@@ -22,7 +22,7 @@ _KERNELS = [
     *("-DMETALORA_SHIM", f"-I{SHIM}", "-ftrivial-auto-var-init=pattern"),
 ]
 SANITIZERS = {
-    "none": ["-O2"],
+    "none": ["-O1"],
     "thread": ["-O1", "-fsanitize=thread"],
     "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
