@@ -104,7 +104,7 @@ def install(
     return lines[1:], build.stdout + build.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_none_is_pure_python(tmp_path: Path) -> None:
     (loaded, cpu_status, _), log = install("none", tmp_path)
     assert loaded == "False False"

@@ -37,7 +37,7 @@ def exit_code(module: ModuleType, *arguments: str) -> int:
     return int(ended.value.code or 0)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_parts_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.shim import build
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 
 BARRIER = re.compile(r"__sync(threads|warp)\([^()]*\);")
 FEW_BLOCKS = 2  # to divide the work among
@@ -21,9 +20,7 @@ def launchers(cache: Path, kernels: Path, sanitizer: str) -> Path:
     return build.program(cache, sources, sanitizer)
 
 
-@pytest.fixture(
-    scope="module", params=["thread", pytest.param("address", marks=pytest.mark.exhaustive)]
-)
+@pytest.fixture(scope="module", params=["thread", "address"])
 def sanitized(
     cache: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Path:
@@ -37,17 +34,14 @@ def test_launchers(sanitized: Path, kernel: str) -> None:
     assert done.returncode == 0, done.stderr[-5000:]
 
 
-def barriers() -> list[Any]:
-    """(file, n) for every barrier in csrc/cuda; one of them is enough for every day."""
+def barriers() -> list[tuple[str, int]]:
+    """(file, n) for every barrier in csrc/cuda."""
     files = [f for f in sorted(build.CUDA.rglob("*")) if f.suffix in (".cu", ".h")]
-    found = [
+    return [
         (str(f.relative_to(build.CUDA)), n)
         for f in files
         for n, _ in enumerate(BARRIER.finditer(f.read_text()))
     ]
-    daily = ("merge_lora.cu", 0)
-    assert daily in found
-    return [pytest.param(*b, marks=[] if b == daily else pytest.mark.exhaustive) for b in found]
 
 
 @pytest.mark.parametrize(("file", "n"), barriers())

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from filelock import FileLock
+
 SHIM = Path(__file__).resolve().parent
 CSRC = SHIM.parents[1] / "csrc"
 CUDA = CSRC / "cuda"
@@ -115,8 +117,7 @@ def _compile(cache: Path, source: Path, flags: list[str]) -> Path:
     text = subprocess.run([COMPILER, *flags, *_language(source), "-E"], capture_output=True)
     key = _key(text.stdout.decode().replace(str(source.parent), ""), *flags)
     target = cache / f"{source.stem}-{key}.o"
-    if not target.exists():
-        _run([COMPILER, *flags, *_language(source), "-c", "-o"], target)
+    _make([COMPILER, *flags, *_language(source), "-c", "-o"], target)
     return target
 
 
@@ -126,10 +127,9 @@ def _language(source: Path) -> list[str]:
 
 def _link(cache: Path, objects: Sequence[Path], flags: list[str], name: str) -> Path:
     target = cache / f"{_key(*map(str, objects), *flags)}-{name}"
-    if not target.exists():
-        libraries = [flag for flag in flags if flag.startswith("-l")]
-        others = [flag for flag in flags if flag not in libraries]
-        _run([COMPILER, *others, *map(str, objects), *libraries, "-ldl", "-o"], target)
+    libraries = [flag for flag in flags if flag.startswith("-l")]
+    others = [flag for flag in flags if flag not in libraries]
+    _make([COMPILER, *others, *map(str, objects), *libraries, "-ldl", "-o"], target)
     return target
 
 
@@ -137,10 +137,13 @@ def _key(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
-def _run(command: list[str], target: Path) -> None:
-    """Runs a compiler whose output appears in one piece: others may share the cache."""
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    done = subprocess.run([*command, str(part)], capture_output=True, text=True)
-    if done.returncode:
-        raise CompileError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
-    part.replace(target)
+def _make(command: list[str], target: Path) -> None:
+    """Makes a file unless it is there; of several processes that share the cache, one does."""
+    with FileLock(f"{target}.lock"):
+        if target.exists():
+            return
+        part = target.with_suffix(".part")
+        done = subprocess.run([*command, str(part)], capture_output=True, text=True)
+        if done.returncode:
+            raise CompileError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
+        part.replace(target)
