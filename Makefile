@@ -1,7 +1,7 @@
 # make demo         set up, then Figure 1 and the vision experiment on handwritten digits
-# make check        set up, then the tests of every minute: all but those marked slow
+# make check        set up, then the tests of every change: all but those marked slow
 # make test         set up, then the tests of every day
-# make exhaustive   the rest: every build, and each barrier of the CUDA kernels removed in turn
+# make exhaustive   set up, then the rest: builds from a copy, sanitizers, full disks
 # make test-latest  the test suite with the newest packages that pyproject.toml allows
 # make lint         format and type checks
 # make bench        every operator beside plain PyTorch

@@ -17,7 +17,7 @@ from metalora.meta import Batch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_resident_memory_neither_grows_nor_follows_the_size_of_the_batch() -> None:
     done = subprocess.run(

@@ -407,7 +407,7 @@ def start_on(folder: Path, trials: int, **options: Any) -> subprocess.CompletedP
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_file_that_cannot_grow_ends_the_run_in_one_line(tmp_path: Path) -> None:
     folder, limit = tmp_path / "run", 120_000
     done = start_on(
@@ -443,7 +443,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_full_disk_ends_the_run_in_one_line(small_disk: Path) -> None:
     folder = small_disk / "run"
     done = start_on(folder, 9)

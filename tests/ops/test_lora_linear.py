@@ -86,9 +86,13 @@ def test_rounds_no_worse_than_pytorch(
         assert relative_error(got, truth) <= allowed
 
 
+# Of five inputs: each alone, all but one, and all.
+SUBSETS = [*(1 << i for i in range(5)), *(31 - (1 << i) for i in range(5)), 31]
+
+
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("mask", range(1, 32))
-def test_gradcheck_for_every_subset_of_inputs(route: str, mask: int) -> None:
+@pytest.mark.parametrize("mask", SUBSETS)
+def test_gradcheck_for_subsets_of_the_inputs(route: str, mask: int) -> None:
     p = problem((3, 0, 4), (3, 4, 2), grad=False)
     for i, leaf in enumerate(p.leaves):
         leaf.requires_grad_(bool(mask >> i & 1))

@@ -64,7 +64,7 @@ def test_iterates_are_those_of_autograd_and_torch_adamw(
     assert_same(result.adapters.lora_B, tuned.lora_B[0], 1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_thousand_steps_at_the_papers_sizes(oracle: Callable[..., Any], backend: str) -> None:
     """Losses equal to 1e-6 relative over 1000 steps in float64; they agree to far less."""
     # The reference is that of the other tests; a shorter run of it will do.
