@@ -206,7 +206,7 @@ def write(folder: Path, measured: Sequence[Resources], compiler: str, sources: s
     text = (
         "# Registers and memory of each CUDA kernel\n\n"
         f"`{command}`, {compiler}. Shared memory is what kernels declare, without what launches "
-        "ask for; warps are those of an SM's 64 that registers leave room for.\n\n"
+        "ask for; warps: how many of an SM's 64 fit, given the registers.\n\n"
         f"{markdown([*header, 'spills'], rows)}\n"
     )
     (folder / f"{NAME}.md").write_text(text, encoding="utf-8")

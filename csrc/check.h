@@ -124,13 +124,4 @@ inline void check_float_data(const char* op, const char* name, const Tensor& ten
   check_full_precision_data(op, name, tensor, true);
 }
 
-inline void check_dropout_mask(const Tensor& seed, double p, int64_t rows, int64_t columns) {
-  const char* op = "dropout_mask";
-  check_dim(op, "seed", seed, 0);
-  check_data(op, "seed", seed, ScalarType::Long);
-  METALORA_CHECK(p >= 0 && p < 1, op, ": p must be in [0, 1), got ", p);
-  METALORA_CHECK(rows >= 0 && columns >= 0, op, ": rows and columns must not be negative, got ",
-                 rows, " and ", columns);
-}
-
 }  // namespace metalora

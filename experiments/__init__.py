@@ -1,6 +1,6 @@
 """The paper's experiments, ``python -m experiments.<name>``; each writes a run folder.
 
-Every experiment has the same files, and no others but what is its own:
+Every experiment has the same files, beside what is its own:
 
 - ``settings.py``: a frozen dataclass, a subclass of `experiments.lib.experiment.RunSettings`;
 - ``data.py``: what it trains on, where that is more than a line;
@@ -8,7 +8,10 @@ Every experiment has the same files, and no others but what is its own:
 - ``summary.py``: the rows of results.csv, and the table made of them;
 - ``figures.py``: ``draw``, which returns the paths of the PNGs; imported when a figure is drawn;
 - ``run.py``: ``prepare(settings)``, which checks what can be checked beforehand and returns a
-  `Work`, and the `Experiment` in capitals (``LINEAR``), whose command ``__main__.py`` makes.
+  `Work`, and the `Experiment` in capitals (``LINEAR``), of which
+  `experiments.lib.experiment.command` makes the command.
+
+``theory`` has ``statements/`` in the place of the trials.
 
 `experiments.lib` has what two of them need. It does the rest in the same way for all: the command
 line, the run folder, notes of settings without effect, the table, and the paths at the end.

@@ -1,5 +1,6 @@
 #include "dropout.h"
 
+#include "../operators/dropout_mask.h"
 #include "../philox.h"
 #include "aten.h"
 #include "clones.h"

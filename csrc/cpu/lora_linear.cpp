@@ -154,7 +154,8 @@ Tensor weight_forward(const LoraLayer& p, const std::optional<Tensor>& bias,
   return y;
 }
 
-// In the dtype of x; those of the parameters in that of the weights, A's and B's in any case.
+// Those of x and the bias in the dtype of x, the others in that of the weight. A's and B's are
+// always allocated, since MergeGradients writes both.
 Gradients empty_gradients(const LoraLayer& p, const Needs& need) {
   const ScalarType dtype = p.x.scalar_type(), work = p.weight.scalar_type();
   return {empty_if(need.x, {p.rows, p.in}, dtype), empty_if(need.weight, {p.out, p.in}, work),

@@ -1,3 +1,6 @@
+// W_t = W + s B_t A_t [T, out, in], and the gradients of W [out, in], A [T, r, in] and B [T, out,
+// r] from P_t [T, out, in]. The inner loop is add_scaled of vector_kernels.h; tasks and tiles of
+// rows are spread over threads by parallel of aten.h.
 #include "merge_lora.h"
 
 #include "../operators/merge_lora.h"
@@ -126,7 +129,8 @@ struct Cpu {
     });
     const Tensor result_A = cast(grad_A, dtype), result_B = cast(grad_B, dtype);
     if (!symmetric) return {cast(grad_weight, dtype), result_A, result_B};
-    // U is both B and Aᵀ: its gradient is the sum of theirs (subtract has a scale, add no shim).
+    // U is both B and Aᵀ: its gradient is the sum of theirs, B − (−1) Aᵀ, since the stable ABI has
+    // subtract and no add.
     const Tensor of_A = torch::stable::transpose(result_A, 1, 2);
     return {cast(grad_weight, dtype), none(dtype), torch::stable::subtract(result_B, of_A, -1.0)};
   }

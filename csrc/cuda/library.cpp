@@ -1,9 +1,10 @@
-// The CUDA library: what it was built for, and the operators that are one kernel each. The routes
+// The CUDA library: what it was built for, and the operators made of our own kernels. The routes
 // of lora_linear are in lora_linear.cpp. Schemas: csrc/schemas.h.
 #include "library.h"
 
 #include <torch/csrc/stable/library.h>
 
+#include "../operators/dropout_mask.h"
 #include "../operators/task_matvec.h"
 #include "../philox.h"
 #include "dropout.h"

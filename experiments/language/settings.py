@@ -71,11 +71,11 @@ class LanguageSettings(RetrainingSettings):
     retrain_file: str | None = option(None, help="in --data (default: the first that is known)")
     test_file: str | None = option(None, help="in --data; may be the same, for tasks of one file")
     strict: bool = option(True, help="leave out personas that match their cluster only in part")
-    candidates: int = option(20, help="of each turn; they are drawn where a file has no lists")
+    candidates: int = option(20, help="candidates of each turn; drawn where a file has no lists")
     data_seed: int = option(
         0,
-        help="of the drawn candidates and the order of all; the same for every method and trial, "
-        "so that they are compared on the same questions",
+        help="seed for drawing distractors and for the order of candidates; all methods and trials "
+        "share it, so that they are compared on the same questions",
     )
     model: str = option(
         None,
@@ -96,10 +96,11 @@ class LanguageSettings(RetrainingSettings):
         choices=(*FINETUNES, OWN),
     )
     rank: tuple[int, ...] = option(
-        (8,), help="of LoRA, on every linear layer of the encoder; several are run one by one"
+        (8,),
+        help="rank of LoRA, on every linear layer of the encoder; several are run one by one",
     )
     alpha: float = option(16.0, help="the scale of LoRA is alpha / rank")
-    dropout: float = option(0.1, help="on the inputs of LoRA")
+    dropout: float = option(0.1, help="dropout on the inputs of LoRA")
     tasks: int = option(None, help="retraining tasks, the largest first (default: 10)")
     test_tasks: int = option(None, help="test tasks, the largest first (default: 10)")
     dialogues: int | None = option(None, help="train on only so many dialogues a task")

@@ -49,10 +49,11 @@ class RetrainingSettings(RunSettings):
         choices=("round", "task"),
     )
     adapter_lr: float | None = option(
-        None, help="of the tasks' adapters and heads in retraining (default: --lr)"
+        None, help="rate of the tasks' adapters and heads in retraining (default: --lr)"
     )
     adapter_weight_decay: float | None = option(
-        None, help="of the tasks' adapters and heads in retraining (default: --weight-decay)"
+        None,
+        help="decay of the tasks' adapters and heads in retraining (default: --weight-decay)",
     )
     adapter_steps: int = option(
         1,

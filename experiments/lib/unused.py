@@ -23,8 +23,8 @@ def unused(settings: Any, part_of: Mapping[str, Sequence[str]], kinds: Set[str])
         given, readers = getattr(settings, field.name), part_of.get(field.name)
         if readers is not None and given != field.default and kinds.isdisjoint(readers):
             lines.append(
-                f"note: {flag_of(field.name)} has no part in this run: "
-                f"it is for {', '.join(readers)} alone"
+                f"note: {flag_of(field.name)} has no effect in this run: "
+                f"it is for {', '.join(readers)} only"
             )
     return lines
 

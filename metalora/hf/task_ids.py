@@ -102,8 +102,9 @@ class TaskIds:
         if counts is not None and sum(counts) != len(ids):
             raise ValueError(
                 f"accept_task_ids: task_counts must sum to the {len(ids)} task_ids, got "
-                f"{list(counts)}; what cuts batches apart does not go with them: instead of "
-                "nn.DataParallel use processes, with dispatch_batches TaskCollator(group=False)"
+                f"{list(counts)}; something split the batch without them: use "
+                "DistributedDataParallel instead of nn.DataParallel, and with "
+                "dispatch_batches=True pass TaskCollator(group=False)"
             )
         self._batch = TaskBatch(ids, self._num_tasks, counts=counts)
         self._scope.enter_context(tasks(self._batch))

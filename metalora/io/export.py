@@ -80,7 +80,7 @@ def export_peft(
         task_type: PEFT's; "auto" takes it from the model's class (sequence and token
             classification, question answering), None writes none.
         tokenizer: saved with the base, by its ``save_pretrained``.
-        metrics: for the model cards: a number stands in all of them, of a list each task has one.
+        metrics: for the model cards: a number goes into every card, a list gives one per task.
         overwrite: whether an earlier export in ``folder`` is replaced.
 
     Returns:

@@ -16,11 +16,11 @@ SAMPLE_BYTES = 2**24
 
 
 def identity_of(part: Any) -> Any:
-    """Returns what ``part.identity()`` does, with its class; without that method what is visible:
+    """Describes ``part`` for comparison: its class and ``part.identity()``.
 
-    the name of a function or class, the arguments of a ``functools.partial``, or the fields of a
-    frozen dataclass. A loader's ``identity()`` returns whatever determines its batches, in values
-    that JSON can hold.
+    If it has no such method: the name of a function or class, the arguments of a
+    ``functools.partial``, or the fields of a frozen dataclass. A loader's ``identity()`` returns
+    whatever determines its batches, in values that JSON can hold.
     """
     if callable(identity := getattr(part, "identity", None)):
         return {"kind": qualified_name(type(part)), **identity()}

@@ -63,12 +63,12 @@ def train(
         rounds: the data.
         step: how a step is taken, and on which parameters.
         config: settings.
-        validation, callbacks: see `Watch`; a loader's samples are run as the step runs its own.
+        validation, callbacks: see `Watch`; a validation loader is run with the step's ``forward``.
 
     Raises:
         DivergedError: if the loss is NaN or infinite. On a CPU this is found before the step is
-            taken, so the weights are those of the last good step. On a GPU it is found at the end
-            of the epoch, the only time that the host waits, when they may be NaN.
+            taken, so the weights are those of the last good step. On a GPU it is found only at the
+            end of the epoch, where the host waits anyway; the weights may be NaN by then.
     """
     callbacks = list(callbacks)
     steps_per_epoch = step.per_epoch(rounds)

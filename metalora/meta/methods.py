@@ -48,7 +48,7 @@ def standard(
         ValueError: if ``model`` has adapters.
     """
     check_call("standard", model, options)
-    return descend(model, rounds, config, options)
+    return train_by_gradient(model, rounds, config, options)
 
 
 @own_random_state()
@@ -79,7 +79,9 @@ def lora_ml(
     torch.manual_seed(derive_seed("adapters", config.seed))
     try:
         adapt(model, lora_config, rounds.num_tasks)
-        return _with_adapters(descend(model, rounds, config, options), model, rounds.num_tasks)
+        return _with_adapters(
+            train_by_gradient(model, rounds, config, options), model, rounds.num_tasks
+        )
     finally:
         if adapted_layers(model):
             unload(model)
@@ -191,7 +193,9 @@ def finetune_lora(
         freeze_base(model)
         if fresh_heads:
             reset_adapters(model)
-        return _with_adapters(descend(model, rounds, config, options), model, rounds.num_tasks)
+        return _with_adapters(
+            train_by_gradient(model, rounds, config, options), model, rounds.num_tasks
+        )
 
 
 def finetune_last_layer(
@@ -233,7 +237,9 @@ def check_call(function: str, model: nn.Module, options: Options) -> None:
     check_plain(function, model)
 
 
-def descend(model: nn.Module, rounds: Rounds, config: TrainConfig, options: Options) -> Result:
+def train_by_gradient(
+    model: nn.Module, rounds: Rounds, config: TrainConfig, options: Options
+) -> Result:
     """Trains all parameters that require a gradient with `GradientStep`."""
     calls, watch = split_options(options)
     return train(model, rounds, GradientStep(model, rounds, config, **calls), config, **watch)

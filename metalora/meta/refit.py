@@ -12,7 +12,7 @@ from metalora.adapters.select import select
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds
 from metalora.meta.loop import Result
-from metalora.meta.methods import descend
+from metalora.meta.methods import train_by_gradient
 from metalora.meta.training import Options, check_options
 
 
@@ -65,7 +65,7 @@ def refit_heads(
     try:
         for parameter, _ in before:
             parameter.requires_grad_(id(parameter) in of_heads)
-        return descend(model, rounds, config, options)
+        return train_by_gradient(model, rounds, config, options)
     finally:
         for parameter, needed in before:
             parameter.requires_grad_(needed)

@@ -137,5 +137,5 @@ def _no_backward(ctx: Any, *grads: Tensor) -> None:
 def where_needed(
     needed: tuple[bool, ...], gradients: tuple[Tensor | None, ...]
 ) -> list[Tensor | None]:
-    """The gradients that autograd asked for; raw operators return empty tensors for the others."""
+    """The gradients that autograd asked for, of all that a raw operator returns."""
     return [g if n else None for n, g in zip(needed, gradients, strict=True)]

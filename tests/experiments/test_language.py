@@ -47,7 +47,7 @@ def test_what_is_left_out_or_cut_is_said_and_listed_on_request(
     monkeypatch.setattr("experiments.language.figures.draw", lambda *_: [])
     LANGUAGE.run(language_settings(**given, validation_dialogues=1, out=tmp_path / "run"))
     without_part, *printed = capsys.readouterr().err.splitlines()
-    assert without_part.startswith("note: --batch-size has no part in this run")
+    assert without_part.startswith("note: --batch-size has no effect in this run")
     path = tmp_path / "valid_self_original_no_cands.txt"
     left_out = f"note: {path}: 4 dialogues are left out, whose personas match no cluster"
     assert printed[:2] == [
@@ -172,10 +172,10 @@ def test_settings_without_a_part_in_the_run_or_beyond_the_data_are_said(
     LANGUAGE.run(language_settings(**given, max_length=9999, out=tmp_path / "run"))
     printed = capsys.readouterr().err
     for line in (
-        "note: --rank has no part in this run: it is for lora-ml, lora alone\n",
-        "note: --batch-size has no part in this run: it is for lora-ml, last-layer-ml, standard, ",
-        "note: --reptile-lr has no part in this run: it is for reptile alone\n",
-        "note: --adapter-steps has no part in this run: it is for lora-ml, last-layer-ml alone\n",
+        "note: --rank has no effect in this run: it is for lora-ml, lora only\n",
+        "note: --batch-size has no effect in this run: it is for lora-ml, last-layer-ml, ",
+        "note: --reptile-lr has no effect in this run: it is for reptile only\n",
+        "note: --adapter-steps has no effect in this run: it is for lora-ml, last-layer-ml only\n",
         "note: --dialogues 99: the tasks have at most ",
         "note: --turns 50: the dialogues have at most ",
         "note: --history 99: before a response there are at most ",
