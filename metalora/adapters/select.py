@@ -1,4 +1,4 @@
-"""Which modules of a model a configuration means."""
+"""The modules of a model that a configuration names."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def sample_problem(
         symmetric_base: whether A* is (A + Aᵀ) / 2 of such an A, as in the authors' runs.
         generator: source of randomness; None is torch's own.
         dtype: float32 or float64; one seed gives the same problem in both.
-        device: where the problem is to live.
+        device: of the problem.
 
     Raises:
         ValueError, TypeError: a number is not an int or out of range.

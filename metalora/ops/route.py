@@ -1,4 +1,4 @@
-"""Which way `lora_linear` computes, and why."""
+"""Which route `lora_linear` takes, and why."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MEMORY_SHARE = 1 / 8
 
 
 class RouteChoice(NamedTuple):
-    """How `lora_linear` computes, and why."""
+    """The route that `lora_linear` takes, and why."""
 
     route: str  # "weight", "token" or "reference"
     reason: str
@@ -74,7 +74,7 @@ def choose_route(
     problem: str | None = None,
     memory: int | None = None,
 ) -> RouteChoice:
-    """The choice behind route="auto": a pure function of what it is told.
+    """The choice behind route="auto": a pure function of its arguments.
 
     Args:
         rows: M, over all tasks.
@@ -130,7 +130,7 @@ def decide(
     native: bool,
     memory: int | None,
 ) -> str:
-    """What settles the route, a key of ROUTE_OF; quick, since every call asks."""
+    """The reason that settles the route, a key of ROUTE_OF; quick, since every call needs it."""
     if not native or device_type not in ("cpu", "cuda"):
         return "device"
     if dropout_p > 0:
