@@ -191,6 +191,7 @@ def test_the_command_writes_its_table(
     assert "| tiny, 2 tasks of 1 turns | fp32 | + packed |" in page
 
 
+@pytest.mark.slow
 def test_real_dialogues_are_read(
     shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -235,6 +235,7 @@ def retrained(case: Case, method: str, **given: Any) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+@pytest.mark.slow
 def test_methods_differ_from_one_start_and_repeat(case: Case) -> None:
     trials = case.trials()
     start, same, other = (trials.new_model(seed).state_dict() for seed in (0, 0, 1))
@@ -288,6 +289,7 @@ SWITCHES: dict[str, list[tuple[str, dict[str, Any]]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method", "switch"),
     [(name, *switch) for name, switches in SWITCHES.items() for switch in switches],

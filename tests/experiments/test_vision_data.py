@@ -84,6 +84,7 @@ def test_channel_statistics_are_those_of_the_training_pixels() -> None:
     assert deviation == pytest.approx([pixels.std(correction=0).item()])
 
 
+@pytest.mark.slow
 def test_grids_are_cut_in_canonical_order(made_grids: Path) -> None:
     data = load_cifar10(made_grids)
     assert data.train.pixels.shape == (50000, 3, 32, 32)
@@ -114,6 +115,7 @@ def test_damaged_grids_are_reported_by_name(grids: Path) -> None:
             load_cifar10(grids)
 
 
+@pytest.mark.slow
 def test_wrong_labels_are_damage(grids: Path) -> None:
     names = np.array(["x"] * 10)
     few = np.zeros(10, np.uint8)

@@ -193,6 +193,7 @@ def edit(folder, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -236,6 +237,7 @@ def test_settings_that_do_not_work_are_refused(tmp_path, fields, message):
     refused(plain_model(), tmp_path / "a", message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_takes_for_ever_is_stopped(tmp_path, monkeypatch, field):
     """The name's 43 letters can be cut in 2^42 ways, all of which must be tried."""

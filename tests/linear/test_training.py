@@ -94,6 +94,7 @@ def test_finetuning_is_that_of_looping_over_samples(
         close(result.factors[1], sequential[1], 1e-10)
 
 
+@pytest.mark.slow
 def test_a_run_of_the_papers_length(oracle: SimpleNamespace, backend: str) -> None:
     steps = 3000 if backend == "native" else 300
     problem = sample_problem(3, 10, 1, generator=seeded(11))

@@ -84,6 +84,7 @@ def run(method, config, path=None, interrupt=None, model=None):
     return model.state_dict(), result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [

@@ -84,6 +84,7 @@ def snapshot(model):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_any_method_learns_and_leaves_a_plain_model(method):
     model = network()

@@ -327,7 +327,9 @@ def compiled_loop(model, optimizer, called):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.exhaustive)]
+)
 def test_a_compiled_model_is_stepped_the_same_and_not_recompiled(backend):
     from torch._dynamo.testing import CompileCounterWithBackend
 

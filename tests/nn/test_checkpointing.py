@@ -168,6 +168,7 @@ def test_an_error_in_a_checkpoint_leaves_no_tasks_behind(run):
     assert current_tasks() is None
 
 
+@pytest.mark.slow
 def test_a_checkpoint_inside_a_compiled_model_has_its_tasks():
     torch._dynamo.reset()
     want, model = network(), network(CHECKPOINTS["not reentrant"])
@@ -180,6 +181,7 @@ def test_a_checkpoint_inside_a_compiled_model_has_its_tasks():
         torch.testing.assert_close(got, gradients(want)[name], msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["not reentrant", "reentrant"])
 def test_a_checkpointed_compiled_block_has_its_tasks(run):
     torch._dynamo.reset()

@@ -24,6 +24,7 @@ needs_native = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_native
 @pytest.mark.parametrize(("route", "dropout"), [("auto", 0.0), ("token", 0.0), ("token", 0.3)])
 def test_compiles_whole_and_once_for_all_batches(route, dropout):
@@ -62,6 +63,7 @@ def compiled_model():
     return model, torch.compile(model, backend="aot_eager", fullgraph=True)
 
 
+@pytest.mark.slow
 @needs_native
 @pytest.mark.parametrize("reads_scope", [True, False], ids=["context variable", "thread"])
 def test_threads_have_tasks_of_their_own(reads_scope, monkeypatch):

@@ -77,7 +77,7 @@ def operators(cache: Path) -> Path:
 
     plain = [*_COMMON, *_KERNELS, *SANITIZERS["none"], "-fPIC"]
     bindings = [
-        *("-std=c++20", "-O1", "-fPIC", f"-DTORCH_TARGET_VERSION={_torch_target()}"),
+        *("-std=c++20", "-O0", "-fPIC", f"-DTORCH_TARGET_VERSION={_torch_target()}"),
         *("-DMETALORA_SHIM", "-DMETALORA_LIBRARY=metalora_shim", "-DMETALORA_KEY=CPU"),
         *(f"-I{SHIM}", *(f"-isystem{path}" for path in cpp_extension.include_paths())),
     ]
