@@ -26,6 +26,8 @@ from benchmarks.lib.registry import benchmarks
 from benchmarks.lora_linear import BENCHMARK
 from experiments.lib.cli import parse
 
+pytestmark = pytest.mark.slow
+
 
 def python(code: str, **changes: object) -> Part:
     return Part("part", [sys.executable, "-c", code], **changes)  # type: ignore[arg-type]
@@ -127,7 +129,6 @@ def test_tests_that_are_all_skipped_are_no_success(tmp_path: Path) -> None:
     assert (passed.status, passed.note) == ("done", "5 passed, 7 skipped in 1s")
 
 
-@pytest.mark.slow
 def test_a_part_is_ended_with_its_children(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(mark)!r}).touch()"
@@ -144,7 +145,6 @@ def test_the_whole_fails_where_a_part_does(tmp_path: Path, monkeypatch: pytest.M
     assert exit_code(gpu_report, "--out", str(tmp_path), "--part", "build") == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "flags"),
     [

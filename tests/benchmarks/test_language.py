@@ -31,6 +31,8 @@ from benchmarks.lib.measure import Budget
 from metalora.hf import Sequences
 from metalora.meta import RoundLoader
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
@@ -56,7 +58,6 @@ def setting(turns: Turns) -> Setting:
     return Setting(language.new_model("tiny"), turns, rounds, 48, "cpu")
 
 
-@pytest.mark.slow
 def test_all_versions_pass_the_gate_and_have_all_columns(setting: Setting) -> None:
     found = language.benchmark(setting, "made up", "bf16")
     options = Options(tuple(found.versions["all"]))
@@ -173,7 +174,6 @@ def test_drawn_lengths_are_like_those_of_the_dialogues() -> None:
     assert torch.bincount(turns.task_ids).min() >= 20 * 7
 
 
-@pytest.mark.slow
 def test_the_command_writes_its_table(
     turns: Turns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +191,6 @@ def test_the_command_writes_its_table(
     assert "| tiny, 2 tasks of 1 turns | fp32 | + packed |" in page
 
 
-@pytest.mark.slow
 def test_real_dialogues_are_read(
     shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,8 @@ from benchmarks.lib.gate import GateError
 from benchmarks.linear_training import BENCHMARK, LOOPS, METHODS, Figure1Case, Problem
 from experiments.synthetic.linear.settings import LinearSettings
 
+pytestmark = pytest.mark.slow
+
 POINTS = {point.name: point for point in LinearSettings().points()}
 FP64 = PRECISIONS["fp64"]
 OPTIONS = Options(("metalora", *LOOPS))

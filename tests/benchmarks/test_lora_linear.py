@@ -26,6 +26,8 @@ from benchmarks.lora_linear import BENCHMARK, LayerCase, equal, main, ragged
 from experiments.lib.errors import RunError
 from tests.pairs import every_pair
 
+pytestmark = pytest.mark.slow
+
 INPUTS = ("x", "weight", "bias", "lora_A", "lora_B")
 EQUAL, RAGGED = equal(3, 16, 24, 3, 8), ragged(16, 8, 2, (40, 0, 1, 13))
 CASES = [EQUAL, RAGGED, replace(RAGGED, name="dropout", dropout=0.25)]
@@ -184,7 +186,6 @@ def measured(folder: Path, seconds: float = 1e9, **changes: Any) -> list[dict[st
     )
 
 
-@pytest.mark.slow
 def test_tables_and_resuming(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,8 @@ from benchmarks.lib.measure import (
     side_by_side,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def test_steps_are_timed_apart() -> None:
     def wait(seconds: float):

@@ -12,6 +12,8 @@ from benchmarks.lib.cases import PRECISIONS, Case, Options
 from benchmarks.lib.gate import GateError
 from metalora import ops
 
+pytestmark = pytest.mark.slow
+
 FP32 = PRECISIONS["fp32"]
 
 

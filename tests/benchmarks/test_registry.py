@@ -16,6 +16,8 @@ from benchmarks.lib.registry import MODULES, benchmarks
 from benchmarks.lora_linear import CASES, GOALS, equal, zipf
 from metalora._library import native_available
 
+pytestmark = pytest.mark.slow
+
 SCHEMAS = Path(__file__).parents[2] / "csrc" / "schemas.h"
 select = lora_linear.BENCHMARK.select
 

@@ -11,6 +11,8 @@ from benchmarks.lib.cases import PRECISIONS, Case, Options
 from benchmarks.lib.gate import GateError
 from benchmarks.shallow_training import BENCHMARK, VERSIONS
 
+pytestmark = pytest.mark.slow
+
 CASES = BENCHMARK.select(["cpu"])
 OPTIONS = Options(VERSIONS)
 

@@ -220,7 +220,7 @@ def test_strides_of_any_kind(device: torch.device, route: str) -> None:
         assert relative_error(got, wanted) < 1e-12
 
 
-@pytest.mark.parametrize("tasks", [600, 1030])
+@pytest.mark.parametrize("tasks", [600, pytest.param(1030, marks=pytest.mark.exhaustive)])
 def test_more_tasks_than_a_launch_or_a_grouped_product_holds(
     device: torch.device, tasks: int
 ) -> None:

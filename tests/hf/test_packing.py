@@ -224,7 +224,7 @@ def test_models_it_leaves_as_they_were(tmp_path):
     assert disable_packing(again) is again
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_pickled_model_packs_in_a_process_of_its_own(tmp_path):
     model = enable_packing(roberta().eval())
     want = outputs(model, passes_of(model, True))[0]

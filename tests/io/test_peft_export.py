@@ -29,6 +29,8 @@ from tests.io.peft_models import (
     plain_model,
 )
 
+pytestmark = pytest.mark.slow
+
 QV = ["query", "value"]
 LORA = LoRAConfig(rank=3, alpha=5, dropout=0.1, target_modules=QV, heads=["classifier"])
 CONFIGS = {

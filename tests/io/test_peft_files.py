@@ -17,6 +17,8 @@ from metalora.adapters import LoRAConfig
 from metalora.io import PeftFolderError, export_peft, folder, import_peft
 from tests.io.peft_models import adapted_model, load_base, plain_model
 
+pytestmark = pytest.mark.slow
+
 LORA = LoRAConfig(rank=2, target_modules=["query"], heads=["classifier"])
 
 
@@ -108,7 +110,6 @@ def write(out, files):
             (partial / path).write_bytes(content)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.parametrize("exchanged", [True, False])
 def test_a_killed_export_leaves_the_old_or_the_new_folder(tmp_path, monkeypatch, exchanged):
@@ -248,7 +249,6 @@ def test_without_peft_it_says_what_to_install(tmp_path, monkeypatch):
         import_peft(plain_model(), tmp_path)
 
 
-@pytest.mark.slow
 def test_the_module_itself_imports_neither_peft_nor_transformers():
     code = "import sys, metalora.io; print({'peft', 'transformers'} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

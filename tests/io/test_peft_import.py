@@ -24,6 +24,8 @@ from tests.io.peft_models import (
     plain_model,
 )
 
+pytestmark = pytest.mark.slow
+
 THEIRS = {"r": 3, "lora_alpha": 5, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
 
 
@@ -193,7 +195,6 @@ def edit(folder, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -237,7 +238,6 @@ def test_settings_that_do_not_work_are_refused(tmp_path, fields, message):
     refused(plain_model(), tmp_path / "a", message)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_takes_for_ever_is_stopped(tmp_path, monkeypatch, field):
     """The name's 43 letters can be cut in 2^42 ways, all of which must be tried."""
@@ -290,7 +290,6 @@ def test_settings_that_are_no_file_or_nested_too_deeply(tmp_path):
     refused(plain_model(), tmp_path / "a", "config.json cannot be read: there is no such file")
 
 
-@pytest.mark.slow
 def test_settings_of_any_type_give_a_clear_line(tmp_path):
     """Every field of a damaged file, with wrong types."""
     written_by_peft(tmp_path / "a")
