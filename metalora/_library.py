@@ -22,14 +22,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _HERE = Path(__file__).parent
 _ARCHITECTURE = re.compile(r"(?<![\w.])(\d+)\.(\d+)([af]?)(\+PTX)?(?![\w.+])")
-_REINSTALL = "METALORA_BUILD={} pip install --no-build-isolation --no-deps -e ."
+REINSTALL = "METALORA_BUILD={} pip install --no-build-isolation --no-deps -e ."
 
 
 def _load_cpu() -> tuple[ModuleType | None, str]:
     if os.environ.get("METALORA_NATIVE", "1") == "0":
         return None, "switched off by METALORA_NATIVE=0"
     if not _built("_C"):
-        how = _REINSTALL.format("cpu")
+        how = REINSTALL.format("cpu")
         other = _shadowed("_C")
         if other is None:
             return None, f"not built (METALORA_BUILD=none, or no C++ compiler); to build: {how}"
@@ -42,7 +42,7 @@ def _load_cpu() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("metalora._C"), "loaded"
     except (ImportError, OSError) as error:
-        how = _REINSTALL.format("cpu")
+        how = REINSTALL.format("cpu")
         return None, f"built, but does not load: {first_line(error)}; to rebuild: {how}"
 
 
@@ -54,13 +54,13 @@ def _load_cuda(cpu: ModuleType | None) -> tuple[str | None, str]:
         return None, f"torch {torch.__version__} has no CUDA"
     path = _built("_C_cuda")
     if path is None:
-        how = _REINSTALL.format("cuda")
+        how = REINSTALL.format("cuda")
         return None, f"not built (no matching CUDA toolkit was found); to build: {how}"
     try:
         torch.ops.load_library(str(path))
         architectures = ctypes.CDLL(str(path)).metalora_cuda_architectures
     except (ImportError, OSError, AttributeError) as error:
-        how = _REINSTALL.format("cuda")
+        how = REINSTALL.format("cuda")
         return None, f"built, but does not load: {first_line(error)}; to rebuild: {how}"
     architectures.restype = ctypes.c_char_p
     return architectures().decode(), "loaded"
@@ -114,7 +114,7 @@ def _gpu_problem(index: int) -> str | None:
     return (
         f"the native CUDA library was built for compute capability {_cuda_architectures}, and "
         f"{torch.cuda.get_device_name(index)} has {capability[0]}.{capability[1]}; to build for "
-        f"it: TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]} {_REINSTALL.format('cuda')}"
+        f"it: TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]} {REINSTALL.format('cuda')}"
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metalora._checks import FLOATS, SHORT
-from metalora._library import constant_when_compiled, gpu_problem, native_available
+from metalora._library import REINSTALL, constant_when_compiled, gpu_problem, native_available
 from metalora._transforms import transformed
 from metalora._warn import warn_user
 
@@ -98,6 +98,16 @@ def _fake_kernel(name: str, fake: Callable[[Any], Any]) -> Callable[..., Any]:
     return checked
 
 
+def _looked_up(name: str) -> Any:
+    operator = getattr(torch.ops.metalora, name, None)
+    if operator is None:
+        raise ImportError(
+            f"metalora: the native CPU library has no operator {name!r}, since it was built from "
+            f"other sources; build it again: {REINSTALL.format('auto')}"
+        )
+    return operator.default
+
+
 def register(*names: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
     """Decorates the fake kernel of operators, which takes the arguments as one namespace.
 
@@ -109,7 +119,7 @@ def register(*names: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], An
             operators.append(name)
             if native_available():
                 qualified = f"metalora::{name}"
-                _raw[name] = getattr(torch.ops.metalora, name).default
+                _raw[name] = _looked_up(name)
                 torch.library.register_fake(qualified, _fake_kernel(name, fake))
                 torch.library.register_autograd(
                     qualified, _no_backward, setup_context=_refuse(name)

@@ -43,6 +43,13 @@ def cut(tensor: Tensor) -> Tensor:
     return wide
 
 
+def test_a_library_of_other_sources_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "operators", [])
+    message = r"no operator 'newer', since it was built from other sources; build it again: METALO"
+    with pytest.raises(ImportError, match=message):
+        _native.register("newer")(lambda a: a.x)
+
+
 def test_every_operator_has_a_kernel_a_fake_kernel_and_a_call_here() -> None:
     defined = defined_operators("metalora")
     assert set(ARGUMENTS) == defined == set(_native._raw)
