@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from experiments.lib.experiment import RunSettings
 from experiments.lib.machine import one_thread
 from experiments.lib.manifest import MANIFEST
 from experiments.lib.retraining_settings import FINETUNES, METHODS
-from experiments.lib.runs import RunFolder, default_folder, standard_error, with_error
+from experiments.lib.runs import RunFolder, default_folder, with_error
+from experiments.lib.training import summarize
 
 NAMES = {"lora": "LoRA", "last-layer": "last layer"}
 VISION_SEEDS = 3
@@ -96,24 +96,22 @@ def run_vision(demo: Path, smoke: bool = False) -> RunFolder:
 
 def vision_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Returns each method's accuracy with either fine-tuning, at the best epoch as in the paper."""
-    values: dict[tuple[str, ...], list[float]] = {}
-    for row in rows:
-        if row["metric"] == "accuracy_best":
-            key = row["method"], row["finetune"], row["shots"]
-            values.setdefault(key, []).append(100 * float(row["value"]))
-    shots = list(dict.fromkeys(key[2] for key in values))
+    found = summarize(rows, ("method", "finetune", "shots"), ("accuracy_best",))
+    cells = {
+        (line["method"], line["finetune"], line["shots"]): with_error(
+            line["accuracy_best"], line["accuracy_best_se"], ".1f"
+        )
+        for line in found
+    }
+    shots = dict.fromkeys(line["shots"] for line in found)
     columns = [(kind, few) for kind in FINETUNES for few in shots]
     lines = ["held-out accuracy in %, mean (standard error), by fine-tuning and number of images"]
     heads = [f"{NAMES[kind]}, {few}" for kind, few in columns]
     lines.append(f"{'':<14}" + "".join(f"{head:>18}" for head in heads))
     for method in METHODS:
-        cells = [_mean(values[(method, *column)], ".1f") for column in columns]
-        lines.append(f"{method:<14}" + "".join(f"{cell:>18}" for cell in cells))
+        shown = [cells[(method, *column)] for column in columns]
+        lines.append(f"{method:<14}" + "".join(f"{cell:>18}" for cell in shown))
     return "\n".join(lines)
-
-
-def _mean(values: Sequence[float], form: str) -> str:
-    return with_error(statistics.fmean(values), standard_error(values), form)
 
 
 if __name__ == "__main__":

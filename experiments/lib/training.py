@@ -17,7 +17,7 @@ from torch import nn
 from experiments.lib.errors import RunError, divergence
 from experiments.lib.retraining_settings import FINETUNES, PER_TASK, WITH_TASKS
 from experiments.lib.runs import RunFolder, standard_error, with_error
-from metalora._files import replacing
+from metalora._files import read_tensors, replacing
 from metalora.adapters import LoRAConfig
 from metalora.meta import (
     Callback,
@@ -335,10 +335,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
         RunError: the file is missing, damaged, or another model's.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
-        model.load_state_dict(load_file(path))
+        model.load_state_dict(read_tensors(path, "load_weights")[0])
     except (OSError, SafetensorError, RuntimeError):
         raise RunError(f"--resume: {path} is missing or damaged; start a new run") from None
 

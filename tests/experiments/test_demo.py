@@ -17,11 +17,18 @@ from experiments.vision.trials import Trials
 
 def test_the_table_holds_mean_and_standard_error() -> None:
     rows = [
-        {"method": m, "finetune": f, "shots": "10", "metric": metric, "value": str(value)}
+        {
+            "method": m,
+            "finetune": f,
+            "shots": "10",
+            "trial": t,
+            "metric": metric,
+            "value": str(value),
+        }
         for m in METHODS
         for f in ("lora", "last-layer")
-        for value in (0.8, 0.9)
-        for metric, value in (("accuracy_best", value), ("accuracy_last", 0.1))
+        for t, best in (("0", 0.8), ("1", 0.9))
+        for metric, value in (("accuracy_best", best), ("accuracy_last", 0.1))
     ]
     lines = demo.vision_table(rows).splitlines()
     assert [line.split() for line in lines[2:]] == [[m, *["85.0", "(5.0)"] * 2] for m in METHODS]
