@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/isa.h"
 #include "schemas.h"
 
 STABLE_TORCH_LIBRARY(metalora, m) { metalora::define_operators(m); }
@@ -19,6 +20,9 @@ PYBIND11_MODULE(_C, m) {
         "unknown";
 #endif
     info["torch"] = METALORA_TORCH_VERSION;
+    info["instructions"] = metalora::cpu::kIsaNames[static_cast<int>(metalora::cpu::isa())];
+    info["best instructions"] =
+        metalora::cpu::kIsaNames[static_cast<int>(metalora::cpu::best_isa())];
     return info;
   });
 }

@@ -23,7 +23,7 @@ struct Kernels : Kernel<LoraMlArguments, LinearShape>,
 // Written for whatever the build targets; always there.
 const Kernels& portable_kernels(bool in_double);
 
-// Compiled for AVX2 and FMA; null where the compiler or the running CPU has none.
-const Kernels* avx2_kernels(bool in_double);
+// Compiled for AVX2 and FMA, on x86-64.
+const Kernels& avx2_kernels(bool in_double);
 
 }  // namespace metalora

@@ -19,10 +19,11 @@
 #pragma GCC pop_options
 #endif
 
-const metalora::Kernels* metalora::avx2_kernels(bool in_double) {
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return nullptr;
-  return in_double ? &avx2::kernels<double>() : &avx2::kernels<float>();
+const metalora::Kernels& metalora::avx2_kernels(bool in_double) {
+  return in_double ? avx2::kernels<double>() : avx2::kernels<float>();
 }
 #else
-const metalora::Kernels* metalora::avx2_kernels(bool) { return nullptr; }
+const metalora::Kernels& metalora::avx2_kernels(bool in_double) {
+  return portable_kernels(in_double);
+}
 #endif

@@ -3,29 +3,20 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
-#include <cstdlib>
 #include <new>
-#include <string_view>
 
 #include "../../trainers/linear_operators.h"
 #include "../../trainers/shallow_operators.h"
 #include "../aten.h"
+#include "../isa.h"
 #include "kernels.h"
 
 namespace metalora {
 namespace {
 
-// PyTorch's own switch: "default" keeps to instructions that every CPU of the architecture has.
-bool portable_wanted() {
-  const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
-  return capability && std::string_view(capability) == "default";
-}
-
 const Kernels& kernels_for(const Tensor& tensor) {
-  static const bool portable = portable_wanted();
   const bool in_double = tensor.scalar_type() == ScalarType::Double;
-  const Kernels* avx2 = portable ? nullptr : avx2_kernels(in_double);
-  return avx2 ? *avx2 : portable_kernels(in_double);
+  return cpu::isa() >= cpu::Isa::avx2 ? avx2_kernels(in_double) : portable_kernels(in_double);
 }
 
 // Memory for one kernel at a time; null if there is none left.
