@@ -12,8 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Each layer imports only from those before it (and from itself).
-LAYERS = ["_checks", "_errors", "_draws", "_optional", "_files", "_warn", "_library", "_transforms"]
-LAYERS += ["reference", "ops", "nn", "adapters", "meta", "linear", "shallow", "io", "hf"]
+LAYERS = ["_checks", "_errors", "_draws", "_optional", "_files", "_warn", "_library", "_matmul"]
+LAYERS += ["_transforms", "reference", "ops", "nn", "adapters", "meta", "linear", "shallow"]
+LAYERS += ["io", "hf"]
 WITHOUT_CIRCLES = ["metalora", "experiments", "benchmarks"]
 # Stand beside these, not above all that comes before them.
 _BELOW = {"_checks", "_files", "_warn", "_library", "_draws", "reference", "ops"}

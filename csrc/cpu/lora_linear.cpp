@@ -8,6 +8,7 @@
 #include "aten.h"
 #include "dropout.h"
 #include "merge_lora.h"
+#include "product.h"
 #include "small_product.h"
 #include "vector_kernels.h"
 
