@@ -96,10 +96,8 @@ def choose(found: Measurements, source: str, wanted: str = "auto") -> MatmulLibr
         return MatmulLibrary("default", "this torch has no oneDNN that metalora can call")
     default, onednn = found["default"], found["onednn"]
     if not onednn.error <= 2 * default.error:
-        reason = (
-            f"oneDNN's error is {onednn.error:.1e}, that of torch's default {default.error:.1e}"
-        )
-        return MatmulLibrary("default", reason)
+        errors = f"{onednn.error:.1e} beside {default.error:.1e} of torch's default"
+        return MatmulLibrary("default", f"oneDNN is not as precise here: its error is {errors}")
     speeds = (
         f"oneDNN {onednn.gigaflops:.0f}, torch's default {default.gigaflops:.0f} GFLOP/s on one "
         f"core, {source}"
