@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../aten.h"
-#include "vector_kernels.h"
+#include "kernels/kernels.h"
 
 namespace metalora::cpu {
 
@@ -39,6 +39,17 @@ inline Tensor empty_if(bool needed, std::initializer_list<int64_t> sizes, Scalar
 template <typename Run>
 auto with_type(ScalarType dtype, const Run& run) {
   return dtype == ScalarType::Double ? run(double{}) : run(float{});
+}
+
+// The dtype that rows are read and written in: float16 goes through float.
+inline ScalarType element_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Half ? ScalarType::Float : dtype;
+}
+
+// run(Element{}) with the type of this dtype's elements.
+template <typename Run>
+auto with_element(ScalarType dtype, const Run& run) {
+  return dtype == ScalarType::BFloat16 ? run(Bfloat16{}) : with_type(dtype, run);
 }
 
 // There is but one CPU.
@@ -87,6 +98,14 @@ void parallel(int64_t count, int64_t multiply_adds_each, const Body& body) {
 template <typename T>
 std::unique_ptr<T[]> scratch(int64_t n) {
   return std::unique_ptr<T[]>(new T[n]);
+}
+
+// scale · values [n].
+template <typename T>
+std::unique_ptr<T[]> scaled_copy(const T* values, T scale, int64_t n) {
+  auto result = scratch<T>(n);
+  for (int64_t i = 0; i < n; ++i) result[i] = scale * values[i];
+  return result;
 }
 
 template <typename T>

@@ -4,119 +4,136 @@
 // turn and used as a plain weight.
 #include "../operators/lora_linear.h"
 
-#include "../philox.h"
 #include "aten.h"
 #include "dropout.h"
 #include "merge_lora.h"
 #include "product.h"
 #include "small_product.h"
-#include "vector_kernels.h"
 
 namespace metalora::cpu {
 namespace {
 
 std::optional<Dropout> make_dropout(const BranchDropout& branch) {
   if (branch.p == 0) return std::nullopt;
-  return Dropout{static_cast<uint64_t>(*data<int64_t>(*branch.seed)), dropout_threshold(branch.p),
-                 1 / (1 - branch.p)};
+  return Dropout(branch.seed->const_data_ptr(), branch.p);
 }
 
-// B [T, out, r] with every task's matrix transposed, so that rows of `out` values lie together.
-template <typename T>
-std::unique_ptr<T[]> transposed_B(const LoraLayer& p) {
-  return transposed_each<T>(p.lora_B, p.tasks, p.out, p.rank);
+// The adapters' matrices of all tasks, [r, n] each, packed for `shrink` or `expand`.
+template <typename Element>
+class Packed {
+ public:
+  Packed(const LoraLayer& p,
+         void (*pack)(void*, const Element*, int64_t, int64_t, int64_t, int64_t),
+         const Tensor& matrices, int64_t n, int64_t row_stride, int64_t column_stride)
+      : size_(packed_bytes(p.rank, n)), bytes_(scratch<uint8_t>(p.tasks * size_)) {
+    for (int64_t t = 0; t < p.tasks; ++t)
+      if (p.rows_in(t))
+        pack(bytes_.get() + t * size_, data<Element>(matrices) + t * p.rank * n, row_stride,
+             column_stride, p.rank, n);
+  }
+  const void* of(int64_t task) const { return bytes_.get() + task * size_; }
+
+ private:
+  int64_t size_;
+  std::unique_ptr<uint8_t[]> bytes_;
+};
+
+// A [T, r, in], and the transposes of B [T, out, r].
+template <typename Element, typename Pack>
+Packed<Element> packed_A(const LoraLayer& p, const Pack& pack) {
+  return Packed<Element>(p, pack, p.lora_A, p.in, p.in, 1);
+}
+template <typename Element, typename Pack>
+Packed<Element> packed_B(const LoraLayer& p, const Pack& pack) {
+  return Packed<Element>(p, pack, p.lora_B, p.out, 1, p.rank);
 }
 
-// y [M, out] += s · drop(x) Aᵀ Bᵀ; shrunk [M, r] = drop(x) Aᵀ.
-template <typename T>
-void token_forward(const LoraLayer& p, T* y, T* shrunk, const std::optional<Dropout>& dropout) {
+// Calls body(first row, number of rows) for the rows of a chunk, kRows at a time.
+template <typename Body>
+void for_each_tile(const Chunk& chunk, const Body& body) {
+  for (int64_t begin = chunk.begin; begin < chunk.end; begin += kRows)
+    body(begin, std::min(kRows, chunk.end - begin));
+}
+
+// y [M, out] += s · drop(x) Aᵀ Bᵀ; shrunk [M, r] = drop(x) Aᵀ; kept [M, kept_bytes(in)] says what
+// dropout keeps.
+template <typename Element>
+void token_forward(const LoraLayer& p, Element* y, Sum<Element>* shrunk, uint8_t* kept,
+                   const BranchDropout& branch) {
+  using T = Sum<Element>;
+  const auto& kernels = low_rank_kernels<Element>();
   const auto chunks = row_chunks(p.task_ptr, p.tasks);
-  const auto Bt = transposed_B<T>(p);
-  const auto body = [&](int64_t c) {
-    const Chunk chunk = chunks[static_cast<size_t>(c)];
-    const T* A = data<T>(p.lora_A) + chunk.task * p.rank * p.in;
-    const T* B = Bt.get() + chunk.task * p.rank * p.out;
-    const auto dropped = scratch<T>(dropout ? p.in : 0);
-    const auto coefficient = scratch<T>(p.rank);
-    for (int64_t m = chunk.begin; m < chunk.end; ++m) {
-      const T* row = data<T>(p.x) + m * p.in;
-      if (dropout) {
-        drop(dropped.get(), row, *dropout, m * p.in, p.in);
-        row = dropped.get();
-      }
-      T* s = shrunk + m * p.rank;
-      dot_rows(s, row, A, p.in, p.rank, p.in);
-      for (int64_t j = 0; j < p.rank; ++j) coefficient[j] = static_cast<T>(p.scaling) * s[j];
-      add_scaled(y + m * p.out, coefficient.get(), B, p.out, p.rank, p.out);
-    }
-  };
-  parallel(static_cast<int64_t>(chunks.size()), rows_each(chunks) * p.rank * (p.in + p.out), body);
+  const auto A = packed_A<Element>(p, kernels.pack_shrink);
+  const auto B = packed_B<Element>(p, kernels.pack_expand);
+  const auto dropout = make_dropout(branch);
+  const auto scale = static_cast<T>(1 / (1 - branch.p));
+  const int64_t stride = kept_bytes(p.in);
+  parallel(static_cast<int64_t>(chunks.size()), rows_each(chunks) * p.rank * (p.in + p.out),
+           [&](int64_t c) {
+             const Chunk chunk = chunks[static_cast<size_t>(c)];
+             for_each_tile(chunk, [&](int64_t begin, int64_t rows) {
+               Kept tile;
+               if (dropout) {
+                 tile = {kept + begin * stride, stride};
+                 for (int64_t m = begin; m < begin + rows; ++m)
+                   dropout->keep(kept + m * stride, m * p.in, p.in);
+               }
+               T* s = shrunk + begin * p.rank;
+               kernels.shrink(s, data<Element>(p.x) + begin * p.in, tile, A.of(chunk.task), scale,
+                              rows, p.rank, p.in);
+               const auto coefficient = scaled_copy(s, static_cast<T>(p.scaling), rows * p.rank);
+               kernels.expand(y + begin * p.out, Kept{}, coefficient.get(), B.of(chunk.task), rows,
+                              p.rank, p.out);
+             });
+           });
 }
 
 // One pass over dY and x: grad_x [M, in] += drop(dS A), and the gradients of bias, A and B, with
 // dS [M, r] = s dY B. Sums run over the rows of a chunk and then over the chunks of a task, in
 // order.
-template <typename T>
-void token_backward(const LoraLayer& p, const Gradients& gradients, const T* grad_y,
-                    const T* shrunk, const std::optional<Dropout>& dropout, const Needs& need) {
+template <typename Element>
+void token_backward(const LoraLayer& p, const Gradients& gradients, const Element* grad_y,
+                    const Sum<Element>* shrunk, const uint8_t* kept, double dropout_p,
+                    const Needs& need) {
+  using T = Sum<Element>;
+  const auto& kernels = low_rank_kernels<Element>();
   const auto chunks = row_chunks(p.task_ptr, p.tasks);
   const int64_t count = static_cast<int64_t>(chunks.size());
-  const auto Bt = transposed_B<T>(p);
+  const auto A = packed_A<Element>(p, kernels.pack_expand);
+  const auto B = packed_B<Element>(p, kernels.pack_shrink);
   const auto partial_A = scratch<T>(need.A ? count * p.rank * p.in : 0);
   const auto partial_B = scratch<T>(need.B ? count * p.rank * p.out : 0);
   const auto partial_bias = scratch<double>(need.bias ? count * p.out : 0);
-  const auto body = [&](int64_t c) {
+  const auto scaling = static_cast<T>(p.scaling), scale = static_cast<T>(1 / (1 - dropout_p));
+  const int64_t stride = kept_bytes(p.in);
+  parallel(count, 2 * rows_each(chunks) * p.rank * (p.in + p.out), [&](int64_t c) {
     const Chunk chunk = chunks[static_cast<size_t>(c)];
-    const T* A = data<T>(p.lora_A) + chunk.task * p.rank * p.in;
-    const T* B = Bt.get() + chunk.task * p.rank * p.out;
     T* chunk_A = partial_A.get() + c * p.rank * p.in;
     T* chunk_B = partial_B.get() + c * p.rank * p.out;
     double* chunk_bias = partial_bias.get() + c * p.out;
     if (need.A) std::fill_n(chunk_A, p.rank * p.in, T(0));
     if (need.B) std::fill_n(chunk_B, p.rank * p.out, T(0));
-    if (need.bias) {
-      std::fill_n(chunk_bias, p.out, 0.0);
-      add_rows(chunk_bias, grad_y + chunk.begin * p.out, p.out, chunk.end - chunk.begin, p.out);
-    }
-    const auto scaled = scratch<T>(kTile * p.rank);               // s · shrunk [tile, r]
-    const auto grad_shrunk = scratch<T>(kTile * p.rank);          // [tile, r]
-    const auto dropped = scratch<T>(dropout ? kTile * p.in : 0);  // [tile, in]
-    const auto grad_row = scratch<T>(dropout ? p.in : 0);
-    const T one = 1;
-    for (int64_t begin = chunk.begin; begin < chunk.end; begin += kTile) {
-      const int64_t rows = std::min(kTile, chunk.end - begin);
-      const T* dy = grad_y + begin * p.out;
-      const T* xs = data<T>(p.x) + begin * p.in;
+    if (need.bias) std::fill_n(chunk_bias, p.out, 0.0);
+    for_each_tile(chunk, [&](int64_t begin, int64_t rows) {
+      const Element* dy = grad_y + begin * p.out;
+      if (need.bias) add_rows(chunk_bias, dy, p.out, rows, p.out);
       if (need.B) {
-        for (int64_t i = 0; i < rows * p.rank; ++i)
-          scaled[i] = static_cast<T>(p.scaling) * shrunk[begin * p.rank + i];
-        add_outer(chunk_B, scaled.get(), dy, rows, p.rank, p.out);
+        const auto scaled = scaled_copy(shrunk + begin * p.rank, scaling, rows * p.rank);
+        kernels.outer(chunk_B, scaled.get(), dy, Kept{}, rows, p.rank, p.out);
       }
-      if (!need.x && !need.A) continue;
-      for (int64_t i = 0; i < rows; ++i) {
-        T* ds = grad_shrunk.get() + i * p.rank;
-        dot_rows(ds, dy + i * p.out, B, p.out, p.rank, p.out);
-        for (int64_t j = 0; j < p.rank; ++j) ds[j] *= static_cast<T>(p.scaling);
-        if (!need.x) continue;
-        T* dx = mutable_data<T>(gradients.x) + (begin + i) * p.in;
-        if (dropout) {
-          std::fill_n(grad_row.get(), p.in, T(0));
-          add_scaled(grad_row.get(), ds, A, p.in, p.rank, p.in);
-          drop(grad_row.get(), grad_row.get(), *dropout, (begin + i) * p.in, p.in);
-          add_scaled(dx, &one, grad_row.get(), p.in, 1, p.in);
-        } else {
-          add_scaled(dx, ds, A, p.in, p.rank, p.in);
-        }
-      }
-      if (!need.A) continue;
-      if (dropout) {
-        drop(dropped.get(), xs, *dropout, begin * p.in, rows * p.in);
-        xs = dropped.get();
-      }
-      add_outer(chunk_A, grad_shrunk.get(), xs, rows, p.rank, p.in);
-    }
-  };
-  parallel(count, 2 * rows_each(chunks) * p.rank * (p.in + p.out), body);
+      if (!need.x && !need.A) return;
+      const auto grad_shrunk = scratch<T>(rows * p.rank);
+      kernels.shrink(grad_shrunk.get(), dy, Kept{}, B.of(chunk.task), scaling * scale, rows, p.rank,
+                     p.out);
+      const Kept tile = kept ? Kept{kept + begin * stride, stride} : Kept{};
+      if (need.x)
+        kernels.expand(mutable_data<Element>(gradients.x) + begin * p.in, tile, grad_shrunk.get(),
+                       A.of(chunk.task), rows, p.rank, p.in);
+      if (need.A)
+        kernels.outer(chunk_A, grad_shrunk.get(), data<Element>(p.x) + begin * p.in, tile, rows,
+                      p.rank, p.in);
+    });
+  });
 
   if (need.bias) sum_partials(mutable_data<T>(gradients.bias), partial_bias.get(), count, p.out);
   if (need.A)
@@ -131,16 +148,21 @@ void token_backward(const LoraLayer& p, const Gradients& gradients, const T* gra
 template <typename T, typename Body>
 void for_each_merged(const LoraLayer& p, const std::optional<Tensor>& merged, const Body& body) {
   const ScalarType dtype = p.x.scalar_type();
-  const Tensor own = empty_if(!merged, {p.out, p.in}, p.weight.scalar_type());
+  const ScalarType made = dtype == ScalarType::BFloat16 ? dtype : p.weight.scalar_type();
+  const Tensor own = empty_if(!merged, {p.out, p.in}, made);
   for (int64_t t = 0; t < p.tasks; ++t) {
     if (!p.rows_in(t)) continue;
     if (merged) {
       body(t, torch::stable::select(*merged, 0, t));
       continue;
     }
-    merge_task(mutable_data<T>(own), data<T>(p.weight), data<T>(p.lora_A) + t * p.rank * p.in,
-               data<T>(p.lora_B) + t * p.out * p.rank, static_cast<T>(p.scaling), p.out, p.in,
-               p.rank);
+    const auto merge = [&]<typename Element>(Element) {
+      merge_task(mutable_data<Element>(own), data<Sum<Element>>(p.weight),
+                 data<Sum<Element>>(p.lora_A) + t * p.rank * p.in,
+                 data<Sum<Element>>(p.lora_B) + t * p.out * p.rank,
+                 static_cast<Sum<Element>>(p.scaling), p.out, p.in, p.rank);
+    };
+    with_element(made, merge);
     body(t, cast(own, dtype));
   }
 }
@@ -169,6 +191,13 @@ MergeGradients<T> merge_gradients(const LoraLayer& p, const Gradients& g) {
   return MergeGradients<T>(g.weight, g.A, g.B, p.lora_A, p.lora_B, p.scaling);
 }
 
+void add_bf16(MergeGradients<float>& sums, int64_t task, const Tensor& P) {
+  sums.add(task, data<Bfloat16>(P));
+}
+void add_bf16(MergeGradients<double>& sums, int64_t task, const Tensor& P) {
+  sums.add(task, data<double>(cast(P, ScalarType::Double)));
+}
+
 template <typename T>
 Gradients weight_backward(const LoraLayer& p, const Tensor& grad_y,
                           const std::optional<Tensor>& merged, const Needs& need) {
@@ -184,8 +213,11 @@ Gradients weight_backward(const LoraLayer& p, const Tensor& grad_y,
         sums.add_nothing(t);
         continue;
       }
-      const Tensor P = mm(transposed(p.rows_of(grad_y, t)), p.rows_of(p.x, t));
-      sums.add(t, data<T>(cast(P, p.weight.scalar_type())));
+      const Tensor product = mm(transposed(p.rows_of(grad_y, t)), p.rows_of(p.x, t));
+      if (product.scalar_type() == ScalarType::BFloat16)
+        add_bf16(sums, t, product);
+      else
+        sums.add(t, data<T>(cast(product, p.weight.scalar_type())));
     }
     sums.finish();
   }
@@ -242,7 +274,7 @@ Tensor small_forward(const LoraLayer& p, const std::optional<Tensor>& bias) {
   const Tensor y = empty({p.rows, p.out}, p.x.scalar_type());
   const auto chunks = row_chunks(p.task_ptr, p.tasks);
   const auto Wt = transposed_each<T>(p.weight, 1, p.out, p.in);
-  const auto Bt = transposed_B<T>(p);
+  const auto Bt = transposed_each<T>(p.lora_B, p.tasks, p.out, p.rank);
   const auto right =  // W_tᵀ = Wᵀ + s A_tᵀ B_tᵀ
       merge_small(p, Wt.get(), data<T>(p.lora_A), 1, p.in, Bt.get(), p.in, p.out);
   const int64_t stride = padded<T>(p.out);
@@ -329,32 +361,41 @@ struct Cpu {
             need.B ? cast(g.B, dtype) : none(dtype)};
   }
 
-  static std::tuple<Tensor, Tensor> token(LoraLayer p, const std::optional<Tensor>& bias,
-                                          const BranchDropout& dropout) {
-    const ScalarType dtype = p.x.scalar_type(), work = work_dtype(p.x);
-    const Tensor y = cast(dense_layer(p.x, p.weight, bias), work);
-    const Tensor shrunk = empty({p.rows, p.rank}, work);
-    p.x = cast(p.x, work);
-    cast_adapters(p, work);
-    with_type(work, [&]<typename T>(T) {
-      token_forward<T>(p, mutable_data<T>(y), mutable_data<T>(shrunk), make_dropout(dropout));
+  static void check_kept(const char* op, const Tensor& kept, const LoraLayer& p, double dropout_p) {
+    if (dropout_p > 0) check_shape(op, "kept", kept, {p.rows, kept_bytes(p.in)});
+  }
+
+  static TokenResult token(LoraLayer p, const std::optional<Tensor>& bias,
+                           const BranchDropout& dropout) {
+    const ScalarType dtype = p.x.scalar_type(), element = element_dtype(dtype);
+    const Tensor y = cast(dense_layer(p.x, p.weight, bias), element);
+    const Tensor shrunk = empty({p.rows, p.rank}, work_dtype(p.x));
+    const Tensor kept = empty_if(dropout.p > 0, {p.rows, kept_bytes(p.in)}, ScalarType::Byte);
+    p.x = cast(p.x, element);
+    cast_adapters(p, element);
+    with_element(element, [&]<typename Element>(Element) {
+      token_forward<Element>(p, mutable_data<Element>(y), mutable_data<Sum<Element>>(shrunk),
+                             mutable_data<uint8_t>(kept), dropout);
     });
-    return {cast(y, dtype), shrunk};
+    return {cast(y, dtype), shrunk, kept};
   }
 
   static Gradients token_backward(LoraLayer p, const Tensor& grad_y, const Tensor& shrunk,
-                                  const BranchDropout& dropout, const Needs& need) {
-    const ScalarType dtype = p.x.scalar_type(), work = work_dtype(p.x);
-    const Gradients g{need.x ? cast(mm(grad_y, p.weight), work) : none(work),
+                                  const Tensor& kept, const BranchDropout& dropout,
+                                  const Needs& need) {
+    const ScalarType dtype = p.x.scalar_type(), element = element_dtype(dtype);
+    const ScalarType work = work_dtype(p.x);
+    const Gradients g{need.x ? cast(mm(grad_y, p.weight), element) : none(element),
                       need.weight ? mm(transposed(grad_y), p.x) : none(work),
                       empty_if(need.bias, {p.out}, work),
                       empty_if(need.A, {p.tasks, p.rank, p.in}, work),
                       empty_if(need.B, {p.tasks, p.out, p.rank}, work)};
-    const Tensor dy = cast(grad_y, work);
-    p.x = cast(p.x, work);
-    cast_adapters(p, work);
-    with_type(work, [&]<typename T>(T) {
-      cpu::token_backward<T>(p, g, data<T>(dy), data<T>(shrunk), make_dropout(dropout), need);
+    const Tensor dy = cast(grad_y, element);
+    p.x = cast(p.x, element);
+    cast_adapters(p, element);
+    with_element(element, [&]<typename Element>(Element) {
+      cpu::token_backward<Element>(p, g, data<Element>(dy), data<Sum<Element>>(shrunk),
+                                   dropout.p > 0 ? data<uint8_t>(kept) : nullptr, dropout.p, need);
     });
     return {cast(g.x, dtype), cast(g.weight, dtype), cast(g.bias, dtype), cast(g.A, dtype),
             cast(g.B, dtype)};

@@ -4,10 +4,10 @@
 
 namespace metalora::cpu {
 
-// merged [out, in] = weight [out, in] + scaling · B [out, r] A [r, in].
-template <typename T>
-void merge_task(T* merged, const T* weight, const T* A, const T* B, T scaling, int64_t out,
-                int64_t in, int64_t rank);
+// merged [out, in] = weight [out, in] + scaling · B [out, r] A [r, in], rounded once.
+template <typename Element>
+void merge_task(Element* merged, const Sum<Element>* weight, const Sum<Element>* A,
+                const Sum<Element>* B, Sum<Element> scaling, int64_t out, int64_t in, int64_t rank);
 
 // The gradients of weight [out, in], lora_A [T, r, in] and lora_B [T, out, r], of which each task
 // adds its part: grad_weight = Σ_t P_t, grad_B_t = scaling · P_t A_tᵀ, grad_A_t = scaling · B_tᵀ
@@ -17,7 +17,8 @@ class MergeGradients {
  public:
   MergeGradients(const Tensor& grad_weight, const Tensor& grad_A, const Tensor& grad_B,
                  const Tensor& lora_A, const Tensor& lora_B, double scaling);
-  void add(int64_t task, const T* P);  // reads P once
+  template <typename Element>
+  void add(int64_t task, const Element* P);  // reads P once
   void add_nothing(int64_t task);
   void finish();
 

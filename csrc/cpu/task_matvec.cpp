@@ -2,7 +2,7 @@
 #include "../operators/task_matvec.h"
 
 #include "aten.h"
-#include "vector_kernels.h"
+#include "kernels/kernels.h"
 
 namespace metalora::cpu {
 namespace {

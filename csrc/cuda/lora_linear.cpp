@@ -177,17 +177,20 @@ struct Gpu {
     return g;
   }
 
-  static std::tuple<Tensor, Tensor> token(const LoraLayer& p, const std::optional<Tensor>& bias,
-                                          const BranchDropout& dropout) {
+  static void check_kept(const char*, const Tensor&, const LoraLayer&, double) {}
+
+  static TokenResult token(const LoraLayer& p, const std::optional<Tensor>& bias,
+                           const BranchDropout& dropout) {
     const Tensor y = dense_layer(p.x, p.weight, bias);
     const Tensor shrunk = empty(p.x, {p.rows, p.rank}, p.x.scalar_type());
     add_task_products(p, shrunk, branch_of(p.x, dropout), batch_transposed(p.lora_A), 0, 1);
     add_task_products(p, y, shrunk, batch_transposed(p.lora_B), 1, p.scaling);
-    return {y, shrunk};
+    return {y, shrunk, none(p.x, ScalarType::Byte)};
   }
 
   static Gradients token_backward(const LoraLayer& p, const Tensor& dy, const Tensor& shrunk,
-                                  const BranchDropout& dropout, const Needs& need) {
+                                  const Tensor& /*kept*/, const BranchDropout& dropout,
+                                  const Needs& need) {
     const Tensor& x = p.x;
     const ScalarType dtype = x.scalar_type();
     Gradients g{none(x, dtype), none(x, dtype), none(x, dtype), none(x, dtype), none(x, dtype)};

@@ -3,8 +3,8 @@
 // between which metalora/ops/route.py chooses, forward and backward:
 //   weight(layer, bias, merged, tf32) -> y
 //   weight_backward(layer, grad_y, merged, tf32, need) -> Gradients
-//   token(layer, bias, dropout) -> (y, shrunk)
-//   token_backward(layer, grad_y, shrunk, dropout, need) -> Gradients
+//   token(layer, bias, dropout) -> TokenResult
+//   token_backward(layer, grad_y, shrunk, kept, dropout, need) -> Gradients
 // where x and grad_y are dense.
 #pragma once
 
@@ -38,6 +38,10 @@ struct Needs {
 struct Gradients {
   Tensor x, weight, bias, A, B;
 };
+
+// The output, and what is kept for backward: drop(x) Aᵀ [M, r], and which elements dropout keeps,
+// where it is not found out again.
+using TokenResult = std::tuple<Tensor, Tensor, Tensor>;
 
 // Of the LoRA branch.
 struct BranchDropout {
@@ -131,12 +135,10 @@ struct LoraOperators {
     return {g.x, g.weight, g.bias, g.A, g.B};
   }
 
-  static std::tuple<Tensor, Tensor> lora_linear_token(const Tensor& x, const Tensor& weight,
-                                                      const std::optional<Tensor>& bias,
-                                                      const Tensor& lora_A, const Tensor& lora_B,
-                                                      const Tensor& task_ptr, double scaling,
-                                                      double dropout_p,
-                                                      const std::optional<Tensor>& seed) {
+  static TokenResult lora_linear_token(const Tensor& x, const Tensor& weight,
+                                       const std::optional<Tensor>& bias, const Tensor& lora_A,
+                                       const Tensor& lora_B, const Tensor& task_ptr, double scaling,
+                                       double dropout_p, const std::optional<Tensor>& seed) {
     const char* op = "lora_linear";
     LoraLayer l = check_lora_linear(op, x, weight, lora_A, lora_B, task_ptr, scaling);
     check_bias(op, l, bias);
@@ -145,13 +147,11 @@ struct LoraOperators {
     return Device::token(std::move(l), bias, {dropout_p, seed});
   }
 
-  static FiveTensors lora_linear_token_backward(const Tensor& grad_y, const Tensor& x,
-                                                const Tensor& weight, const Tensor& lora_A,
-                                                const Tensor& lora_B, const Tensor& task_ptr,
-                                                const Tensor& shrunk, double scaling,
-                                                double dropout_p, const std::optional<Tensor>& seed,
-                                                bool need_x, bool need_weight, bool need_bias,
-                                                bool need_A, bool need_B) {
+  static FiveTensors lora_linear_token_backward(
+      const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
+      const Tensor& lora_B, const Tensor& task_ptr, const Tensor& shrunk, const Tensor& kept,
+      double scaling, double dropout_p, const std::optional<Tensor>& seed, bool need_x,
+      bool need_weight, bool need_bias, bool need_A, bool need_B) {
     const char* op = "lora_linear_token_backward";
     LoraLayer l = check_lora_linear(op, x, weight, lora_A, lora_B, task_ptr, scaling);
     check_like(op, "grad_y", grad_y, x, {l.rows, l.out});
@@ -159,10 +159,13 @@ struct LoraOperators {
     check_shape(op, "shrunk", shrunk, {l.rows, l.rank});
     check_data(op, "shrunk", shrunk, Device::shrunk_dtype(x));
     check_device(op, "shrunk", shrunk, x);
+    check_data(op, "kept", kept, ScalarType::Byte);
+    check_device(op, "kept", kept, x);
+    Device::check_kept(op, kept, l, dropout_p);
     const typename Device::Guard guard(x);
-    const Gradients g =
-        Device::token_backward(std::move(l), as_contiguous(grad_y), as_contiguous(shrunk),
-                               {dropout_p, seed}, {need_x, need_weight, need_bias, need_A, need_B});
+    const Gradients g = Device::token_backward(
+        std::move(l), as_contiguous(grad_y), as_contiguous(shrunk), as_contiguous(kept),
+        {dropout_p, seed}, {need_x, need_weight, need_bias, need_A, need_B});
     return {g.x, g.weight, g.bias, g.A, g.B};
   }
 

@@ -171,19 +171,19 @@ class _TokenRoute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         x, weight, _, lora_A, lora_B, task_ptr, scaling, dropout_p, seed = arguments
-        y, shrunk = call("lora_linear_token", *arguments)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, task_ptr, shrunk, seed)
+        y, shrunk, kept = call("lora_linear_token", *arguments)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, task_ptr, shrunk, kept, seed)
         ctx.scaling, ctx.dropout_p = scaling, dropout_p
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
-        *layer, shrunk, seed = ctx.saved_tensors
+        *layer, shrunk, kept, seed = ctx.saved_tensors
         settings = (ctx.scaling, ctx.dropout_p, seed)
         return _gradients(
             "lora_linear_token_backward",
             *(ctx.needs_input_grad, grad_y, layer),
-            (shrunk, *settings),
+            (shrunk, kept, *settings),
             settings,
         )
 
@@ -217,10 +217,13 @@ def _weight_fake(a: Any) -> Tensor:
 
 
 @register("lora_linear_token")
-def _token_fake(a: Any) -> tuple[Tensor, Tensor]:
+def _token_fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     # On the CPU what is kept for backward is no shorter than a float; on a GPU it is as x is.
     dtype = torch.float32 if a.x.is_cpu and a.x.dtype in SHORT else a.x.dtype
-    return _weight_fake(a), a.x.new_empty((a.x.shape[0], a.lora_A.shape[1]), dtype=dtype)
+    rows, in_features = a.x.shape
+    bits = (rows, (in_features + 63) // 64 * 8) if a.dropout_p > 0 and not a.x.is_cuda else (0,)
+    shrunk = a.x.new_empty((rows, a.lora_A.shape[1]), dtype=dtype)
+    return _weight_fake(a), shrunk, a.x.new_empty(bits, dtype=torch.uint8)
 
 
 @register("lora_linear_weight_backward", "lora_linear_token_backward")

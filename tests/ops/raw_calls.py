@@ -44,8 +44,8 @@ def _seed() -> Tensor:
 
 def _token_backward() -> tuple[Any, ...]:
     grad_y, x, weight, lora_A, lora_B, task_ptr, scaling, *rest = _lora_backward(0.3, _seed())
-    shrunk = torch.randn(7, 3, dtype=F64)
-    return (grad_y, x, weight, lora_A, lora_B, task_ptr, shrunk, scaling, *rest)
+    shrunk, kept = torch.randn(7, 3, dtype=F64), torch.zeros(7, 8, dtype=torch.uint8)
+    return (grad_y, x, weight, lora_A, lora_B, task_ptr, shrunk, kept, scaling, *rest)
 
 
 _ADAMW = (2, 1e-3, 0.9, 0.999, 1e-8, 0.0)

@@ -319,13 +319,14 @@ def test_opcheck(native: None, sizes: tuple[int, int, int]) -> None:
     merged = ops.merge_lora(weight, lora_A, lora_B, 0.5)
     check(raw.lora_linear_weight.default, (*inputs, None, False))
     check(raw.lora_linear_weight.default, (*inputs, merged, False))
-    check(raw.lora_linear_token.default, (*inputs, 0.0, None))
-    check(raw.lora_linear_token.default, (*inputs, 0.3, torch.tensor(5)))
-    _, shrunk = raw.lora_linear_token(*inputs, 0.0, None)
+    for dropout in ((0.0, None), (0.3, torch.tensor(5))):
+        check(raw.lora_linear_token.default, (*inputs, *dropout))
+        kept = raw.lora_linear_token(*inputs, *dropout)[1:]
+        for needs in ([True] * 5, [False, True, False, True, False], [False] * 5):
+            check(raw.lora_linear_token_backward.default, (*saved, *kept, 0.5, *dropout, *needs))
     for needs in ([True] * 5, [False, True, False, True, False], [False] * 5):
         check(raw.lora_linear_weight_backward.default, (*saved, 0.5, None, False, *needs))
         check(raw.lora_linear_weight_backward.default, (*saved, 0.5, merged, False, *needs))
-        check(raw.lora_linear_token_backward.default, (*saved, shrunk, 0.5, 0.0, None, *needs))
 
 
 def test_raw_operators_refuse_tensors_that_need_grad(native: None) -> None:
