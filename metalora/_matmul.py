@@ -49,7 +49,7 @@ class Measurement(NamedTuple):
     error: float  # against float64, relative in the Frobenius norm
 
 
-Measurements = dict[str, Measurement]  # "default" and, where this torch has it, "onednn"
+Measurements = dict[str, Measurement]  # "default" and, where it can be called, "onednn"
 
 
 def library() -> str | None:
@@ -93,7 +93,7 @@ def choose(found: Measurements, source: str, wanted: str = "auto") -> MatmulLibr
         wanted: "auto" or "onednn".
     """
     if "onednn" not in found:
-        return MatmulLibrary("default", "this torch has no oneDNN that metalora can call")
+        return MatmulLibrary("default", "this torch does not call oneDNN on this CPU")
     default, onednn = found["default"], found["onednn"]
     if not onednn.error <= 2 * default.error:
         errors = f"{onednn.error:.1e} beside {default.error:.1e} of torch's default"

@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # Functions that are called only where the CPU has the instructions that they are compiled for.
 CHOSEN = re.compile(r"\bavx2::|\bavx512\w*::|_avx2\b|_avx2\(|\[clone \.arch_x86_64_v3\]")
 # AVX and what is newer, in its encoding, and the newer instructions on general registers.
-NEWER = re.compile(r"^v\w+ .*%[xyz]mm|^(?:shlx|shrx|sarx|rorx|mulx|pdep|pext|bzhi|andn|blsr|blsi)\b")
+NEWER = re.compile(
+    r"^v\w+ .*%[xyz]mm|^(?:shlx|shrx|sarx|rorx|mulx|pdep|pext|bzhi|andn|blsr|blsi)\b"
+)
 CROSS = "aarch64-linux-gnu-g++"
 
 
@@ -36,7 +38,7 @@ def functions_with_newer_instructions(listing: str) -> set[str]:
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="for the instruction sets of x86-64")
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump, of binutils")
 def test_newer_instructions_stay_where_the_choice_leads(native: None) -> None:
-    """An inline function of a header, compiled there as well, may be the one that all others call."""
+    """Of an inline function compiled for several sets, the linker keeps one for all its callers."""
     library = _library._built("_C")
     assert library is not None
     command = ["objdump", "-d", "-C", "--no-show-raw-insn", str(library)]

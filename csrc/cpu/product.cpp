@@ -194,7 +194,13 @@ std::vector<Measured> measure() {
   };
 
   std::vector<Measured> found{{Library::standard, 0, 0}};
-  if (onednn()) found.push_back({Library::onednn, 0, 0});
+  if (onednn()) {
+    try {
+      run(Library::onednn);  // torch lets it refuse a CPU, such as x86 without AVX-512
+      found.push_back({Library::onednn, 0, 0});
+    } catch (const std::exception&) {
+    }
+  }
   for (Measured& one : found) {
     for (const Tensor& result : results)
       std::fill_n(mutable_data<float>(result), result.numel(),

@@ -31,7 +31,8 @@ struct Measured {
   double gigaflops, error;
 };
 
-// Torch's default first, then oneDNN where this torch has it; on one core, which takes some 50 ms.
+// Torch's default first, then oneDNN where this torch calls it on this CPU; on one core, which
+// takes some 0.1 s.
 std::vector<Measured> measure_libraries();
 
 }  // namespace metalora::cpu

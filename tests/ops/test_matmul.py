@@ -46,7 +46,7 @@ def use(native: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Use]:
 @pytest.fixture(scope="module")
 def onednn() -> None:
     if not native_available() or "onednn" not in _library.measure_libraries():
-        pytest.skip("this torch has no oneDNN that metalora can call")
+        pytest.skip("this torch does not call oneDNN on this CPU")
 
 
 def ask_again() -> None:
@@ -140,7 +140,7 @@ def test_the_libraries_are_measured(native: None) -> None:
         ((237.0, 2e-3), "auto", "default", "not as precise here: its error is 2.0e-03"),
         ((237.0, 2e-3), "onednn", "default", "not as precise"),
         ((237.0, math.nan), "onednn", "default", "not as precise"),
-        (None, "onednn", "default", "this torch has no oneDNN"),
+        (None, "onednn", "default", "this torch does not call oneDNN"),
     ],
 )
 def test_the_choice(
