@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,26 @@ NEWER = re.compile(
     r"^v\w+ .*%[xyz]mm|^(?:shlx|shrx|sarx|rorx|mulx|pdep|pext|bzhi|andn|blsr|blsi)\b"
 )
 CROSS = "aarch64-linux-gnu-g++"
+EMULATOR = "qemu-x86_64"
+LAYERS = """
+import torch
+from metalora import build_info, ops
+from metalora._matmul import matmul_library
+from tests.ops.problems import SIZES, problem
+from tests.test_instruction_sets import results
+for sizes in (*SIZES, (130, 70, 8)):
+    for dtype in (torch.float64, torch.bfloat16):
+        p = problem(sizes=sizes, dtype=torch.float64)
+        tensors = [t if t is None else t.to(dtype) for t in p.tensors]
+        exact = [t if t is None else t.double() for t in tensors]
+        wanted = ops.lora_linear(*exact, p.task_ptr, route="reference")
+        tolerance = 1e-12 if dtype == torch.float64 else 0.03
+        for route in ("weight", "token"):
+            y = ops.lora_linear(*tensors, p.task_ptr, route=route).double()
+            assert (y - wanted).norm() <= tolerance * wanted.norm(), (sizes, dtype, route)
+results()
+print(build_info()["instructions"], matmul_library().name)
+"""
 
 
 def functions_with_newer_instructions(listing: str) -> set[str]:
@@ -76,3 +98,20 @@ def test_the_cpu_kernels_compile_for_aarch64(tmp_path: Path) -> None:
             text=True,
         )
         assert compiled.returncode == 0, compiled.stderr
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="for the instruction sets of x86-64")
+@pytest.mark.skipif(shutil.which(EMULATOR) is None, reason=f"{EMULATOR} is not installed")
+@pytest.mark.parametrize(("cpu", "instructions"), [("Haswell", "avx2"), ("Nehalem", "portable")])
+def test_older_cpus_run_this_build(
+    native: None, tmp_path: Path, cpu: str, instructions: str
+) -> None:
+    run = subprocess.run(
+        [EMULATOR, "-cpu", cpu, sys.executable, "-c", LAYERS],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"METALORA_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"},
+    )
+    assert run.stdout == f"{instructions} default\n", run.stderr
