@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy
 import torch
 
 import metalora
-from metalora._library import native_available
+from metalora._library import INSTRUCTIONS, native_available, variable
+from metalora._matmul import matmul_library
 from metalora.ops._native import operators
 
 USAGE = "usage: python -m metalora    (without arguments; --help shows this line)"
@@ -39,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines["built for"] = f"compute capability {info['architectures']}"
     if "compiler" in info:
         lines["built with"] = f"torch {info['torch']}, {info['compiler']}"
+        lines["instructions"] = f"{info['instructions']} ({reason_for_instructions(info)})"
+        lines["fp32 matmul"] = "{} ({})".format(*matmul_library())
     for name, text in lines.items():
         print(f"{name + ':':<14}{text}")
     print(f"\n{'operator':<26}{'on CPU':<12}on CUDA")
@@ -47,6 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         print(f"{name:<26}{backend(name, 'cpu'):<12}{backend(name, 'cuda')}")
     return 0
+
+
+def reason_for_instructions(info: Mapping[str, str]) -> str:
+    """Why the CPU kernels use the instruction set that they use."""
+    used, best = info["instructions"], info["best instructions"]
+    if used == best:
+        return "the best that this CPU has"
+    switch = INSTRUCTIONS if variable(INSTRUCTIONS) else "ATEN_CPU_CAPABILITY"
+    return f"{switch}={os.environ[switch]}; this CPU has {best}"
 
 
 def backend(operator: str, device_type: str) -> str:

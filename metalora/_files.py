@@ -51,6 +51,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync_path(path.parent)
 
 
+def cache_folder() -> Path:
+    """Returns ``$METALORA_CACHE``, or ``metalora`` in the user's cache folder.
+
+    Raises:
+        RuntimeError: if neither that nor XDG_CACHE_HOME is set and the user has no home folder.
+    """
+    if folder := os.environ.get("METALORA_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metalora"
+
+
 def read_tensors(path: Path, function: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads the tensors and the metadata of a safetensors file; nothing is ever unpickled.
 

@@ -6,14 +6,20 @@ import ast
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from metalora import _library, build_info
+from metalora._library import native_available
+
 ROOT = Path(__file__).resolve().parents[1]
 # Each layer imports only from those before it (and from itself).
-LAYERS = ["_checks", "_errors", "_draws", "_optional", "_files", "_warn", "_library", "_transforms"]
-LAYERS += ["reference", "ops", "nn", "adapters", "meta", "linear", "shallow", "io", "hf"]
+LAYERS = ["_checks", "_errors", "_draws", "_optional", "_files", "_warn", "_library", "_matmul"]
+LAYERS += ["_transforms", "reference", "ops", "nn", "adapters", "meta", "linear", "shallow"]
+LAYERS += ["io", "hf"]
 WITHOUT_CIRCLES = ["metalora", "experiments", "benchmarks"]
 # Stand beside these, not above all that comes before them.
 _BELOW = {"_checks", "_files", "_warn", "_library", "_draws", "reference", "ops"}
@@ -166,6 +172,56 @@ except RuntimeError as error:
     assert "switched off by METALORA_NATIVE=0" in run.stdout
     assert "route='token' cannot be had" in run.stdout
     assert "METALORA_NATIVE=0" in python("-m", "metalora", METALORA_NATIVE="0").stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not native_available(), reason="the native CPU library is not loaded")
+@pytest.mark.parametrize(
+    ("variable", "value", "shown"),
+    [
+        ("METALORA_MATMUL", "default", "fp32 matmul:  default (METALORA_MATMUL=default)"),
+        ("METALORA_CPU_ISA", "portable", "portable (METALORA_CPU_ISA=portable; this CPU has "),
+        ("ATEN_CPU_CAPABILITY", "default", "portable (ATEN_CPU_CAPABILITY=default; this CPU has "),
+    ],
+)
+def test_the_report_says_why(variable: str, value: str, shown: str) -> None:
+    if variable != "METALORA_MATMUL" and build_info()["best instructions"] == "portable":
+        pytest.skip("this CPU has the portable kernels only")
+    run = python("-m", "metalora", **{variable: value})
+    assert run.stderr == ""
+    assert shown in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("METALORA_MATMUL", "mkl", "must be one of auto, default, onednn, got 'mkl'; it is taken"),
+        ("METALORA_CPU_ISA", "sse", "must be one of portable, avx2, avx512, avx512_bf16, got 'sse"),
+        ("METALORA_CPU_ISA", "avx512", "=avx512 cannot be had: the most that this CPU and this"),
+    ],
+)
+def test_a_variable_that_cannot_be_followed_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+) -> None:
+    module = SimpleNamespace(build_info=lambda: {"best instructions": "avx2"})
+    monkeypatch.setattr(_library, "_cpu_module", module)
+    monkeypatch.setenv(variable, value)
+    with pytest.warns(UserWarning, match=variable) as warned:
+        _library._check_variables()
+    (warning,) = warned
+    assert said in str(warning.message)
+    assert "\n" not in str(warning.message)
+
+
+def test_variables_that_can_be_followed_are_not_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(build_info=lambda: {"best instructions": "avx2"})
+    monkeypatch.setattr(_library, "_cpu_module", module)
+    for matmul, instructions in (("auto", "avx2"), ("onednn", "portable"), ("", "")):
+        monkeypatch.setenv("METALORA_MATMUL", matmul)
+        monkeypatch.setenv("METALORA_CPU_ISA", instructions)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            _library._check_variables()
 
 
 def test_environment_variables_are_documented() -> None:

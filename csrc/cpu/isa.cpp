@@ -13,8 +13,7 @@ Isa choose() {
     for (int i = 0; i < 4; ++i)
       if (std::string_view(wanted) == kIsaNames[i])
         return std::min(static_cast<Isa>(i), best_isa());
-    return best_isa();  // metalora/_library.py words the error
-  }
+  }  // an unknown value counts as none; metalora/_library.py warns of it
   const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
   const std::string_view limit = capability ? capability : "";
   if (limit == "default") return Isa::portable;

@@ -7,6 +7,7 @@
 #include "aten.h"
 #include "dropout.h"
 #include "merge_lora.h"
+#include "product.h"
 #include "small_product.h"
 
 namespace metalora::cpu {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +18,9 @@ import torch
 from torch import Tensor
 
 from experiments.language.dialogues import SILENCE, Dialogue
-from metalora._files import replacing
+from metalora._files import cache_folder, replacing
 from metalora.meta.identity import digest_of_tensors
 
-FOLDER_VARIABLE = "METALORA_CACHE"
 FORM = 1  # part of the cache's key; increase it when the same input gives other sequences
 AT_ONCE = 1 << 15  # sequences assembled at a time, which bounds the memory of their indices
 
@@ -78,7 +76,7 @@ def tokenize(
         max_length: of a sequence, see ``encoders.max_length``.
         token_types: see ``encoders.has_token_types``.
         history: keep only the last so many utterances; None keeps all.
-        cache: folder of the cache; None is `default_folder`.
+        cache: folder of the cache; None is `metalora._files.cache_folder`.
 
     Raises:
         ValueError: there are no turns, turns with different numbers of candidates, or
@@ -97,7 +95,7 @@ def tokenize(
     (per_turn,) = counts
     settings = [FORM, max_length, token_types, history]
     key = _key(tasks, tokenizer, settings)
-    folder = default_folder() if cache is None else cache
+    folder = cache_folder() if cache is None else cache
     tensors = _read(folder, key)
     if tensors is None:
         tensors = _assemble(_Pieces(tasks, tokenizer, history), tokenizer, max_length, token_types)
@@ -230,13 +228,6 @@ def _key(tasks: Sequence[Sequence[Dialogue]], tokenizer: Any, settings: Sequence
     return hashlib.sha256(described.encode()).hexdigest()
 
 
-def default_folder() -> Path:
-    """Returns ``$METALORA_CACHE``, or ``metalora`` in the user's cache folder."""
-    if folder := os.environ.get(FOLDER_VARIABLE):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metalora"
-
-
 def _read(folder: Path, key: str) -> dict[str, Tensor] | None:
     """Returns the tensors under a key; None if there are none or, with a note, if damaged."""
     from safetensors import SafetensorError, safe_open
@@ -269,7 +260,7 @@ def write(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
     except OSError as error:
         print(
             f"note: the sequences are not kept: cannot write to {folder} ({error}); "
-            f"set {FOLDER_VARIABLE} to another folder",
+            "set METALORA_CACHE to another folder",
             file=sys.stderr,
         )
 

@@ -26,7 +26,7 @@ from metalora.hf import (
     packing_problem,
     position_offset,
 )
-from metalora.meta import Batch, Callback, Evaluation, RoundLoader, evaluate
+from metalora.meta import Batch, Callback, Evaluation, RoundLoader, evaluate, matmul_precision
 
 # Of one turn and epoch, in forward passes: the gradients of all weights cost two more, those of
 # LoRA about one, and those of a last layer next to nothing.
@@ -206,7 +206,8 @@ class Trials(training.Trials[TokenizedTurns]):
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.precision)
 
         def accuracy(model: nn.Module) -> Evaluation:
-            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            autocast = torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+            with autocast, matmul_precision(self.settings.matmul_precision):
                 return evaluate(model, loader, choice_accuracy)
 
         return accuracy

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 from experiments.lib.cli import MOST_TRIALS, check_values, option, unique
 from experiments.lib.experiment import RunSettings
+from metalora.meta.precision import MATMUL_PRECISIONS
 
 Resolved = TypeVar("Resolved", bound="RetrainingSettings")
 
@@ -84,6 +85,12 @@ class RetrainingSettings(RunSettings):
         "auto",
         help="auto is fp32 on a CPU, bf16 on a GPU",
         choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    matmul_precision: str = option(
+        "default",
+        help="products of float32 matrices: as torch is set; in float32, on a CPU by its faster "
+        "library (ieee); or with factors rounded to TF32 or bfloat16 where the device can",
+        choices=MATMUL_PRECISIONS,
     )
 
     def __post_init__(self) -> None:

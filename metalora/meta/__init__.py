@@ -17,6 +17,7 @@ from metalora.meta.methods import (
     standard,
 )
 from metalora.meta.peft_ml import finetune_peft, peft_ml
+from metalora.meta.precision import matmul_precision
 from metalora.meta.refit import refit_heads
 from metalora.meta.schedule import learning_rate
 from metalora.meta.seeds import derive_seed
@@ -54,6 +55,7 @@ __all__ = [
     "last_layer_ml",
     "learning_rate",
     "lora_ml",
+    "matmul_precision",
     "peft_ml",
     "refit_heads",
     "reptile",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from metalora._checks import check_choice, check_count, check_nonnegative, check_positive
 from metalora.meta.optimizer import NAMED
+from metalora.meta.precision import MATMUL_PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class TrainConfig:
         grad_clip: largest norm of the loss gradient; None does not clip.
         precision: "fp32" computes in the parameters' dtype; "bf16" and "fp16" use autocast, fp16
             with gradient scaling.
+        matmul_precision: of torch's float32 products while it trains and validates: "default" (as
+            torch is set), "ieee", "tf32" or "bf16", see `metalora.meta.matmul_precision`.
         step_per: one optimiser step per "round" of all tasks, the PEFT-ML objective, or per "task".
         seed: with the epoch's number, determines all random numbers.
 
@@ -60,6 +63,7 @@ class TrainConfig:
     adapter_lr: float | None = None
     adapter_weight_decay: float | None = None
     adapter_steps: int = 1
+    matmul_precision: str = "default"
 
     def __post_init__(self) -> None:
         check_count("TrainConfig", "epochs", self.epochs)
@@ -81,6 +85,7 @@ class TrainConfig:
         if self.grad_clip is not None:
             check_positive("TrainConfig", "grad_clip", self.grad_clip)
         check_choice("TrainConfig", "precision", self.precision, ("fp32", "bf16", "fp16"))
+        check_choice("TrainConfig", "matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
         check_choice("TrainConfig", "step_per", self.step_per, ("round", "task"))
         check_count("TrainConfig", "seed", self.seed, minimum=0)
 

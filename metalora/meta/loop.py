@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds
 from metalora.meta.evaluation import Evaluation, evaluate
+from metalora.meta.precision import matmul_precision
 from metalora.meta.schedule import schedule_factor
 from metalora.meta.seeds import derive_seed, own_random_state
 from metalora.meta.steps import Step, check_finite
@@ -70,7 +71,18 @@ def train(
             taken, so the weights are those of the last good step. On a GPU it is found only at the
             end of the epoch, where the host waits anyway; the weights may be NaN by then.
     """
-    callbacks = list(callbacks)
+    with matmul_precision(config.matmul_precision):
+        return _train(model, rounds, step, config, validation, list(callbacks))
+
+
+def _train(
+    model: nn.Module,
+    rounds: Rounds,
+    step: Step,
+    config: TrainConfig,
+    validation: Validation | None,
+    callbacks: list[Callback],
+) -> Result:
     steps_per_epoch = step.per_epoch(rounds)
     training = Training(model, rounds, step, config, validation, callbacks, steps_per_epoch)
     for callback in callbacks:

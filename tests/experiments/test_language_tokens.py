@@ -16,6 +16,7 @@ from experiments.language.data import load
 from experiments.language.dialogues import SILENCE, Dialogue, Turn
 from experiments.language.tokens import TokenizedTurns, tokenize
 from experiments.lib.errors import DataError
+from metalora._files import cache_folder
 
 transformers = pytest.importorskip("transformers")
 
@@ -228,13 +229,13 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_caches_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("METALORA_CACHE", str(tmp_path / "own"))
-    assert tokens.default_folder() == tmp_path / "own"
+    assert cache_folder() == tmp_path / "own"
     monkeypatch.delenv("METALORA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tokens.default_folder() == tmp_path / "metalora"
+    assert cache_folder() == tmp_path / "metalora"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert tokens.default_folder() == tmp_path / ".cache" / "metalora"
+    assert cache_folder() == tmp_path / ".cache" / "metalora"
 
 
 def test_a_model_and_its_tokenizer(bert: Path, tokenizer: Any) -> None:
