@@ -19,7 +19,7 @@ ROUTES = ("auto", "weight", "token", "reference")
 # in * out / (in + out), where the two were measured to cross (`python -m benchmarks.lora_linear
 # --cases routes --baselines routes`); on a GPU, this many times sqrt(in * out), where their
 # memory traffic is equal.
-_CPU_WEIGHT_FROM = 8.0
+_CPU_WEIGHT_FROM = 2.5
 _CUDA_WEIGHT_FROM = 2.0
 _SMALL = {torch.float32: 64, torch.float64: 32}  # kSmall of csrc/cpu/small_product.h
 # Of a GPU's memory the weight route takes at most this part for the W_t and their gradients.
@@ -135,13 +135,11 @@ def decide(
         return "device"
     if dropout_p > 0:
         return "dropout"
-    if device_type == "cpu":
-        if dtype in SHORT:
-            return "short"
-        if max(in_features, out_features) <= _SMALL.get(dtype, 0):
-            return "small"
-    elif weight_dtype in SHORT:
+    if weight_dtype in SHORT:
         return "short"
+    if device_type == "cpu":
+        if weight_dtype == dtype and max(in_features, out_features) <= _SMALL.get(dtype, 0):
+            return "small"
     elif memory is not None and memory < _weight_route_bytes(
         tasks, out_features, in_features, dtype, weight_dtype
     ):

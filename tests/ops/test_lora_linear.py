@@ -66,21 +66,23 @@ def test_seed_none_follows_torch_manual_seed() -> None:
 
 @every_pair(
     dtype=[torch.float32, torch.bfloat16, torch.float16],
-    route=NATIVE,
-    sizes=[(10, 10, 1), (65, 40, 9), (256, 96, 8)],
+    route=[(route, 0.0) for route in NATIVE] + [("token", 0.3)] * bool(NATIVE),
+    sizes=[(10, 10, 1), (65, 40, 9), (256, 96, 8), (35, 33, 131)],
 )
 def test_rounds_no_worse_than_pytorch(
-    route: str, dtype: torch.dtype, sizes: tuple[int, int, int]
+    route: tuple[str, float], dtype: torch.dtype, sizes: tuple[int, int, int]
 ) -> None:
+    route, dropout_p = route
+    options = {"scaling": 0.5, "dropout_p": dropout_p, "seed": 7}
     short = problem((40, 0, 33, 7), sizes, dtype=dtype)
     exact = problem((40, 0, 33, 7), sizes, grad=False)
     for to, source in zip(exact.leaves, short.leaves, strict=True):
         to.copy_(source.detach())
         to.requires_grad_()
-    wanted = run(exact, "reference", scaling=0.5)
-    plain = run(short, "reference", scaling=0.5)
+    wanted = run(exact, "reference", **options)
+    plain = run(short, "reference", **options)
     floor = torch.finfo(dtype).eps
-    for got, by_torch, truth in zip(run(short, route, scaling=0.5), plain, wanted, strict=True):
+    for got, by_torch, truth in zip(run(short, route, **options), plain, wanted, strict=True):
         assert got.dtype == dtype
         allowed = 2 * relative_error(by_torch, truth) + floor
         assert relative_error(got, truth) <= allowed
@@ -387,6 +389,7 @@ class TestRoutes:
             ({"rows": 8}, "token", "no more than"),
             ({"dropout_p": 0.1}, "token", "dropout"),
             ({"dtype": torch.bfloat16}, "token", "rounded"),
+            ({"dtype": torch.bfloat16, "weight_dtype": torch.float32}, "weight", "more than"),
             ({"rows": 8, "in_features": 64, "out_features": 64}, "weight", "registers"),
             ({"rows": 8, "in_features": 33, "dtype": torch.float64}, "token", "no more than"),
             ({"problem": "the library is away"}, "reference", "the library is away"),
