@@ -97,11 +97,9 @@ def make_setting(settings: Settings) -> tuple[Setting, str]:
     return language_setting(model, turns, rounds, max_tokens, device, lora), turns.source
 
 
-def benchmark(settings: Settings) -> Benchmark:
-    """The benchmark of these settings."""
-    setting, source = make_setting(settings)
-    names = FULL if settings.precision == "fp32" else (*FULL, *SHORT)
-    name = f"{settings.model}, {settings.tasks} tasks of {settings.turns} turns"
+def benchmark(setting: Setting, source: str, name: str, precision: str) -> Benchmark:
+    """The benchmark of one setting; ``source`` says where its dialogues are from."""
+    names = FULL if precision == "fp32" else (*FULL, *SHORT)
     case = StepCase("lora_linear", "cpu", name, source, lambda device: setting, names)
     title = f"Rounds of LoRA-ML, {CANDIDATES} candidates a turn, {source}"
     return Benchmark("language", title, (case,), {"all": names}, floor=AUTHORS)
@@ -113,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(Settings, argv, prog=program("language"), description=__doc__ or "")
     if settings.smoke:
         settings = replace(settings, model="tiny", data=None, tasks=2, turns=1, rounds=1)
-    found = benchmark(settings)
+    name = f"{settings.model}, {settings.tasks} tasks of {settings.turns} turns"
+    found = benchmark(*make_setting(settings), name, settings.precision)
     options = Options(tuple(found.versions["all"]), settings.device)
     precisions = [PRECISIONS["fp32"]]
     measure(found, found.cases, precisions, options, settings, command=repeat("language", argv))
