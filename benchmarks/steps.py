@@ -1,7 +1,7 @@
 """Times whole training steps of LoRA-ML: forward, loss, backward and optimiser.
 
 python -m benchmarks.steps --threads 1 --write benchmarks/results
-python -m benchmarks.steps --cases mixer --baselines all
+python -m benchmarks.steps --cases mixer --baselines "+ bf16" "plain model, bf16"
 
 The versions are the plain model without adapters, with all tasks pooled; the authors' schedule in
 plain PyTorch, task by task; the same through PEFT; merged weights in plain PyTorch; and metalora,
@@ -157,6 +157,7 @@ CASES = (
         *_MAIN,
         *MERGED_VERSIONS,
         profiled=PROFILED,
+        samples=2,
     ),
     _case(
         "minilm",
@@ -165,6 +166,7 @@ CASES = (
         *_MAIN,
         PACKED,
         profiled=PROFILED,
+        samples=2,
     ),
     _case(
         "minilm-p0",
@@ -173,11 +175,12 @@ CASES = (
         *_MAIN,
         PACKED,
         *MERGED_VERSIONS,
+        samples=2,
     ),
     _case(
         "dialogues",
-        "MiniLM's size, 4 tasks of 20 sequences like ConvAI2's, r 8, dropout 0.1",
-        partial(dialogues, "minilm-size", 4, 20),
+        "MiniLM's size, 4 tasks of 10 sequences like ConvAI2's, r 8, dropout 0.1",
+        partial(dialogues, "minilm-size", 4, 10),
         *_MAIN,
         *OTHERS,
         SORTED,
@@ -185,8 +188,8 @@ CASES = (
     ),
     _case(
         "dialogues-t10",
-        "MiniLM's size, 10 tasks of 8 sequences like ConvAI2's, r 8, dropout 0.1",
-        partial(dialogues, "minilm-size", 10, 8),
+        "MiniLM's size, 10 tasks of 4 sequences like ConvAI2's, r 8, dropout 0.1",
+        partial(dialogues, "minilm-size", 10, 4),
         *_LARGE,
     ),
     _case(

@@ -136,6 +136,8 @@ def test_help(
         ((SHALLOW, "--threads", "-1"), "--threads must be an int >= 1, got -1"),
         ((SHALLOW, "--threads", "9999999"), "--threads must be an int <="),
         ((LINEAR, "--write", __file__), "test_command_lines.py is not a folder"),
+        (("benchmarks.steps", "--cases", "mixr"), "called 'mixr'; did you mean 'mixer'"),
+        (("benchmarks.steps", "--frozen"), "steps has no shared weights to freeze"),
         (("benchmarks.language", "--turns", "0"), "--turns must be an int >= 1, got 0"),
         (("benchmarks.language", "--data", "x"), "--data: needs --tokenizer FOLDER"),
         (("benchmarks.gpu_report", "--part", "biuld"), "there is no 'biuld'; there are build, "),

@@ -48,7 +48,7 @@ NAMES = {
     in_precision(PLAIN, "bf16"): "no adapters at all, bf16",
 }
 LIGHT = "#9ecae1"
-# One colour a part, on both figures of any two runs; those of the other figures first.
+DARK = ("LoRA", "attention", "activation")  # with white labels
 COLORS = dict(
     zip(
         PARTS,
@@ -120,7 +120,7 @@ def _rates(cases: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_xlim(0, 1.14 * max(rates.values()))
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel(f"{one['work']['unit'].partition('/')[0]} per second × the authors'")
+        axes.set_xlabel(f"{one['work']['unit']} relative to the authors' schedule")
         title, _, rest = one["title"].partition(", ")
         axes.set_title(f"{title}\n{rest}", loc="left", fontsize=14)
     return fig
@@ -161,7 +161,9 @@ def _stack(axes: Axes, bars: Sequence[tuple[Mapping[str, Any], str, Mapping[str,
             axes.barh(place, width, left=left, color=COLORS[part], height=0.72, label=part)
             if width > 0.045 * longest:
                 share = f"{100 * row['parts'][part]:.0f} %"
-                axes.text(left + width / 2, place, share, ha="center", va="center", fontsize=11)
+                ink = "white" if part in DARK else "black"
+                where = (left + width / 2, place)
+                axes.text(*where, share, ha="center", va="center", fontsize=12, color=ink)
             left += width
         kind = "plain model" if name.startswith(PLAIN) else "metalora"
         labels.append(f"{kind}, {row['precision']}")

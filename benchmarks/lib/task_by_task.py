@@ -38,13 +38,13 @@ def products(precision: str) -> Iterator[None]:
 
     A CPU with AMX would then compute them in bfloat16; the correctness gate refuses that.
     """
-    settings: Any = torch.backends.mkldnn.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16" if precision == FASTER else before
+    library: Any = torch.backends.mkldnn
+    before = library.matmul.fp32_precision
+    library.matmul.fp32_precision = "bf16" if precision == FASTER else before
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        library.matmul.fp32_precision = before
 
 
 class LoRALinear(nn.Module):
@@ -226,6 +226,7 @@ class MergedLinear(nn.Module):
 
     def __init__(self, layer: MultiTaskLoRALinear, counts: list[int]) -> None:
         super().__init__()
+        assert layer.bias is not None  # every layer of these models has one
         self.weight, self.bias = layer.weight, layer.bias
         self.lora_A, self.lora_B = layer.lora_A, layer.lora_B
         self.scaling, self.counts = layer.scaling, counts

