@@ -125,7 +125,7 @@ def ragged(*, tiny: bool = False, device: str = "cpu") -> Setting:
     torch.manual_seed(0)
     layers = [part for _ in range(2) for part in (nn.Linear(features, features), nn.GELU())]
     model = nn.Sequential(*layers, nn.Linear(features, 10)).to(device)
-    ids = torch.arange(tasks).repeat_interleave(torch.tensor(counts))
+    ids = torch.arange(tasks).repeat_interleave(torch.tensor(counts)).to(device)
     inputs = torch.randn(len(ids), features).to(device)
     targets = torch.randint(10, (len(ids),)).to(device)
     batch = Batch(inputs, targets, ids, tuple(counts))

@@ -137,7 +137,7 @@ def test_help(
         ((SHALLOW, "--threads", "9999999"), "--threads must be an int <="),
         ((LINEAR, "--write", __file__), "test_command_lines.py is not a folder"),
         (("benchmarks.steps", "--cases", "mixr"), "called 'mixr'; did you mean 'mixer'"),
-        (("benchmarks.steps", "--frozen"), "steps has no shared weights to freeze"),
+        (("benchmarks.steps", "--frozen"), "--frozen: steps has no case with frozen weights"),
         (("benchmarks.language", "--turns", "0"), "--turns must be an int >= 1, got 0"),
         (("benchmarks.language", "--data", "x"), "--data: needs --tokenizer FOLDER"),
         (("benchmarks.gpu_report", "--part", "biuld"), "there is no 'biuld'; there are build, "),

@@ -185,7 +185,7 @@ class Settings(BenchmarkSettings):
             ValueError: for a word that names nothing.
         """
         if self.frozen and not benchmark.can_freeze:
-            raise ValueError(f"argument --frozen: {benchmark.name} has no shared weights to freeze")
+            raise ValueError(f"argument --frozen: {benchmark.name} has no case with frozen weights")
         return (
             benchmark.select(self.cases or [benchmark.groups[self.device]]),
             benchmark.select_versions(self.baselines or [next(iter(benchmark.versions))]),
