@@ -48,24 +48,18 @@ NAMES = {
     in_precision(PLAIN, "bf16"): "no adapters at all, bf16",
 }
 LIGHT = "#9ecae1"
+COLORS = {
+    "products": "#999999",
+    "LoRA": plotting.BLUE,
+    "attention": plotting.GREEN,
+    "normalisation": "#F0E442",
+    "activation": plotting.ORANGE,
+    "dropout": plotting.PINK,
+    "optimiser": "#E69F00",
+    "copies and casts": "#56B4E9",
+    "other": "#DDDDDD",
+}
 DARK = ("LoRA", "attention", "activation")  # with white labels
-COLORS = dict(
-    zip(
-        PARTS,
-        (
-            "#999999",
-            plotting.BLUE,
-            "#E69F00",
-            plotting.GREEN,
-            "#F0E442",
-            plotting.ORANGE,
-            plotting.PINK,
-            "#56B4E9",
-            "#DDDDDD",
-        ),
-        strict=True,
-    )
-)
 
 
 def draw_steps(record: Mapping[str, Any], stem: str, folder: Path) -> list[Path]:

@@ -21,25 +21,29 @@ from torch.nn.modules.module import (
 from torch.profiler import ProfilerActivity, profile, record_function
 
 STEP, DROPOUT = "training step", "nn.Dropout"
-OTHER = "other"
 _NODE = "autograd::engine::evaluate_function"
-# The first part of which any name around an event speaks. All of attention is attention, its
-# products and its dropout too; the large products of a LoRA layer are told from the rest of it.
-_AROUND = {
-    "optimiser": re.compile(r"^Optimizer\.|_fused_adam"),
-    "attention": re.compile(r"attention|^_?[Aa]ttend|^_Pick", re.IGNORECASE),
-    "normalisation": re.compile(r"norm", re.IGNORECASE),
-    "activation": re.compile(r"gelu|relu|tanh|sigmoid", re.IGNORECASE),
-    "dropout": re.compile(rf"^{DROPOUT}|^aten::.*(dropout|bernoulli)"),
-}
-_OWN = {
-    "products": re.compile(
-        r"^aten::(addmm|mm|bmm|baddbmm|addmv|mv|_grouped_mm)_?$|mkldnn.*linear|_linear_pointwise"
-    ),
-}
-_LORA = {"LoRA": re.compile(r"^metalora::|^_(Token|Weight)Route")}
-_MOVES = {"copies and casts": re.compile(r"^aten::(copy_|_to_copy|to|clone|contiguous|cat|fill_)$")}
-PARTS = ("products", "LoRA", *_AROUND, "copies and casts", OTHER)
+# The first row that fits says the part. It looks at the event's own name, or at any name around it:
+# all of attention is attention, its products and its dropout too, while the large products of a
+# LoRA layer are told from the rest of it.
+_ANY, _OWN = "any", "own"
+_RULES = tuple(
+    (part, whose, re.compile(pattern, re.IGNORECASE))
+    for part, whose, pattern in (
+        ("optimiser", _ANY, r"^Optimizer\.|_fused_(adam|sgd)"),
+        ("attention", _ANY, r"attention"),
+        ("normalisation", _ANY, r"norm"),
+        ("activation", _ANY, r"gelu|relu|tanh|sigmoid"),
+        ("dropout", _ANY, rf"^{re.escape(DROPOUT)}$|^aten::.*(dropout|bernoulli)"),
+        ("products", _OWN, r"^aten::(addmm|mm|bmm|baddbmm|_grouped_mm)_?$|_linear_pointwise"),
+        ("LoRA", _ANY, r"^metalora::|^_(token|weight)route"),
+        ("copies and casts", _OWN, r"^aten::(copy_|_to_copy|to|clone|contiguous|cat|fill_)$"),
+    )
+)
+OTHER = "other"
+PARTS = (
+    *("products", "LoRA", "attention", "normalisation", "activation", "dropout"),
+    *("optimiser", "copies and casts", OTHER),
+)
 
 
 def part_of(names: Sequence[str]) -> str:
@@ -48,17 +52,8 @@ def part_of(names: Sequence[str]) -> str:
     Args:
         names: its own, then those of the events around it, and of the forward operator.
     """
-    for part, pattern in _AROUND.items():
-        if any(pattern.search(name) for name in names):
-            return part
-    for part, pattern in _OWN.items():
-        if pattern.search(names[0]):
-            return part
-    for part, pattern in _LORA.items():
-        if any(pattern.search(name) for name in names):
-            return part
-    for part, pattern in _MOVES.items():
-        if pattern.search(names[0]):
+    for part, whose, pattern in _RULES:
+        if any(pattern.search(name) for name in (names[:1] if whose == _OWN else names)):
             return part
     return OTHER
 

@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks import plot, steps
 from benchmarks.lib import step_versions, task_by_task
 from benchmarks.lib.gate import GateError
-from benchmarks.lib.step_figures import NAMES
+from benchmarks.lib.step_figures import COLORS, NAMES
 from benchmarks.lib.step_parts import OTHER, PARTS, STEP, part_of, shares, step_shares
 from benchmarks.lib.step_versions import (
     AT_ONCE,
@@ -51,7 +51,7 @@ def test_a_case_has_its_versions(name: str) -> None:
     made = versions(case.shrunk().new_setting(device="cpu"))
     assert set(case.versions) <= set(made) and set(case.profiled) <= set(case.versions)
     assert AUTHORS in case.versions and case.offered(["nothing", AUTHORS]) == [AUTHORS]
-    assert set(NAMES) <= set(steps.VERSIONS)
+    assert set(NAMES) <= set(steps.VERSIONS) and tuple(COLORS) == PARTS
 
 
 def test_the_sizes_of_the_cases() -> None:
@@ -199,6 +199,7 @@ def test_the_faster_products_end_with_their_context() -> None:
         ("aten::copy_, _TokenRouteBackward, training step", "LoRA"),
         ("aten::bmm, aten::scaled_dot_product_attention, training step", "attention"),
         ("aten::bernoulli_, aten::scaled_dot_product_attention, training step", "attention"),
+        ("metalora::packed_attention_backward, training step", "attention"),
         ("aten::native_layer_norm_backward, training step", "normalisation"),
         ("aten::gelu, training step", "activation"),
         ("aten::where, nn.Dropout, training step", "dropout"),
