@@ -148,7 +148,7 @@ def _case(
 
 
 _MAIN = (*PLAINS, AUTHORS, PEFT, AT_ONCE, *INGREDIENTS)
-_LARGE = (*PLAINS, AUTHORS, PACKED, *INGREDIENTS)
+_LARGE = (*PLAINS, AUTHORS, *INGREDIENTS)
 CASES = (
     _case(
         "mixer",
@@ -157,7 +157,6 @@ CASES = (
         *_MAIN,
         *MERGED_VERSIONS,
         profiled=PROFILED,
-        samples=2,
     ),
     _case(
         "minilm",
@@ -221,6 +220,7 @@ BENCHMARK = Benchmark(
     {"all": VERSIONS},
     floor=AUTHORS,
     groups={"cpu": "cpu", "cuda": "cpu"},
+    own_precisions=True,
     page=step_tables,
 )
 

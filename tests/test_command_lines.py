@@ -137,6 +137,7 @@ def test_help(
         ((SHALLOW, "--threads", "9999999"), "--threads must be an int <="),
         ((LINEAR, "--write", __file__), "test_command_lines.py is not a folder"),
         (("benchmarks.steps", "--cases", "mixr"), "called 'mixr'; did you mean 'mixer'"),
+        (("benchmarks.steps", "--precisions", "bf16"), "--precisions: the versions of steps have"),
         (("benchmarks.steps", "--frozen"), "--frozen: steps has no case with frozen weights"),
         (("benchmarks.language", "--turns", "0"), "--turns must be an int >= 1, got 0"),
         (("benchmarks.language", "--data", "x"), "--data: needs --tokenizer FOLDER"),

@@ -152,6 +152,8 @@ class Benchmark:
         precisions: the default.
         groups: by device, the default group of cases.
         can_freeze: whether ``--frozen`` has a meaning.
+        own_precisions: whether the versions have precisions of their own, and ``--precisions``
+            has no meaning.
         page: makes the page of tables from what is in the .json file.
     """
 
@@ -164,6 +166,7 @@ class Benchmark:
     groups: Mapping[str, str] = field(default_factory=lambda: {"cpu": "cpu", "cuda": "cuda"})
     goals: tuple[Case, ...] = ()
     can_freeze: bool = False
+    own_precisions: bool = False
     page: Callable[[Mapping[str, Any]], str] = operator_tables
 
     def select(self, words: Sequence[str]) -> list[Case]:

@@ -186,6 +186,11 @@ class Settings(BenchmarkSettings):
         """
         if self.frozen and not benchmark.can_freeze:
             raise ValueError(f"argument --frozen: {benchmark.name} has no case with frozen weights")
+        if self.precisions and benchmark.own_precisions:
+            raise ValueError(
+                f"argument --precisions: the versions of {benchmark.name} have precisions of their "
+                "own; choose some with --baselines"
+            )
         return (
             benchmark.select(self.cases or [benchmark.groups[self.device]]),
             benchmark.select_versions(self.baselines or [next(iter(benchmark.versions))]),
