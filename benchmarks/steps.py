@@ -193,14 +193,14 @@ CASES = (
     ),
     _case(
         "roberta",
-        "RoBERTa-base's size, 4 tasks of 4 sequences like ConvAI2's, r 8, dropout 0.1",
-        partial(dialogues, "roberta-base-size", 4, 4),
+        "RoBERTa-base's size, 4 tasks of 2 sequences like ConvAI2's, r 8, dropout 0.1",
+        partial(dialogues, "roberta-base-size", 4, 2),
         *_LARGE,
     ),
     _case(
         "roberta-t10",
-        "RoBERTa-base's size, 10 tasks of 2 sequences like ConvAI2's, r 8, dropout 0.1",
-        partial(dialogues, "roberta-base-size", 10, 2),
+        "RoBERTa-base's size, 10 tasks of 1 sequence like ConvAI2's, r 8, dropout 0.1",
+        partial(dialogues, "roberta-base-size", 10, 1),
         *_LARGE,
     ),
     _case(
