@@ -40,7 +40,8 @@ AT_ONCE, SORTED, PACKED = "metalora, all tasks at once", "+ sorted by length", "
 FUSED, COMPILED = "+ fused optimiser", "+ compile"
 TOLERANCE = {"fp32": 1e-4, FASTER: 1e-4, "bf16": 0.1}
 LOSS = "the loss"
-FLOOR = 1e-3  # of the largest gradient: errors of smaller ones are relative to this size
+# Of the largest gradient: errors of smaller ones are relative to this size.
+FLOOR = {"fp32": 1e-3, FASTER: 1e-3, "bf16": 1e-2}
 RANK, ALPHA, DROPOUT, RATE = 8, 16, 0.1, 5e-5  # of the language experiment
 TARGETS = r".*\.encoder\..*\.(query|key|value|dense)"  # the linear layers of the encoder
 HEAD = "classifier"
@@ -340,7 +341,7 @@ class Gate:
         exact = self.plainest(plain, "fp64")
         got = results(version, self._start(plain), self.setting.few)
         sizes = [float(g.flatten(1).norm(dim=1).max()) for n, g in exact.items() if n != LOSS]
-        floor = FLOOR * max(sizes)
+        floor = FLOOR[version.precision] * max(sizes)
         errors = []
         for part, right in exact.items():
             allowed = tolerance
