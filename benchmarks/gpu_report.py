@@ -40,6 +40,8 @@ HEADLINES = {
     "a": ("a 768→768 L40 T10 r8", "a 768→3072 L40 T10 r8"),
     "c": ("c 512→256 16384 rows/task T4 r1", "c 64→256 131072 rows/task T4 r1"),
 }
+# Rounds at the size of the paper's: 10 tasks with 8 turns of 20 candidates.
+PAPER = ("--model", "roberta-base-size", "--tasks", "10", "--turns", "8", "--precision", "bf16")
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
         what += ["--name", f"lora_linear_{device}_{name}", *(["--frozen"] * frozen)]
         return Part(name, _module("lora_linear", *what, *budget, *flags))
 
-    files = sorted(str(p) for name in MODULES for p in out.glob(f"{name}_{device}*.json"))
+    files = sorted(
+        str(p) for name in (*MODULES, "steps") for p in out.glob(f"{name}_{device}*.json")
+    )
     cases = ("--cases", HEADLINES["a"][0], "c", "--precisions", *goals)
     profiled = (*cases, "--baselines", "metalora", "--profile")
     missing = "" if importlib.util.find_spec("matplotlib") else "matplotlib is not installed"
@@ -95,7 +99,8 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
         *(_sanitize(tool, device) for tool in ("memcheck", "racecheck", "initcheck")),
         Part("ceilings", _module("ceilings", *flags)),
         *(Part(name, _module(name, *budget, *flags)) for name in MODULES if name != "lora_linear"),
-        _language(flags),
+        _encoders("steps", *budget, *flags),
+        _encoders("language", *PAPER, *flags),
         layers("layers-a", "a", baselines=("eager", "metalora-keep")),
         layers("layers-a-other", "a", precisions=others),
         layers("layers-b", "b", precisions=goals + others),
@@ -113,14 +118,13 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
     ]
 
 
-def _language(flags: Sequence[str]) -> Part:
-    """Rounds at the size of the paper's: 10 tasks with 8 turns of 20 candidates."""
-    what = ["--model", "roberta-base-size", "--tasks", "10", "--turns", "8", "--precision", "bf16"]
+def _encoders(name: str, *arguments: str) -> Part:
+    """A benchmark that trains encoders of transformers, also through PEFT."""
     absent = [name for name in ("transformers", "peft") if not importlib.util.find_spec(name)]
     missing = f"{' and '.join(absent)} not installed" if absent else ""
     # The versions allocate pieces of unlike sizes, which would fragment the memory.
     memory = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    return Part("language", _module("language", *what, *flags), memory, missing=missing)
+    return Part(name, _module(name, *arguments), memory, missing=missing)
 
 
 def _test(device: str, smoke: bool) -> Part:

@@ -1,8 +1,10 @@
-"""Draws what an operator's benchmark measured: relative times, a dot for each version.
+"""Draws what a benchmark measured.
 
 python -m benchmarks.plot benchmarks/results/lora_linear_cpu.json [MORE.json …] [--write DIR]
+python -m benchmarks.plot benchmarks/results/steps_cpu.json --write docs --name steps
 
-Makes one figure for every file and precision in it, as PNG and PDF.
+Of an operator: relative times, a dot for each version, a figure for every precision as PNG and PDF.
+Of whole steps: how fast each version is, in NAME.png, and where the time goes, in NAME_parts.png.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.lib.cli import check_folder, program
+from benchmarks.lib.step_figures import draw_steps
 from benchmarks.lib.tables import read_json
 from benchmarks.lora_linear import BENCHMARK
 from experiments.lib import plotting
@@ -63,7 +66,12 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def draw(record: dict[str, Any], stem: str, folder: Path) -> list[Path]:
-    """The figures of one file of results, ``folder/<stem>_<precision>``; the PNG of each."""
+    """The figures of one file of results, ``folder/<stem>_<precision>``; the PNG of each.
+
+    Those of whole steps are `step_figures.draw_steps`.
+    """
+    if any("title" in one for one in record["rows"]):
+        return draw_steps(record, stem, folder)
     plotting.style()
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
@@ -142,9 +150,12 @@ class Settings:
 
     files: tuple[Path, ...] = option(help="files of results", positional=True)
     write: Path | None = option(None, help="folder to write to (default: beside each file)")
+    name: str | None = option(None, help="of the figures of one file (default: the file's)")
 
     def __post_init__(self) -> None:
         check_folder("write", self.write)
+        if self.name is not None and len(self.files) > 1:
+            raise ValueError("argument --name: needs a single file to draw")
 
 
 @main_guard
@@ -153,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(Settings, argv, prog=program("plot"), description=__doc__ or "")
     records = {path: load(path) for path in settings.files}
     for path, record in records.items():
-        for figure in draw(record, path.stem, settings.write or path.parent):
+        for figure in draw(record, settings.name or path.stem, settings.write or path.parent):
             print(figure)
 
 

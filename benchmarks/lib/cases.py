@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.lib.measure import Steps
+from benchmarks.lib.tables import operator_tables
 from metalora._checks import did_you_mean
 
 
@@ -87,6 +88,7 @@ class Candidate:
         peak_bytes: what a call takes beside its inputs; None where it was not measured.
         padding: the share of padding in what is computed; None where nothing is padded.
         note: how the times were taken, where that is not the usual way.
+        details: what else to record of it, as JSON can hold it.
     """
 
     sets: Sequence[Steps]
@@ -95,6 +97,7 @@ class Candidate:
     peak_bytes: int | None = None
     padding: float | None = None
     note: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,9 @@ class Benchmark:
         precisions: the default.
         groups: by device, the default group of cases.
         can_freeze: whether ``--frozen`` has a meaning.
+        own_precisions: whether the versions have precisions of their own, and ``--precisions``
+            has no meaning.
+        page: makes the page of tables from what is in the .json file.
     """
 
     name: str
@@ -160,6 +166,8 @@ class Benchmark:
     groups: Mapping[str, str] = field(default_factory=lambda: {"cpu": "cpu", "cuda": "cuda"})
     goals: tuple[Case, ...] = ()
     can_freeze: bool = False
+    own_precisions: bool = False
+    page: Callable[[Mapping[str, Any]], str] = operator_tables
 
     def select(self, words: Sequence[str]) -> list[Case]:
         """The cases that these words name, in their order, each once.

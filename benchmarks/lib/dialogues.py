@@ -45,11 +45,11 @@ class Turns:
         return [int(lengths[self.task_ids == t].max()) for t in tasks]
 
 
-def drawn(num_tasks: int, vocab_size: int, seed: int = 0) -> Turns:
+def drawn(num_tasks: int, vocab_size: int, seed: int = 0, candidates: int = CANDIDATES) -> Turns:
     """Tasks of 20 dialogues each with random tokens and lengths like ConvAI2's.
 
     A history is everything said before, so it grows by two utterances from turn to turn; each of a
-    turn's 20 candidates is an utterance.
+    turn's candidates, 20 in ConvAI2, is an utterance.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -64,12 +64,12 @@ def drawn(num_tasks: int, vocab_size: int, seed: int = 0) -> Turns:
     for task in range(num_tasks):
         for exchanges in lengths(EXCHANGES, DIALOGUES).tolist():
             said = lengths(UTTERANCE, 2 * exchanges - 1).cumsum(0)[::2]  # at each of the turns
-            sizes.append(SPECIAL + said[:, None] + lengths(UTTERANCE, exchanges, CANDIDATES))
+            sizes.append(SPECIAL + said[:, None] + lengths(UTTERANCE, exchanges, candidates))
             task_ids += [task] * exchanges
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(sizes).flatten().cumsum(0)])
     tokens = torch.randint(5, vocab_size, (int(starts[-1]),), generator=generator)
-    answers = torch.randint(CANDIDATES, (len(task_ids),), generator=generator)
-    sequences = Sequences({"input_ids": tokens}, starts, CANDIDATES)
+    answers = torch.randint(candidates, (len(task_ids),), generator=generator)
+    sequences = Sequences({"input_ids": tokens}, starts, candidates)
     return Turns(sequences, answers, torch.tensor(task_ids), "lengths drawn like ConvAI2's")
 
 

@@ -27,7 +27,7 @@ from benchmarks.lib.cli import BenchmarkSettings, program, repeat
 from benchmarks.lib.gate import GateError
 from benchmarks.lib.measure import Budget, CpuClock, side_by_side
 from benchmarks.lib.profile import HEADER, profile
-from benchmarks.lib.tables import machine, operator_tables, read_json, write_json, write_table
+from benchmarks.lib.tables import machine, read_json, write_json, write_table
 from experiments.lib.cli import check_values, main_guard, option, parse
 from experiments.lib.errors import RunError
 from metalora._checks import first_line
@@ -54,6 +54,7 @@ def measure_case(
                 found = prepared[name] = make(name)
                 rows[name] = {"status": "timed", "error": found.error, "note": found.note}
                 rows[name] |= {"peak_bytes": found.peak_bytes, "padding": found.padding}
+                rows[name] |= found.details
             except NotOfferedError as error:
                 rows[name] = {"status": f"not offered: {error}"}
             except GateError as error:
@@ -126,7 +127,7 @@ def measure(
             records.append(found)
             if path is not None:
                 write_json(path, {**record, "rows": records})
-    text = operator_tables({**record, "rows": records})
+    text = benchmark.page({**record, "rows": records})
     print(text)
     if folder is not None:
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
@@ -184,7 +185,12 @@ class Settings(BenchmarkSettings):
             ValueError: for a word that names nothing.
         """
         if self.frozen and not benchmark.can_freeze:
-            raise ValueError(f"argument --frozen: {benchmark.name} has no shared weights to freeze")
+            raise ValueError(f"argument --frozen: {benchmark.name} has no case with frozen weights")
+        if self.precisions and benchmark.own_precisions:
+            raise ValueError(
+                f"argument --precisions: the versions of {benchmark.name} have precisions of their "
+                "own; choose some with --baselines"
+            )
         return (
             benchmark.select(self.cases or [benchmark.groups[self.device]]),
             benchmark.select_versions(self.baselines or [next(iter(benchmark.versions))]),

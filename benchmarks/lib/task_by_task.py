@@ -1,16 +1,17 @@
-"""The authors' schedule in plain PyTorch and transformers, and the same through PEFT.
+"""The authors' schedule in plain PyTorch, the same through PEFT, and merged weights.
 
-A round takes a batch of each task in turn, pads its sequences to one length, sums the gradients,
-and steps AdamW once. Each task has LoRA pairs and a head of its own; all weights are trained. The
+A round takes a batch of each task in turn, sums the gradients, and steps the optimiser once. Each
+task has LoRA pairs and, where the setting says so, a head of its own; all weights are trained. The
 authors step after every task's batch, which takes longer; with one step for all tasks, all measured
 versions compute the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -19,32 +20,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metalora.adapters import LoRAConfig
 from metalora.hf import Sequences
-from metalora.meta import Batch
-from metalora.meta.steps import Loss
+from metalora.meta import Batch, TrainConfig
+from metalora.meta.data import Collate
+from metalora.meta.optimizer import NAMED
+from metalora.meta.steps import Loss, call_model
+from metalora.nn import MultiTaskLoRALinear
 
-RANK, ALPHA, DROPOUT, RATE = 8, 16, 0.1, 5e-5
-TARGETS = r".*\.encoder\..*\.(query|key|value|dense)"  # the linear layers of the encoder
-HEAD = "classifier"
+FASTER = "faster fp32"
+PRECISIONS = ("fp32", FASTER, "bf16")
+
+
+@contextlib.contextmanager
+def products(precision: str) -> Iterator[None]:
+    """With "faster fp32", torch's float32 products on the CPU are oneDNN's.
+
+    A CPU with AMX would then compute them in bfloat16; the correctness gate refuses that.
+    """
+    library: Any = torch.backends.mkldnn
+    before = library.matmul.fp32_precision
+    library.matmul.fp32_precision = "bf16" if precision == FASTER else before
+    try:
+        yield
+    finally:
+        library.matmul.fp32_precision = before
 
 
 class LoRALinear(nn.Module):
     """y = x Wᵀ + b + s · dropout(x) A_tᵀ B_tᵀ for the one task t that is selected."""
 
-    def __init__(self, linear: nn.Linear, num_tasks: int) -> None:
+    def __init__(self, linear: nn.Linear, config: LoRAConfig, num_tasks: int) -> None:
         super().__init__()
         self.weight, self.bias, self.task = linear.weight, linear.bias, 0
-        new, (outer, inner) = linear.weight.new_zeros, linear.weight.shape
-        self.lora_A = nn.ParameterList(new(RANK, inner) for _ in range(num_tasks))
-        self.lora_B = nn.ParameterList(new(outer, RANK) for _ in range(num_tasks))
+        new, (outer, inner), rank = linear.weight.new_zeros, linear.weight.shape, config.rank
+        self.lora_A = nn.ParameterList(new(rank, inner) for _ in range(num_tasks))
+        self.lora_B = nn.ParameterList(new(outer, rank) for _ in range(num_tasks))
         for lora_a in self.lora_A:
             nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
-        self.dropout = nn.Dropout(DROPOUT)
+        self.dropout, self.scaling = nn.Dropout(config.dropout), scaling(config)
 
     def forward(self, x: Tensor) -> Tensor:
         update = F.linear(self.dropout(x), self.lora_A[self.task])
         update = F.linear(update, self.lora_B[self.task])
-        return F.linear(x, self.weight, self.bias) + ALPHA / RANK * update
+        return F.linear(x, self.weight, self.bias) + self.scaling * update
+
+
+def scaling(config: LoRAConfig) -> float:
+    """s = alpha / r."""
+    return 1.0 if config.alpha is None else config.alpha / config.rank
 
 
 class Heads(nn.ModuleList):
@@ -70,14 +94,14 @@ class Selectable:
     parameters: dict[str, list[nn.Parameter]]
 
 
-def plain(model: nn.Module, num_tasks: int) -> Selectable:
+def authors(model: nn.Module, config: LoRAConfig, num_tasks: int) -> Selectable:
     """The model with layers in plain PyTorch."""
     layers: list[LoRALinear | Heads] = []
     for name, module in list(model.named_modules()):
-        if name == HEAD:
+        if name in config.heads:
             layers.append(Heads(deepcopy(module) for _ in range(num_tasks)))
-        elif re.fullmatch(TARGETS, name):
-            layers.append(LoRALinear(module, num_tasks))
+        elif re.fullmatch(str(config.target_modules), name):
+            layers.append(LoRALinear(module, config, num_tasks))
         else:
             continue
         parent, _, last = name.rpartition(".")
@@ -87,25 +111,27 @@ def plain(model: nn.Module, num_tasks: int) -> Selectable:
         for layer in layers:
             layer.task = task
 
-    return Selectable(model, select, _by_name(model, (r"\b(lora_[AB]|classifier)\.\d+", r"\1")))
+    own = "|".join(["lora_[AB]", *map(re.escape, config.heads)])
+    return Selectable(model, select, by_name(model, (rf"\b({own})\.\d+", r"\1")))
 
 
-def peft(model: nn.Module, num_tasks: int) -> Selectable:
+def peft(model: nn.Module, config: LoRAConfig, num_tasks: int) -> Selectable:
     """The model with PEFT's layers and ``set_adapter``."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(
-        r=RANK,
-        lora_alpha=ALPHA,
-        lora_dropout=DROPOUT,
-        target_modules=TARGETS,
-        modules_to_save=[HEAD],
+    alpha: Any = scaling(config) * config.rank
+    of_task = LoraConfig(
+        r=config.rank,
+        lora_alpha=alpha,
+        lora_dropout=config.dropout,
+        target_modules=str(config.target_modules),
+        modules_to_save=list(config.heads) or None,
     )
     names = [f"task{t}" for t in range(num_tasks)]
-    wrapped: Any = get_peft_model(model, config, names[0])
+    wrapped: Any = get_peft_model(model, of_task, names[0])
     for name in names[1:]:
-        wrapped.add_adapter(name, config)
-    parameters = _by_name(
+        wrapped.add_adapter(name, of_task)
+    parameters = by_name(
         wrapped,
         (r"^base_model\.model\.|\.base_layer|\.modules_to_save\.task\d+", ""),
         (r"\b(lora_[AB])\.task\d+\.weight", r"\1"),
@@ -117,7 +143,7 @@ def peft(model: nn.Module, num_tasks: int) -> Selectable:
     return Selectable(wrapped, lambda task: wrapped.set_adapter(names[task]), parameters)
 
 
-def _by_name(model: nn.Module, *changes: tuple[str, str]) -> dict[str, list[nn.Parameter]]:
+def by_name(model: nn.Module, *changes: tuple[str, str]) -> dict[str, list[nn.Parameter]]:
     """The parameters, grouped by their names after the changes."""
     found: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -143,44 +169,46 @@ def padded(
 
 
 class TaskByTask:
-    """Trains a `Selectable` on rounds of sample numbers.
-
-    ``lengths``: to which each task's sequences are padded; None pads a batch to its longest.
-    ``precision``: "fp32", or "bf16" with autocast.
-    """
+    """Trains a `Selectable`; ``collate`` turns a batch of one task into passes of the model."""
 
     def __init__(
         self,
         what: Selectable,
-        sequences: Sequences,
-        pad_token_id: int,
+        collate: Collate,
         loss: Loss,
-        lengths: Sequence[int] | None = None,
+        config: TrainConfig,
         precision: str = "fp32",
     ) -> None:
         self.model, self.parameters, self._select = what.model, what.parameters, what.select
-        self.sequences, self.pad_token_id, self.lengths = sequences, pad_token_id, lengths
-        self.loss, self.precision = loss, precision
+        self.collate, self.loss, self.precision = collate, loss, precision
         every = [p for found in self.parameters.values() for p in found]
-        self.device = every[0].device
-        self.optimizer = torch.optim.AdamW(every, lr=RATE)
+        self.device = every[0].device.type
+        kind: Any = NAMED[config.optimizer]
+        self.optimizer = kind(every, lr=config.lr, weight_decay=config.weight_decay)
 
-    def inputs(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
-        """The model's inputs, task by task."""
+    def passes(self, batch: Batch) -> Iterator[tuple[int, Batch]]:
+        """What the model is called with, task by task."""
         for task, part in zip(batch.tasks_present(), batch.by_task(), strict=True):
-            length = None if self.lengths is None else self.lengths[task]
-            inputs = padded(self.sequences, part.inputs, self.pad_token_id, length)
-            yield {name: tensor.to(self.device) for name, tensor in inputs.items()}
+            yield from ((task, one) for one in self.collate(part))
+
+    def inputs(self, batch: Batch) -> Iterator[Any]:
+        """The model's inputs, task by task."""
+        return (part.inputs for _, part in self.passes(batch))
 
     def backward(self, batch: Batch) -> Tensor:
         """Sums the gradients of the mean over tasks of the mean over samples; returns its value."""
         self.model.zero_grad()
-        present, losses = batch.tasks_present(), []
-        for task, part, inputs in zip(present, batch.by_task(), self.inputs(batch), strict=True):
+        assert batch.counts is not None
+        present, losses = len(batch.tasks_present()), []
+        for task, part in self.passes(batch):
             self._select(task)
-            with torch.autocast(self.device.type, torch.bfloat16, self.precision == "bf16"):
-                loss = self.loss(self.model(**inputs).logits, part).mean() / len(present)
-            loss.backward()
+            with (
+                products(self.precision),
+                torch.autocast(self.device, torch.bfloat16, self.precision == "bf16"),
+            ):
+                outputs = call_model(self.model, part.inputs)
+                loss = self.loss(outputs, part).sum() / (batch.counts[task] * present)
+                loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 
@@ -188,3 +216,45 @@ class TaskByTask:
         """One training step."""
         self.backward(batch)
         self.optimizer.step()
+
+
+class MergedLinear(nn.Module):
+    """y = x (W + s · B_t A_t)ᵀ + b, every W_t formed first; equal tasks in one batched product.
+
+    ``counts``: shared by all layers, how many samples of each task the pass has.
+    """
+
+    def __init__(self, layer: MultiTaskLoRALinear, counts: list[int]) -> None:
+        super().__init__()
+        assert layer.bias is not None  # every layer of these models has one
+        self.weight, self.bias = layer.weight, layer.bias
+        self.lora_A, self.lora_B = layer.lora_A, layer.lora_B
+        self.scaling, self.counts = layer.scaling, counts
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # which would round W before the sum
+            merged = torch.baddbmm(
+                self.weight.unsqueeze(0), self.lora_B, self.lora_A, alpha=self.scaling
+            )
+        rows = x.reshape(-1, x.shape[-1])
+        if torch.is_autocast_enabled(x.device.type):
+            rows, merged = rows.bfloat16(), merged.bfloat16()
+        present = [t for t, count in enumerate(self.counts) if count]
+        sizes = [self.counts[t] * len(rows) // sum(self.counts) for t in present]
+        if len(set(sizes)) == 1 and len(present) == len(merged):
+            y = torch.baddbmm(self.bias, rows.view(len(sizes), sizes[0], -1), merged.mT)
+            y = y.flatten(0, 1)
+        else:
+            parts = zip(rows.split(sizes), present, strict=True)
+            y = torch.cat([F.linear(part, merged[t], self.bias) for part, t in parts])
+        return y.unflatten(0, x.shape[:-1])
+
+
+def merged(model: nn.Module) -> tuple[nn.Module, list[int]]:
+    """An adapted model with `MergedLinear` layers, in place, and their list of counts."""
+    counts: list[int] = []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, MultiTaskLoRALinear):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, MergedLinear(module, counts))
+    return model, counts

@@ -18,6 +18,7 @@ from benchmarks import (
     language,
     linear_training,
     shallow_training,
+    steps,
     task_matvec,
 )
 from benchmarks.gpu_report import LIMIT, Part, parts, run
@@ -70,9 +71,10 @@ def test_every_part_that_measures_takes_its_arguments(
     found = []
     for part in parts("cuda", tmp_path, smoke=True, resume=True):
         module = part.command[2].removeprefix("benchmarks.")
-        if module in {**benchmarks(), "ceilings": ceilings}:
+        known = {**benchmarks(), "ceilings": ceilings.BENCHMARK, "steps": steps.BENCHMARK}
+        if module in known:
             given = parse(Settings, part.command[3:], prog="")
-            benchmark = ceilings.BENCHMARK if module == "ceilings" else benchmarks()[module]
+            benchmark = known[module]
             assert all(given.selected(benchmark))
             assert given.smoke and given.device == "cuda"
             if module != "ceilings" and not given.profile:
@@ -84,7 +86,7 @@ def test_every_part_that_measures_takes_its_arguments(
         else:
             continue
         found.append(part.name)
-    assert len(found) >= 19 and set(benchmarks()) - {"lora_linear"} <= set(found)
+    assert len(found) >= 20 and set(benchmarks()) - {"lora_linear"} <= set(found)
 
 
 def test_max_autotune_is_measured_beside_metalora_where_there_is_a_goal(

@@ -12,22 +12,28 @@ import pytest
 import torch
 
 from benchmarks import language
-from benchmarks.lib import language_versions, operators
+from benchmarks.lib import operators, step_versions
 from benchmarks.lib.cases import PRECISIONS, Options
 from benchmarks.lib.dialogues import AT, CANDIDATES, UTTERANCE, Turns, drawn
+from benchmarks.lib.encoders import new_model
 from benchmarks.lib.gate import GateError
-from benchmarks.lib.language_versions import (
+from benchmarks.lib.measure import Budget
+from benchmarks.lib.step_versions import (
+    AT_ONCE,
     AUTHORS,
+    PACKED,
     PEFT,
+    SORTED,
+    TO_THE_BATCH,
     TOLERANCE,
+    Gate,
     Setting,
-    check,
-    exact,
-    gate_batch,
-    results,
+    language_lora,
+    language_setting,
+    shortest_turns,
     versions,
 )
-from benchmarks.lib.measure import Budget
+from metalora.adapters import LoRAConfig, adapt
 from metalora.hf import Sequences
 from metalora.meta import RoundLoader
 
@@ -36,7 +42,6 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-BATCH, AT_ONCE = "authors', padded to the batch", "metalora, all tasks at once"
 # Two tasks with three turns of four candidates.
 LENGTHS = torch.tensor([[3, 5], [4, 4], [8, 2], [6, 6], [2, 2], [3, 4]]).repeat(1, 2)
 
@@ -55,19 +60,20 @@ def setting(turns: Turns) -> Setting:
     rounds = RoundLoader(
         torch.arange(6), turns.answers, turns.task_ids, batch_size=2, shuffle=False, max_rounds=1
     )
-    return Setting(language.new_model("tiny"), turns, rounds, 48, "cpu")
+    return language_setting(new_model("tiny"), turns, rounds, 48, "cpu", language_lora())
 
 
 def test_all_versions_pass_the_gate_and_have_all_columns(setting: Setting) -> None:
-    found = language.benchmark(setting, "made up", "bf16")
+    found = language.benchmark(setting, "made up", "its name", "bf16")
     options = Options(tuple(found.versions["all"]))
     fp32 = PRECISIONS["fp32"]
     record = operators.measure_case(found, found.cases[0], fp32, options, Budget())
     records = record["rows"]
-    assert list(records) == list(versions(setting, "bf16")) and len(records) == 10
+    assert list(records) == [*language.FULL, *language.SHORT] and len(records) == 10
     assert record["work"]["amounts"] == {"round": 64}
     for name, record in records.items():
         short = name.endswith("bf16")
+        assert record["precision"] == ("bf16" if short else "fp32")
         assert 0 < record["error"] < (TOLERANCE["bf16"] if short else 1e-5)
         assert short == (record["error"] > 1e-4)
         total = record["total"]
@@ -79,64 +85,70 @@ def test_all_versions_pass_the_gate_and_have_all_columns(setting: Setting) -> No
         AUTHORS: 8 * 8 + 8 * 6,
         PEFT: 8 * 8 + 8 * 6,
         f"{AUTHORS}, bf16": 8 * 8 + 8 * 6,
-        BATCH: 8 * 5 + 8 * 6,
+        TO_THE_BATCH: 8 * 5 + 8 * 6,
         AT_ONCE: 16 * 6,
-        "+ sorted by length": 8 * 6 + 8 * 4,
-        "+ packed": 64,
+        SORTED: 8 * 6 + 8 * 4,
+        PACKED: 64,
     }
     for name, count in places.items():
         assert records[name]["padding"] == pytest.approx(1 - 64 / count)
 
 
 def other_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(language_versions, "ALPHA", 17)
+    monkeypatch.setattr(
+        step_versions, "adapt", lambda model, config, tasks: adapt(model, changed(config), tasks)
+    )
+
+
+def changed(config: LoRAConfig) -> LoRAConfig:
+    return replace(config, alpha=17)
 
 
 def no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = language_versions.padded
+    right = step_versions.padded
 
     def wrong(*arguments: object) -> dict[str, torch.Tensor]:
         inputs = right(*arguments)
         return inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])}
 
-    monkeypatch.setattr(language_versions, "padded", wrong)
+    monkeypatch.setattr(step_versions, "padded", wrong)
 
 
 def one_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = language_versions.peft
+    right = step_versions.peft
     monkeypatch.setattr(
-        language_versions, "peft", lambda *a: replace(right(*a), select=lambda task: None)
+        step_versions, "peft", lambda *a: replace(right(*a), select=lambda task: None)
     )
 
 
 def frozen_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = language_versions.peft
+    right = step_versions.peft
 
-    def wrong(model, num_tasks):
-        what = right(model, num_tasks)
+    def wrong(*arguments):
+        what = right(*arguments)
         for name, parameters in what.parameters.items():
             for parameter in parameters:
                 parameter.requires_grad_("lora" in name or "classifier" in name)
         return what
 
-    monkeypatch.setattr(language_versions, "peft", wrong)
+    monkeypatch.setattr(step_versions, "peft", wrong)
 
 
 def head_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = language_versions.peft
+    right = step_versions.peft
 
-    def wrong(model, num_tasks):
-        what = right(model, num_tasks)
+    def wrong(*arguments):
+        what = right(*arguments)
         kept = {n: p for n, p in what.parameters.items() if "classifier" not in n}
         return replace(what, parameters=kept)
 
-    monkeypatch.setattr(language_versions, "peft", wrong)
+    monkeypatch.setattr(step_versions, "peft", wrong)
 
 
 @pytest.mark.parametrize(
     ("name", "plant", "message"),
     [
-        ("+ packed", other_alpha, "has a relative error"),
+        (PACKED, other_alpha, "has a relative error"),
         (AT_ONCE, no_mask, "has a relative error"),
         (PEFT, one_adapter, "has a relative error"),
         (PEFT, frozen_weights, r"weight has a relative error of 1\.0e\+00"),
@@ -150,12 +162,17 @@ def test_a_wrong_version_does_not_pass_the_gate(
     setting: Setting,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    few = gate_batch(setting)
-    wanted = exact(setting, few)
+    check = Gate(setting)
+    check.plainest(plain=False, precision="fp64")
     plant(monkeypatch)
-    version = versions(setting)[name]()
     with pytest.raises(GateError, match=message):
-        check(results(version, setting, few), wanted, TOLERANCE[version.precision])
+        check(name, versions(setting)[name]())
+
+
+def test_the_gate_compares_the_shortest_turn_of_each_task(turns: Turns) -> None:
+    few = shortest_turns(turns)
+    assert few.inputs.tolist() == [0, 4] and few.counts == (1, 1)
+    assert few.targets.tolist() == turns.answers[few.inputs].tolist()
 
 
 def test_drawn_lengths_are_like_those_of_the_dialogues() -> None:
@@ -199,7 +216,7 @@ def test_real_dialogues_are_read(
     settings = language.Settings(
         model="tiny", tasks=2, turns=1, rounds=1, data=files[0], tokenizer=str(files[1])
     )
-    setting = language.make_setting(settings)
-    assert setting.num_tasks == 2 and setting.turns.sequences.per_sample == CANDIDATES
-    assert 60 < setting.turns.sequences.lengths.double().mean() < 140
+    setting, source = language.make_setting(settings)
+    assert setting.rounds.num_tasks == 2 and source == "dialogues of convai2"
+    assert 40 < setting.work[1] / (2 * CANDIDATES) < 250
     assert setting.model.config.vocab_size == 50265
