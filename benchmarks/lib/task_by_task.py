@@ -8,10 +8,10 @@ versions compute the same.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from metalora.adapters import LoRAConfig
 from metalora.hf import Sequences
-from metalora.meta import Batch, TrainConfig
+from metalora.meta import Batch, TrainConfig, matmul_precision
 from metalora.meta.data import Collate
 from metalora.meta.optimizer import NAMED
 from metalora.meta.steps import Loss, call_model
@@ -32,19 +32,9 @@ FASTER = "faster fp32"
 PRECISIONS = ("fp32", FASTER, "bf16")
 
 
-@contextlib.contextmanager
-def products(precision: str) -> Iterator[None]:
-    """With "faster fp32", torch's float32 products on the CPU are oneDNN's.
-
-    A CPU with AMX would then compute them in bfloat16; the correctness gate refuses that.
-    """
-    library: Any = torch.backends.mkldnn
-    before = library.matmul.fp32_precision
-    library.matmul.fp32_precision = "bf16" if precision == FASTER else before
-    try:
-        yield
-    finally:
-        library.matmul.fp32_precision = before
+def products(precision: str) -> AbstractContextManager[None]:
+    """With "faster fp32", torch's float32 products on the CPU are those of the faster library."""
+    return matmul_precision("ieee" if precision == FASTER else "default")
 
 
 class LoRALinear(nn.Module):
