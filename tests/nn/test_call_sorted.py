@@ -241,5 +241,5 @@ def test_what_holds_no_samples_is_passed_on():
 
 
 def test_needs_the_tasks():
-    with pytest.raises(ValueError, match="Call it inside `with metalora.tasks"):
+    with pytest.raises(ValueError, match=r"Call it inside `with metalora\.tasks"):
         call_sorted(network(), inputs()[0])
