@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -223,8 +224,6 @@ def results() -> list[Tensor]:
 def test_every_instruction_set_gives_the_same_results(isa, tmp_path):
     if isa == build_info()["instructions"]:
         pytest.skip("this process has it")
-    import os
-
     file = tmp_path / "found.pt"
     subprocess.run(
         [sys.executable, "-c", CODE, str(file)],
