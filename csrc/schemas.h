@@ -44,6 +44,15 @@ void define_operators(Library& m) {
       "task_matvec_backward(Tensor grad_y, Tensor weight, Tensor x, Tensor? lora_U, "
       "bool need_weight, bool need_x, bool need_U) -> (Tensor, Tensor, Tensor)");
 
+  // Attention within each of several sequences, one behind the other, for CPUs alone; `normaliser`
+  // [N, heads] is what is kept for backward.
+  m.def(
+      "packed_attention(Tensor query, Tensor key, Tensor value, Tensor ends, float scale, "
+      "float dropout_p, Tensor? seed) -> (Tensor output, Tensor normaliser)");
+  m.def(
+      "packed_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor ends, "
+      "Tensor normaliser, float scale, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)");
+
   m.def("dropout_mask(Tensor seed, float p, int rows, int columns) -> Tensor");
 
   // Whole trainings of the paper's linear model on sufficient statistics, batched over the first

@@ -2,6 +2,7 @@
 
     metalora.adapt(model, lora, num_tasks)      adapters of all tasks on the linear layers
     with metalora.tasks(task_ids): model(x)     which sample belongs to which task
+    metalora.call_sorted(model, x)              the same, sorted by task once for all layers
     metalora.task_mean(losses, task_ids)        the loss: the mean over tasks
     metalora.TaskOptimizer(model, AdamW)        leaves the adapters of absent tasks alone
     metalora.meta                               LoRA-ML, its baselines, and fine-tuning after them
@@ -32,7 +33,7 @@ from metalora.adapters import (
     unload,
 )
 from metalora.meta import TaskOptimizer, task_mean
-from metalora.nn import TaskBatch, tasks
+from metalora.nn import TaskBatch, call_sorted, tasks
 
 _LAZY = ("hf", "io")  # imported when first used: they are for optional packages
 
@@ -55,6 +56,7 @@ __all__ = [
     "adapt",
     "base_state_dict",
     "build_info",
+    "call_sorted",
     "freeze_base",
     "hf",
     "io",

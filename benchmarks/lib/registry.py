@@ -11,6 +11,7 @@ MODULES = (
     "merge_lora",
     "task_matvec",
     "dropout_mask",
+    "packed_attention",
     "linear_training",
     "shallow_training",
 )

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
+from metalora import ops
 from metalora._checks import SHORT
 
 NAME = "metalora"
@@ -26,16 +27,16 @@ class Packing:
     Attributes:
         ends: int32 [S + 1]: tokens ``ends[i]:ends[i + 1]`` are sequence i.
         longest: how many tokens the longest has.
-        blocks: without a kernel for packed sequences, attention runs block by block. A block has b
-            sequences of the common length L and a mask [b, 1, 1, L], False for padding; None if
-            there is no padding.
-        places: int64 [N], the place of each token in the blocks; None if the order is the same.
+        blocks: on a GPU where its kernel for packed sequences cannot be had, attention runs block
+            by block. A block has b sequences of the common length L and a mask [b, 1, 1, L], False
+            for padding; None if there is no padding. Empty where blocks are not needed.
+        places: int64 [N], the place of each token in the blocks; None without blocks.
     """
 
     ends: Tensor
     longest: int
-    blocks: tuple[tuple[int, int, Tensor | None], ...]
-    places: Tensor | None
+    blocks: tuple[tuple[int, int, Tensor | None], ...] = ()
+    places: Tensor | None = None
 
     @classmethod
     def of(
@@ -46,16 +47,15 @@ class Packing:
         Args:
             lengths: S numbers, at least one.
             device: where the tokens are.
-            padded: whether blocks have several sequences, padded to one length: fewer and larger
-                pieces. None: they have on a GPU, where it is the launches that cost.
+            padded: whether there are blocks of several sequences, padded to one length. None: on
+                every device but a CPU, for which `metalora.ops.packed_attention` is native.
         """
         if padded is None:
             padded = device.type != "cpu"
         host = torch.tensor(lengths)
         ends = torch.cat([host.new_zeros(1), host.cumsum(0)])
         if not padded:
-            single = tuple((1, length, None) for length in lengths)
-            return cls(to_device(ends.int(), device), max(lengths), single, None)
+            return cls(to_device(ends.int(), device), max(lengths))
         order = host.argsort(descending=True, stable=True)
         ordered = host[order]
         before = ordered.cumsum(0) - ordered  # a block for each equal share of the tokens
@@ -101,8 +101,8 @@ def packed_attention(
 ) -> Tensor:
     """softmax(s · q kᵀ) v within each sequence.
 
-    On a GPU in bf16 or fp16 without dropout, one kernel for all sequences. Otherwise torch's
-    attention, block by block.
+    On a CPU `metalora.ops.packed_attention`. On a GPU in bf16 or fp16 without dropout, torch's
+    kernel for packed sequences; otherwise torch's attention, block by block.
 
     Args:
         query, key, value: [1, heads, N, d].
@@ -113,24 +113,23 @@ def packed_attention(
     Returns:
         [1, N, heads, d].
     """
-    rows = [part[0].transpose(0, 1) for part in (query, key, value)]  # [N, heads, d]
+    q, k, v = rows = [part[0].transpose(0, 1) for part in (query, key, value)]  # [N, heads, d]
     if dropout == 0 and _has_kernel(query):
-        q, k, v = rows
         ends, longest = packing.ends, packing.longest
         output: Any = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale)
         return output[None]
-    sizes = [size * length for size, length, _ in packing.blocks]
     places = packing.places
-    if places is not None:
-        rows = [p.new_zeros(sum(sizes), *p.shape[1:]).index_copy(0, places, p) for p in rows]
+    if places is None:
+        return ops.packed_attention(q, k, v, packing.ends, scale=scale, dropout_p=dropout)[None]
+    sizes = [size * length for size, length, _ in packing.blocks]
+    rows = [p.new_zeros(sum(sizes), *p.shape[1:]).index_copy(0, places, p) for p in rows]
     parts = zip(*(part.split(sizes) for part in rows), strict=True)
     outputs = []
     for (size, length, mask), of_block in zip(packing.blocks, parts, strict=True):
         q, k, v = (part.unflatten(0, (size, length)).transpose(1, 2) for part in of_block)
         output = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scale)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
-    joined = torch.cat(outputs)
-    return (joined if places is None else _Pick.apply(joined, places))[None]
+    return _Pick.apply(torch.cat(outputs), places)[None]
 
 
 def _has_kernel(query: Tensor) -> bool:

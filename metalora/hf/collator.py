@@ -29,8 +29,8 @@ class TaskCollator:
         collate: makes a batch of features, such as ``transformers.DataCollatorWithPadding``.
         key: the field of a feature that holds its task, a number from 0.
         group: whether samples are sorted by task, those of one task in their order. If not, all
-            keep their order, so that predictions match an unsorted dataset; the layers then sort,
-            and wait for a GPU once per batch.
+            keep their order, so that predictions match an unsorted dataset; each layer then sorts,
+            and the first waits for a GPU.
 
     Raises:
         ValueError: if a feature has no task, or the batch is of several rounds of `TaskRounds`.

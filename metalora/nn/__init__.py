@@ -1,5 +1,6 @@
 """Layers that hold something per task, and the way to say which sample belongs to which task."""
 
+from metalora.nn.call_sorted import call_sorted
 from metalora.nn.checkpointing import keep_tasks_in_checkpoints
 from metalora.nn.context import current_tasks, keep_tasks, tasks
 from metalora.nn.head import MultiTaskHead
@@ -16,6 +17,7 @@ __all__ = [
     "SymmetricLoRALinear",
     "TaskBatch",
     "TaskLayer",
+    "call_sorted",
     "current_tasks",
     "keep_tasks",
     "tasks",

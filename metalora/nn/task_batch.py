@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class TaskBatch:
         num_tasks: number of tasks T; ids are then checked at once, else by the first layer.
         counts: the number of samples of each task, at most T numbers, for ids that ascend; they
             are checked against ids on the CPU and trusted elsewhere. A sorted batch costs its
-            layers no permutation.
+            layers no permutation; for one that is not, see `metalora.call_sorted`.
         lengths: the number of rows of each sample, B numbers, where samples of unequal length are
             packed: layers then also take x [1, sum(lengths), in] or [sum(lengths), in], one sample
             behind the other. The ids must ascend, and be on the CPU or come with ``counts``.
@@ -186,6 +187,12 @@ class TaskBatch:
             return samples
         order, inverse = self._permutations(samples.device)
         return _permute(samples, inverse, order)
+
+    def in_task_order(self) -> TaskBatch:
+        """The batch of these samples after `sort`; it shares all that is known of them."""
+        batch = copy(self)
+        batch.task_ids, batch.order, batch.inverse = self.sorted_ids, None, None
+        return batch
 
     def _permutations(self, device: torch.device) -> tuple[Tensor, Tensor]:
         assert self.order is not None and self.inverse is not None

@@ -7,6 +7,7 @@ the same results to rounding.
 from metalora.ops.dropout import dropout_mask
 from metalora.ops.lora_linear import lora_linear
 from metalora.ops.merge_lora import merge_lora, merge_lora_symmetric
+from metalora.ops.packed_attention import packed_attention
 from metalora.ops.route import ROUTES, RouteChoice, choose_route, lora_linear_route
 from metalora.ops.task_matvec import task_matvec
 
@@ -19,5 +20,6 @@ __all__ = [
     "lora_linear_route",
     "merge_lora",
     "merge_lora_symmetric",
+    "packed_attention",
     "task_matvec",
 ]

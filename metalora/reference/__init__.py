@@ -12,6 +12,7 @@ from metalora.reference.merge_lora import (
     merge_lora_symmetric,
     merge_lora_symmetric_backward,
 )
+from metalora.reference.packed_attention import packed_attention
 from metalora.reference.task_matvec import task_matvec, task_matvec_backward
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "merge_lora_backward",
     "merge_lora_symmetric",
     "merge_lora_symmetric_backward",
+    "packed_attention",
     "task_matvec",
     "task_matvec_backward",
 ]

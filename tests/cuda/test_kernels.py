@@ -93,10 +93,14 @@ def as_tuple(result: Any) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(r for r in result if r is not None)
 
 
+# On a GPU packed sequences take torch's own attention, see metalora/hf/attention.py.
+FOR_CPUS = {"packed_attention", "packed_attention_backward"}
+
+
 def test_every_operator_has_a_cuda_kernel(shim_operators: Any) -> None:
     defined = defined_operators("metalora_shim")
     assert defined == set(_native.operators)
-    assert [name for name in defined if not has_kernel("metalora_shim", name)] == []
+    assert {name for name in defined if not has_kernel("metalora_shim", name)} == FOR_CPUS
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

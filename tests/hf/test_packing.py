@@ -96,6 +96,7 @@ def test_attention_stays_inside_each_sequence(lengths, padded):
     of = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     parts = [torch.randn(1, 3, total, 8, dtype=torch.float64, requires_grad=True) for _ in "qkv"]
     packing = Packing.of(lengths, CPU, padded=padded)
+    assert bool(packing.blocks) == padded
     got = packed_attention(*parts, packing, scale=0.3)
     mask = of[:, None] == of
     want = F.scaled_dot_product_attention(*parts, mask, scale=0.3).transpose(1, 2)

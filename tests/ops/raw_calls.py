@@ -48,6 +48,11 @@ def _token_backward() -> tuple[Any, ...]:
     return (grad_y, x, weight, lora_A, lora_B, task_ptr, shrunk, kept, scaling, *rest)
 
 
+def _attention(*rest: Any) -> tuple[Any, ...]:
+    rows = [torch.randn(7, 2, 5, dtype=F64) for _ in range(3)]
+    return *rows, torch.tensor([0, 3, 3, 7], dtype=torch.int32), *rest, 0.4, 0.3, _seed()
+
+
 _ADAMW = (2, 1e-3, 0.9, 0.999, 1e-8, 0.0)
 
 ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
@@ -65,6 +70,11 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "task_matvec_backward": lambda: (
         *(torch.randn(2, 9, 4), torch.randn(4, 4), torch.randn(2, 9, 4), torch.randn(2, 4, 3)),
         *[True] * 3,
+    ),
+    "packed_attention": _attention,
+    "packed_attention_backward": lambda: (
+        torch.randn(7, 2, 5, dtype=F64),
+        *_attention(torch.randn(7, 2, dtype=F64)),
     ),
     "dropout_mask": lambda: (_seed(), 0.3, 4, 5),
     "linear_lora_ml": lambda: (

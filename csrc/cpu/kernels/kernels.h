@@ -84,6 +84,34 @@ struct VectorKernels {
                    int64_t groups, int64_t n);
 };
 
+// One head of one sequence; see metalora/reference/packed_attention.py.
+struct AttentionShape {
+  int64_t tokens, d;
+  int64_t heads;      // rows of one head are heads * d elements apart
+  double scale;       // of the scores
+  double kept_scale;  // of the weights that dropout keeps
+};
+
+// Bytes that the kernels below need beside their arguments.
+constexpr int64_t attention_bytes(int64_t tokens, int64_t d) {
+  constexpr int64_t most = 16;  // lanes of a vector
+  return 8 * (5 * (tokens + most) * (d + most) + 64 * (tokens + d + 2 * most));
+}
+
+// Rows of query, key, value, output and their gradients are [d] of each of the sequence's tokens,
+// those of `kept` [tokens] bits; the normaliser of a row is the logarithm of the sum of the
+// exponents of its scores, one of each head beside the other.
+template <typename Element>
+struct AttentionKernels {
+  void (*forward)(Element* output, Sum<Element>* normaliser, const Element* query,
+                  const Element* key, const Element* value, Kept kept, const AttentionShape& shape,
+                  void* memory);
+  void (*backward)(Element* grad_query, Element* grad_key, Element* grad_value, const Element* grad,
+                   const Element* query, const Element* key, const Element* value,
+                   const Sum<Element>* normaliser, Kept kept, const AttentionShape& shape,
+                   void* memory);
+};
+
 struct Kernels {
   LowRankKernels<float> low_rank_float;
   LowRankKernels<double> low_rank_double;
@@ -94,6 +122,9 @@ struct Kernels {
   SumKernels<Bfloat16> sums_bf16;
   VectorKernels<float> vectors_float;
   VectorKernels<double> vectors_double;
+  AttentionKernels<float> attention_float;
+  AttentionKernels<double> attention_double;
+  AttentionKernels<Bfloat16> attention_bf16;
   // Bit i of 64: whether word i % 4 of the Philox block at counter + i / 4 is at least the
   // threshold.
   uint64_t (*kept_word)(uint64_t seed, uint64_t counter, uint32_t threshold);
@@ -125,6 +156,16 @@ const LowRankKernels<Element>& exact_low_rank_kernels() {
     return kernels().low_rank_bf16_exact;
   else
     return low_rank_kernels<Element>();
+}
+
+template <typename Element>
+const AttentionKernels<Element>& attention_kernels() {
+  if constexpr (sizeof(Element) == 8)
+    return kernels().attention_double;
+  else if constexpr (sizeof(Element) == 4)
+    return kernels().attention_float;
+  else
+    return kernels().attention_bf16;
 }
 
 inline void add_rows(double* sum, const float* source, int64_t stride, int64_t groups, int64_t n) {

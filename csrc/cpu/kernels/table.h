@@ -1,4 +1,5 @@
 // All kernels, compiled for the instruction set METALORA_ISA.
+#include "attention.h"
 #include "kept.h"
 #include "low_rank.h"
 #include "sums.h"
@@ -22,6 +23,9 @@ constexpr Kernels kTable = {
     {add<Bfloat16>, add_rows<Bfloat16>},
     {add_scaled<float>, dot_rows<float>},
     {add_scaled<double>, dot_rows<double>},
+    {attention_forward<float>, attention_backward<float>},
+    {attention_forward<double>, attention_backward<double>},
+    {attention_forward<Bfloat16>, attention_backward<Bfloat16>},
     kept_word,
 };
 

@@ -1,0 +1,99 @@
+// Attention within each of several sequences: the scores of some queries at a time stay in the
+// cache, and none are kept for backward.
+#include "../operators/packed_attention.h"
+
+#include "aten.h"
+#include "dropout.h"
+
+namespace metalora::cpu {
+namespace {
+
+// Calls run(offset, normaliser_offset, shape, kept, memory) for each head of each sequence, in
+// parallel; the offsets are those of its first element.
+template <typename Run>
+void each_head(const PackedShape& p, const Tensor& ends, double scale, double dropout_p,
+               const std::optional<Tensor>& seed, int64_t products, const Run& run) {
+  const Tensor dense = as_contiguous(ends);
+  const int32_t* end = data<int32_t>(dense);
+  const int64_t columns = (p.longest + 3) / 4 * 4;  // a Philox block has four words
+  const auto body = [&](int64_t i) {
+    const int64_t first = end[i / p.heads], head = i % p.heads;
+    const AttentionShape shape{end[i / p.heads + 1] - first, p.d, p.heads, scale,
+                               1 / (1 - dropout_p)};
+    if (shape.tokens == 0) return;
+    const int64_t stride = kept_bytes(shape.tokens);
+    const auto bits = scratch<uint8_t>(dropout_p > 0 ? shape.tokens * stride : 0);
+    Kept kept;
+    if (dropout_p > 0) {
+      const Dropout dropout(seed->const_data_ptr(), dropout_p);
+      for (int64_t row = 0; row < shape.tokens; ++row)
+        dropout.keep(bits.get() + row * stride, ((first + row) * p.heads + head) * columns,
+                     shape.tokens);
+      kept = {bits.get(), stride};
+    }
+    constexpr int64_t line = 64;  // of the cache, and of the longest vectors
+    const auto memory = scratch<uint8_t>(attention_bytes(shape.tokens, shape.d) + line);
+    const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory.get()) % line);
+    const int64_t row = first * p.heads + head;
+    run(row * p.d, row, shape, kept, memory.get() + (line - past));
+  };
+  parallel(p.sequences * p.heads, products * p.longest * p.longest * p.d, body);
+}
+
+std::tuple<Tensor, Tensor> packed_attention(const Tensor& query, const Tensor& key,
+                                            const Tensor& value, const Tensor& ends, double scale,
+                                            double dropout_p, const std::optional<Tensor>& seed) {
+  const PackedShape p =
+      check_packed_attention("packed_attention", query, key, value, ends, dropout_p, seed);
+  const ScalarType dtype = query.scalar_type(), element = element_dtype(dtype);
+  const Tensor q = cast(query, element), k = cast(key, element), v = cast(value, element);
+  const Tensor output = empty({p.tokens, p.heads, p.d}, element);
+  const Tensor normaliser = empty({p.tokens, p.heads}, work_dtype(query));
+  with_element(element, [&]<typename Element>(Element) {
+    each_head(p, ends, scale, dropout_p, seed, 2,
+              [&](int64_t at, int64_t row, const AttentionShape& shape, Kept kept, void* memory) {
+                attention_kernels<Element>().forward(mutable_data<Element>(output) + at,
+                                                     mutable_data<Sum<Element>>(normaliser) + row,
+                                                     data<Element>(q) + at, data<Element>(k) + at,
+                                                     data<Element>(v) + at, kept, shape, memory);
+              });
+  });
+  return {cast(output, dtype), normaliser};
+}
+
+std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(
+    const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& ends, const Tensor& normaliser, double scale, double dropout_p,
+    const std::optional<Tensor>& seed) {
+  const char* op = "packed_attention_backward";
+  const PackedShape p = check_packed_attention(op, query, key, value, ends, dropout_p, seed);
+  check_like(op, "grad", grad, query, {p.tokens, p.heads, p.d});
+  check_shape(op, "normaliser", normaliser, {p.tokens, p.heads});
+  check_data(op, "normaliser", normaliser, work_dtype(query));
+  check_device(op, "normaliser", normaliser, query);
+  const ScalarType dtype = query.scalar_type(), element = element_dtype(dtype);
+  const Tensor q = cast(query, element), k = cast(key, element), v = cast(value, element);
+  const Tensor dy = cast(grad, element), sums = as_contiguous(normaliser);
+  const auto like = [&] { return empty({p.tokens, p.heads, p.d}, element); };
+  const Tensor dq = like(), dk = like(), dv = like();
+  with_element(element, [&]<typename Element>(Element) {
+    each_head(p, ends, scale, dropout_p, seed, 5,
+              [&](int64_t at, int64_t row, const AttentionShape& shape, Kept kept, void* memory) {
+                attention_kernels<Element>().backward(
+                    mutable_data<Element>(dq) + at, mutable_data<Element>(dk) + at,
+                    mutable_data<Element>(dv) + at, data<Element>(dy) + at, data<Element>(q) + at,
+                    data<Element>(k) + at, data<Element>(v) + at, data<Sum<Element>>(sums) + row,
+                    kept, shape, memory);
+              });
+  });
+  return {cast(dq, dtype), cast(dk, dtype), cast(dv, dtype)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(metalora, CPU, m) {
+  m.impl("packed_attention", TORCH_BOX(&packed_attention));
+  m.impl("packed_attention_backward", TORCH_BOX(&packed_attention_backward));
+}
+
+}  // namespace metalora::cpu

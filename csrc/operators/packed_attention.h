@@ -1,0 +1,51 @@
+// packed_attention: its checks.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+
+#include "../aten.h"
+
+namespace metalora {
+
+// Sequences of tokens, one behind the other.
+struct PackedShape {
+  int64_t tokens, heads, d, sequences;
+  int64_t longest;  // tokens of the longest sequence
+};
+
+// query, key, value [N, heads, d]; ends int32 [S + 1]
+inline PackedShape check_packed_attention(const char* op, const Tensor& query, const Tensor& key,
+                                          const Tensor& value, const Tensor& ends, double dropout_p,
+                                          const std::optional<Tensor>& seed) {
+  check_dim(op, "query", query, 3);
+  check_dim(op, "ends", ends, 1);
+  check_data(op, "ends", ends, ScalarType::Int);
+  check_device(op, "ends", ends, query);
+  PackedShape shape{query.size(0), query.size(1), query.size(2), ends.size(0) - 1, 0};
+  check_float_data(op, "query", query);
+  check_like(op, "key", key, query, {shape.tokens, shape.heads, shape.d});
+  check_like(op, "value", value, query, {shape.tokens, shape.heads, shape.d});
+  METALORA_CHECK(shape.sequences >= 0, op, ": ends must be [S+1], got ", shape_text(ends));
+  const Tensor dense = as_contiguous(ends);
+  const int32_t* end = data<int32_t>(dense);
+  METALORA_CHECK(end[0] == 0 && end[shape.sequences] == shape.tokens, op,
+                 ": ends must start at 0 and end at N=", shape.tokens, ", got ", end[0], " and ",
+                 end[shape.sequences]);
+  for (int64_t i = 0; i < shape.sequences; ++i) {
+    METALORA_CHECK(end[i] <= end[i + 1], op, ": ends must not decrease, but have ", end[i],
+                   " before ", end[i + 1]);
+    shape.longest = std::max<int64_t>(shape.longest, end[i + 1] - end[i]);
+  }
+  METALORA_CHECK(dropout_p >= 0 && dropout_p < 1, op, ": dropout_p must be in [0, 1), got ",
+                 dropout_p);
+  METALORA_CHECK(dropout_p == 0 || seed, op, ": dropout needs a seed");
+  if (seed) {
+    check_dim(op, "seed", *seed, 0);
+    check_data(op, "seed", *seed, ScalarType::Long);
+    check_device(op, "seed", *seed, query);
+  }
+  return shape;
+}
+
+}  // namespace metalora

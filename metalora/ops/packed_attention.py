@@ -1,0 +1,111 @@
+"""Attention within each of several sequences, one behind the other."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metalora import reference
+from metalora._checks import check_float, check_like, check_shape
+from metalora.ops._native import autocast, autocasting, call, register, usable
+from metalora.ops.dropout import check_probability, seed_tensor
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """drop(softmax(s · q kᵀ)) v within each of several sequences, for each head.
+
+    Differentiable any number of times. Sums are kept in float32, or in float64 for that, and no
+    scores are stored. Native on CPUs alone; elsewhere plain PyTorch, one sequence after the other.
+    Under autocast, query, key and value are cast to its dtype.
+
+    Args:
+        query, key, value: [N, heads, d], the tokens of all sequences, one behind the other.
+        ends: int32 [S + 1] on the CPU; tokens ``ends[i]:ends[i + 1]`` are sequence i.
+        scale: s; None means 1 / sqrt(d).
+        dropout_p: probability in [0, 1) to drop a weight.
+        seed: int in [0, 2**63) or int64 scalar tensor that fixes the dropout mask (see
+            `metalora.reference.packed_attention`); None draws one from torch's generator.
+
+    Returns:
+        [N, heads, d], in the dtype of ``query``.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit together.
+    """
+    function = "packed_attention"
+    check_float(function, "query", query)
+    if autocasting(query.device.type):
+        query, key, value = autocast(query), autocast(key), autocast(value)
+    check_shape(function, "query", query, ("N", "heads", "d"), (None, None, None))
+    for name, tensor in (("key", key), ("value", value)):
+        check_shape(function, name, tensor, ("N", "heads", "d"), tuple(query.shape))
+        check_like(function, name, tensor, "query", query)
+    if not isinstance(ends, Tensor) or ends.dtype != torch.int32 or not ends.is_cpu:
+        got = f"{ends.dtype} on {ends.device}" if isinstance(ends, Tensor) else type(ends).__name__
+        raise TypeError(f"{function}: ends must be an int32 tensor [S+1] on the CPU, got {got}")
+    check_shape(function, "ends", ends, ("S+1",), (None,))
+    if not torch.compiler.is_compiling():
+        bounds = ends.tolist()
+        if bounds[:1] != [0] or bounds[-1] != len(query) or bounds != sorted(bounds):
+            raise ValueError(
+                f"{function}: ends must ascend from 0 to N={len(query)}, got {bounds[:3]} to "
+                f"{bounds[-3:]}"
+            )
+    scale = 1 / math.sqrt(query.shape[2]) if scale is None else float(scale)
+    dropout_p = check_probability(function, "dropout_p", dropout_p)
+    seed = seed_tensor(function, seed, query.device) if dropout_p > 0 else None
+    if query.is_cpu and usable(query):
+        return _PackedAttention.apply(query, key, value, ends, scale, dropout_p, seed)
+    return reference.packed_attention(query, key, value, ends, scale, dropout_p, seed)
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        query, key, value, ends, scale, dropout_p, seed = arguments
+        output, normaliser = call("packed_attention", *arguments)
+        ctx.save_for_backward(query, key, value, ends, seed, normaliser)
+        ctx.scale, ctx.dropout_p = scale, dropout_p
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        query, key, value, ends, seed, normaliser = ctx.saved_tensors
+        settings = (ctx.scale, ctx.dropout_p, seed)
+        if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated
+            rows = [part.view_as(part) for part in (query, key, value)]
+            q, k, v = rows
+            output = reference.packed_attention(q, k, v, ends, *settings)
+            inputs = [row for row, need in zip(rows, ctx.needs_input_grad, strict=False) if need]
+            found = iter(torch.autograd.grad(output, inputs, grad, create_graph=True))
+            gradients = [next(found) if need else None for need in ctx.needs_input_grad[:3]]
+        else:
+            arguments = (grad, query, key, value, ends, normaliser, *settings)
+            gradients = list(call("packed_attention_backward", *arguments))
+        return *gradients, None, None, None, None
+
+
+@register("packed_attention")
+def _fake(a: Any) -> tuple[Tensor, Tensor]:
+    dtype = a.query.dtype if a.query.dtype == torch.float64 else torch.float32
+    return torch.empty_like(a.query, memory_format=torch.contiguous_format), a.query.new_empty(
+        a.query.shape[:2], dtype=dtype
+    )
+
+
+@register("packed_attention_backward")
+def _backward_fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
+    shape = a.query.shape
+    return a.query.new_empty(shape), a.query.new_empty(shape), a.query.new_empty(shape)

@@ -1,0 +1,48 @@
+"""Attention within each of several sequences, one behind the other."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from metalora._checks import SHORT
+from metalora.reference.dropout import dropout_mask
+
+
+def packed_attention(
+    query: Tensor,  # [N, heads, d]
+    key: Tensor,  # [N, heads, d]
+    value: Tensor,  # [N, heads, d]
+    ends: Tensor,  # integers [S + 1]: tokens ends[i]:ends[i + 1] are sequence i
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:  # [N, heads, d]
+    """drop(softmax(s · q kᵀ)) v within each sequence, for each head.
+
+    Dropout keeps a weight as `dropout_mask` does the element of row ``token * heads + head`` whose
+    column is the key's place in its sequence. Rows have as many columns as the longest sequence
+    has tokens, rounded up to a multiple of 4. 16-bit inputs are computed with in float32.
+    """
+    dtype = query.dtype
+    if dtype in SHORT:
+        query, key, value = query.float(), key.float(), value.float()
+    tokens, heads, _ = query.shape
+    bounds = ends.tolist()
+    kept = None
+    if dropout_p > 0:
+        assert seed is not None
+        longest = max((end - start for start, end in pairwise(bounds)), default=0)
+        columns = -(-longest // 4) * 4
+        kept = dropout_mask(seed, dropout_p, tokens * heads, columns)
+        kept = kept.view(tokens, heads, columns).transpose(0, 1)
+    outputs = [query[:0] + value[:0]]
+    for start, end in pairwise(bounds):
+        q, k, v = (part[start:end].transpose(0, 1) for part in (query, key, value))
+        weights = torch.softmax(scale * q @ k.mT, -1)  # [heads, n, n]
+        if kept is not None:
+            weights = weights * kept[:, start:end, : end - start] / (1 - dropout_p)
+        outputs.append((weights @ v).transpose(0, 1))
+    return torch.cat(outputs).to(dtype)
