@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,9 +60,39 @@ class Dropout(nn.Dropout):
         if not self.training or x.device.type != "cpu":
             return super().forward(x)
         dropped = round(self.p * 2**16)  # of the 2**16 values of each 16 bits
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-        return torch.where(keep, x, 0).mul_(2**16 / (2**16 - dropped))
+        values = random_words(-(-x.numel() // 4)).view(torch.int16)[: x.numel()].view(x.shape)
+        keep = torch.empty_like(x, memory_format=torch.contiguous_format)
+        torch.ge(values, dropped - 2**15, out=keep)
+        kept: Tensor = _Kept.apply(x, keep, 2**16 / (2**16 - dropped))
+        return kept
+
+
+@torch.library.custom_op(
+    "metalora_vision::random_words", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
+def random_words(count: int) -> Tensor:
+    """int64 [count] of random bits; an operator, as torch.compile takes no ``random_``."""
+    return torch.empty(count, dtype=torch.int64).random_(-(2**63), None)
+
+
+@random_words.register_fake
+def _(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.int64)
+
+
+class _Kept(torch.autograd.Function):
+    """x · keep · scale: products take a third of the time of torch.where, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        return (x * keep).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (keep,) = ctx.saved_tensors
+        return (grad * keep).mul_(ctx.scale), None, None
 
 
 class MLP(nn.Sequential):

@@ -164,13 +164,14 @@ class TaskBatch:
 
     def _make_ptr(self, num_tasks: int) -> Tensor:
         if self._starts is not None:
-            missing = num_tasks + 1 - self._starts.shape[0]
-            if missing < 0:
+            counts = self._starts.shape[0] - 1
+            if counts > num_tasks:
                 raise ValueError(
                     f"tasks: counts must be at most {num_tasks} numbers, as there are {num_tasks} "
-                    f"tasks, got {self._starts.shape[0] - 1}"
+                    f"tasks, got {counts}"
                 )
-            return torch.cat([self._starts, self._starts[-1:].expand(missing)])
+            # Not concatenated: torch.compile would compile again for every number of counts.
+            return self._starts[torch.arange(num_tasks + 1).clamp_(max=counts)]
         tasks = torch.arange(num_tasks + 1, device=self.sorted_ids.device)
         return torch.searchsorted(self.sorted_ids, tasks).cpu()
 
