@@ -73,7 +73,7 @@ class Settings(BenchmarkSettings):
             raise ValueError("argument --data: needs --tokenizer FOLDER with a model of a size")
 
 
-def new_model(size: str, tokens: int = 0) -> nn.Module:
+def new_model(size: str, tokens: int = 0, seed: int = 0) -> nn.Module:
     """A RoBERTa of this size with random weights and a vocabulary of at least ``tokens``."""
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
@@ -88,7 +88,7 @@ def new_model(size: str, tokens: int = 0) -> nn.Module:
         type_vocab_size=1,
         layer_norm_eps=1e-5,
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model: nn.Module = RobertaForSequenceClassification(config)
     return model
 

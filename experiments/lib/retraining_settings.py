@@ -85,6 +85,7 @@ class RetrainingSettings(RunSettings):
         help="auto is fp32 on a CPU, bf16 on a GPU",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
+    compile: bool = option(False, help="torch.compile the model; needs a C++ compiler")
 
     def __post_init__(self) -> None:
         for name, every in (("retrain", self.methods), ("finetune", FINETUNES)):
