@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def encoder(settings: Settings) -> Train:
     """LoRA-ML of a small encoder on turns of ConvAI2, packed."""
     assert settings.dialogues is not None and settings.tokenizer is not None
     tokenizer = load_tokenizer(settings.tokenizer)
-    size = "tiny" if settings.smoke else settings.model
+    size = settings.model
     turns = read(settings.dialogues, new_model(size, len(tokenizer)), tokenizer, TASKS)
     chosen = torch.cat([(turns.task_ids == t).nonzero()[:TURNS, 0] for t in range(TASKS)])
 
@@ -190,8 +190,8 @@ def draw(curves: Sequence[Mapping[str, Any]], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Trains what is not there yet, and prints the table."""
     settings = parse(Settings, argv, prog=program("curves"), description=__doc__ or "")
-    steps, seeds = (3, 1) if settings.smoke else (settings.steps, settings.seeds)
-    settings = Settings(**{**vars(settings), "steps": steps, "seeds": seeds})
+    if settings.smoke:
+        settings = replace(settings, model="tiny", steps=3, seeds=2)
     name = settings.name or f"curves_{settings.device}"
     kept: dict[str, list[float]] = {}
     store = None if settings.write is None else settings.write / f"{name}.parts"

@@ -79,11 +79,11 @@ class TaskBatch:
         if not is_sorted:
             self.sorted_ids, self.order = torch.sort(task_ids, stable=True)
             self.inverse = torch.argsort(self.order)
-        self.packed_rows: int | None = None  # number of rows of a packed x
+        self._packed: Tensor | None = None  # [number of rows of a packed x, 0]
         if lengths is not None:
             known = is_sorted and (on_host or counts is not None)
             self._ends = _ends(lengths, self.size, known)  # int64 [B + 1] on the host
-            self.packed_rows = int(self._ends[-1])
+            self._packed = torch.empty(int(self._ends[-1]), 0)
         self._range: tuple[int, int] | None = None
         if on_host and self.size:
             self._range = int(self.sorted_ids[0]), int(self.sorted_ids[-1])
@@ -98,6 +98,11 @@ class TaskBatch:
     def size(self) -> int:
         """Number of samples B."""
         return self.task_ids.shape[0]  # kept as an int, it would be compiled in as a constant
+
+    @property
+    def packed_rows(self) -> int | None:
+        """Number of rows of a packed x, None without ``lengths``; see `size`."""
+        return None if self._packed is None else self._packed.shape[0]
 
     def packs(self, x: Tensor) -> bool:
         """Whether x is [1, sum(lengths), in] or [sum(lengths), in], its samples packed."""
