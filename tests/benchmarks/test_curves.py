@@ -26,12 +26,6 @@ def test_precisions_are_compared_with_the_spread_of_seeds() -> None:
     assert row == ["some", "2", "4.0000", "2.0000", "2.5000", "0.5000", "1.4142"]
 
 
-def test_without_data_one_line_says_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        curves.main([])
-    assert "nothing to train; give CIFAR-10's folder with --images" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_trainings_are_kept_and_not_repeated(
     shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from torch import nn
 from experiments.vision.mixer import Mixer, MixerConfig
 from metalora._library import native_available
 from metalora.adapters import LoRAConfig
+from metalora.hf import SequencePasses, enable_packing
 from metalora.meta import (
     Callback,
     Checkpoint,
@@ -29,6 +30,7 @@ from metalora.meta import (
     standard,
 )
 from metalora.meta.steps import call_model
+from tests.hf.models import PAD, roberta, sequences
 
 CONFIG = TrainConfig(2, 0.01, compile=True)
 LORA = LoRAConfig(rank=2)
@@ -174,6 +176,38 @@ def test_a_resumed_training_ends_as_one_that_never_stopped(graphs, tmp_path):
     run(resumed, stop=None)
     for got, want in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(got, want)
+
+
+@needs_native
+@pytest.mark.slow
+def test_packed_sequences_of_other_lengths_are_not_compiled_again(graphs):
+    """transformers' models come in several pieces, none of which depends on the lengths."""
+    lengths = torch.randint(3, 12, (24,)).tolist()
+    labels, histories, counts = (torch.arange(24) % 2, torch.arange(24) // 8), [], []
+
+    class Count(Callback):
+        def on_epoch(self, training, record):
+            counts.append(graphs())
+
+    for compile in (False, True):
+        model = enable_packing(
+            roberta(num_hidden_layers=1, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+        )
+        passes = SequencePasses(
+            sequences(lengths),
+            packed=True,
+            max_tokens=40,
+            pad_token_id=PAD,
+            position_offset=PAD + 1,
+        )
+        source = RoundLoader(torch.arange(24), *labels, batch_size=5, seed=1, collate=passes)
+        config, lora = replace(CONFIG, epochs=3, compile=compile), LoRAConfig(rank=2)
+        options = {"validation": source, "callbacks": [Count()]}
+        histories.append(lora_ml(model, source, config, lora, **options).history)
+    assert counts[:3] == [0, 0, 0] and counts[3] > 0
+    assert counts[3] == counts[5]
+    losses = [[record["loss"] for record in history] for history in histories]
+    assert losses[0] == pytest.approx(losses[1])
 
 
 def test_layers_of_peft_are_refused():
