@@ -21,8 +21,9 @@ _RECOMPILE_LIMIT = 256
 def compiled(model: nn.Module) -> Iterator[None]:
     """Within, calls of ``model`` run compiled; its parameters and modules keep their names.
 
-    Sizes are compiled as variables, so that batches of other sizes need no new compilation. A model
-    that is compiled in place already, by ``model.compile()``, stays as it is.
+    Sizes are compiled as variables, also those that are equal, or 1, in the first batch, so that
+    batches of other sizes need no new compilation. A model that is compiled in place already, by
+    ``model.compile()``, stays as it is.
 
     Raises:
         ValueError: if ``model`` is wrapped by ``torch.compile``.
@@ -41,7 +42,7 @@ def compiled(model: nn.Module) -> Iterator[None]:
     try:
         with (
             torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT),
-            shapes.patch(use_duck_shape=False, backed_size_oblivious=True),
+            shapes.patch(use_duck_shape=False, backed_size_oblivious=True),  # type: ignore[attr-defined]
         ):
             yield
     finally:
