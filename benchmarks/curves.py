@@ -23,9 +23,8 @@ from torch import Tensor
 from benchmarks.language import SIZES, new_model
 from benchmarks.lib.cli import BenchmarkSettings, check_folder, program, repeat
 from benchmarks.lib.dialogues import read
-from benchmarks.lib.language_versions import HEAD
 from benchmarks.lib.tables import read_json, write_table
-from benchmarks.lib.task_by_task import ALPHA, DROPOUT, RANK, TARGETS
+from benchmarks.lib.task_by_task import ALPHA, DROPOUT, HEAD, RANK, TARGETS
 from experiments.language.encoders import load_tokenizer
 from experiments.language.trials import choice_loss
 from experiments.lib import plotting
