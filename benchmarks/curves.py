@@ -40,7 +40,7 @@ from metalora.meta import Callback, RoundLoader, TrainConfig, Training, lora_ml
 PRECISIONS = ("fp32", "bf16")
 TASKS = 4
 IMAGES, IMAGE_RATE = 32, 1e-3  # of each task in a step
-TURNS, TURN_RATE = 10, 5e-4  # of each task in all, one of them in a step
+TURNS, TURN_RATE = 10, 5e-4  # the shortest of each task, one of them in a step
 LAST = 0.1  # part of the steps whose mean is the final loss
 
 Train = Callable[[str, int], list[float]]  # precision, seed → the loss of every step
@@ -109,7 +109,9 @@ def encoder(settings: Settings) -> Train:
     tokenizer = load_tokenizer(settings.tokenizer)
     size = settings.model
     turns = read(settings.dialogues, new_model(size, len(tokenizer)), tokenizer, TASKS)
-    chosen = torch.cat([(turns.task_ids == t).nonzero()[:TURNS, 0] for t in range(TASKS)])
+    tokens = turns.sequences.lengths.sum(1)
+    of_task = [(turns.task_ids == t).nonzero()[:, 0] for t in range(TASKS)]
+    chosen = torch.cat([ids[tokens[ids].argsort(stable=True)[:TURNS]] for ids in of_task])
 
     def train(precision: str, seed: int) -> list[float]:
         model: Any = new_model(size, len(tokenizer), seed).to(settings.device)
