@@ -3,9 +3,10 @@
 python -m benchmarks.curves --images DIR --dialogues DIR --tokenizer FOLDER    # about ten minutes
 python -m benchmarks.curves … --write benchmarks/results --figure docs/precision.png
 
-The Mixer learns four pairs of classes of CIFAR-10; a small encoder with random weights is trained on
-a few short turns of each of four of ConvAI2's personas, over and over. A seed fixes the weights and the order of the samples.
-With --write every training is kept as soon as it ends, and not repeated by another call.
+The Mixer learns four pairs of classes of CIFAR-10; a small encoder with random weights is trained
+on a few short turns of each of four of ConvAI2's personas, over and over. A seed fixes the weights
+and the order of the samples. With --write every training is kept as soon as it ends, and not
+repeated by another call.
 """
 
 from __future__ import annotations
