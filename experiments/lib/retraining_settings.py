@@ -92,6 +92,7 @@ class RetrainingSettings(RunSettings):
         "library (ieee); or with factors rounded to TF32 or bfloat16 where the device can",
         choices=MATMUL_PRECISIONS,
     )
+    compile: bool = option(False, help="torch.compile the model; needs a C++ compiler")
 
     def __post_init__(self) -> None:
         for name, every in (("retrain", self.methods), ("finetune", FINETUNES)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +59,41 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or x.device.type != "cpu":
             return super().forward(x)
-        dropped = round(self.p * 2**16)  # of the 2**16 values of each 16 bits
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-        return torch.where(keep, x, 0).mul_(2**16 / (2**16 - dropped))
+        kept: Tensor = _Kept.apply(x, round(self.p * 2**16))
+        return kept
+
+
+# An operator, since torch.compile takes no ``random_`` and has no vector code for 16-bit integers.
+@torch.library.custom_op(
+    "metalora_vision::keep_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
+def keep_mask(x: Tensor, dropped: int) -> Tensor:
+    """0 for ``dropped`` of the 2**16 values of 16 random bits, else 1, in x's shape and dtype."""
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    values = words.view(torch.int16)[: x.numel()].view(x.shape)
+    mask = torch.empty(x.shape, dtype=x.dtype)
+    return torch.ge(values, dropped - 2**15, out=mask)
+
+
+@keep_mask.register_fake
+def _(x: Tensor, dropped: int) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+class _Kept(torch.autograd.Function):
+    """x · mask · scale: products take a third of the time of torch.where, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropped: int) -> Tensor:
+        mask = keep_mask(x, dropped)
+        ctx.save_for_backward(mask)
+        ctx.scale = 2**16 / (2**16 - dropped)
+        return (x * mask).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        return (grad * mask).mul_(ctx.scale), None
 
 
 class MLP(nn.Sequential):

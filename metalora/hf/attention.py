@@ -90,6 +90,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+@torch.compiler.disable  # a loop over sequences, which would be compiled for their lengths
 def packed_attention(
     query: Tensor,
     key: Tensor,

@@ -41,6 +41,10 @@ class TrainConfig:
             torch is set), "ieee", "tf32" or "bf16", see `metalora.meta.matmul_precision`.
         step_per: one optimiser step per "round" of all tasks, the PEFT-ML objective, or per "task".
         seed: with the epoch's number, determines all random numbers.
+        compile: whether ``torch.compile`` compiles the model for the training, once for training
+            and once for evaluation, whatever the sizes of the batches and the tasks in them. Needs
+            a C++ compiler, on a GPU triton. Results are those without up to rounding, but dropout
+            draws other random numbers.
 
     Raises:
         TypeError: if a field has a wrong type.
@@ -64,6 +68,7 @@ class TrainConfig:
     adapter_weight_decay: float | None = None
     adapter_steps: int = 1
     matmul_precision: str = "default"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_count("TrainConfig", "epochs", self.epochs)
@@ -88,6 +93,8 @@ class TrainConfig:
         check_choice("TrainConfig", "matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
         check_choice("TrainConfig", "step_per", self.step_per, ("round", "task"))
         check_count("TrainConfig", "seed", self.seed, minimum=0)
+        if not isinstance(self.compile, bool):
+            raise TypeError(f"TrainConfig: compile must be True or False, got {self.compile!r}")
 
     def _check_warmup_steps(self) -> None:
         if self.warmup_steps is None:

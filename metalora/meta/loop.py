@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metalora.meta.compiling import compiled
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds
 from metalora.meta.evaluation import Evaluation, evaluate
@@ -70,21 +72,20 @@ def train(
         DivergedError: if the loss is NaN or infinite. On a CPU this is found before the step is
             taken, so the weights are those of the last good step. On a GPU it is found only at the
             end of the epoch, where the host waits anyway; the weights may be NaN by then.
+        RuntimeError, ValueError: if ``config.compile`` is set and nothing can be compiled here, or
+            ``model`` is wrapped by ``torch.compile``.
     """
-    with matmul_precision(config.matmul_precision):
-        return _train(model, rounds, step, config, validation, list(callbacks))
-
-
-def _train(
-    model: nn.Module,
-    rounds: Rounds,
-    step: Step,
-    config: TrainConfig,
-    validation: Validation | None,
-    callbacks: list[Callback],
-) -> Result:
     steps_per_epoch = step.per_epoch(rounds)
-    training = Training(model, rounds, step, config, validation, callbacks, steps_per_epoch)
+    training = Training(model, rounds, step, config, validation, list(callbacks), steps_per_epoch)
+    compiling = compiled(model) if config.compile else nullcontext()
+    with matmul_precision(config.matmul_precision), compiling:
+        _train(training)
+    return _result(training)
+
+
+def _train(training: Training) -> None:
+    model, rounds, step = training.model, training.rounds, training.step
+    config, callbacks = training.config, training.callbacks
     for callback in callbacks:
         callback.on_start(training)
 
@@ -114,7 +115,6 @@ def _train(
 
     for callback in callbacks:
         callback.on_end(training)
-    return _result(training)
 
 
 def _validate(training: Training) -> dict[str, Any]:

@@ -121,6 +121,11 @@ def _train(
     *,
     train_shared: bool,
 ) -> Result:
+    if config.compile:
+        raise ValueError(
+            f"{function}: compile must be False with peft's own layers, which would be compiled "
+            "again for every task; LoRA that lora_ml trains can be compiled"
+        )
     calls, watch = split_options(options)
     validation = watch.get("validation")
     if validation is not None and not callable(validation):

@@ -80,11 +80,11 @@ class TaskBatch:
         if not is_sorted:
             self.sorted_ids, self.order = torch.sort(task_ids, stable=True)
             self.inverse = torch.argsort(self.order)
-        self.packed_rows: int | None = None  # number of rows of a packed x
+        self._packed: Tensor | None = None  # [number of rows of a packed x, 0]
         if lengths is not None:
             known = is_sorted and (on_host or counts is not None)
             self._ends = _ends(lengths, self.size, known)  # int64 [B + 1] on the host
-            self.packed_rows = int(self._ends[-1])
+            self._packed = torch.empty(int(self._ends[-1]), 0)
         self._range: tuple[int, int] | None = None
         if on_host and self.size:
             self._range = int(self.sorted_ids[0]), int(self.sorted_ids[-1])
@@ -99,6 +99,11 @@ class TaskBatch:
     def size(self) -> int:
         """Number of samples B."""
         return self.task_ids.shape[0]  # kept as an int, it would be compiled in as a constant
+
+    @property
+    def packed_rows(self) -> int | None:
+        """Number of rows of a packed x, None without ``lengths``; see `size`."""
+        return None if self._packed is None else self._packed.shape[0]
 
     def packs(self, x: Tensor) -> bool:
         """Whether x is [1, sum(lengths), in] or [sum(lengths), in], its samples packed."""
@@ -165,13 +170,14 @@ class TaskBatch:
 
     def _make_ptr(self, num_tasks: int) -> Tensor:
         if self._starts is not None:
-            missing = num_tasks + 1 - self._starts.shape[0]
-            if missing < 0:
+            counts = self._starts.shape[0] - 1
+            if counts > num_tasks:
                 raise ValueError(
                     f"tasks: counts must be at most {num_tasks} numbers, as there are {num_tasks} "
-                    f"tasks, got {self._starts.shape[0] - 1}"
+                    f"tasks, got {counts}"
                 )
-            return torch.cat([self._starts, self._starts[-1:].expand(missing)])
+            # Not concatenated: torch.compile would compile again for every number of counts.
+            return self._starts[torch.arange(num_tasks + 1).clamp_(max=counts)]
         tasks = torch.arange(num_tasks + 1, device=self.sorted_ids.device)
         return torch.searchsorted(self.sorted_ids, tasks).cpu()
 
