@@ -1,13 +1,13 @@
-// Kernels for x86 CPUs with AVX-512 (x86-64-v4), chosen at run time, where they are the faster ones:
-// for the shallow network with many samples. The linear model's columns of d numbers fill vectors of
-// 32 bytes better, and so do few samples.
+// Kernels for x86 CPUs with AVX-512 (x86-64-v4), chosen at run time, where they are the faster
+// ones: for the shallow network with many samples. The linear model's columns of d numbers fill
+// vectors of 32 bytes better, and so do few samples.
 #include "kernels.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #if defined(__clang__)
-#pragma clang attribute push(                                                                \
-    __attribute__((target("avx2,fma,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"))), apply_to = \
-        function)
+#pragma clang attribute push(                                                        \
+    __attribute__((target("avx2,fma,avx512f,avx512bw,avx512cd,avx512dq,avx512vl"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")

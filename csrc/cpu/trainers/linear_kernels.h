@@ -69,7 +69,9 @@ METALORA_INLINE void times(const Vector<Real>* matrix, const Vector<Real>* x, in
 
 // How many columns at a time: up to twelve sums stay in registers.
 template <int NV>
-constexpr int kColumns = NV == 0 ? 2 : NV <= 3 ? 4 : 2;
+constexpr int kColumns = NV == 0   ? 2
+                         : NV <= 3 ? 4
+                                   : 2;
 
 // out [d, columns] = matrix [d, d] · x [d, columns]; K is the number of columns, or 0 for any.
 template <typename Real, int NV, int K, int C = kColumns<NV>>
@@ -107,8 +109,8 @@ METALORA_INLINE void add_product(Vector<Real>* gradient, const Vector<Real>* a, 
   }
 }
 
-// Sums over the columns of a matrix, one for each of a column's vectors: as many chains of dependent
-// additions, or a single one for columns of any length.
+// Sums over the columns of a matrix, one for each of a column's vectors: as many chains of
+// dependent additions, or a single one for columns of any length.
 template <typename Real, int NV>
 struct ColumnSums {
   static constexpr int kSums = NV > 0 ? NV : 1;
