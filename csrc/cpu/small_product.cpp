@@ -73,30 +73,39 @@ METALORA_INLINE void product(T* y, const T* end, const T* x, const T* b, const T
     product<T, Row, kRows / 2>(y + row * n, end, x + row * k, b, c, rows - row, k, n);
 }
 
+// sum [kGroup, n] += a [kGroup] x [n]ᵀ
+template <typename T, typename Row, int kGroup>
+METALORA_INLINE void add_row(typename Row::Vector (&sum)[kGroup][Row::vectors], const T* a,
+                             const T* x) {
+  using V = typename Row::Vector;
+#pragma GCC unroll 8
+  for (int v = 0; v < Row::vectors; ++v) {
+    const V right = *reinterpret_cast<const V*>(x + v * Row::lanes);
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroup; ++g) sum[g][v] += a[g] * right;
+  }
+}
+
 template <typename T, typename Row, int kGroup>
 METALORA_INLINE void outer_group(T* p, const T* a, const T* x, int64_t rows, int64_t m, int64_t n) {
   using V = typename Row::Vector;
-  constexpr int kVectors = Row::vectors;
-  constexpr int64_t lanes = Row::lanes;
-  V sum[kGroup][kVectors] = {};
-  T tail[kVectors * lanes] = {};
-  for (int64_t row = 0; row < rows; ++row) {
-    // Whole vectors are read; rows where that would run over the end of x are copied first.
-    const T* source = x + row * n;
-    if ((rows - row) * n < kVectors * lanes) {
-      std::memcpy(tail, source, static_cast<size_t>(n) * sizeof(T));
-      source = tail;
-    }
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const V right = *reinterpret_cast<const V*>(source + v * lanes);
-#pragma GCC unroll 8
-      for (int g = 0; g < kGroup; ++g) sum[g][v] += a[row * m + g] * right;
-    }
+  constexpr int64_t width = Row::vectors * Row::lanes;
+  V sum[kGroup][Row::vectors] = {};
+  // Whole vectors are read; rows where that would run over the end of x are copied first.
+  int64_t row = 0;
+  for (; (rows - row) * n >= width; ++row) add_row<T, Row, kGroup>(sum, a + row * m, x + row * n);
+  for (; row < rows; ++row) {
+    T copy[width] = {};
+    std::memcpy(copy, x + row * n, static_cast<size_t>(n) * sizeof(T));
+    add_row<T, Row, kGroup>(sum, a + row * m, copy);
   }
 #pragma GCC unroll 8
-  for (int g = 0; g < kGroup; ++g)
-    std::memcpy(p + g * n, sum[g], static_cast<size_t>(n) * sizeof(T));
+  for (int g = 0; g < kGroup; ++g) {
+    V result[Row::vectors];  // the sums stay in registers where no address of theirs is taken
+#pragma GCC unroll 8
+    for (int v = 0; v < Row::vectors; ++v) result[v] = sum[g][v];
+    std::memcpy(p + g * n, result, static_cast<size_t>(n) * sizeof(T));
+  }
 }
 
 template <typename T, typename Row, int kGroup = Row::together>
