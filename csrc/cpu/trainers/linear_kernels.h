@@ -433,7 +433,7 @@ METALORA_INLINE Real error_of(const Vector<Real>* gap, const Vector<Real>* gap_g
   const int64_t stride = nv * kLanes<Real>;
   const Real* v_values = reinterpret_cast<const Real*>(v_factor);
   const Real* gram_v_values = reinterpret_cast<const Real*>(gram_v);
-  ColumnSums<Real, NV> sum;
+  Vector<Real> sum = {};
   for (int64_t j = 0; j < dim; ++j) {
     for (int64_t v = 0; v < count_vectors<NV>(nv); ++v) {
       Vector<Real> f = gap[j * nv + v];
@@ -442,10 +442,10 @@ METALORA_INLINE Real error_of(const Vector<Real>* gap, const Vector<Real>* gap_g
         f += u[c * nv + v] * v_values[c * stride + j];
         f_gram += u[c * nv + v] * gram_v_values[c * stride + j];
       }
-      sum.of(v) += f * f_gram;
+      sum += f * f_gram;
     }
   }
-  const Real error = sum.total();
+  const Real error = sum_lanes<Real>(sum);
   return error < 0 ? Real(0) : error;
 }
 
