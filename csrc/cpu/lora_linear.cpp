@@ -245,15 +245,31 @@ std::unique_ptr<T[]> padded_rows(const T* matrix, int64_t rows, int64_t columns)
   return result;
 }
 
+// Uninitialised memory for n elements that begins at a cache line, as vectors of 64 bytes want it.
+template <typename T>
+class AlignedScratch {
+ public:
+  explicit AlignedScratch(int64_t n) : memory_(scratch<T>(n + kLine)) {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    begin_ = memory_.get() + (-address % 64) / sizeof(T);
+  }
+  T* get() const { return begin_; }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(T);
+  std::unique_ptr<T[]> memory_;
+  T* begin_;
+};
+
 // merged [T, rows, padded(columns)] = matrix [rows, columns] + scaling · left_t right_t, for every
 // task: left_t [rows, r] with the given strides, right_t [r, columns].
 template <typename T>
-std::unique_ptr<T[]> merge_small(const LoraLayer& p, const T* matrix, const T* left,
-                                 int64_t row_stride, int64_t rank_stride, const T* right,
-                                 int64_t rows, int64_t columns) {
+AlignedScratch<T> merge_small(const LoraLayer& p, const T* matrix, const T* left,
+                              int64_t row_stride, int64_t rank_stride, const T* right, int64_t rows,
+                              int64_t columns) {
   const int64_t stride = padded<T>(columns);
   const auto base = padded_rows(matrix, rows, columns);
-  auto merged = scratch<T>(p.tasks * rows * stride);
+  AlignedScratch<T> merged(p.tasks * rows * stride);
   const auto coefficient = scratch<T>(p.rank);
   for (int64_t t = 0; t < p.tasks; ++t) {
     T* task = merged.get() + t * rows * stride;

@@ -92,8 +92,9 @@ def save(fig: Figure, run: RunFolder, name: str, rows: Sequence[Mapping[str, Any
     Returns:
         The path of the PNG.
     """
-    fig.draw_without_rendering()  # lays it out once, instead of for each file
-    fig.set_layout_engine("none")
+    if fig.get_layout_engine() is not None:
+        fig.draw_without_rendering()  # lays it out once, instead of for each file
+        fig.set_layout_engine("none")
     # A fixed creation date keeps the files of equal runs equal.
     fig.savefig(run.path(f"{name}.pdf"), metadata={"CreationDate": None})
     fig.savefig(run.path(f"{name}.png"))

@@ -23,7 +23,8 @@ struct Kernels : Kernel<LoraMlArguments, LinearShape>,
 // Written for whatever the build targets; always there.
 const Kernels& portable_kernels(bool in_double);
 
-// Compiled for AVX2 and FMA, on x86-64.
+// Compiled for AVX2 and FMA, and for AVX-512, on x86-64.
 const Kernels& avx2_kernels(bool in_double);
+const Kernels& avx512_kernels(bool in_double);
 
 }  // namespace metalora

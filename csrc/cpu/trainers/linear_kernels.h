@@ -30,32 +30,60 @@ METALORA_INLINE void add_scaled(Vector<Real>* y, const Vector<Real>* x, Real sca
   for (int64_t v = 0; v < count_vectors<NV>(nv); ++v) y[v] += x[v] * scale;
 }
 
-// out = matrix · x for one block of B vectors (rows), starting at vector v0.
-template <typename Real, int B>
-METALORA_INLINE void block_times(const Vector<Real>* matrix, const Real* x, int64_t dim, int64_t nv,
-                                 int64_t v0, Vector<Real>* out) {
-  Vector<Real> sum[B] = {};
+// out [., C] = matrix · x [., C], of which one block of B vectors (rows) starts at vector v0: what
+// is loaded of the matrix serves all C columns.
+template <typename Real, int B, int C>
+METALORA_INLINE void block_times(const Vector<Real>* matrix, const Vector<Real>* x, int64_t dim,
+                                 int64_t nv, int64_t v0, Vector<Real>* out) {
+  const Real* values = reinterpret_cast<const Real*>(x);
+  const int64_t stride = nv * kLanes<Real>;
+  Vector<Real> sum[C][B] = {};
   for (int64_t j = 0; j < dim; ++j) {
     const Vector<Real>* column = matrix + j * nv + v0;
-    const Real xj = x[j];
 #pragma GCC unroll 8
-    for (int v = 0; v < B; ++v) sum[v] += column[v] * xj;
+    for (int c = 0; c < C; ++c) {
+      const Real xj = values[c * stride + j];
+#pragma GCC unroll 8
+      for (int v = 0; v < B; ++v) sum[c][v] += column[v] * xj;
+    }
   }
 #pragma GCC unroll 8
-  for (int v = 0; v < B; ++v) out[v0 + v] = sum[v];
+  for (int c = 0; c < C; ++c) {
+#pragma GCC unroll 8
+    for (int v = 0; v < B; ++v) out[c * nv + v0 + v] = sum[c][v];
+  }
 }
 
-// out [d] = matrix [d, d] · x [d]
-template <typename Real, int NV>
+// out [d, C] = matrix [d, d] · x [d, C]
+template <typename Real, int NV, int C>
 METALORA_INLINE void times(const Vector<Real>* matrix, const Vector<Real>* x, int64_t dim,
                            int64_t nv, Vector<Real>* out) {
-  const Real* values = reinterpret_cast<const Real*>(x);
   if constexpr (NV > 0) {
-    block_times<Real, NV>(matrix, values, dim, NV, 0, out);
+    block_times<Real, NV, C>(matrix, x, dim, NV, 0, out);
   } else {
     int64_t v = 0;
-    for (; v + 4 <= nv; v += 4) block_times<Real, 4>(matrix, values, dim, nv, v, out);
-    for (; v < nv; ++v) block_times<Real, 1>(matrix, values, dim, nv, v, out);
+    for (; v + 4 <= nv; v += 4) block_times<Real, 4, C>(matrix, x, dim, nv, v, out);
+    for (; v < nv; ++v) block_times<Real, 1, C>(matrix, x, dim, nv, v, out);
+  }
+}
+
+// How many columns at a time: up to twelve sums stay in registers.
+template <int NV>
+constexpr int kColumns = NV == 0   ? 2
+                         : NV <= 3 ? 4
+                                   : 2;
+
+// out [d, columns] = matrix [d, d] · x [d, columns]; K is the number of columns, or 0 for any.
+template <typename Real, int NV, int K, int C = kColumns<NV>>
+METALORA_INLINE void product(const Vector<Real>* matrix, const Vector<Real>* x, int64_t columns,
+                             int64_t dim, int64_t nv, Vector<Real>* out) {
+  if constexpr (K > 0 && K * NV <= 12) {
+    times<Real, NV, K>(matrix, x, dim, nv, out);
+  } else {
+    int64_t c = 0;
+    for (; c + C <= columns; c += C) times<Real, NV, C>(matrix, x + c * nv, dim, nv, out + c * nv);
+    if constexpr (C > 1)
+      product<Real, NV, 0, C / 2>(matrix, x + c * nv, columns - c, dim, nv, out + c * nv);
   }
 }
 
@@ -80,6 +108,21 @@ METALORA_INLINE void add_product(Vector<Real>* gradient, const Vector<Real>* a, 
     }
   }
 }
+
+// Sums over the columns of a matrix, one for each of a column's vectors: as many chains of
+// dependent additions, or a single one for columns of any length.
+template <typename Real, int NV>
+struct ColumnSums {
+  static constexpr int kSums = NV > 0 ? NV : 1;
+  Vector<Real> sums[kSums] = {};
+
+  METALORA_INLINE Vector<Real>& of(int64_t v) { return sums[NV > 0 ? v : 0]; }
+  METALORA_INLINE Real total() const {
+    Vector<Real> all = sums[0];
+    for (int v = 1; v < kSums; ++v) all += sums[v];
+    return sum_lanes<Real>(all);
+  }
+};
 
 // row-major [rows, columns] -> padded columns, and back
 template <typename Real>
@@ -124,11 +167,8 @@ void load_gram(const Real* source, int64_t dim, Real scale, int64_t nv, Vector<R
 template <typename Real, int NV>
 void residual_of(const Vector<Real>* weight, const Vector<Real>* gram, const Vector<Real>* cross,
                  int64_t dim, int64_t nv, Vector<Real>* residual) {
-  for (int64_t j = 0; j < dim; ++j) {
-    Vector<Real>* column = residual + j * nv;
-    times<Real, NV>(weight, gram + j * nv, dim, nv, column);
-    for (int64_t v = 0; v < count_vectors<NV>(nv); ++v) column[v] -= cross[j * nv + v];
-  }
+  product<Real, NV, 0>(weight, gram, dim, dim, nv, residual);
+  for (int64_t v = 0; v < dim * count_vectors<NV>(nv); ++v) residual[v] -= cross[v];
 }
 
 template <typename Real>
@@ -171,8 +211,8 @@ METALORA_INLINE void inner_step(const Vector<Real>* symmetric, const Vector<Real
                                 int64_t dim, int64_t rank, int64_t nv, Real* products,
                                 Vector<Real>* gradient, Vector<Real>* gram_u, Vector<Real>* u) {
   if constexpr (K == 1) {
-    times<Real, NV>(gram, u, dim, nv, gram_u);
-    times<Real, NV>(symmetric, u, dim, nv, gradient);
+    times<Real, NV, 1>(gram, u, dim, nv, gram_u);
+    times<Real, NV, 1>(symmetric, u, dim, nv, gradient);
     const Real u_gram_u = dot<Real, NV>(u, gram_u, nv);
     const Real u_u = dot<Real, NV>(u, u, nv);
     for (int64_t v = 0; v < count_vectors<NV>(nv); ++v) {
@@ -181,10 +221,8 @@ METALORA_INLINE void inner_step(const Vector<Real>* symmetric, const Vector<Real
   } else {
     Real* u_gram_u = products;
     Real* u_u = products + rank * rank;
-    for (int64_t c = 0; c < rank; ++c) {
-      times<Real, NV>(gram, u + c * nv, dim, nv, gram_u + c * nv);
-      times<Real, NV>(symmetric, u + c * nv, dim, nv, gradient + c * nv);
-    }
+    product<Real, NV, K>(gram, u, rank, dim, nv, gram_u);
+    product<Real, NV, K>(symmetric, u, rank, dim, nv, gradient);
     inner_products<Real, NV>(u, gram_u, rank, nv, u_gram_u);
     inner_products<Real, NV>(u, u, rank, nv, u_u);
     add_product<Real, NV>(gradient, u, u_gram_u, rank, nv);
@@ -202,7 +240,7 @@ Real outer_gradient(const Vector<Real>* weight, const Vector<Real>* residual,
   const int64_t stride = nv * kLanes<Real>;
   const Real* u_values = reinterpret_cast<const Real*>(u);
   const Real* gram_u_values = reinterpret_cast<const Real*>(gram_u);
-  Vector<Real> twice_loss = {};
+  ColumnSums<Real, NV> twice_loss;
   for (int64_t j = 0; j < dim; ++j) {
     for (int64_t v = 0; v < count_vectors<NV>(nv); ++v) {
       Vector<Real> r = residual[j * nv + v];
@@ -212,10 +250,10 @@ Real outer_gradient(const Vector<Real>* weight, const Vector<Real>* residual,
         b += u[c * nv + v] * u_values[c * stride + j];
       }
       sum[j * nv + v] += r;
-      twice_loss += b * (r - cross[j * nv + v]);
+      twice_loss.of(v) += b * (r - cross[j * nv + v]);
     }
   }
-  return sum_lanes<Real>(twice_loss) + energy;
+  return twice_loss.total() + energy;
 }
 
 // So many tasks are summed as they are; the sums are then added up exactly.
@@ -282,10 +320,7 @@ int64_t lora_ml_sized(const LoraMlArguments& a, const LinearShape& shape, int64_
         for (int64_t v = 0; v < square; ++v) add_exactly(total[v], lost[v], sum[v]);
         set_zero<Real>(sum, square);
       }
-      for (int64_t c = 0; c < rank; ++c) {
-        times<Real, NV>(gram + t * square, u + t * tall + c * nv, dim, nv,
-                        gram_u + t * tall + c * nv);
-      }
+      product<Real, NV, K>(gram + t * square, u + t * tall, rank, dim, nv, gram_u + t * tall);
       twice_loss +=
           outer_gradient<Real, NV>(weight, residual + t * square, cross + t * square, u + t * tall,
                                    gram_u + t * tall, given.energy[t] * scale, dim, rank, nv, sum);
@@ -308,8 +343,12 @@ int64_t lora_ml_sized(const LoraMlArguments& a, const LinearShape& shape, int64_
 template <typename Real, int NV>
 int64_t lora_ml_any_rank(const LoraMlArguments& a, const LinearShape& shape, int64_t training,
                          void* scratch) {
-  return shape.rank == 1 ? lora_ml_sized<Real, NV, 1>(a, shape, training, scratch)
-                         : lora_ml_sized<Real, NV, 0>(a, shape, training, scratch);
+  switch (shape.rank) {
+    case 1: return lora_ml_sized<Real, NV, 1>(a, shape, training, scratch);
+    case 2: return lora_ml_sized<Real, NV, 2>(a, shape, training, scratch);
+    case 3: return lora_ml_sized<Real, NV, 3>(a, shape, training, scratch);
+    default: return lora_ml_sized<Real, NV, 0>(a, shape, training, scratch);
+  }
 }
 
 // --------------------------------------------------------------------------- standard retraining
@@ -358,12 +397,15 @@ int64_t standard_sized(const StandardArguments& a, const LinearShape& shape, int
   int64_t step = 1;
   for (; step <= a.steps; ++step) {
     residual_of<Real, NV>(weight, gram, cross, dim, nv, residual);
-    V twice_loss = {};
-    for (int64_t v = 0; v < square; ++v) {
-      twice_loss += weight[v] * (residual[v] - cross[v]);
-      weight[v] -= residual[v] * lr;
+    ColumnSums<Real, NV> twice_loss;
+    for (int64_t j = 0; j < dim; ++j) {
+      for (int64_t v = 0; v < nv; ++v) {
+        const int64_t at = j * nv + v;
+        twice_loss.of(v) += weight[at] * (residual[at] - cross[at]);
+        weight[at] -= residual[at] * lr;
+      }
     }
-    const Real loss = (sum_lanes<Real>(twice_loss) + energy) / Real(2);
+    const Real loss = (twice_loss.total() + energy) / Real(2);
     losses[step - 1] = loss;
     if (!is_finite(loss)) break;
   }
@@ -457,18 +499,15 @@ int64_t finetune_sized(const FinetuneArguments& a, const LinearShape& shape, int
   if (want_errors) {
     load<Real>(of_training<Real>(a.truth, training, dim * dim), dim, dim, Real(1), nv, gap);
     for (int64_t i = 0; i < square; ++i) gap[i] = weight[i] - gap[i];
-    for (int64_t j = 0; j < dim; ++j)
-      times<Real, NV>(gap, gram + j * nv, dim, nv, gap_gram + j * nv);
+    product<Real, NV, 0>(gap, gram, dim, dim, nv, gap_gram);
   }
 
   int64_t step = 1;
   for (; step <= a.steps; ++step) {
     // ∇U = P V + U (Vᵀ G V) and ∇V = Pᵀ U + G V (Uᵀ U), both at the present U and V.
-    for (int64_t c = 0; c < rank; ++c) {
-      times<Real, NV>(gram, v + c * nv, dim, nv, gram_v + c * nv);
-      times<Real, NV>(residual, v + c * nv, dim, nv, gradient_u + c * nv);
-      times<Real, NV>(residual_transposed, u + c * nv, dim, nv, gradient_v + c * nv);
-    }
+    product<Real, NV, K>(gram, v, rank, dim, nv, gram_v);
+    product<Real, NV, K>(residual, v, rank, dim, nv, gradient_u);
+    product<Real, NV, K>(residual_transposed, u, rank, dim, nv, gradient_v);
     inner_products<Real, NV>(v, gram_v, rank, nv, v_gram_v);
     inner_products<Real, NV>(u, u, rank, nv, u_u);
     Real loss = start_loss;
@@ -486,7 +525,7 @@ int64_t finetune_sized(const FinetuneArguments& a, const LinearShape& shape, int
     }
   }
   if (want_errors && step > a.steps) {
-    for (int64_t c = 0; c < rank; ++c) times<Real, NV>(gram, v + c * nv, dim, nv, gram_v + c * nv);
+    product<Real, NV, K>(gram, v, rank, dim, nv, gram_v);
     errors[a.steps] = count * error_of<Real, NV>(gap, gap_gram, u, v, gram_v, dim, rank, nv);
   }
 
@@ -499,8 +538,12 @@ int64_t finetune_sized(const FinetuneArguments& a, const LinearShape& shape, int
 template <typename Real, int NV>
 int64_t finetune_any_rank(const FinetuneArguments& a, const LinearShape& shape, int64_t training,
                           void* scratch) {
-  return shape.rank == 1 ? finetune_sized<Real, NV, 1>(a, shape, training, scratch)
-                         : finetune_sized<Real, NV, 0>(a, shape, training, scratch);
+  switch (shape.rank) {
+    case 1: return finetune_sized<Real, NV, 1>(a, shape, training, scratch);
+    case 2: return finetune_sized<Real, NV, 2>(a, shape, training, scratch);
+    case 3: return finetune_sized<Real, NV, 3>(a, shape, training, scratch);
+    default: return finetune_sized<Real, NV, 0>(a, shape, training, scratch);
+  }
 }
 
 // --------------------------------------------------------------------------- choice of the size
@@ -514,6 +557,7 @@ int64_t finetune_any_rank(const FinetuneArguments& a, const LinearShape& shape, 
       case 1: return kernel<Real, 1>(a, shape, training, scratch);                              \
       case 2: return kernel<Real, 2>(a, shape, training, scratch);                              \
       case 3: return kernel<Real, 3>(a, shape, training, scratch);                              \
+      case 5: return kernel<Real, 5>(a, shape, training, scratch);                              \
       default: return kernel<Real, 0>(a, shape, training, scratch);                             \
     }                                                                                           \
   }

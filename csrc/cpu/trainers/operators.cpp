@@ -16,6 +16,7 @@ namespace {
 
 const Kernels& kernels_for(const Tensor& tensor) {
   const bool in_double = tensor.scalar_type() == ScalarType::Double;
+  if (cpu::isa() >= cpu::Isa::avx512) return avx512_kernels(in_double);
   return cpu::isa() >= cpu::Isa::avx2 ? avx2_kernels(in_double) : portable_kernels(in_double);
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "simd.h"
-#if METALORA_VECTOR_BYTES == 32
+#if METALORA_VECTOR_BYTES > 16
 #include <immintrin.h>
 #endif
 
@@ -18,6 +18,14 @@ METALORA_INLINE Vector<Real> clamp(Vector<Real> v, Real limit) {
     return (Vector<Real>)_mm256_max_ps((__m256)low, _mm256_min_ps((__m256)high, (__m256)v));
   } else {
     return (Vector<Real>)_mm256_max_pd((__m256d)low, _mm256_min_pd((__m256d)high, (__m256d)v));
+  }
+#elif METALORA_VECTOR_BYTES == 64
+  if constexpr (sizeof(Real) == 4) {
+    const __m512 lower = _mm512_maskz_min_ps(0xffff, (__m512)high, (__m512)v);
+    return (Vector<Real>)_mm512_maskz_max_ps(0xffff, (__m512)low, lower);
+  } else {
+    const __m512d lower = _mm512_maskz_min_pd(0xff, (__m512d)high, (__m512d)v);
+    return (Vector<Real>)_mm512_maskz_max_pd(0xff, (__m512d)low, lower);
   }
 #else
   v = v > high ? high : v;

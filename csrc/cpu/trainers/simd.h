@@ -16,9 +16,9 @@ namespace metalora::METALORA_ISA {
 
 #define METALORA_INLINE inline __attribute__((always_inline))
 
-template <typename Real>
+template <typename Real, int kBytes = METALORA_VECTOR_BYTES>
 struct VectorOf {
-  typedef Real type __attribute__((vector_size(METALORA_VECTOR_BYTES), may_alias));
+  typedef Real type __attribute__((vector_size(kBytes), may_alias));
 };
 template <typename Real>
 using Vector = typename VectorOf<Real>::type;
@@ -31,14 +31,18 @@ METALORA_INLINE int64_t vectors_per_column(int64_t dim) {
   return (dim + kLanes<Real> - 1) / kLanes<Real>;
 }
 
-template <typename Real>
-METALORA_INLINE Real sum_lanes(const Vector<Real>& v) {
-  if constexpr (kLanes<Real> == 2) {
+// The sum of a vector's lanes, half onto half.
+template <typename Real, int kBytes = METALORA_VECTOR_BYTES>
+METALORA_INLINE Real sum_lanes(typename VectorOf<Real, kBytes>::type v) {
+  if constexpr (kBytes == 2 * sizeof(Real)) {
     return v[0] + v[1];
-  } else if constexpr (kLanes<Real> == 4) {
-    return (v[0] + v[2]) + (v[1] + v[3]);
   } else {
-    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+    using Half = typename VectorOf<Real, kBytes / 2>::type;
+    union {
+      typename VectorOf<Real, kBytes>::type whole;
+      Half half[2];
+    } parts = {v};
+    return sum_lanes<Real, kBytes / 2>(parts.half[0] + parts.half[1]);
   }
 }
 
@@ -47,6 +51,8 @@ template <typename Real>
 METALORA_INLINE Vector<Real> in_register(Vector<Real> v) {
 #if METALORA_VECTOR_BYTES == 32
   asm("" : "+x"(v));
+#elif METALORA_VECTOR_BYTES == 64
+  asm("" : "+v"(v));
 #endif
   return v;
 }

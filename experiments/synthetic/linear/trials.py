@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -29,8 +32,9 @@ def run_point(point: Point, settings: LinearSettings) -> dict[str, Tensor]:
         For every method the prediction error on the test task before the first and after every
         step of fine-tuning, [trials, finetune_steps + 1].
     """
-    with one_thread():
-        drawn = [Trial(point, settings, trial) for trial in range(settings.trials)]
+    threads = torch.get_num_threads()
+    with one_thread(), ThreadPoolExecutor(threads) as pool:  # each trial has a generator of its own
+        drawn = list(pool.map(partial(Trial, point, settings), range(settings.trials)))
     device = torch.device(settings.device)
     retrain_stats = SufficientStatistics.stack([t.retrain_stats for t in drawn]).to(device)
     test_stats = SufficientStatistics.stack([t.test_stats for t in drawn]).to(device)
