@@ -8,7 +8,6 @@
 #include "dropout.h"
 #include "merge_lora.h"
 #include "product.h"
-#include "small_product.h"
 
 namespace metalora::cpu {
 namespace {
@@ -298,9 +297,10 @@ Tensor small_forward(const LoraLayer& p, const std::optional<Tensor>& bias) {
   if (bias.has_value()) std::copy_n(data<T>(as_contiguous(*bias)), p.out, start.begin());
   parallel(static_cast<int64_t>(chunks.size()), rows_each(chunks) * p.in * p.out, [&](int64_t c) {
     const Chunk chunk = chunks[static_cast<size_t>(c)];
-    small_product(mutable_data<T>(y) + chunk.begin * p.out, data<T>(p.x) + chunk.begin * p.in,
-                  right.get() + chunk.task * p.in * stride, start.data(), chunk.end - chunk.begin,
-                  p.in, p.out);
+    small_kernels<T>().product(mutable_data<T>(y) + chunk.begin * p.out,
+                               data<T>(p.x) + chunk.begin * p.in,
+                               right.get() + chunk.task * p.in * stride, start.data(),
+                               chunk.end - chunk.begin, p.in, p.out);
   });
   return y;
 }
@@ -322,11 +322,12 @@ Gradients small_backward(const LoraLayer& p, const Tensor& grad_y, const Needs& 
     const int64_t rows = chunk.end - chunk.begin;
     const T* dy = data<T>(grad_y) + chunk.begin * p.out;
     if (need.x)
-      small_product(mutable_data<T>(gradients.x) + chunk.begin * p.in, dy,
-                    right.get() + chunk.task * p.out * stride, zero.data(), rows, p.out, p.in);
+      small_kernels<T>().product(mutable_data<T>(gradients.x) + chunk.begin * p.in, dy,
+                                 right.get() + chunk.task * p.out * stride, zero.data(), rows,
+                                 p.out, p.in);
     if (need_products)
-      small_outer(partial.get() + c * p.out * p.in, dy, data<T>(p.x) + chunk.begin * p.in, rows,
-                  p.out, p.in);
+      small_kernels<T>().outer(partial.get() + c * p.out * p.in, dy,
+                               data<T>(p.x) + chunk.begin * p.in, rows, p.out, p.in);
     if (need.bias) {
       double* chunk_bias = partial_bias.get() + c * p.out;
       std::fill_n(chunk_bias, p.out, 0.0);

@@ -21,7 +21,7 @@ ROUTES = ("auto", "weight", "token", "reference")
 # memory traffic is equal.
 _CPU_WEIGHT_FROM = 2.5
 _CUDA_WEIGHT_FROM = 2.0
-_SMALL = {torch.float32: 64, torch.float64: 32}  # kSmall of csrc/cpu/small_product.h
+_SMALL = {torch.float32: 64, torch.float64: 32}  # kSmall of csrc/cpu/kernels/kernels.h
 # Of a GPU's memory the weight route takes at most this part for the W_t and their gradients.
 _MEMORY_SHARE = 1 / 8
 

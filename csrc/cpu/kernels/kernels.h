@@ -112,6 +112,28 @@ struct AttentionKernels {
                    void* memory);
 };
 
+// Products with matrices so small that a call of the BLAS costs more than the product: up to
+// kSmall<Real> columns, a row of which stays in vector registers over the whole inner loop.
+template <typename Real>
+struct SmallKernels {
+  // y [rows, n] = x [rows, k] b [k, padded(n)] + c [padded(n)], for n <= kSmall<Real>.
+  void (*product)(Real* y, const Real* x, const Real* b, const Real* c, int64_t rows, int64_t k,
+                  int64_t n);
+  // p [m, n] = a [rows, m]ᵀ x [rows, n], for n <= kSmall<Real>.
+  void (*outer)(Real* p, const Real* a, const Real* x, int64_t rows, int64_t m, int64_t n);
+};
+
+// Eight vectors of 32 bytes: 64 floats or 32 doubles.
+template <typename Real>
+constexpr int64_t kSmall = 256 / sizeof(Real);
+
+// Columns after padding to whole vectors of 32 bytes.
+template <typename Real>
+constexpr int64_t padded(int64_t columns) {
+  constexpr int64_t lanes = 32 / sizeof(Real);
+  return (columns + lanes - 1) / lanes * lanes;
+}
+
 struct Kernels {
   LowRankKernels<float> low_rank_float;
   LowRankKernels<double> low_rank_double;
@@ -122,6 +144,8 @@ struct Kernels {
   SumKernels<Bfloat16> sums_bf16;
   VectorKernels<float> vectors_float;
   VectorKernels<double> vectors_double;
+  SmallKernels<float> small_float;
+  SmallKernels<double> small_double;
   AttentionKernels<float> attention_float;
   AttentionKernels<double> attention_double;
   AttentionKernels<Bfloat16> attention_bf16;
@@ -166,6 +190,14 @@ const AttentionKernels<Element>& attention_kernels() {
     return kernels().attention_float;
   else
     return kernels().attention_bf16;
+}
+
+template <typename Real>
+const SmallKernels<Real>& small_kernels() {
+  if constexpr (sizeof(Real) == 8)
+    return kernels().small_double;
+  else
+    return kernels().small_float;
 }
 
 inline void add_rows(double* sum, const float* source, int64_t stride, int64_t groups, int64_t n) {

@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "kept.h"
 #include "low_rank.h"
+#include "small_product.h"
 #include "sums.h"
 #ifdef METALORA_BF16_PRODUCTS
 #include "low_rank_bf16.h"
@@ -23,6 +24,8 @@ constexpr Kernels kTable = {
     {add<Bfloat16>, add_rows<Bfloat16>},
     {add_scaled<float>, dot_rows<float>},
     {add_scaled<double>, dot_rows<double>},
+    {small_product<float>, small_outer<float>},
+    {small_product<double>, small_outer<double>},
     {attention_forward<float>, attention_backward<float>},
     {attention_forward<double>, attention_backward<double>},
     {attention_forward<Bfloat16>, attention_backward<Bfloat16>},
