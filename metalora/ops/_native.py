@@ -71,17 +71,7 @@ def call(name: str, *arguments: Any) -> Any:
     if torch.compiler.is_compiling():
         return raw(name)(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return raw(name)._op(*arguments)  # without a Python frame of the OpOverload
-
-
-def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """``function.apply``, without its preparations for transforms of torch.func.
-
-    Native kernels are not used under these (see `usable`), and the preparations would take 6 µs.
-    """
-    if torch.compiler.is_compiling():
-        return function.apply(*arguments)
-    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+        return raw(name)(*arguments)
 
 
 def _fake_kernel(name: str, fake: Callable[[Any], Any]) -> Callable[..., Any]:

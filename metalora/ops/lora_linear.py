@@ -10,7 +10,6 @@ from torch import Tensor
 from metalora import reference
 from metalora._checks import SHORT, check_float, check_like, check_scaling, check_shape
 from metalora.ops._native import (
-    apply,
     autocast,
     autocasting,
     call,
@@ -125,7 +124,7 @@ def _run(
         _check_values(task_ptr, x.shape[0])
         return reference.lora_linear(*layer, scaling, dropout_p, seed)
     if route == "weight":  # on the CPU the raw operators check their arguments
-        return apply(_WeightRoute, *layer, scaling, tf32_allowed(x.dtype, x.is_cuda), keep_merged)
+        return _WeightRoute.apply(*layer, scaling, tf32_allowed(x.dtype, x.is_cuda), keep_merged)
     return _TokenRoute.apply(*layer, scaling, dropout_p, seed)
 
 
@@ -209,8 +208,6 @@ def _gradients(
         gradients = tuple(g.to(d) for g, d in zip(exact, dtypes, strict=True))
     else:
         gradients = call(name, grad_y, *layer, *settings, *needed)
-        if all(needed):
-            return *gradients, None, None, None, None
     return *where_needed(needed, gradients), None, None, None, None
 
 

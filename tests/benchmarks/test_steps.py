@@ -180,7 +180,8 @@ def test_versions_have_a_task_optimiser_or_torchs() -> None:
     assert not made[PEFT]().optimizer.param_groups[0]["fused"]  # type: ignore[union-attr]
 
 
-def test_the_faster_products_end_with_their_context() -> None:
+def test_the_faster_products_end_with_their_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metalora.meta.precision.exact_by_onednn", lambda: True)
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
     with products(FASTER):

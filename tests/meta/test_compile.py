@@ -109,7 +109,8 @@ CASES = [*((method, "fp32") for method in METHODS), ("lora-ml", "bf16")]
 @pytest.mark.parametrize(("method", "precision"), CASES)
 def test_compiles_twice_at_most_and_changes_nothing(method, precision, graphs):
     want, weights, got, compiled = train_both(method, rounds(collate=halves), precision=precision)
-    assert graphs() == 2, "one compilation for training, one for evaluation"
+    # One for training, one for evaluation. In bf16 layers have two routes, by the number of rows.
+    assert graphs() == 2 if precision == "fp32" else graphs() <= 4
     assert compiled.keys() == weights.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(compiled[name], weight, msg=name)

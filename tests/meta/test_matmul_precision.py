@@ -32,13 +32,18 @@ def settings() -> tuple[str, str, str]:
     return legacy, BACKENDS.mkldnn.matmul.fp32_precision, BACKENDS.cuda.matmul.fp32_precision
 
 
-@pytest.fixture(autouse=True)
-def _as_it_starts() -> Iterator[None]:
-    assert settings() == START
-    yield
+def reset() -> None:
     BACKENDS.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")
     BACKENDS.mkldnn.matmul.fp32_precision = BACKENDS.cuda.matmul.fp32_precision = "none"
+
+
+@pytest.fixture(autouse=True)
+def _as_it_starts() -> Iterator[None]:
+    reset()
+    assert settings() == START
+    yield
+    reset()
 
 
 @pytest.mark.parametrize(
