@@ -81,19 +81,19 @@ def _(x: Tensor, dropped: int) -> Tensor:
 
 
 class _Kept(torch.autograd.Function):
-    """x · mask · scale: products take a third of the time of torch.where, forward and backward."""
+    """x · mask · scale, in one pass: a third of the time of torch.where, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropped: int) -> Tensor:
         mask = keep_mask(x, dropped)
         ctx.save_for_backward(mask)
         ctx.scale = 2**16 / (2**16 - dropped)
-        return (x * mask).mul_(ctx.scale)
+        return torch.addcmul(x.new_zeros(()), x, mask, value=ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
-        return (grad * mask).mul_(ctx.scale), None
+        return torch.addcmul(grad.new_zeros(()), grad, mask, value=ctx.scale), None
 
 
 class MLP(nn.Sequential):
