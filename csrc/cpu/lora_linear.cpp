@@ -1,7 +1,7 @@
 // The multi-task LoRA linear layer, by two routes between which metalora/ops/route.py chooses.
 // Token route: one product with W for all rows, and the LoRA branch row by row beside it, of which
-// only `shrunk` is kept for backward. Weight route: each task's W_t = W + s B_t A_t is formed in
-// turn and used as a plain weight.
+// `shrunk` is kept for backward, and a bit for each element that dropout keeps. Weight route: each
+// task's W_t = W + s B_t A_t is formed in turn and used as a plain weight.
 #include "../operators/lora_linear.h"
 
 #include "aten.h"
