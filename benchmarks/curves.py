@@ -94,7 +94,7 @@ def mixer(settings: Settings) -> Train:
 
     def train(precision: str, seed: int) -> list[float]:
         losses = Losses()
-        rounds = trials.loader(trials.retraining, IMAGES, seed=seed)
+        rounds = trials.loader(trials.retraining, IMAGES, seed=seed, max_rounds=settings.steps)
         epochs = -(-settings.steps // len(rounds))
         config = TrainConfig(epochs, IMAGE_RATE, 1e-5, precision=precision, seed=seed)
         lora_ml(trials.new_model(seed), rounds, config, trials.lora(None), callbacks=[losses])
