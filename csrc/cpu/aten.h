@@ -100,6 +100,22 @@ std::unique_ptr<T[]> scratch(int64_t n) {
   return std::unique_ptr<T[]>(new T[n]);
 }
 
+// Uninitialised memory for n elements that begins at a cache line, as vectors of 64 bytes want it.
+template <typename T>
+class AlignedScratch {
+ public:
+  explicit AlignedScratch(int64_t n) : memory_(scratch<T>(n + kLine)) {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    begin_ = memory_.get() + (-address % 64) / sizeof(T);
+  }
+  T* get() const { return begin_; }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(T);
+  std::unique_ptr<T[]> memory_;
+  T* begin_;
+};
+
 // scale · values [n].
 template <typename T>
 std::unique_ptr<T[]> scaled_copy(const T* values, T scale, int64_t n) {

@@ -1,8 +1,6 @@
 // Dropout of rows: which elements are kept depends on a seed and their index alone.
 #pragma once
 
-#include <algorithm>
-
 #include "../philox.h"
 #include "kernels/kernels.h"
 

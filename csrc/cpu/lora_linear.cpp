@@ -144,7 +144,7 @@ void token_backward(const LoraLayer& p, const Gradients& gradients, const Elemen
 
 // Calls body(t, W_t in the dtype of x) for every task that has rows, one after the other; W_t comes
 // from `merged` [T, out, in] where that is given.
-template <typename T, typename Body>
+template <typename Body>
 void for_each_merged(const LoraLayer& p, const std::optional<Tensor>& merged, const Body& body) {
   const ScalarType dtype = p.x.scalar_type();
   const ScalarType made = dtype == ScalarType::BFloat16 ? dtype : p.weight.scalar_type();
@@ -170,7 +170,7 @@ template <typename T>
 Tensor weight_forward(const LoraLayer& p, const std::optional<Tensor>& bias,
                       const std::optional<Tensor>& merged) {
   const Tensor y = empty({p.rows, p.out}, p.x.scalar_type());
-  for_each_merged<T>(p, merged, [&](int64_t t, const Tensor& W) {
+  for_each_merged(p, merged, [&](int64_t t, const Tensor& W) {
     linear_out(p.rows_of(y, t), p.rows_of(p.x, t), W, bias);
   });
   return y;
@@ -202,7 +202,7 @@ Gradients weight_backward(const LoraLayer& p, const Tensor& grad_y,
                           const std::optional<Tensor>& merged, const Needs& need) {
   Gradients gradients = empty_gradients(p, {need.x, need.weight, false, need.A, need.B});
   if (need.x)
-    for_each_merged<T>(p, merged, [&](int64_t t, const Tensor& W) {
+    for_each_merged(p, merged, [&](int64_t t, const Tensor& W) {
       mm_out(p.rows_of(gradients.x, t), p.rows_of(grad_y, t), W);
     });
   if (need.weight || need.A || need.B) {
@@ -243,22 +243,6 @@ std::unique_ptr<T[]> padded_rows(const T* matrix, int64_t rows, int64_t columns)
     std::copy_n(matrix + i * columns, columns, result.get() + i * stride);
   return result;
 }
-
-// Uninitialised memory for n elements that begins at a cache line, as vectors of 64 bytes want it.
-template <typename T>
-class AlignedScratch {
- public:
-  explicit AlignedScratch(int64_t n) : memory_(scratch<T>(n + kLine)) {
-    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
-    begin_ = memory_.get() + (-address % 64) / sizeof(T);
-  }
-  T* get() const { return begin_; }
-
- private:
-  static constexpr int64_t kLine = 64 / sizeof(T);
-  std::unique_ptr<T[]> memory_;
-  T* begin_;
-};
 
 // merged [T, rows, padded(columns)] = matrix [rows, columns] + scaling · left_t right_t, for every
 // task: left_t [rows, r] with the given strides, right_t [r, columns].

@@ -31,11 +31,9 @@ void each_head(const PackedShape& p, const Tensor& ends, double scale, double dr
                      shape.tokens);
       kept = {bits.get(), stride};
     }
-    constexpr int64_t line = 64;  // of the cache, and of the longest vectors
-    const auto memory = scratch<uint8_t>(attention_bytes(shape.tokens, shape.d) + line);
-    const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory.get()) % line);
+    const AlignedScratch<uint8_t> memory(attention_bytes(shape.tokens, shape.d));
     const int64_t row = first * p.heads + head;
-    run(row * p.d, row, shape, kept, memory.get() + (line - past));
+    run(row * p.d, row, shape, kept, memory.get());
   };
   parallel(p.sequences * p.heads, products * p.longest * p.longest * p.d, body);
 }
