@@ -42,9 +42,10 @@ class TrainConfig:
         step_per: one optimiser step per "round" of all tasks, the PEFT-ML objective, or per "task".
         seed: with the epoch's number, determines all random numbers.
         compile: whether ``torch.compile`` compiles the model for the training, once for training
-            and once for evaluation, whatever the sizes of the batches and the tasks in them. Needs
-            a C++ compiler, on a GPU triton. Results are those without up to rounding, but dropout
-            draws other random numbers.
+            and once for evaluation, whatever the sizes of the batches and the tasks in them, and
+            again only where a layer has so few or so many rows that its route changes (see
+            `metalora.ops.lora_linear_route`). Needs a C++ compiler, on a GPU triton. Results are
+            those without up to rounding, but dropout draws other random numbers.
 
     Raises:
         TypeError: if a field has a wrong type.
