@@ -150,6 +150,7 @@ def _case(
 
 _MAIN = (*PLAINS, AUTHORS, PEFT, AT_ONCE, *INGREDIENTS)
 _LARGE = (*PLAINS, AUTHORS, *INGREDIENTS)
+_LARGEST = (PLAINS[0], PLAINS[2], AUTHORS, FUSED, "+ bf16")  # all are in memory at once
 CASES = (
     _case(
         "mixer",
@@ -175,7 +176,7 @@ CASES = (
         partial(equal_lengths, 0.0),
         *_MAIN,
         PACKED,
-        *MERGED_VERSIONS,
+        *(MERGED, in_precision(MERGED, "bf16")),
         samples=2,
     ),
     _case(
@@ -198,13 +199,13 @@ CASES = (
         "roberta",
         "RoBERTa-base's size, 4 tasks of 2 sequences like ConvAI2's, r 8, dropout 0.1",
         partial(dialogues, "roberta-base-size", 4, 2),
-        *_LARGE,
+        *_LARGEST,
     ),
     _case(
         "roberta-t10",
         "RoBERTa-base's size, 10 tasks of 1 sequence like ConvAI2's, r 8, dropout 0.1",
         partial(dialogues, "roberta-base-size", 10, 1),
-        *_LARGE,
+        *_LARGEST,
     ),
     _case(
         "ragged",

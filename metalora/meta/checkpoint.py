@@ -18,7 +18,8 @@ from metalora._files import read_tensors, remove_partials, replacing, safetensor
 from metalora._warn import warn_user
 from metalora.adapters import adapted_layers, task_parameters
 from metalora.meta.identity import digest_of_tensors, identity_of, shapes_of
-from metalora.meta.task_optimizer import TASKS_WITH_STATE, TaskOptimizer
+from metalora.meta.stacked_steps import TASKS_WITH_STATE
+from metalora.meta.task_optimizer import TaskOptimizer
 from metalora.meta.training import Callback, Training
 
 _FORMAT = "metalora training 2"

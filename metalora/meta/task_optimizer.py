@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from metalora._checks import check_module, check_nonnegative
 from metalora.adapters import adapted_layers
 from metalora.meta.identity import qualified_name
-from metalora.meta.optimizer import NAMED, can_fuse
+from metalora.meta.optimizer import can_fuse
+from metalora.meta.stacked_steps import KINDS, TASKS_WITH_STATE, StackedState, step_tasks
 from metalora.nn import SeenTasks
 
 # These step each number by itself, so that a stacked parameter may be stepped whole.
@@ -23,7 +24,6 @@ _ELEMENTWISE = (
     optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, optim.RMSprop,
     optim.Adagrad, optim.Adadelta, optim.Rprop, optim.ASGD,
 )  # fmt: skip
-TASKS_WITH_STATE = "tasks_with_state"  # bool [T], in the state of a parameter whose tasks are apart
 
 
 class TaskOptimizer(Optimizer):
@@ -58,8 +58,10 @@ class TaskOptimizer(Optimizer):
         adapter_lr: learning rate of adapters and heads; None means that of the shared parameters.
         adapter_weight_decay: their weight decay; None means that of the shared parameters.
         options: what ``optimizer`` takes beside the parameters, such as ``lr``. SGD, Adam and
-            AdamW are fused unless ``fused`` or ``foreach`` is given, as slices are many and small.
-            SGD with momentum is not: torch can fuse it only if all begin in the same step.
+            AdamW are fused unless ``fused`` or ``foreach`` is given, and step the tasks present
+            from stacked values, which takes little more than a step of all; others step slices.
+            Until a task is absent SGD with momentum is not fused: torch can fuse it only if all
+            begin in the same step.
 
     Raises:
         TypeError: if ``optimizer`` is no class of optimisers, or does not take ``options``.
@@ -85,10 +87,14 @@ class TaskOptimizer(Optimizer):
         shared = [p for p in trainable if p not in self._seen]
         if not trainable:
             raise ValueError("TaskOptimizer: the model has no trainable parameters; it is frozen")
-        if optimizer in NAMED.values():
-            options = {"fused": _fuses(options) and can_fuse(trainable), **options}
+        self._fused = optimizer in KINDS and _fuses(options) and can_fuse(trainable)
+        if optimizer in KINDS:
+            options = {"fused": self._fused and not options.get("momentum"), **options}
         self._whole = optimizer in _ELEMENTWISE
-        # What is stepped for each parameter [T, ...]: itself, or the slices of its tasks.
+        # The parameters that `step_tasks` steps, as their tasks are apart and it can.
+        self._stacked: dict[Tensor, StackedState] = {}
+        # What the wrapped optimiser steps for each parameter [T, ...]: itself, or the slices of its
+        # tasks; nothing of those above.
         self._leaves: dict[Tensor, list[Tensor]] = {
             p: [p] if self._whole else _slices(p) for p in own
         }
@@ -126,7 +132,7 @@ class TaskOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        apart = self._give_gradients()
+        slices, stacked = self._give_gradients()
         self._give_groups()
         # What a GradScaler sets on fused optimisers, whose kernels unscale, and skip the step.
         scaling = {k: getattr(self, k) for k in ("grad_scale", "found_inf") if hasattr(self, k)}
@@ -134,7 +140,11 @@ class TaskOptimizer(Optimizer):
         self.inner.step()
         for name in scaling:
             delattr(self.inner, name)
-        for leaf in apart:
+        for group in self.param_groups:
+            tasks = {self._stacked[p]: stacked[p] for p in group["params"] if p in stacked}
+            if tasks:
+                step_tasks(type(self.inner), group, tasks, **scaling)
+        for leaf in slices:
             leaf.grad = None  # shares the memory of a gradient that zero_grad frees
         for seen in self._recorders():
             seen.step()
@@ -178,6 +188,7 @@ class TaskOptimizer(Optimizer):
             states = [self.inner.state.get(leaf, {}) for leaf in leaves]
             if any(states):
                 found[parameter] = states[0] if leaves[0] is parameter else _stack(states)
+        found.update({p: dict(s.values) for p, s in self._stacked.items() if s.values})
         return found
 
     @state.setter
@@ -198,10 +209,16 @@ class TaskOptimizer(Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             saved = before(self, saved) or saved
         self._check_fits(saved)
+        self._stacked.clear()
         for number, parameter in enumerate(self._parameters()):
             if parameter in self._leaves:
-                apart = not self._whole or TASKS_WITH_STATE in saved["state"].get(number, {})
-                self._leaves[parameter] = _slices(parameter) if apart else [parameter]
+                values = saved["state"].get(number, {})
+                apart = not self._whole or TASKS_WITH_STATE in values
+                self._leaves[parameter] = [parameter]
+                if apart and self._can_stack(parameter):
+                    self._keep_stacked(parameter, deepcopy(values))
+                elif apart:
+                    self._leaves[parameter] = _slices(parameter)
         for group, new in zip(self.param_groups, deepcopy(saved["param_groups"]), strict=True):
             group.update({k: v for k, v in new.items() if k != "params"})
         self.inner.state.clear()
@@ -211,6 +228,8 @@ class TaskOptimizer(Optimizer):
         first = 0  # number of the first leaf
         for number, parameter in enumerate(self._parameters()):
             values = saved["state"].get(number, {})
+            if parameter in self._stacked:
+                continue
             if TASKS_WITH_STATE in values:
                 for task, has_state in enumerate(values[TASKS_WITH_STATE].tolist()):
                     if has_state:
@@ -287,8 +306,12 @@ class TaskOptimizer(Optimizer):
         for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update({**group, "params": self._flat(group)})
 
-    def _give_gradients(self) -> list[Tensor]:
-        """Gives the slices of the tasks present their gradients; returns all slices."""
+    def _give_gradients(self) -> tuple[list[Tensor], dict[Tensor, list[int]]]:
+        """Gives the slices of the tasks present their gradients.
+
+        Returns:
+            All slices; and of the stacked parameters that have gradients, the tasks present.
+        """
         if sum(p in self._leaves for p in self._parameters()) != len(self._leaves):
             raise RuntimeError(
                 "TaskOptimizer.step: param_groups hold other adapters than the model's; what "
@@ -296,13 +319,17 @@ class TaskOptimizer(Optimizer):
             )
         present = _present(self._recorders(), next(iter(self._seen)).device)
         slices: list[Tensor] = []
-        for parameter, leaves in self._leaves.items():
+        stacked: dict[Tensor, list[int]] = {}
+        for parameter in self._leaves:
             if parameter.grad is not None:
                 tasks = self._tasks(parameter, present)
-                if leaves[0] is parameter and len(tasks) < len(parameter):
-                    leaves = self._take_apart(parameter)
-            if leaves[0] is parameter:
+                if self._is_whole(parameter) and len(tasks) < len(parameter):
+                    self._take_apart(parameter)
+                if parameter in self._stacked:
+                    stacked[parameter] = list(tasks)
+            if parameter in self._stacked or self._is_whole(parameter):
                 continue
+            leaves = self._leaves[parameter]
             slices += leaves
             if leaves[0].data_ptr() != parameter.data_ptr():  # as after model.to(device)
                 for leaf, part in zip(leaves, parameter.detach().unbind(), strict=True):
@@ -310,7 +337,11 @@ class TaskOptimizer(Optimizer):
             if parameter.grad is not None:
                 for task, (leaf, grad) in enumerate(zip(leaves, parameter.grad, strict=True)):
                     leaf.grad = grad if task in tasks else None
-        return slices
+        return slices, stacked
+
+    def _is_whole(self, parameter: Tensor) -> bool:
+        """Whether the wrapped optimiser steps it as one."""
+        return any(leaf is parameter for leaf in self._leaves[parameter])
 
     def _tasks(
         self, parameter: Tensor, present: Mapping[SeenTasks, frozenset[int] | None]
@@ -328,16 +359,24 @@ class TaskOptimizer(Optimizer):
             )
         return frozenset().union(*known)
 
-    def _take_apart(self, parameter: Tensor) -> list[Tensor]:
+    def _take_apart(self, parameter: Tensor) -> None:
         """From now on steps a parameter task by task, each with its part of the state."""
-        slices = self._leaves[parameter] = _slices(parameter)
         state = self.inner.state.pop(parameter, {})
+        if self._can_stack(parameter):
+            self._keep_stacked(parameter, state)
+            return
+        slices = self._leaves[parameter] = _slices(parameter)
         for task, leaf in enumerate(slices):
             if state:
                 self.inner.state[leaf] = {
                     key: _part(value, task, parameter.shape) for key, value in state.items()
                 }
-        return slices
+
+    def _can_stack(self, parameter: Tensor) -> bool:
+        return self._fused and parameter.is_contiguous()
+
+    def _keep_stacked(self, parameter: Tensor, state: dict[str, Any]) -> None:
+        self._leaves[parameter], self._stacked[parameter] = [], StackedState(parameter, state)
 
 
 def _named(optimizer: Any) -> str:
@@ -367,9 +406,9 @@ def _check_class(optimizer: Any, options: dict[str, Any]) -> None:
 
 def _fuses(options: dict[str, Any]) -> bool:
     """Whether SGD, Adam or AdamW is fused with these options, if they do not say so themselves."""
-    if "foreach" in options or options.get("differentiable"):
+    if "foreach" in options or options.get("differentiable") or options.get("capturable"):
         return False
-    return not isinstance(options.get("lr"), Tensor) and not options.get("momentum")
+    return options.get("fused", True) and not isinstance(options.get("lr"), Tensor)
 
 
 def _check_settable(name: str, optimizer: type, inner: Optimizer, own: list[nn.Parameter]) -> None:
