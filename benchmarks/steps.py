@@ -58,9 +58,9 @@ MERGED_VERSIONS = tuple(
     for precision in ("fp32", "bf16")
     for how in ("", ", compiled")
 )
-INGREDIENTS = (FUSED, f"+ {FASTER}", "+ bf16", COMPILED)
+INGREDIENTS = (FUSED, f"+ {FASTER}", "+ bf16")
 OTHERS = (AUTHORS, in_precision(AUTHORS, "bf16"), PEFT, TO_THE_BATCH)
-VERSIONS = (*PLAINS, *OTHERS, *MERGED_VERSIONS, AT_ONCE, SORTED, PACKED, *INGREDIENTS)
+VERSIONS = (*PLAINS, *OTHERS, *MERGED_VERSIONS, AT_ONCE, SORTED, PACKED, *INGREDIENTS, COMPILED)
 PROFILED = (PLAINS[0], PLAINS[2], FUSED, "+ bf16")
 
 
@@ -157,6 +157,7 @@ CASES = (
         "MLP-Mixer, 4 tasks of 256 images, r 1",
         mixer,
         *_MAIN,
+        COMPILED,
         *MERGED_VERSIONS,
         profiled=PROFILED,
         samples=2,
@@ -166,7 +167,7 @@ CASES = (
         "MiniLM's size, 4 tasks of 20 sequences of 48 tokens, r 8, dropout 0.1",
         partial(equal_lengths, DROPOUT),
         *_MAIN,
-        PACKED,
+        *(PACKED, COMPILED),
         profiled=PROFILED,
         samples=2,
     ),
@@ -174,9 +175,8 @@ CASES = (
         "minilm-p0",
         "MiniLM's size, 4 tasks of 20 sequences of 48 tokens, r 8, no dropout in LoRA",
         partial(equal_lengths, 0.0),
-        *_MAIN,
-        PACKED,
-        *(MERGED, in_precision(MERGED, "bf16")),
+        *_LARGE,
+        *(MERGED, in_precision(MERGED, "bf16"), AT_ONCE, PACKED),
         samples=2,
     ),
     _case(
@@ -187,7 +187,6 @@ CASES = (
         *OTHERS,
         SORTED,
         PACKED,
-        samples=2,
     ),
     _case(
         "dialogues-t10",

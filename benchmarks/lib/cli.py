@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,3 +54,16 @@ def repeat(module: str, argv: Sequence[str] | None) -> str:
         at = kept.index("--write")
         kept[at : at + 2] = ["--write", "benchmarks/results"]
     return shlex.join([*program(module).split(), *kept])
+
+
+def with_lists(command: str, lists: Mapping[str, Sequence[str]]) -> str:
+    """A command with other values of some options, and without ``--resume``."""
+    kept, leave_out = [], False
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            leave_out = word.partition("=")[0].removeprefix("--") in ("resume", *lists)
+        if not leave_out:
+            kept.append(word)
+    for name, values in lists.items():
+        kept += [f"--{name}", *values]
+    return shlex.join(kept)

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from benchmarks.lib.cases import (
     Options,
     Precision,
 )
-from benchmarks.lib.cli import BenchmarkSettings, program, repeat
+from benchmarks.lib.cli import BenchmarkSettings, program, repeat, with_lists
 from benchmarks.lib.gate import GateError
 from benchmarks.lib.measure import Budget, CpuClock, side_by_side
 from benchmarks.lib.profile import HEADER, profile
@@ -98,40 +98,68 @@ def measure(
     budget: Budget | None = None,
     resume: bool = False,
 ) -> list[dict[str, Any]]:
-    """Measures all cases, and writes a .json file after each and the .md of tables at the end."""
+    """Measures all cases, and writes a .json file after each and the .md of tables at the end.
+
+    With ``resume`` the file's other cases stay in it, a case that is measured again has its earlier
+    versions too, and the command that is written names all of them.
+    """
     here, budget = machine(options.device), budget or Budget()
     title = f"{benchmark.title} on {'the CPU' if options.device == 'cpu' else 'a GPU'}"
     title += ", shared weights frozen" * options.frozen + ", tiny sizes" * settings.smoke
-    record = {"title": title, "command": command, "floor": benchmark.floor, "machine": here}
+    record: dict[str, Any] = {"title": title, "command": command, "floor": benchmark.floor}
+    record |= {"machine": here, "rows": []}
     folder, name = settings.write, settings.name or f"{benchmark.name}_{options.device}"
     path = None if folder is None else folder / f"{name}.json"
     known: dict[Any, Any] = {}
     if resume and path is not None and path.exists():
         known = {(r["case"], r["precision"], r["frozen"]): r for r in _earlier(path, here)}
-    records = []
+    records = {key: found for key, found in known.items() if key[-1] == options.frozen}
     for precision in precisions:
         for case in cases:
             key = _key(case, precision, options)
             found = known.get(tuple(key.values()))
-            names = case.offered(options.names)
+            earlier = () if found is None else found["rows"]
+            names = case.offered(tuple(dict.fromkeys([*options.names, *earlier])))
             if found is not None and not _complete(found, names):
                 found = None
             if found is None and budget.allows(NEEDED[""]):
                 print(f"{case.name}, {precision.name}", file=sys.stderr, flush=True)
-                found = measure_case(benchmark, case, precision, options, budget)
+                asked = replace(options, names=names)
+                found = measure_case(benchmark, case, precision, asked, budget)
                 gc.collect()
                 if options.device == "cuda":
                     torch.cuda.empty_cache()
             elif found is None:
                 found = {**key, "rows": {n: {"status": LEFT_OUT} for n in names}}
-            records.append(found)
+            records[tuple(key.values())] = found
+            record["rows"] = _in_order(benchmark, records.values())
+            if known:
+                record["command"] = with_lists(command, _lists(benchmark, record["rows"]))
             if path is not None:
-                write_json(path, {**record, "rows": records})
-    text = benchmark.page({**record, "rows": records})
+                write_json(path, record)
+    text = benchmark.page(record)
     print(text)
     if folder is not None:
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    return records
+    return record["rows"]
+
+
+def _in_order(benchmark: Benchmark, records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By precision and, within each, in the order of the benchmark's cases; others come last."""
+    places = {case.name: i for i, case in enumerate(benchmark.cases)}
+    order = list(PRECISIONS)
+    return sorted(
+        records, key=lambda r: (order.index(r["precision"]), places.get(r["case"], len(places)))
+    )
+
+
+def _lists(benchmark: Benchmark, records: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """The options that select all that is in some records."""
+    lists = {"cases": [r["case"] for r in records]}
+    if not benchmark.own_precisions:
+        lists["precisions"] = [r["precision"] for r in records]
+    lists["baselines"] = [name for r in records for name in r["rows"]]
+    return {option: list(dict.fromkeys(values)) for option, values in lists.items()}
 
 
 def _earlier(path: Path, here: dict[str, str]) -> list[dict[str, Any]]:

@@ -10,15 +10,11 @@ import matplotlib.pyplot as plt
 
 from benchmarks.lib.step_parts import PARTS
 from benchmarks.lib.step_versions import (
-    AT_ONCE,
     AUTHORS,
-    COMPILED,
     FUSED,
     MERGED,
-    PACKED,
     PEFT,
     PLAIN,
-    SORTED,
     TO_THE_BATCH,
     in_precision,
 )
@@ -34,17 +30,13 @@ NAMES = {
     AUTHORS: "authors' schedule",
     PEFT: "PEFT, set_adapter",
     TO_THE_BATCH: "authors', padded to the batch",
+    in_precision(AUTHORS, "bf16"): "authors' schedule, bf16",
     MERGED: "merged weights",
-    f"{MERGED}, compiled": "merged weights, compiled",
-    f"{MERGED}, bf16": "merged weights, bf16",
-    f"{MERGED}, bf16, compiled": "merged weights, bf16, compiled",
-    AT_ONCE: "metalora: all tasks at once",
-    SORTED: "+ sorted by length",
-    PACKED: "+ packed",
-    FUSED: "+ fused optimiser",
-    f"+ {FASTER}": "+ faster fp32 products",
-    "+ bf16": "+ bf16",
-    COMPILED: "+ torch.compile",
+    in_precision(MERGED, "bf16"): "merged weights, bf16",
+    f"{in_precision(MERGED, 'bf16')}, compiled": "merged weights, bf16, compiled",
+    FUSED: "metalora",
+    f"+ {FASTER}": "metalora, faster fp32 products",
+    "+ bf16": "metalora, bf16",
     in_precision(PLAIN, "bf16"): "no adapters at all, bf16",
 }
 LIGHT = "#9ecae1"
@@ -123,7 +115,7 @@ def _rates(cases: Sequence[Mapping[str, Any]]) -> Figure:
 def _color(name: str) -> str:
     if name.startswith(PLAIN):
         return LIGHT
-    return plotting.BLUE if name.startswith(("metalora", "+")) else "#999999"
+    return plotting.BLUE if name.startswith("+") else "#999999"
 
 
 def _parts(bars: Sequence[tuple[Mapping[str, Any], str, Mapping[str, Any]]]) -> Figure:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -173,14 +174,20 @@ def test_what_is_wrong_is_listed_and_not_timed(monkeypatch: pytest.MonkeyPatch) 
     assert record["route"] == "token"
 
 
-def measured(folder: Path, seconds: float = 1e9, **changes: Any) -> list[dict[str, Any]]:
+def measured(
+    folder: Path,
+    seconds: float = 1e9,
+    cases: Sequence[LayerCase] = (EQUAL, RAGGED),
+    names: Sequence[str] = ("metalora", "loop"),
+    **changes: Any,
+) -> list[dict[str, Any]]:
     return operators.measure(
         BENCHMARK,
-        [EQUAL, RAGGED],
+        cases,
         [PRECISIONS["fp32"]],
-        quick("metalora", "loop"),
+        quick(*names),
         BenchmarkSettings(write=folder, name="table"),
-        command="python -m this",
+        command="python -m this --resume --cases other --threads 1",
         budget=Budget(seconds),
         **changes,
     )
@@ -220,6 +227,20 @@ def test_tables_and_resuming(
     (tmp_path / "table.json").write_text(json.dumps(record))
     with pytest.raises(RunError, match="another machine"):
         measured(tmp_path, resume=True)
+
+
+def test_resuming_keeps_other_cases_and_repeats_all_of_them(tmp_path: Path) -> None:
+    (first,) = measured(tmp_path, cases=[EQUAL], names=["metalora"])
+    more = measured(tmp_path, cases=[RAGGED], names=["loop"], resume=True)
+    assert [one["case"] for one in more] == [EQUAL.name, RAGGED.name]
+    assert more[0] == json.loads(json.dumps(first)) and set(more[1]["rows"]) == {"dense", "loop"}
+    (*_, command) = (tmp_path / "table.md").read_text().strip().splitlines()
+    assert shlex.split(command) == [
+        *("python", "-m", "this", "--threads", "1", "--cases", EQUAL.name, RAGGED.name),
+        *("--precisions", "fp32", "--baselines", "dense", "metalora", "loop"),
+    ]
+    again = measured(tmp_path, cases=[EQUAL], names=["loop"], resume=True)
+    assert set(again[0]["rows"]) == {"dense", "metalora", "loop"} and again[1] == more[1]
 
 
 def test_the_figure_has_every_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
