@@ -124,7 +124,7 @@ def measure(
                 found = None
             if found is None and budget.allows(NEEDED[""]):
                 print(f"{case.name}, {precision.name}", file=sys.stderr, flush=True)
-                asked = replace(options, names=names)
+                asked = replace(options, names=tuple(names))
                 found = measure_case(benchmark, case, precision, asked, budget)
                 gc.collect()
                 if options.device == "cuda":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -145,7 +145,9 @@ def _no_backward(ctx: Any, *grads: Tensor) -> None:
 
 
 def where_needed(
-    needed: tuple[bool, ...], gradients: tuple[Tensor | None, ...]
-) -> list[Tensor | None]:
+    needed: tuple[bool, ...], gradients: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
     """The gradients that autograd asked for, of all that a raw operator returns."""
+    if all(needed):
+        return gradients
     return [g if n else None for n, g in zip(needed, gradients, strict=True)]

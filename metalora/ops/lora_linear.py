@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from metalora.ops._native import (
     where_needed,
 )
 from metalora.ops.dropout import check_probability, seed_tensor
-from metalora.ops.route import ROUTE_OF, check_route, decide, memory_of
+from metalora.ops.route import ROUTE_OF, check_route, decide, memory_of, takes_small_kernels
 
 # x, weight, bias, lora_A, lora_B, task_ptr
 _Layer = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]
@@ -75,6 +76,9 @@ def lora_linear(
     """
     layer = (x, weight, bias, lora_A, lora_B, task_ptr)
     try:
+        if route == "auto" and dropout_p == 0 and takes_small_kernels(x, weight, task_ptr):
+            scaling = check_scaling("lora_linear", scaling)
+            return _WeightRoute.apply(*layer, scaling, False, keep_merged)
         return _run(layer, scaling, dropout_p, seed, route, keep_merged)
     except Exception:
         # The raw operator checks its arguments as well: the slow Python checks run only after a
@@ -146,25 +150,36 @@ def _capturing() -> bool:
 
 class _WeightRoute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x, weight, bias, lora_A, lora_B, task_ptr, scaling, tf32, keep_merged = arguments
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        task_ptr: Tensor,
+        scaling: float,
+        tf32: bool,
+        keep_merged: bool,
+    ) -> Any:
         merged = None
         if keep_merged:
             merged = call("merge_lora", weight, lora_A, lora_B, scaling, x.dtype, tf32)
         ctx.save_for_backward(x, weight, lora_A, lora_B, task_ptr, merged)
-        ctx.scaling, ctx.tf32 = scaling, tf32
-        arguments = (x, weight, bias, lora_A, lora_B, task_ptr, scaling, merged, tf32)
-        return call("lora_linear_weight", *arguments)
+        ctx.settings = scaling, tf32
+        layer = x, weight, bias, lora_A, lora_B, task_ptr
+        return call("lora_linear_weight", *layer, scaling, merged, tf32)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
-        *layer, merged = ctx.saved_tensors
-        return _gradients(
-            "lora_linear_weight_backward",
-            *(ctx.needs_input_grad, grad_y, layer),
-            (ctx.scaling, merged, ctx.tf32),
-            (ctx.scaling,),
-        )
+        x, weight, lora_A, lora_B, task_ptr, merged = ctx.saved_tensors
+        scaling, tf32 = ctx.settings
+        layer, needed = (x, weight, lora_A, lora_B, task_ptr), ctx.needs_input_grad[:5]
+        if torch.is_grad_enabled():
+            return _exact(needed, grad_y, layer, scaling)
+        name = "lora_linear_weight_backward"
+        found = call(name, grad_y, *layer, scaling, merged, tf32, *needed)
+        return *where_needed(needed, found), None, None, None, None
 
 
 class _TokenRoute(torch.autograd.Function):
@@ -179,35 +194,24 @@ class _TokenRoute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         *layer, shrunk, kept, seed = ctx.saved_tensors
-        settings = (ctx.scaling, ctx.dropout_p, seed)
-        return _gradients(
-            "lora_linear_token_backward",
-            *(ctx.needs_input_grad, grad_y, layer),
-            (shrunk, kept, *settings),
-            settings,
-        )
+        settings, needed = (ctx.scaling, ctx.dropout_p, seed), ctx.needs_input_grad[:5]
+        if torch.is_grad_enabled():
+            return _exact(needed, grad_y, layer, *settings)
+        found = call("lora_linear_token_backward", grad_y, *layer, shrunk, kept, *settings, *needed)
+        return *where_needed(needed, found), None, None, None, None
 
 
-def _gradients(
-    name: str,
-    needs_input_grad: tuple[bool, ...],
-    grad_y: Tensor,
-    layer: list[Tensor],  # all but the bias
-    settings: tuple[Any, ...],  # of the raw operator
-    reference_settings: tuple[Any, ...],
+def _exact(
+    needed: tuple[bool, ...], grad_y: Tensor, layer: Sequence[Tensor], *settings: Any
 ) -> tuple[Tensor | None, ...]:
-    """What backward returns: None for all inputs but the first five."""
-    needed = needs_input_grad[:5]
-    if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated
-        x, weight, lora_A, lora_B, task_ptr = layer
-        wide = weight.dtype  # at least as wide as that of x
-        exact = reference.lora_linear_backward(
-            *(grad_y.to(wide), x.to(wide), weight, lora_A, lora_B, task_ptr), *reference_settings
-        )
-        dtypes = (x.dtype, wide, grad_y.dtype, wide, wide)
-        gradients = tuple(g.to(d) for g, d in zip(exact, dtypes, strict=True))
-    else:
-        gradients = call(name, grad_y, *layer, *settings, *needed)
+    """What backward returns with create_graph=True: gradients that can be differentiated."""
+    x, weight, lora_A, lora_B, task_ptr = layer
+    wide = weight.dtype  # at least as wide as that of x
+    exact = reference.lora_linear_backward(
+        *(grad_y.to(wide), x.to(wide), weight, lora_A, lora_B, task_ptr), *settings
+    )
+    dtypes = (x.dtype, wide, grad_y.dtype, wide, wide)
+    gradients = tuple(g.to(d) for g, d in zip(exact, dtypes, strict=True))
     return *where_needed(needed, gradients), None, None, None, None
 
 

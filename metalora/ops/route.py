@@ -148,6 +148,17 @@ def decide(
     return "many rows" if many else "few rows"
 
 
+def takes_small_kernels(x: Tensor, weight: Tensor, task_ptr: Tensor) -> bool:
+    """Whether `decide` says "small" without dropout, all tensors as they are to be.
+
+    It is asked first: a layer that small takes little longer than the Python around it.
+    """
+    most, (out_features, in_features) = _SMALL.get(x.dtype, 0), weight.shape
+    if in_features > most or out_features > most or weight.dtype != x.dtype:
+        return False
+    return x.is_cpu and task_ptr.is_cpu and not torch.is_autocast_enabled("cpu") and usable(x)
+
+
 def _weight_route_from(in_features: int, out_features: int, device_type: str) -> float:
     """Rows a task from which on forming W_t costs less than a LoRA branch for every row."""
     area = in_features * out_features
