@@ -76,7 +76,8 @@ def lora_linear(
     """
     layer = (x, weight, bias, lora_A, lora_B, task_ptr)
     try:
-        if route == "auto" and dropout_p == 0 and takes_small_kernels(x, weight, task_ptr):
+        short = route == "auto" and dropout_p == 0 and usable(x)
+        if short and takes_small_kernels(x, weight, task_ptr):
             scaling = check_scaling("lora_linear", scaling)
             return _WeightRoute.apply(*layer, scaling, False, keep_merged)
         return _run(layer, scaling, dropout_p, seed, route, keep_merged)

@@ -149,14 +149,14 @@ def decide(
 
 
 def takes_small_kernels(x: Tensor, weight: Tensor, task_ptr: Tensor) -> bool:
-    """Whether `decide` says "small" without dropout, all tensors as they are to be.
+    """Whether `decide` says "small" where there are native kernels and no dropout.
 
     It is asked first: a layer that small takes little longer than the Python around it.
     """
     most, (out_features, in_features) = _SMALL.get(x.dtype, 0), weight.shape
     if in_features > most or out_features > most or weight.dtype != x.dtype:
         return False
-    return x.is_cpu and task_ptr.is_cpu and not torch.is_autocast_enabled("cpu") and usable(x)
+    return x.is_cpu and task_ptr.is_cpu and not torch.is_autocast_enabled("cpu")
 
 
 def _weight_route_from(in_features: int, out_features: int, device_type: str) -> float:
