@@ -15,7 +15,7 @@ Resolved = TypeVar("Resolved", bound="RetrainingSettings")
 METHODS = ("lora-ml", "last-layer-ml", "standard", "reptile")
 WITH_TASKS = METHODS[:2]  # the methods whose tasks have adapters or heads of their own
 FINETUNES = ("lora", "last-layer")
-ALL = "all"
+ALL, NONE = "all", "none"
 PER_TASK = ("step_per", "adapter_lr", "adapter_weight_decay", "adapter_steps")
 ZERO = ("first_seed", "weight_decay", "adapter_weight_decay")  # these may be zero
 # Settings that only some methods or fine-tunings have a use for; the others are for all.
@@ -30,6 +30,7 @@ PART_OF: Mapping[str, tuple[str, ...]] = {
 class RetrainingSettings(RunSettings):
     """Settings of a run that retrains by several methods and fine-tunes on unseen tasks.
 
+    Of ``finetune`` and ``retrain``, "all" and "none" stand for lists, which replace them.
     None stands for a default that depends on the data, the device or ``--smoke``; `resolved`
     fills it in. The default of ``step_per`` follows one rule, as every experiment does what its
     authors' runs did: an optimiser step per round of all tasks in vision (the objective of eq. 5),
@@ -41,7 +42,9 @@ class RetrainingSettings(RunSettings):
     zero: ClassVar[tuple[str, ...]] = ZERO
 
     retrain: tuple[str, ...] = option((ALL,), help="retraining methods", choices=(*METHODS, ALL))
-    finetune: tuple[str, ...] = option((ALL,), help="fine-tunings", choices=(*FINETUNES, ALL))
+    finetune: tuple[str, ...] = option(
+        (ALL,), help="fine-tunings; none: only retrain", choices=(*FINETUNES, ALL, NONE)
+    )
     seeds: int = option(None, help="trials, each with seeds of its own (default: 5)")
     first_seed: int = option(0, help="seed of the first trial; the others follow")
     step_per: str = option(
@@ -98,6 +101,11 @@ class RetrainingSettings(RunSettings):
         for name, every in (("retrain", self.methods), ("finetune", FINETUNES)):
             chosen = getattr(self, name)
             object.__setattr__(self, name, every if ALL in chosen else unique(chosen))
+        if NONE in self.finetune:
+            if len(self.finetune) > 1:
+                given = " ".join(self.finetune)
+                raise ValueError(f"argument --finetune: none stands alone, got {given}")
+            object.__setattr__(self, "finetune", ())
         check_values(self.command, self, zero=self.zero, most={"seeds": MOST_TRIALS})
 
     @property

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import copy
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.lib.errors import RunError, divergence
 from experiments.lib.retraining_settings import FINETUNES, PER_TASK, WITH_TASKS
@@ -21,6 +22,8 @@ from metalora._files import read_tensors, replacing
 from metalora.adapters import LoRAConfig
 from metalora.meta import (
     Callback,
+    Checkpoint,
+    CheckpointError,
     KeepBest,
     Progress,
     Result,
@@ -196,19 +199,27 @@ class Trainings:
     constant: Mapping[str, Any]
 
     def retrained(self, labels: Labels, *callbacks: Callback) -> nn.Module:
-        """Returns the model after a retraining."""
+        """Returns the model after a retraining, which goes on from the last epoch that was saved.
+
+        Until the retraining is finished, a checkpoint lies beside the place of its weights.
+
+        Raises:
+            RunError: the retraining diverged, or the checkpoint or the weights are damaged.
+        """
         method, trial, unit = labels["method"], labels["trial"], unit_name("retrain", labels)
         name = "-".join(map(_shown, labels.values()))
         weights = self.folder.path("weights") / f"{name}.safetensors"
+        checkpoint = Checkpoint(weights.with_suffix(".checkpoint"))
         if self.folder.done(unit):
+            checkpoint.path.unlink(missing_ok=True)  # the process may have been killed before it
             model = self.trials.new_model(trial)
             load_weights(model, weights)
             return model
         log = EpochLog(self.folder, phase="retrain", **labels)
         rates = "--reptile-lr or --reptile-inner-lr" if method == "reptile" else "--lr"
-        with divergence(unit, rates):
+        with divergence(unit, rates), _unusable_checkpoint(unit):
             model, result = self.trials.retrain(
-                method, trial, log, *callbacks, rank=labels.get("rank")
+                method, trial, log, *callbacks, checkpoint, rank=labels.get("rank")
             )
         samples = self.trials.samples_per_epoch(method) * len(result.history)
         throughput = {f"{self.trials.samples}_per_second": round(samples / log.seconds, 2)}
@@ -217,6 +228,7 @@ class Trainings:
         self._add_rows(labels, [{"metric": m, "value": value} for m, value in measured.items()])
         save_weights(model, weights)
         self.folder.mark_done(unit)
+        checkpoint.path.unlink()
         return model
 
     def finetuned(self, labels: Labels, retrained: nn.Module, *callbacks: Callback) -> None:
@@ -236,20 +248,54 @@ class Trainings:
 
 
 class EpochLog(Callback):
-    """Writes every epoch to the run's metrics, and measures the throughput."""
+    """Writes every epoch to the run's metrics, and measures the throughput.
+
+    A training that goes on from a checkpoint writes its earlier epochs again, as a resumed run
+    begins without what unfinished units wrote.
+    """
 
     def __init__(self, run: RunFolder, **labels: Any):
         self._run, self._labels = run, labels
-        self.seconds = 0.0
+        self._epochs: list[dict[str, Any]] = []
+
+    @property
+    def seconds(self) -> float:
+        """Returns how long all epochs took, those before an interruption included."""
+        return sum(epoch["seconds"] for epoch in self._epochs)
 
     def on_start(self, training: Training) -> None:
         self._since = time.monotonic()
 
     def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
         now = time.monotonic()
-        self.seconds += now - self._since
-        self._run.log(**self._labels, **record, seconds=round(now - self._since, 4))
+        self._add({**record, "seconds": round(now - self._since, 4)})
         self._since = now
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {}, {"epochs": self._epochs}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        for epoch in values["epochs"]:
+            self._add(epoch)
+        self._since = time.monotonic()
+
+    def _add(self, epoch: dict[str, Any]) -> None:
+        self._epochs.append(epoch)
+        self._run.log(**self._labels, **epoch)
+
+
+@contextlib.contextmanager
+def _unusable_checkpoint(unit: str) -> Iterator[None]:
+    """Turns a checkpoint that cannot be resumed from into a `RunError`.
+
+    One that cannot be written raises the `OSError` itself, which the run folder explains.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
+        raise RunError(f"{unit}: {error}; without that file it starts again") from None
 
 
 def unit_name(phase: str, labels: Labels) -> str:

@@ -68,6 +68,16 @@ def test_settings_without_a_part_in_the_run_or_beyond_the_data_are_said(
     ]
 
 
+def test_a_run_may_only_retrain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    arguments = ["--data", "digits", "--smoke", "--retrain", "standard", "--finetune", "none"]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--seeds", "1", "--device", "cpu", "--out", str(out)])
+    assert ended.value.code == 0
+    assert [path.name for path in (out / "weights").iterdir()] == ["standard-0.safetensors"]
+    assert "retraining" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -23,6 +23,7 @@ from experiments.lib.retraining_settings import FINETUNES, METHODS
 from experiments.vision.data import load_digits
 from experiments.vision.run import VISION
 from metalora.adapters import adapted_layers
+from metalora.meta import Checkpoint
 from tests.experiments import retraining
 
 
@@ -130,6 +131,7 @@ MISTAKES = {
         ("--data digits --shots 9999", "--shots 9999: the test task has only 10"),
         ("--data digits --tasks 0-1 2-12", "two classes from 0 to 9, got '2-12'"),
         ("--data digits --device gpu7", "--device gpu7 cannot be used here"),
+        ("--data digits --finetune none lora", "--finetune: none stands alone, got none lora"),
         ("--data digits --resume", "--resume needs --out"),
     ],
     "language": [
@@ -221,6 +223,51 @@ def test_an_interrupted_run_resumed_equals_one_never_stopped(
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(RunError, match=rf"{weights.name} is missing or damaged"):
         run(case.settings(**given, out=cut, resume=True))
+
+
+def epochs_of(folder: Path) -> list[dict[str, Any]]:
+    """The epochs in a run's metrics, without their times."""
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in records if "epoch" in r]
+
+
+def test_a_retraining_goes_on_from_its_last_epoch(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_figures(case, monkeypatch)
+    given: dict[str, Any] = {"retrain": ("lora-ml",), "finetune": ("lora",), "epochs": 3}
+    given |= {"seeds": 1, **({"shots": ("4",)} if case.experiment is VISION else {})}
+    run, cut = case.experiment.run, tmp_path / "cut"
+    whole = run(case.settings(**given, out=tmp_path / "whole"))
+
+    original, saved = Checkpoint.on_epoch, []
+
+    def stop_after_the_second(self: Checkpoint, training: Any, record: dict[str, Any]) -> None:
+        original(self, training, record)
+        saved.append(record["epoch"])
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "on_epoch", stop_after_the_second)
+    with pytest.raises(SystemExit):
+        run(case.settings(**given, out=cut))
+    (checkpoint,) = (cut / "weights").iterdir()
+    before = [json.loads(line) for line in (cut / "metrics.jsonl").read_text().splitlines()]
+    data = checkpoint.read_bytes()
+    checkpoint.write_bytes(data[:1000])
+    with pytest.raises(RunError, match=r"retrain lora-ml .*is damaged.*without that file it"):
+        run(case.settings(**given, out=cut, resume=True))
+    checkpoint.write_bytes(data)
+    resumed = run(case.settings(**given, out=cut, resume=True))
+    assert saved == [0, 1, 2]
+    assert [path.suffix for path in (cut / "weights").iterdir()] == [".safetensors"]
+    assert resumed.rows() == whole.rows()
+    assert epochs_of(cut) == epochs_of(tmp_path / "whole")
+    assert resumed.records()[:2] == before
+    *epochs, summary = [r for r in resumed.records() if r["phase"].startswith("retrain")]
+    samples = case.trials(**given).samples_per_epoch("lora-ml") * len(epochs)
+    (rate,) = [value for name, value in summary.items() if name.endswith("_per_second")]
+    assert rate == pytest.approx(samples / sum(e["seconds"] for e in epochs), abs=0.01)
 
 
 @functools.cache
