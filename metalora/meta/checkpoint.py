@@ -296,7 +296,6 @@ def _differences(name: str, saved: Any, wanted: Any) -> Iterator[str]:
 def _check_progress(path: Path, values: dict[str, Any], training: Training) -> None:
     """Refuses counters and a history that this training cannot have written."""
     done, history = values["next_epoch"], values["history"]
-    keys = ["loss", "lr", *([] if training.validation is None else ["validation"])]
     wrong = None
     if not 0 <= done <= training.config.epochs:
         wrong = "next_epoch", done
@@ -308,6 +307,7 @@ def _check_progress(path: Path, values: dict[str, Any], training: Training) -> N
         wrong = "history", history
     for epoch, record in enumerate(history):
         own = record if isinstance(record, dict) else {}
+        keys = ["loss", "lr", *(["validation"] if training.validates(epoch) else [])]
         numbers = [own.get(key) for key in keys]
         right = own.get("epoch") == epoch and all(map(_is_number, numbers))
         if not right or ("validation" in own) != ("validation" in keys):
