@@ -160,6 +160,18 @@ class RunFolder:
         units.append(self.path(RESULTS), text.getvalue())
         self._columns = columns
 
+    def expect_columns(self, columns: Sequence[str]) -> None:
+        """Refuses a resumed run whose results.csv has other columns.
+
+        Raises:
+            RunError: it was made by another version.
+        """
+        if self._columns not in (None, list(columns)):
+            raise RunError(
+                f"--resume: {self.path(RESULTS)} has the columns {self._columns} of another "
+                f"version, not {list(columns)}; start a new run"
+            )
+
     def rows(self) -> list[dict[str, str]]:
         """Returns the rows of results.csv so far."""
         return read_rows(self.path(RESULTS)) if self.path(RESULTS).exists() else []
@@ -276,7 +288,7 @@ def _replace(path: Path, text: str) -> None:
 def _existing(out: Path | None) -> Path:
     if out is None:
         raise RunError("--resume needs --out, the folder of the run to go on with")
-    if not (out / MANIFEST).exists():
+    if not (out / MANIFEST).exists():  # before anything is written there
         raise RunError(f"--resume: {out} holds no run ({MANIFEST} is missing)")
     return out
 

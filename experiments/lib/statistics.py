@@ -134,6 +134,32 @@ def summarize(
     return lines
 
 
+def best_choices(
+    rows: Iterable[Mapping[str, str]],
+    key: Sequence[str],
+    choice: str,
+    metric: str,
+    *,
+    lower_is_better: bool = False,
+) -> dict[tuple[str, ...], str]:
+    """Returns for each value of the key's columns the value of another column that did best.
+
+    Args:
+        rows: of a results.csv, see `summarize`.
+        key: the columns that tell apart what is chosen for.
+        choice: the column to choose in.
+        metric: what the mean over trials is taken of; of equal means the first wins.
+        lower_is_better: whether the lowest mean is the best.
+    """
+    best: dict[tuple[str, ...], Line] = {}
+    sign = -1 if lower_is_better else 1
+    for line in summarize(rows, (*key, choice), (metric,)):
+        of = tuple(line[k] for k in key)
+        if of not in best or sign * line[metric] > sign * best[of][metric]:
+            best[of] = line
+    return {of: line[choice] for of, line in best.items()}
+
+
 def standard_error(values: Sequence[float]) -> float:
     """Returns the standard error of the mean; NaN for fewer than two values."""
     if len(values) < 2:

@@ -6,6 +6,8 @@ import abc
 import contextlib
 import copy
 import dataclasses
+import hashlib
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from experiments.lib.errors import RunError, divergence
+from experiments.lib.retrained import RetrainedModels
 from experiments.lib.retraining_settings import FINETUNES, PER_TASK, WITH_TASKS
 from experiments.lib.runs import RunFolder
 from experiments.lib.statistics import with_error
@@ -126,7 +129,7 @@ class Trials(abc.ABC, Generic[Part]):
         model = self.new_model(seed)
         rounds = self.loader(
             self.retraining,
-            s.batch_size,
+            self._batch_size(method),
             seed=own_seed,
             order=s.standard_order if method == "standard" else "rounds",
             max_rounds=self.max_rounds(method),
@@ -157,6 +160,19 @@ class Trials(abc.ABC, Generic[Part]):
             refit_heads(model, pooled, config, self.heads, callbacks=progress, **self.loss)
         return model, result
 
+    def _batch_size(self, method: str) -> int:
+        """Returns the samples of a retraining's batch.
+
+        With ``equal_steps`` standard retraining has the fewest that take no more steps than the
+        methods with tasks do: on equal tasks as many samples as a round has.
+        """
+        s = self.settings
+        if method != "standard" or not s.equal_steps:
+            return s.batch_size
+        own = self.loader(self.retraining, s.batch_size, seed=0).rounds_per_task
+        steps = max(own) if s.step_per == "round" else sum(own)
+        return -(-self.samples_per_epoch(method) // steps)
+
     def _finetune(
         self,
         model: nn.Module,
@@ -164,15 +180,19 @@ class Trials(abc.ABC, Generic[Part]):
         part: Part,
         held_out: Part,
         *callbacks: Callback,
+        validate_every: int = 1,
     ) -> Result:
-        kind, seed = labels["finetune"], labels["trial"]
-        s, own_seed = self.settings, derive_seed("finetuning", seed)
+        kind = labels["finetune"]
+        s, own_seed = self.settings, seed_of("finetuning", labels)
         rounds = self.loader(part, s.finetune_batch_size, seed=own_seed)
         config = self.config(kind, own_seed)
+        if labels.get("finetune_lr") is not None:
+            config = dataclasses.replace(config, lr=labels["finetune_lr"])
         common: dict[str, Any] = {
             **self.loss,
             "validation": self.held_out(held_out),
-            "callbacks": [Progress(f"{kind}, trial {seed}"), *callbacks],
+            "validate_every": validate_every,
+            "callbacks": [Progress(f"{kind}, trial {labels['trial']}"), *callbacks],
         }
         fresh = s.finetune_head == "fresh"
         if kind == "last-layer":
@@ -191,12 +211,20 @@ class Trainings:
         trials: does the trainings.
         columns: of results.csv.
         constant: the columns that are the same in all rows.
+        source: where the retrained models are taken from; None retrains them.
+
+    Raises:
+        RunError: the folder's results have other columns.
     """
 
     folder: RunFolder
     trials: Trials[Any]
     columns: Sequence[str]
     constant: Mapping[str, Any]
+    source: RetrainedModels | None = None
+
+    def __post_init__(self) -> None:
+        self.folder.expect_columns(self.columns)
 
     def retrained(self, labels: Labels, *callbacks: Callback) -> nn.Module:
         """Returns the model after a retraining, which goes on from the last epoch that was saved.
@@ -207,14 +235,13 @@ class Trainings:
             RunError: the retraining diverged, or the checkpoint or the weights are damaged.
         """
         method, trial, unit = labels["method"], labels["trial"], unit_name("retrain", labels)
-        name = "-".join(map(_shown, labels.values()))
-        weights = self.folder.path("weights") / f"{name}.safetensors"
+        if self.source is not None:
+            return self._taken(labels, self.source)
+        weights = self.folder.path("weights") / weights_name(labels)
         checkpoint = Checkpoint(weights.with_suffix(".checkpoint"))
         if self.folder.done(unit):
             checkpoint.path.unlink(missing_ok=True)  # the process may have been killed before it
-            model = self.trials.new_model(trial)
-            load_weights(model, weights)
-            return model
+            return self._loaded(trial, weights)
         log = EpochLog(self.folder, phase="retrain", **labels)
         rates = "--reptile-lr or --reptile-inner-lr" if method == "reptile" else "--lr"
         with divergence(unit, rates), _unusable_checkpoint(unit):
@@ -241,6 +268,18 @@ class Trainings:
             measured = self.trials.finetune(copy.deepcopy(retrained), labels, log, *callbacks)
         self._add_rows(labels, measured)
         self.folder.mark_done(unit)
+
+    def _taken(self, labels: Labels, source: RetrainedModels) -> nn.Module:
+        path = source.weights(unit_name("retrain", labels), weights_name(labels))
+        model = self._loaded(labels["trial"], path)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.folder.add_data(f"retrained model {path.stem}", sha256)
+        return model
+
+    def _loaded(self, trial: int, weights: Path) -> nn.Module:
+        model = self.trials.new_model(trial)
+        load_weights(model, weights)
+        return model
 
     def _add_rows(self, labels: Labels, measured: Iterable[Mapping[str, Any]]) -> None:
         same = {**self.constant, **labels}
@@ -298,6 +337,43 @@ def _unusable_checkpoint(unit: str) -> Iterator[None]:
         raise RunError(f"{unit}: {error}; without that file it starts again") from None
 
 
+def open_retrained(
+    settings: Any,
+    experiment: str,
+    part_of: Mapping[str, Sequence[str]],
+    retrainings: Iterable[Labels],
+    data: Mapping[str, str],
+) -> RetrainedModels | None:
+    """Returns where the retrained models come from; None if this run makes them.
+
+    Args:
+        settings, part_of, data: see `RetrainedModels.check`.
+        experiment: the experiment's name.
+        retrainings: labels of all that are wanted.
+
+    Raises:
+        RunError: the run in ``settings.retrained`` does not have them all, or has others.
+    """
+    if settings.retrained is None:
+        return None
+    source, wanted = RetrainedModels(settings.retrained, experiment), list(retrainings)
+    source.check(settings, dict.fromkeys(labels["method"] for labels in wanted), part_of, data)
+    for labels in wanted:
+        source.weights(unit_name("retrain", labels), weights_name(labels))
+    return source
+
+
+def seed_of(purpose: str, labels: Labels) -> int:
+    """Returns the seed of a fine-tuning: that of its trial, or of one of several draws in it."""
+    draw = labels.get("draw") or 0
+    return derive_seed(purpose, labels["trial"], *([draw] if draw else []))
+
+
+def weights_name(labels: Labels) -> str:
+    """Returns the name of the file with a retrained model, such as "lora-ml-8-0.safetensors"."""
+    return "-".join(map(_shown, labels.values())) + ".safetensors"
+
+
 def unit_name(phase: str, labels: Labels) -> str:
     """Returns the name of a training in its run, such as "retrain lora-ml 8 0"."""
     return " ".join([phase, *map(_shown, labels.values())])
@@ -319,12 +395,22 @@ def table(lines: Iterable[Mapping[str, Any]], titles: Mapping[str, str]) -> list
     for line in lines:
         cells = []
         for name, title in titles.items():
-            known = f"{name}_se" in line
-            cell = with_error(line[name], line[f"{name}_se"]) if known else str(line[name] or "-")
+            value: Any = line.get(name)
+            if empty(value):
+                cell = "-"
+            elif f"{name}_se" in line:
+                cell = with_error(value, line[f"{name}_se"])
+            else:
+                cell = str(value)
             align = str.ljust if name in ("method", "finetune") else str.rjust
             cells.append(align(cell, len(title)))
         text.append(" ".join(cells))
     return text
+
+
+def empty(value: Any) -> bool:
+    """Returns whether a summary has no value: nothing, or a number that is not known."""
+    return value in (None, "") or (isinstance(value, float) and math.isnan(value))
 
 
 def check_rank(model: nn.Module, rank: int) -> None:
@@ -362,7 +448,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(read_tensors(path, "load_weights")[0])
     except (OSError, SafetensorError, RuntimeError):
-        raise RunError(f"--resume: {path} is missing or damaged; start a new run") from None
+        raise RunError(f"{path} is missing or damaged; start a new run") from None
 
 
 def _shown(label: Any) -> str:

@@ -29,26 +29,39 @@ def finish(folder: Path, unit: str) -> None:
     sync_path(folder)
 
 
+def finished(folder: Path, flag: str = "--resume") -> dict[str, dict[str, int]]:
+    """Returns the finished units, each with the lengths of the files when it was finished.
+
+    Args:
+        folder: the run's.
+        flag: the option that names it, for the message.
+
+    Raises:
+        RunError: the list of units is damaged.
+    """
+    units: dict[str, dict[str, int]] = {}
+    path = folder / UNITS
+    for number, line in enumerate(_whole_lines(path).splitlines(), 1):
+        record = _record(line)
+        if record is None:
+            raise RunError(
+                f"{flag}: line {number} of {path} is not of a run: "
+                f"{line[:60].decode(errors='replace')!r}; take it out, or start a new run"
+            )
+        units[record["unit"]] = record["lengths"]
+    return units
+
+
 def cut_back(folder: Path) -> set[str]:
     """Returns the finished units, and cuts off whatever an unfinished unit wrote after them.
 
     Raises:
         RunError: a file is damaged.
     """
-    units: dict[str, dict[str, int]] = {}
+    units = finished(folder)
     path = folder / UNITS
     if path.exists():
-        data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]  # the process may be killed while it writes a line
-        for number, line in enumerate(whole.splitlines(), 1):
-            record = _record(line)
-            if record is None:
-                raise RunError(
-                    f"--resume: line {number} of {path} is not of a run: "
-                    f"{line[:60].decode(errors='replace')!r}; take it out, or start a new run"
-                )
-            units[record["unit"]] = record["lengths"]
-        os.truncate(path, len(whole))
+        os.truncate(path, len(_whole_lines(path)))
     lengths = list(units.values())[-1] if units else {METRICS: 0, RESULTS: 0}
     for name, length in lengths.items():
         size = (folder / name).stat().st_size if (folder / name).exists() else 0
@@ -60,6 +73,14 @@ def cut_back(folder: Path) -> set[str]:
         if size > length:
             os.truncate(folder / name, length)
     return set(units)
+
+
+def _whole_lines(path: Path) -> bytes:
+    """Returns the file up to its last line break; a killed process may leave half a line."""
+    if not path.exists():
+        return b""
+    data = path.read_bytes()
+    return data[: data.rfind(b"\n") + 1]
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from experiments.lib.statistics import compare, summarize, with_error
+from experiments.lib.statistics import best_choices, compare, summarize, with_error
 
 ROWS = [
     {"method": method, "shots": "10", "trial": str(trial), "metric": metric, "value": str(value)}
@@ -66,3 +66,20 @@ def test_rows_of_a_trial_are_averaged_first() -> None:
 def test_an_error_that_is_not_known() -> None:
     assert with_error(1.234, 0.5) == "1.23 (0.50)"
     assert with_error(1.234, math.nan, ".1f") == "1.2 (n/a)"
+
+
+def test_the_best_choice_is_that_of_the_mean_over_trials() -> None:
+    values = {
+        ("a", "0.1"): (1, 9),
+        ("a", "0.2"): (6, 6),
+        ("b", "0.1"): (3, 3),
+        ("b", "0.2"): (3, 3),
+    }
+    rows = [
+        {"method": m, "rate": r, "trial": str(t), "metric": "x", "value": str(value)}
+        for (m, r), of in values.items()
+        for t, value in enumerate(of)
+    ]
+    assert best_choices(rows, ("method",), "rate", "x") == {("a",): "0.2", ("b",): "0.1"}
+    lowest = best_choices(rows, ("method",), "rate", "x", lower_is_better=True)
+    assert lowest == {("a",): "0.1", ("b",): "0.1"}

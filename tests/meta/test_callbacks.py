@@ -130,8 +130,11 @@ def test_a_validation_every_few_epochs_and_after_the_last(tmp_path):
         run([0.7, 0.9])
     result = run([0.1, 0.3])
     assert {r["epoch"]: r.get("validation") for r in result.history} == {
-        **{0: None, 1: 0.7, 2: None},  # before the interruption
-        **{3: 0.1, 4: 0.3},
+        0: None,
+        1: 0.7,
+        2: None,  # the epochs before the interruption end here
+        3: 0.1,
+        4: 0.3,
     }
     assert (result.kept_epoch, result.best_epoch) == (1, 1)
     assert (result.best_metric, result.last_metric) == (0.7, 0.3)
