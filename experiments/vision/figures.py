@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 
 from experiments.lib import accuracy_figures, plotting
-from experiments.lib.runs import RunFolder
+from experiments.lib.runs import RunFiles
 from experiments.lib.statistics import summarize
 from experiments.vision.summary import BEST, LAST, summary
 
 
-def draw(run: RunFolder) -> list[Path]:
+def draw(run: RunFiles) -> list[Path]:
     """Draws accuracy.png (the table) and curves.png (accuracy during fine-tuning), with numbers."""
-    lines = summary(run.rows())
-    if not lines:
+    if not summary(run.rows()):
         return []
+    return [draw_accuracy(run), _curves(run)]
+
+
+def draw_accuracy(run: RunFiles) -> Path:
+    """Draws the table: a panel for each fine-tuning, over the number of shots if there are more."""
     plotting.style()
-    return [_accuracy(run, lines), _curves(run)]
-
-
-def _accuracy(run: RunFolder, lines: list[dict[str, Any]]) -> Path:
+    lines = summary(run.rows())
     shots = list(dict.fromkeys(line["shots"] for line in lines))
     fig, panels = accuracy_figures.panels(lines)
     for ax, _, of_kind in panels:
@@ -46,7 +46,7 @@ def _accuracy(run: RunFolder, lines: list[dict[str, Any]]) -> Path:
     return plotting.save(fig, run, "accuracy", lines)
 
 
-def _curves(run: RunFolder) -> Path:
+def _curves(run: RunFiles) -> Path:
     """Draws accuracy during fine-tuning, mean over trials; a row of panels per number of shots."""
     settings = run.manifest["settings"]
     kinds, shots = settings["finetune"], settings["shots"]

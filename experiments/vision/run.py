@@ -10,14 +10,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.lib.experiment import Experiment, Work, command
+from experiments.lib.experiment import Experiment, Report, Work, command
 from experiments.lib.machine import choose_device, keep_freed_memory
-from experiments.lib.runs import RunFolder
+from experiments.lib.runs import RunFiles, RunFolder
 from experiments.lib.training import Trainings
 from experiments.lib.unused import unused
 from experiments.vision.data import load
 from experiments.vision.settings import PART_OF, VisionSettings
-from experiments.vision.summary import COLUMNS, summary, table
+from experiments.vision.summary import COLUMNS, results_tables, summary, table
 from experiments.vision.trials import Trials
 
 NAME = "vision"
@@ -58,10 +58,17 @@ def prepare(given: VisionSettings) -> Work:
     )
 
 
+def _figures_of_results(run: RunFiles) -> list[Path]:
+    from experiments.vision.figures import draw_accuracy
+
+    return [draw_accuracy(run)]
+
+
 VISION = Experiment(
     NAME,
     "Retrains an MLP-Mixer on binary image tasks, then fine-tunes it on another.",
     VisionSettings,
     prepare,
+    Report(lambda run: results_tables(run.rows()), _figures_of_results),
 )
 main = command("python -m experiments.vision", VISION)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.lib import training
 from experiments.lib.statistics import summarize
+from experiments.lib.tables import Table, compared
 
 COLUMNS = ("experiment", "data", "method", "finetune", "shots", "trial", "metric", "value")
 BEST, LAST = "accuracy_best", "accuracy_last"
@@ -30,3 +31,13 @@ def table(lines: Iterable[Mapping[str, Any]]) -> str:
     text = training.table(lines, TITLES)
     text.append("held-out accuracy of the test task in %, mean (standard error) over trials")
     return "\n".join(text)
+
+
+def results_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, Table]:
+    """Returns the tables for the documentation: the last epoch's accuracy, and the best epoch's."""
+    key = {"finetune": "fine-tuning", "shots": "images", "method": "retraining"}
+    what = "Held-out accuracy of the test task in %, mean (standard error) over the trials"
+    return {
+        "": compared(rows, key, LAST, f"{what}, after the last epoch."),
+        "best": compared(rows, key, BEST, f"{what}, in the best epoch, which is optimistic."),
+    }
