@@ -15,11 +15,11 @@ from pathlib import Path
 from experiments.language.data import Corpus, load, write_made_up
 from experiments.language.progress import Clock, EpochLine
 from experiments.language.settings import PART_OF, TINY, LanguageSettings
-from experiments.language.summary import COLUMNS, tables
+from experiments.language.summary import COLUMNS, results_tables, tables
 from experiments.language.trials import Trials
-from experiments.lib.experiment import Experiment, Work, command
+from experiments.lib.experiment import Experiment, Report, Work, command
 from experiments.lib.machine import choose_device, keep_freed_memory, one_thread
-from experiments.lib.runs import RunFolder
+from experiments.lib.runs import RunFiles, RunFolder
 from experiments.lib.training import Labels, Trainings, open_retrained, unit_name
 from experiments.lib.unused import unused
 
@@ -132,11 +132,18 @@ def _run(trainings: Trainings, trials: Trials) -> None:
             trainings.finetuned(labels, model, line)
 
 
+def _figures_of_results(run: RunFiles) -> list[Path]:
+    from experiments.language.figures import draw
+
+    return draw(run, 100 / run.manifest["settings"]["candidates"])
+
+
 LANGUAGE = Experiment(
     NAME,
     "Retrains a language model on the dialogues of some personas, then fine-tunes it on those of "
     "others, to choose the next utterance among 20.",
     LanguageSettings,
     prepare,
+    Report(lambda run: results_tables(run.rows()), _figures_of_results),
 )
 main = command("python -m experiments.language", LANGUAGE)

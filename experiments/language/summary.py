@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments.lib import training
 from experiments.lib.statistics import summarize, with_error
+from experiments.lib.tables import Table, compared
 
 COLUMNS = (
     *("experiment", "model", "method", "finetune", "rank"),
@@ -72,3 +73,16 @@ def table_of_ranks(lines: Iterable[Mapping[str, Any]]) -> list[str]:
     for method in dict.fromkeys(method for method, _ in cells):
         text.append(f"{method:<14}" + "".join(f"{cells[method, rank]:>15}" for rank in ranks))
     return text
+
+
+def results_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, Table]:
+    """Returns the tables for the documentation: after the last epoch, and before fine-tuning."""
+    what = (
+        "Held-out accuracy in %, mean over test tasks; mean (standard error) over the trials, all "
+        "on the same held-out turns"
+    )
+    key = {"finetune": "fine-tuning", "rank": "rank", "method": "retraining"}
+    return {
+        "": compared(rows, key, LAST, f"{what}, after the last epoch."),
+        "before": compared(rows, key, BEFORE, f"{what}, before fine-tuning."),
+    }

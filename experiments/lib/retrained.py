@@ -28,7 +28,7 @@ class RetrainedModels:
     def __init__(self, folder: Path, experiment: str):
         self.folder = folder
         self._manifest = read_manifest(folder, FLAG, experiment)
-        self._done = units.finished(folder, FLAG).keys()
+        self._done = units.finished(folder, FLAG)
 
     def check(
         self,

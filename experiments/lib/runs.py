@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import datetime
 import errno
 import io
@@ -22,7 +23,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from experiments.lib import lock, units
 from experiments.lib.errors import INTERRUPTED, RunError, too_large
@@ -30,12 +31,52 @@ from experiments.lib.manifest import MANIFEST, new_manifest, now, plain, resumed
 from experiments.lib.units import METRICS, RESULTS
 from metalora._files import replacing
 
+Settings = TypeVar("Settings")
 ERROR = "error.txt"
 TERMINATED = 143
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-class RunFolder:
+class RunFiles:
+    """One run's folder, to read what it holds.
+
+    Attributes:
+        folder: where it is; figures are drawn into it.
+        manifest: what its manifest.json says.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder = folder
+        self.manifest = manifest
+
+    def path(self, name: str) -> Path:
+        """Returns the path of a file in this folder."""
+        return self.folder / name
+
+    def settings(self, kind: type[Settings]) -> Settings:
+        """Returns the settings in the manifest; fields that it lacks have their defaults.
+
+        Args:
+            kind: the experiment's dataclass of settings.
+        """
+        known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        found = self.manifest["settings"].items()
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in found if k in known}
+        return kind(**given)
+
+    def rows(self) -> list[dict[str, str]]:
+        """Returns the rows of results.csv so far."""
+        return read_rows(self.path(RESULTS)) if self.path(RESULTS).exists() else []
+
+    def records(self) -> list[dict[str, Any]]:
+        """Returns the records of metrics.jsonl so far."""
+        if not self.path(METRICS).exists():
+            return []
+        with self.path(METRICS).open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+
+class RunFolder(RunFiles):
     """One run's folder, open for writing.
 
     Use as a context manager: leaving it records the wall time and the status: "completed",
@@ -53,8 +94,7 @@ class RunFolder:
         done: set[str],
         go_on: str,
     ):
-        self.folder = folder
-        self.manifest = manifest
+        super().__init__(folder, manifest)
         self._lock = held
         self._done = done
         self._columns = _header(folder / RESULTS)
@@ -116,10 +156,6 @@ class RunFolder:
             raise _not_written(folder, error, go_on if resume else "") from None
         return run
 
-    def path(self, name: str) -> Path:
-        """Returns the path of a file in this folder."""
-        return self.folder / name
-
     def add_data(self, name: str, sha256: str) -> None:
         """Records a checksum of the data; refuses a resumed run whose data have changed."""
         before = self.manifest["data"].setdefault(name, sha256)
@@ -171,17 +207,6 @@ class RunFolder:
                 f"--resume: {self.path(RESULTS)} has the columns {self._columns} of another "
                 f"version, not {list(columns)}; start a new run"
             )
-
-    def rows(self) -> list[dict[str, str]]:
-        """Returns the rows of results.csv so far."""
-        return read_rows(self.path(RESULTS)) if self.path(RESULTS).exists() else []
-
-    def records(self) -> list[dict[str, Any]]:
-        """Returns the records of metrics.jsonl so far."""
-        if not self.path(METRICS).exists():
-            return []
-        with self.path(METRICS).open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
 
     def done(self, unit: str) -> bool:
         """Returns whether this unit of work is finished, in this process or before a resumption."""

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 
 from experiments.lib import accuracy_figures, plotting
-from experiments.lib.retraining_settings import ALL
-from experiments.lib.runs import RunFolder
+from experiments.lib.runs import RunFiles
 from experiments.lib.statistics import summarize
-from experiments.vision.summary import BEST, LAST, summary
+from experiments.vision.summary import BEST, LAST, number, summary
 
 
-def draw(run: RunFolder) -> list[Path]:
+def draw(run: RunFiles) -> list[Path]:
     """Draws accuracy.png (the table) and curves.png (accuracy during fine-tuning), with numbers.
 
     There are no curves where accuracy was measured after the last epoch alone, and no figures of
     several rates.
     """
-    lines = summary(run.rows())
     settings = run.manifest["settings"]
-    if not lines or settings["finetune_lrs"]:
+    if not summary(run.rows()) or settings["finetune_lrs"]:
         return []
-    plotting.style()
     during = settings["evaluate_every"] < settings["finetune_epochs"]
-    return [_accuracy(run, lines), *([_curves(run)] if during else [])]
+    return [draw_accuracy(run), *([_curves(run)] if during else [])]
 
 
-def _accuracy(run: RunFolder, lines: list[dict[str, Any]]) -> Path:
-    shots = sorted(dict.fromkeys(line["shots"] for line in lines), key=_number)
+def draw_accuracy(run: RunFiles) -> Path:
+    """Draws the table: a panel for each fine-tuning, over the number of shots if there are more."""
+    plotting.style()
+    lines = summary(run.rows())
+    shots = sorted(dict.fromkeys(line["shots"] for line in lines), key=number)
     metrics = [LAST] if math.isnan(lines[0][BEST]) else [LAST, BEST]
     fig, panels = accuracy_figures.panels(lines)
     for ax, _, of_kind in panels:
@@ -56,14 +55,10 @@ def _accuracy(run: RunFolder, lines: list[dict[str, Any]]) -> Path:
     return plotting.save(fig, run, "accuracy", lines)
 
 
-def _number(shots: str) -> float:
-    return math.inf if shots == ALL else int(shots)
-
-
-def _curves(run: RunFolder) -> Path:
+def _curves(run: RunFiles) -> Path:
     """Draws accuracy during fine-tuning, mean over trials; a row of panels per number of shots."""
     settings = run.manifest["settings"]
-    kinds, shots = settings["finetune"], sorted(settings["shots"], key=_number)
+    kinds, shots = settings["finetune"], sorted(settings["shots"], key=number)
     rows = [
         {**r, "metric": "accuracy", "value": r["validation"]}
         for r in run.records()

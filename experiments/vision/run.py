@@ -12,16 +12,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments.lib.errors import RunError
-from experiments.lib.experiment import Experiment, Work, command
+from experiments.lib.experiment import Experiment, Report, Work, command
 from experiments.lib.machine import choose_device, keep_freed_memory
 from experiments.lib.retraining_settings import ALL
-from experiments.lib.runs import RunFolder
+from experiments.lib.runs import RunFiles, RunFolder
 from experiments.lib.training import Labels, Trainings, open_retrained
 from experiments.lib.unused import unused
 from experiments.vision.data import load
 from experiments.vision.rates import FLAG, Rates, chosen_rates, described
 from experiments.vision.settings import PART_OF, VisionSettings
-from experiments.vision.summary import COLUMNS, summary, table
+from experiments.vision.summary import COLUMNS, results_tables, summary, table
 from experiments.vision.trials import Trials
 
 NAME = "vision"
@@ -106,10 +106,17 @@ def _keep_rates(folder: RunFolder, rates: Rates) -> None:
     folder.note(finetune_lr={**before, **now})
 
 
+def _figures_of_results(run: RunFiles) -> list[Path]:
+    from experiments.vision.figures import draw_accuracy
+
+    return [draw_accuracy(run)]
+
+
 VISION = Experiment(
     NAME,
     "Retrains an MLP-Mixer on binary image tasks, then fine-tunes it on another.",
     VisionSettings,
     prepare,
+    Report(lambda run: results_tables(run.rows()), _figures_of_results),
 )
 main = command("python -m experiments.vision", VISION)

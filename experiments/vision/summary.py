@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.lib import training
-from experiments.lib.statistics import summarize
+from experiments.lib.retraining_settings import ALL, FINETUNES, METHODS
+from experiments.lib.statistics import summarize, with_error
+from experiments.lib.tables import NAMES, STANDARD, Table, compared
 
 COLUMNS = (
     *("experiment", "data", "method", "finetune", "shots", "draw", "finetune_lr"),
@@ -24,6 +28,7 @@ PAPER: Mapping[tuple[str, str], tuple[float, float]] = {
     ("standard", "last-layer"): (81.16, 0.22),
     ("reptile", "last-layer"): (72.55, 0.39),
 }
+_WHAT = "Held-out accuracy of the test task in %, mean (standard error) over the trials"
 TITLES = {
     "method": "retraining    ",
     "finetune": "fine-tuning",
@@ -44,16 +49,21 @@ def summary(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
     each has a line of its own, compared with standard retraining at the same rate; otherwise every
     line has the rate that it was run with.
     """
-    rows = [row for row in rows if row["metric"] in (BEST, LAST)]
+    rates = _rates(rows := list(rows))
+    key = KEY if all(len(of) == 1 for of in rates.values()) else (*KEY, "finetune_lr")
+    lines = summarize(rows, key, (LAST, BEST), baseline=STANDARD, scale=100)
+    for line in lines:
+        line.setdefault("finetune_lr", rates[tuple(line[k] for k in KEY)][0])
+    return lines
+
+
+def _rates(rows: Iterable[Mapping[str, str]]) -> dict[tuple[str, ...], list[str]]:
+    """Returns the rates of fine-tuning by the key's columns."""
     rates: dict[tuple[str, ...], dict[str, None]] = {}
     for row in rows:
-        rates.setdefault(tuple(row[k] for k in KEY), {})[row["finetune_lr"]] = None
-    several = any(len(of) > 1 for of in rates.values())
-    key = (*KEY, "finetune_lr") if several else KEY
-    lines = summarize(rows, key, (LAST, BEST), baseline={"method": "standard"}, scale=100)
-    for line in lines:
-        line.setdefault("finetune_lr", next(iter(rates[tuple(line[k] for k in KEY)])))
-    return lines
+        if row["metric"] in (LAST, BEST):
+            rates.setdefault(tuple(row[k] for k in KEY), {})[row["finetune_lr"]] = None
+    return {of: list(found) for of, found in rates.items()}
 
 
 def table(lines: Iterable[Mapping[str, Any]]) -> str:
@@ -67,8 +77,71 @@ def table(lines: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(text)
 
 
+def results_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, Table]:
+    """Returns the tables for the documentation.
+
+    The main one has the last epoch's accuracy; "shots" has it with a column for each retraining;
+    "best" has the best epoch's, where it was measured, and the paper's beside it.
+    """
+    rows = sorted(rows, key=_place)
+    key = {"finetune": "fine-tuning", "shots": "images", "method": "retraining"}
+    if any(len(of) > 1 for of in _rates(rows).values()):
+        key["finetune_lr"] = "rate"
+    last = f"{_WHAT}, after the last epoch."
+    tables = {"": compared(rows, key, LAST, last), "shots": _by_shots(rows, last)}
+    if any(row["metric"] == BEST for row in rows):
+        best = compared(rows, key, BEST, f"{_WHAT}, in the best epoch, which is optimistic.")
+        tables["best"] = _with_paper(best) if rows[0]["data"] == "cifar10" else best
+    return tables
+
+
+def number(shots: str) -> float:
+    """Returns a number of images; infinity for all of them."""
+    return math.inf if shots == ALL else int(shots)
+
+
+def _place(row: Mapping[str, str]) -> tuple[Any, ...]:
+    """Returns where a row belongs in the documentation's tables; one of a retraining anywhere."""
+    if not row["finetune"]:
+        return (-1, 0, 0)
+    return (FINETUNES.index(row["finetune"]), number(row["shots"]), METHODS.index(row["method"]))
+
+
+def _by_shots(rows: Sequence[Mapping[str, str]], caption: str) -> Table:
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for line in summary(rows):
+        cell = with_error(line[LAST], line[f"{LAST}_se"], ".1f")
+        cells.setdefault((line["finetune"], line["shots"]), {})[line["method"]] = cell
+    methods = [method for method in METHODS if any(method in of for of in cells.values())]
+    return Table(
+        ["fine-tuning", "images", *(NAMES[method] for method in methods)],
+        [
+            [NAMES[kind], shots, *(of.get(method, "") for method in methods)]
+            for (kind, shots), of in cells.items()
+        ],
+        caption,
+        left=2,
+    )
+
+
+def _with_paper(table: Table) -> Table:
+    """Returns a table of best epochs, with a column of the paper's numbers if it has any."""
+    texts = {
+        (NAMES[kind], ALL, NAMES[method]): with_error(*found)
+        for (method, kind), found in PAPER.items()
+    }
+    paper = [texts.get((row[0], row[1], row[2]), "") for row in table.rows]
+    if not any(paper):
+        return table
+    return dataclasses.replace(
+        table,
+        header=[*table.header, "paper"],
+        rows=[[*row, text] for row, text in zip(table.rows, paper, strict=True)],
+    )
+
+
 def _in_paper(line: Mapping[str, Any]) -> dict[str, float]:
     found = PAPER.get((line["method"], line["finetune"]))
-    if found is None or (line["data"], line["shots"]) != ("cifar10", "all"):
+    if found is None or (line["data"], line["shots"]) != ("cifar10", ALL):
         return {}
     return dict(zip(("paper", "paper_se"), found, strict=True))

@@ -13,7 +13,7 @@ from experiments.lib.runs import RunFolder
 from experiments.vision.data import load_digits
 from experiments.vision.run import VISION, main
 from experiments.vision.settings import PAIRS, VisionSettings
-from experiments.vision.summary import summary, table
+from experiments.vision.summary import results_tables, summary, table
 from experiments.vision.trials import Trials
 from tests.experiments.retraining import CPU, vision, vision_settings
 
@@ -161,6 +161,29 @@ def test_summary_and_table() -> None:
     assert "+10.00 (n/a), ahead in 1 of 1" in text
     assert "86.09 (0.35)" in text  # the paper's number
     assert "86.09" not in table(summary([{**row, "shots": "10"} for row in rows]))
+
+
+def test_the_tables_of_the_documentation() -> None:
+    rows = [
+        *rows_of("standard", "all", "0.1", 0.7, 0.7),
+        *rows_of("lora-ml", "all", "0.1", 0.8, 0.7),
+        *rows_of("lora-ml", "10", "0.2", 0.6, 0.6),
+        *rows_of("standard", "10", "0.1", 0.5, 0.6),
+    ]
+    tables = results_tables(rows)
+    assert [list(row[:4]) for row in tables[""].rows] == [
+        ["LoRA", "10", "LoRA-ML", "60.0 (0.0)"],
+        ["LoRA", "10", "standard", "55.0 (5.0)"],
+        ["LoRA", "all", "LoRA-ML", "75.0 (5.0)"],
+        ["LoRA", "all", "standard", "70.0 (0.0)"],
+    ]
+    assert "+5.0 [−58.5, +68.5]" in tables[""].rows[0]
+    assert tables["shots"].header[2:] == ["LoRA-ML", "standard"]
+    assert tables["shots"].rows[0] == ["LoRA", "10", "60.0 (0.0)", "55.0 (5.0)"]
+    assert [row[-1] for row in tables["best"].rows] == ["", "", "86.09 (0.35)", "85.29 (0.17)"]
+    digits = results_tables([{**row, "data": "digits"} for row in rows])
+    assert "paper" not in digits["best"].header
+    assert set(results_tables([r for r in rows if r["metric"] != "accuracy_best"])) == {"", "shots"}
 
 
 def test_a_summary_of_several_rates_has_a_line_for_each() -> None:
