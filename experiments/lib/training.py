@@ -270,7 +270,7 @@ class Trainings:
         self.folder.mark_done(unit)
 
     def _taken(self, labels: Labels, source: RetrainedModels) -> nn.Module:
-        path = source.weights(unit_name("retrain", labels), weights_name(labels))
+        path = source.weights(*_place_of(labels))
         model = self._loaded(labels["trial"], path)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         self.folder.add_data(f"retrained model {path.stem}", sha256)
@@ -347,20 +347,24 @@ def open_retrained(
     """Returns where the retrained models come from; None if this run makes them.
 
     Args:
-        settings, part_of, data: see `RetrainedModels.check`.
+        settings, part_of, data: see `RetrainedModels`.
         experiment: the experiment's name.
         retrainings: labels of all that are wanted.
 
     Raises:
-        RunError: the run in ``settings.retrained`` does not have them all, or has others.
+        RunError: the runs in ``settings.retrained`` do not have them all.
     """
-    if settings.retrained is None:
+    if not settings.retrained:
         return None
-    source, wanted = RetrainedModels(settings.retrained, experiment), list(retrainings)
-    source.check(settings, dict.fromkeys(labels["method"] for labels in wanted), part_of, data)
-    for labels in wanted:
-        source.weights(unit_name("retrain", labels), weights_name(labels))
+    source = RetrainedModels(settings.retrained, experiment, settings, part_of, data)
+    for labels in retrainings:
+        source.weights(*_place_of(labels))
     return source
+
+
+def _place_of(retraining: Labels) -> tuple[str, str, str]:
+    """Returns the method, the unit's name and the weights' name of a retraining."""
+    return retraining["method"], unit_name("retrain", retraining), weights_name(retraining)
 
 
 def seed_of(purpose: str, labels: Labels) -> int:

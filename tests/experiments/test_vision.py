@@ -272,19 +272,16 @@ def test_standard_retraining_may_take_as_many_steps_as_the_others() -> None:
 def test_models_retrained_in_another_run_are_taken_as_they_are(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", seeds=2)
     run(tmp_path / "retrained", finetune=("none",), seeds=1)
-    given: dict[str, Any] = {"retrained": tmp_path / "retrained"}
+    given: dict[str, Any] = {"retrained": (tmp_path / "retrained",)}
     taken = run(tmp_path / "taken", **given)
     assert accuracies(taken) == accuracies(whole, trial="0")
     assert not (tmp_path / "taken" / "weights").exists()
     assert {"retrained model lora-ml-0", "retrained model standard-0"} < set(taken.manifest["data"])
 
     for change, message in (
-        (
-            {"seeds": 2},
-            r"has not finished 'retrain lora-ml 1'; leave it out by --retrain and --see",
-        ),
-        ({"lr": 0.5}, "lora-ml was retrained with lr .*, here it is 0.5; give the same"),
-        ({"rank": 2}, "lora-ml was retrained with rank 1, here it is 2"),
+        ({"seeds": 2}, "retrained has not finished 'retrain lora-ml 1'; leave lora-ml out by --"),
+        ({"lr": 0.5}, "retrained lora-ml with lr .*, not 0.5; leave lora-ml out by --retrain"),
+        ({"rank": 2}, "retrained lora-ml with rank 1, not 2; leave"),
     ):
         with pytest.raises(RunError, match=message):
             run(tmp_path / "other", **given, **change)
@@ -292,6 +289,13 @@ def test_models_retrained_in_another_run_are_taken_as_they_are(tmp_path: Path) -
     rank_2 = run(tmp_path / "rank", **given, retrain=("standard",), rank=2)
     assert accuracies(rank_2, finetune="last-layer") == accuracies(
         whole, method="standard", finetune="last-layer", trial="0"
+    )
+    run(tmp_path / "lora-ml-2", retrain=("lora-ml",), finetune=("none",), rank=2)
+    both = (tmp_path / "retrained", tmp_path / "lora-ml-2")
+    joined = run(tmp_path / "joined", retrained=both, finetune=("lora",), rank=2)
+    assert accuracies(joined, method="standard") == accuracies(rank_2, finetune="lora")
+    assert accuracies(joined, method="lora-ml") == accuracies(
+        run(tmp_path / "rank-2", retrain=("lora-ml",), finetune=("lora",), rank=2)
     )
     # The other run has gone on meanwhile, with another version: its models are not these.
     weights = tmp_path / "retrained" / "weights" / "standard-0.safetensors"
