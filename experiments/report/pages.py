@@ -47,6 +47,7 @@ class Report:
         self._scratch = tempfile.TemporaryDirectory()
         self._tables: dict[str, Mapping[str, Table]] = {}
         self._drawn: dict[str, dict[str, Path]] = {}
+        self._commands: set[tuple[Path, str]] = set()
 
     def __enter__(self) -> Report:
         return self
@@ -126,7 +127,9 @@ class Report:
             lines[-1] += f" ([rows and command]({rows}))"
         else:
             lines[-1] += f" {'; '.join([run.manifest['machine'], *facts])}; [rows]({rows})."
-            lines += ["", _shown(run.manifest["command"])]
+            if (page, name) not in self._commands:  # once for each run
+                self._commands.add((page, name))
+                lines += ["", _shown(run.manifest["command"])]
         return "\n" + "\n".join(lines) + "\n\n"
 
     def _figure(self, name: str, part: str, found: list[str], write: bool) -> Path:
@@ -205,7 +208,7 @@ def _status(run: RunFiles) -> str:
     if run.manifest["status"] == results.COMPLETED:
         return ""
     units = run.manifest["finished_units"]
-    return f"**Interim:** the run goes on; {units} units of its work are in these numbers."
+    return f"**Interim:** the run goes on; finished units of work so far: {units}."
 
 
 def _duration(run: RunFiles) -> str:
