@@ -213,7 +213,7 @@ def test_what_cannot_be_kept_is_refused_and_leaves_nothing(
     clone: Path, run: Callable[..., Path], changes: dict[str, Any], said: str
 ) -> None:
     folder = run(**changes)
-    with pytest.raises(RunError, match="^[^\n]*$") as refused:
+    with pytest.raises(RunError, match=r"^[^\n]*$") as refused:
         add(folder, clone)
     assert said in str(refused.value)
     assert list((clone / "experiments" / "results").iterdir()) == []
@@ -253,7 +253,7 @@ def test_markers_are_checked(clone: Path, run: Callable[..., Path], marker: str,
 def test_damaged_results_are_named(clone: Path, run: Callable[..., Path]) -> None:
     out = add(run(), clone)
     (out / "results.csv").unlink()
-    with pytest.raises(RunError, match="holds no results.csv"):
+    with pytest.raises(RunError, match=r"holds no results\.csv"):
         written(clone)
     shutil.rmtree(out)
     out.mkdir()
