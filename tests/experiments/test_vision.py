@@ -140,12 +140,23 @@ def test_defaults_are_the_papers_on_cifar10_and_what_is_given_wins() -> None:
 
 
 def rows_of(method: str, shots: str, rate: str, *values: float) -> list[dict[str, str]]:
-    same = {"data": "cifar10", "method": method, "finetune": "lora", "shots": shots}
+    same = {"data": "cifar10", "method": method, "finetune": "lora", "shots": shots, "draw": "0"}
     return [
         {**same, "finetune_lr": rate, "trial": str(t), "metric": metric, "value": str(value)}
         for t, value in enumerate(values)
-        for metric in ("accuracy_best", "accuracy_last", "validation_best")
+        for metric in ("accuracy_best", "accuracy_last")
     ]
+
+
+def test_a_trial_counts_once_all_its_draws_are_done() -> None:
+    rows = [
+        *rows_of("standard", "10", "0.1", 0.5, 0.6),
+        *({**row, "draw": "1"} for row in rows_of("standard", "10", "0.1", 0.7)),
+        *rows_of("standard", "all", "0.1", 0.9),
+    ]
+    few, every = summary([{**rows[0], "finetune": "", "metric": "validation_best"}, *rows])
+    assert (few["trials"], few["accuracy_last"]) == (1, pytest.approx(60))  # of 50 and 70
+    assert every["accuracy_last"] == pytest.approx(90)
 
 
 def test_summary_and_table() -> None:
