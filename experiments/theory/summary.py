@@ -68,16 +68,7 @@ def results_table(rows: Sequence[Mapping[str, str]]) -> Table:
     """
     lines = []
     for name, statement in (*STATEMENTS.items(), *CONTROLS.items()):
-        checks = [
-            Check(
-                row["what"],
-                row["predicted"],
-                *(float(row[value]) for value in ("measured", "low", "high")),
-                holds=row["holds"] == "True",
-            )
-            for row in rows
-            if row["statement"] == name
-        ]
+        checks = [_check(row) for row in rows if row["statement"] == name]
         if not checks:
             continue
         outcome = Outcome(checks)
@@ -94,6 +85,11 @@ def results_table(rows: Sequence[Mapping[str, str]]) -> Table:
     return Table(
         header, [[_escaped(cell) for cell in line] for line in lines], caption, left=len(header)
     )
+
+
+def _check(row: Mapping[str, str]) -> Check:
+    measured, low, high = (float(row[name]) for name in ("measured", "low", "high"))
+    return Check(row["what"], row["predicted"], measured, low, high, row["holds"] == "True")
 
 
 def _escaped(text: str) -> str:

@@ -80,7 +80,8 @@ def _figures_of_results(run: RunFiles) -> list[Path]:
     from experiments.synthetic.phase.figures import draw
 
     settings = run.settings(PhaseSettings).shortened()
-    return [draw(settings, *(cells(v, settings.tolerance, run.rows()) for v in ("T", "n")), run)]
+    tasks, samples = (cells(vary, settings.tolerance, run.rows()) for vary in ("T", "n"))
+    return [draw(settings, tasks, samples, run)]
 
 
 def _tables_of_results(run: RunFiles) -> dict[str, Table]:
