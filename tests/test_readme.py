@@ -14,8 +14,7 @@ from torch import nn
 
 import metalora
 from metalora import meta
-
-README = Path(__file__).resolve().parents[1] / "README.md"
+from tests.pages import README, blocks, of_this_machine, small_roberta
 
 
 class Model(nn.Module):
@@ -29,23 +28,7 @@ class Model(nn.Module):
 
 
 def snippets() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-
-
-def small_roberta() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = transformers.RobertaConfig(
-        **sizes, **none, num_attention_heads=2, max_position_embeddings=12
-    )
-    return transformers.RobertaForSequenceClassification(config)
-
-
-def of_this_machine(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
-    """Has the README's name of a model give this one: no test asks the network."""
-    auto = pytest.importorskip("transformers").AutoModelForSequenceClassification
-    monkeypatch.setattr(auto, "from_pretrained", {"roberta-base": model}.__getitem__)
+    return blocks(README)
 
 
 def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,27 +108,20 @@ def test_the_first_loop_is_lora_ml(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_hugging_face_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hugging_face_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
-    lengths = torch.arange(12) % 7 + 2
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    tokens, labels, ids = torch.randint(2, 20, (12, 7)), torch.arange(12) % 2, torch.arange(12) % 3
     names: dict[str, Any] = {
         "meta": meta,
-        "torch": torch,
         "model": small_roberta(),
-        "tokens": torch.randint(2, 20, (int(starts[-1]),)),
-        "starts": starts,
-        "labels": torch.arange(12) % 2,
-        "task_ids": torch.arange(12) % 3,
+        "rounds": meta.RoundLoader({"input_ids": tokens}, labels, ids, batch_size=4, seed=0),
+        "config": meta.TrainConfig(epochs=1, lr=1e-3),
     }
-    _, _, third, fourth = snippets()
-    exec(third.replace("epochs=10", "epochs=1"), names)
-    assert names["theirs"].peft_config["default"].r == 8
-    assert names["ours"].classifier.dense.weight.shape == (2, 16, 16)
-    names["few_samples"] = names["rounds"]
-    exec(fourth, names)
+    _, _, third = snippets()
+    exec(third, names)
     assert len(names["result"].adapters) == 3
+    assert names["served"].peft_config["default"].r == 8
 
 
 def test_commands_are_the_makefile_s() -> None:

@@ -19,8 +19,9 @@ from benchmarks.lib.step_versions import (
     in_precision,
     versions,
 )
-from benchmarks.lib.tables import markdown, page, seconds, three_digits
+from benchmarks.lib.tables import markdown, page, seconds
 from benchmarks.lib.task_by_task import FASTER
+from experiments.lib.tables import three_digits
 from metalora.meta import Batch
 
 

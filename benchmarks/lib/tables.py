@@ -15,6 +15,7 @@ import torch
 import metalora
 from experiments.lib.errors import RunError
 from experiments.lib.machine import cpu_name
+from experiments.lib.tables import three_digits
 from metalora._files import replacing
 
 Row = Sequence[str]
@@ -189,8 +190,3 @@ def seconds(value: float) -> str:
         if value >= 0.9995 * size:
             return f"{three_digits(value / size)} {unit}"
     return f"{three_digits(value * 1e6)} µs"
-
-
-def three_digits(value: float) -> str:
-    """Three digits, or all of a large number's."""
-    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"

@@ -10,13 +10,13 @@ import matplotlib.pyplot as plt
 
 from experiments.language.summary import LAST, by_task, summary
 from experiments.lib import accuracy_figures, plotting
-from experiments.lib.runs import RunFolder
+from experiments.lib.runs import RunFiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def draw(run: RunFolder, chance: float) -> list[Path]:
+def draw(run: RunFiles, chance: float) -> list[Path]:
     """Draws accuracy.png (the table) and tasks.png (each test task), with their numbers.
 
     Args:
@@ -30,7 +30,7 @@ def draw(run: RunFolder, chance: float) -> list[Path]:
     ]
 
 
-def _accuracy(run: RunFolder, lines: list[dict[str, Any]], chance: float) -> Path:
+def _accuracy(run: RunFiles, lines: list[dict[str, Any]], chance: float) -> Path:
     fig, panels = accuracy_figures.panels(lines)
     for ax, kind, of_kind in panels:
         ranks = sorted({line["rank"] for line in of_kind}, key=lambda rank: int(rank or 0))
@@ -70,7 +70,7 @@ def _chance(ax: Axes, chance: float) -> None:
     ax.set_ylim(bottom=0)
 
 
-def _tasks(run: RunFolder, lines: Sequence[dict[str, Any]], chance: float) -> Path:
+def _tasks(run: RunFiles, lines: Sequence[dict[str, Any]], chance: float) -> Path:
     """Draws accuracy of every test task: a panel per fine-tuning and rank, a mark per method."""
     panels = list(dict.fromkeys((line["finetune"], line["rank"]) for line in lines))
     tasks = list(dict.fromkeys(line["task"] for line in lines))

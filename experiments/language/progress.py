@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from metalora.meta import Callback, Training
@@ -16,6 +17,10 @@ class Clock:
 
     def __init__(self, total: float) -> None:
         self._total, self._done, self._since = total, 0.0, time.monotonic()
+
+    def skip(self, work: float) -> None:
+        """Leaves out work that had been done before."""
+        self._total -= work
 
     def left(self, done: float) -> str:
         """Returns the time left in words, after ``done`` more work."""
@@ -33,11 +38,20 @@ class EpochLine(Callback):
 
     def __init__(self, clock: Clock, unit: str, work: float) -> None:
         self._clock, self._unit, self._work = clock, unit, work
+        self._epochs = 0
 
     def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
+        self._epochs += 1
         left = self._clock.left(self._work)
         tqdm.write(
             f"{self._unit}: epoch {record['epoch'] + 1} of {training.config.epochs}, loss "
             f"{record['loss']:.4f}, accuracy {100 * record['validation']:.1f} %; {left} left",
             file=sys.stderr,
         )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {}, {"epochs": self._epochs}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        self._epochs = values["epochs"]
+        self._clock.skip(self._work * self._epochs)

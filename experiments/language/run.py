@@ -1,7 +1,8 @@
 """The command: every method, rank, fine-tuning and trial.
 
 A run folder holds, besides what every run folder holds:
-``weights/<method>-<rank>-<trial>.safetensors`` with every retrained model, and the figures.
+``weights/<method>-<rank>-<trial>.safetensors`` with every retrained model, ``checkpoints/`` of
+trainings that are not finished, and the figures.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from pathlib import Path
 from experiments.language.data import Corpus, load, write_made_up
 from experiments.language.progress import Clock, EpochLine
 from experiments.language.settings import PART_OF, TINY, LanguageSettings
-from experiments.language.summary import COLUMNS, tables
+from experiments.language.summary import COLUMNS, results_tables, tables
 from experiments.language.trials import Trials
-from experiments.lib.experiment import Experiment, Work, command
+from experiments.lib.experiment import Experiment, Report, Work, command
 from experiments.lib.machine import choose_device, keep_freed_memory, one_thread
-from experiments.lib.runs import RunFolder
-from experiments.lib.training import Labels, Trainings, unit_name
+from experiments.lib.runs import RunFiles, RunFolder
+from experiments.lib.training import Labels, Trainings, open_retrained, unit_name
 from experiments.lib.unused import unused
 
 NAME = "language"
@@ -33,14 +34,18 @@ def prepare(given: LanguageSettings) -> Work:
     trials = Trials(settings, corpus, device)
     if device.type == "cpu":
         keep_freed_memory()
+    data = {part: sha256 for file in corpus.files for part, sha256 in file.sha256.items()}
+    planned = [labels for phase, labels in plan(settings) if phase == "retrain"]
+    retrainings = [labels for labels in planned if labels["method"] != "none"]
+    source = open_retrained(settings, NAME, PART_OF, retrainings, data)
     model, chance = Path(settings.model).name, 100 / settings.candidates
 
     def run(folder: RunFolder) -> None:
-        for file in corpus.files:
-            for part, sha256 in file.sha256.items():
-                folder.add_data(part, sha256)
+        for part, sha256 in data.items():
+            folder.add_data(part, sha256)
         folder.note(**trials.facts())
-        trainings = Trainings(folder, trials, COLUMNS, {"experiment": NAME, "model": model})
+        same = {"experiment": NAME, "model": model}
+        trainings = Trainings(folder, trials, COLUMNS, same, source)
         with one_thread() if settings.model == TINY else contextlib.nullcontext():
             _run(trainings, trials)
 
@@ -111,8 +116,12 @@ def _run(trainings: Trainings, trials: Trials) -> None:
         for kind in [labels.get("finetune", labels["method"])]
     ]
     epochs = {"retrain": trials.settings.epochs, "finetune": trials.settings.finetune_epochs}
-    done = trainings.folder.done
-    clock = Clock(sum(epochs[phase] * each for phase, _, unit, each in work if not done(unit)))
+    left = [
+        epochs[phase] * each
+        for phase, _, unit, each in work
+        if not trainings.folder.done(unit) and (phase == "finetune" or trainings.source is None)
+    ]
+    clock = Clock(sum(left))
     for phase, labels, unit, each in work:
         line = EpochLine(clock, unit, each)
         if labels["method"] == "none" and phase == "retrain":
@@ -123,11 +132,18 @@ def _run(trainings: Trainings, trials: Trials) -> None:
             trainings.finetuned(labels, model, line)
 
 
+def _figures_of_results(run: RunFiles) -> list[Path]:
+    from experiments.language.figures import draw
+
+    return draw(run, 100 / run.manifest["settings"]["candidates"])
+
+
 LANGUAGE = Experiment(
     NAME,
     "Retrains a language model on the dialogues of some personas, then fine-tunes it on those of "
     "others, to choose the next utterance among 20.",
     LanguageSettings,
     prepare,
+    Report(lambda run: results_tables(run.rows()), _figures_of_results),
 )
 main = command("python -m experiments.language", LANGUAGE)

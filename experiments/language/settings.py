@@ -87,17 +87,22 @@ class LanguageSettings(RetrainingSettings):
     )
     tokenizer: str | None = option(None, help="its name or folder (default: the model's)")
     retrain: tuple[str, ...] = option(
-        (ALL,), help="retraining methods; none: fine-tune right away", choices=(*METHODS, ALL)
+        (ALL,),
+        help="retraining methods; none: fine-tune right away",
+        choices=(*METHODS, ALL),
+        extends=True,
     )
     finetune: tuple[str, ...] = option(
         (OWN,),
         help="fine-tunings; last-layer: of all linear layers behind the encoder; own: lora after "
         "lora-ml, last-layer after last-layer-ml, both after the others",
         choices=(*FINETUNES, OWN),
+        extends=True,
     )
     rank: tuple[int, ...] = option(
         (8,),
         help="rank of LoRA, on every linear layer of the encoder; several are run one by one",
+        extends=True,
     )
     alpha: float = option(16.0, help="the scale of LoRA is alpha / rank")
     dropout: float = option(0.1, help="dropout on the inputs of LoRA")

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.lib import training
-from experiments.lib.runs import with_error
+from experiments.lib.statistics import summarize, with_error
+from experiments.lib.tables import Table, compared
 
 COLUMNS = (
     *("experiment", "model", "method", "finetune", "rank"),
@@ -31,12 +32,12 @@ def summary(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
 
     For each trial the mean over test tasks is taken first.
     """
-    return training.summarize(rows, KEY, METRICS)
+    return summarize(rows, KEY, METRICS, scale=100)
 
 
 def by_task(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
     """Returns the last epoch's accuracy in percent, of each test task by itself."""
-    return training.summarize(rows, (*KEY, "task"), (LAST,))
+    return summarize(rows, (*KEY, "task"), (LAST,), scale=100)
 
 
 def tables(rows: Sequence[Mapping[str, str]], chance: float) -> str:
@@ -72,3 +73,16 @@ def table_of_ranks(lines: Iterable[Mapping[str, Any]]) -> list[str]:
     for method in dict.fromkeys(method for method, _ in cells):
         text.append(f"{method:<14}" + "".join(f"{cells[method, rank]:>15}" for rank in ranks))
     return text
+
+
+def results_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, Table]:
+    """Returns the tables for the documentation: after the last epoch, and before fine-tuning."""
+    what = (
+        "Held-out accuracy in %, mean over test tasks; mean (standard error) over the trials, all "
+        "on the same held-out turns"
+    )
+    key = {"finetune": "fine-tuning", "rank": "rank", "method": "retraining"}
+    return {
+        "": compared(rows, key, LAST, f"{what}, after the last epoch."),
+        "before": compared(rows, key, BEFORE, f"{what}, before fine-tuning."),
+    }

@@ -39,6 +39,7 @@ def option(
     choices: Sequence[str] | None = None,
     positional: bool = False,
     run_only: bool = False,
+    extends: bool = False,
 ) -> Any:
     """Makes a dataclass field that says what the command line needs to know about it.
 
@@ -48,8 +49,16 @@ def option(
         choices: the values allowed, for text and for tuples of text.
         positional: an argument without a flag.
         run_only: says where or how to run, not what to compute; may change on ``--resume``.
+        extends: says which or how many units of work there are, each of them the same whatever the
+            others; may grow on ``--resume``: a number, or values beside those before.
     """
-    metadata = {"help": help, "choices": choices, "positional": positional, "run_only": run_only}
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "positional": positional,
+        "run_only": run_only,
+        "extends": extends,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from experiments.lib import cli
 from experiments.lib.errors import divergence
-from experiments.lib.runs import RunFolder
+from experiments.lib.runs import RunFiles, RunFolder
+from experiments.lib.tables import Table
 from experiments.lib.units import RESULTS
 from experiments.lib.unused import say
 
@@ -52,18 +53,35 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Report:
+    """What the documentation shows of a committed run, see `experiments.report`.
+
+    Attributes:
+        tables: returns the tables by name; the name of the main one is "".
+        figures: draws into the folder and returns the paths of the PNG files.
+        files: what the tables and figures need besides results.csv and manifest.json.
+    """
+
+    tables: Callable[[RunFiles], Mapping[str, Table]]
+    figures: Callable[[RunFiles], list[Path]] = lambda run: []
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Experiment(Generic[Settings]):
     """An experiment: its name, a description in one sentence, its settings, and its preparation.
 
     Attributes:
         prepare: turns settings into `Work`. It raises `RunError` for data, devices and the like
             that cannot be used; the run folder does not exist yet.
+        report: its tables and figures in the documentation, if there are any.
     """
 
     name: str
     description: str
     settings: type[Settings]
     prepare: Callable[[Settings], Work]
+    report: Report | None = None
 
     def run(self, settings: Settings, *, go_on: str = "") -> RunFolder:
         """Runs the experiment, or goes on with it, and returns its folder with all figures made.

@@ -47,25 +47,72 @@ def new_manifest(settings: Any, experiment: str) -> dict[str, Any]:
 def resumed_manifest(folder: Path, settings: Any, experiment: str) -> dict[str, Any]:
     """Returns the manifest of a run that goes on now.
 
+    Settings made with ``cli.option(extends=True)`` may have grown, and settings that an older
+    version did not have yet may be there with their defaults. Either is then an entry of
+    "extended" in the manifest, with the time, the command and the state of the checkout.
+
     Raises:
         RunError: it is damaged, or of another experiment, or of a run with other settings.
     """
-    manifest = _read(folder / MANIFEST)
-    name, before, described = manifest.get("experiment"), manifest["settings"], _described(settings)
-    if name != experiment:
-        raise RunError(f"--resume: {folder} holds a run of {name!r}, not of {experiment!r}")
-    free = {f.name for f in dataclasses.fields(settings) if f.metadata.get("run_only")}
-    names = [n for n in {**before, **described} if n not in free]
-    other = [n for n in names if before.get(n) != described.get(n)]
+    manifest = read_manifest(folder, "--resume", experiment)
+    before, described = manifest["settings"], _described(settings)
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    added: dict[str, Any] = {}
+    grown: dict[str, Any] = {}
+    other = []
+    for n in {**before, **described}:
+        field = fields.get(n)
+        if field is not None and field.metadata.get("run_only"):
+            continue
+        was, is_now = before.get(n), described.get(n)
+        if n not in before and field is not None:
+            was = added[n] = plain(field.default)
+        if was == is_now:
+            continue
+        if field is None or not field.metadata.get("extends"):
+            other.append(f"{n} (was {was!r}, now {is_now!r})")
+        elif not _has_grown(was, is_now):
+            other.append(f"{n} (was {was!r}, now {is_now!r}, but it can only grow)")
+        else:
+            grown[n] = {"was": was, "now": is_now}
     if other:
-        changes = ", ".join(f"{n} (was {before.get(n)!r}, now {described.get(n)!r})" for n in other)
         raise RunError(
-            f"--resume: other settings than the run in {folder}: {changes}; "
+            f"--resume: other settings than the run in {folder}: {', '.join(other)}; "
             "give the same ones or choose another --out"
         )
     manifest.pop("reason", None)
     manifest.update(status="running", settings=described)
     manifest.setdefault("resumed", []).append(now())
+    if grown or added:
+        manifest.setdefault("extended", []).append(
+            {
+                "time": now(),
+                "command": [sys.executable, *sys.argv],
+                "git": _git_state(),
+                "settings": grown,
+                "new_settings": added,
+            }
+        )
+    return manifest
+
+
+def read_manifest(folder: Path, flag: str, experiment: str) -> dict[str, Any]:
+    """Returns the manifest of a run that another one builds on.
+
+    Args:
+        folder: the run's.
+        flag: the option that names it, for the message.
+        experiment: the experiment that it must be of.
+
+    Raises:
+        RunError: there is no run, or one of another experiment.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise RunError(f"{flag}: {folder} holds no run ({MANIFEST} is missing)")
+    manifest = _read(folder / MANIFEST, flag)
+    if manifest.get("experiment") != experiment:
+        found = manifest.get("experiment")
+        raise RunError(f"{flag}: {folder} holds a run of {found!r}, not of {experiment!r}")
     return manifest
 
 
@@ -94,16 +141,23 @@ def _described(settings: Any) -> dict[str, Any]:
     return described
 
 
-def _read(path: Path) -> dict[str, Any]:
-    damaged = RunError(f"--resume: {path} is damaged; start a new run")
+def _has_grown(was: Any, is_now: Any) -> bool:
+    """Returns whether a number is larger than before, or all values of a list are still there."""
+    if isinstance(was, list) and isinstance(is_now, list):
+        return all(value in is_now for value in was)
+    return type(was) is int and type(is_now) is int and was < is_now
+
+
+def _read(path: Path, flag: str) -> dict[str, Any]:
+    damaged = RunError(f"{flag}: {path} is damaged; start a new run")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         raise damaged from None
     if not isinstance(manifest, dict):
         raise damaged
-    found = {"notes": {}, "resumed": [], "wall_seconds": 0.0, **manifest}
-    kinds = {"settings": dict, "data": dict, "notes": dict, "resumed": list}
+    found = {"notes": {}, "resumed": [], "extended": [], "wall_seconds": 0.0, **manifest}
+    kinds = {"settings": dict, "data": dict, "notes": dict, "resumed": list, "extended": list}
     right = all(isinstance(found.get(name), kind) for name, kind in kinds.items())
     if not right or not isinstance(found["wall_seconds"], (int, float)):
         raise damaged

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-    from experiments.lib.runs import RunFolder
+    from experiments.lib.runs import RunFiles
 
 # Okabe and Ito, "Color Universal Design", 2008.
 BLUE, GREEN, ORANGE, PINK, GREY = "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#666666"
@@ -86,7 +86,7 @@ def legend_below(fig: Figure, ax: Axes) -> None:
     fig.legend(handles, labels, loc="outside lower center", ncols=len(labels))
 
 
-def save(fig: Figure, run: RunFolder, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+def save(fig: Figure, run: RunFiles, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Writes a figure as name.png and name.pdf, and the numbers behind it as name.csv.
 
     Returns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from experiments.lib.cli import MOST_TRIALS, check_values, option, unique
@@ -15,14 +16,14 @@ Resolved = TypeVar("Resolved", bound="RetrainingSettings")
 METHODS = ("lora-ml", "last-layer-ml", "standard", "reptile")
 WITH_TASKS = METHODS[:2]  # the methods whose tasks have adapters or heads of their own
 FINETUNES = ("lora", "last-layer")
-ALL = "all"
+ALL, NONE = "all", "none"
 PER_TASK = ("step_per", "adapter_lr", "adapter_weight_decay", "adapter_steps")
 ZERO = ("first_seed", "weight_decay", "adapter_weight_decay")  # these may be zero
 # Settings that only some methods or fine-tunings have a use for; the others are for all.
 PART_OF: Mapping[str, tuple[str, ...]] = {
     "lr": (*WITH_TASKS, "standard"),
     **dict.fromkeys(PER_TASK, WITH_TASKS),
-    "standard_order": ("standard",),
+    **dict.fromkeys(("standard_order", "equal_steps"), ("standard",)),
 }
 
 
@@ -30,6 +31,7 @@ PART_OF: Mapping[str, tuple[str, ...]] = {
 class RetrainingSettings(RunSettings):
     """Settings of a run that retrains by several methods and fine-tunes on unseen tasks.
 
+    Of ``finetune`` and ``retrain``, "all" and "none" stand for lists, which replace them.
     None stands for a default that depends on the data, the device or ``--smoke``; `resolved`
     fills it in. The default of ``step_per`` follows one rule, as every experiment does what its
     authors' runs did: an optimiser step per round of all tasks in vision (the objective of eq. 5),
@@ -40,9 +42,16 @@ class RetrainingSettings(RunSettings):
     methods: ClassVar[tuple[str, ...]] = METHODS
     zero: ClassVar[tuple[str, ...]] = ZERO
 
-    retrain: tuple[str, ...] = option((ALL,), help="retraining methods", choices=(*METHODS, ALL))
-    finetune: tuple[str, ...] = option((ALL,), help="fine-tunings", choices=(*FINETUNES, ALL))
-    seeds: int = option(None, help="trials, each with seeds of its own (default: 5)")
+    retrain: tuple[str, ...] = option(
+        (ALL,), help="retraining methods", choices=(*METHODS, ALL), extends=True
+    )
+    finetune: tuple[str, ...] = option(
+        (ALL,),
+        help="fine-tunings; none: only retrain",
+        choices=(*FINETUNES, ALL, NONE),
+        extends=True,
+    )
+    seeds: int = option(None, help="trials, each with seeds of its own (default: 5)", extends=True)
     first_seed: int = option(0, help="seed of the first trial; the others follow")
     step_per: str = option(
         "round",
@@ -66,6 +75,17 @@ class RetrainingSettings(RunSettings):
         help="standard: batches drawn from all tasks together, or of one task each, task after "
         "task in turn (interleaved) or, as in the authors' language runs, in blocks",
         choices=("pooled", "interleaved", "blocked"),
+    )
+    equal_steps: bool = option(
+        False,
+        help="standard: larger batches, so that it takes as many optimiser steps as lora-ml and "
+        "last-layer-ml",
+    )
+    retrained: tuple[Path, ...] = option(
+        (),
+        help="only fine-tune: take the retrained models from the runs in these folders, each from "
+        "the first that has retrained it with the same settings",
+        run_only=True,
     )
     shared_head: str = option(
         "mean",
@@ -98,6 +118,13 @@ class RetrainingSettings(RunSettings):
         for name, every in (("retrain", self.methods), ("finetune", FINETUNES)):
             chosen = getattr(self, name)
             object.__setattr__(self, name, every if ALL in chosen else unique(chosen))
+        if NONE in self.finetune:
+            if len(self.finetune) > 1:
+                given = " ".join(self.finetune)
+                raise ValueError(f"argument --finetune: none stands alone, got {given}")
+            object.__setattr__(self, "finetune", ())
+        if self.retrained and not self.finetune:
+            raise ValueError("argument --retrained: with --finetune none there is nothing to do")
         check_values(self.command, self, zero=self.zero, most={"seeds": MOST_TRIALS})
 
     @property
@@ -119,6 +146,12 @@ class RetrainingSettings(RunSettings):
 
 
 def part_of(settings: type, own: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Returns which methods and the like each field is for: shared fields, ``own``, Reptile's."""
+    """Returns which methods and the like each field is for: shared fields, ``own``, and by prefix.
+
+    Fields that begin with "reptile" are for Reptile, those that begin with "finetune" for the
+    fine-tunings and for a refitted head, see `RetrainingSettings.kinds`.
+    """
     names = [field.name for field in dataclasses.fields(settings)]
-    return {**PART_OF, **{n: ("reptile",) for n in names if n.startswith("reptile")}, **own}
+    of_reptile = {n: ("reptile",) for n in names if n.startswith("reptile")}
+    of_finetuning = {n: FINETUNES for n in names if n.startswith("finetune_")}
+    return {**PART_OF, **of_reptile, **of_finetuning, **own}

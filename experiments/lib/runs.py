@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import datetime
 import errno
 import io
 import json
-import math
 import shutil
 import signal
-import statistics
 import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from experiments.lib import lock, units
 from experiments.lib.errors import INTERRUPTED, RunError, too_large
@@ -32,12 +31,52 @@ from experiments.lib.manifest import MANIFEST, new_manifest, now, plain, resumed
 from experiments.lib.units import METRICS, RESULTS
 from metalora._files import replacing
 
+Settings = TypeVar("Settings")
 ERROR = "error.txt"
 TERMINATED = 143
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-class RunFolder:
+class RunFiles:
+    """One run's folder, to read what it holds.
+
+    Attributes:
+        folder: where it is; figures are drawn into it.
+        manifest: what its manifest.json says.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder = folder
+        self.manifest = manifest
+
+    def path(self, name: str) -> Path:
+        """Returns the path of a file in this folder."""
+        return self.folder / name
+
+    def settings(self, kind: type[Settings]) -> Settings:
+        """Returns the settings in the manifest; fields that it lacks have their defaults.
+
+        Args:
+            kind: the experiment's dataclass of settings.
+        """
+        known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        found = self.manifest["settings"].items()
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in found if k in known}
+        return kind(**given)
+
+    def rows(self) -> list[dict[str, str]]:
+        """Returns the rows of results.csv so far."""
+        return read_rows(self.path(RESULTS)) if self.path(RESULTS).exists() else []
+
+    def records(self) -> list[dict[str, Any]]:
+        """Returns the records of metrics.jsonl so far."""
+        if not self.path(METRICS).exists():
+            return []
+        with self.path(METRICS).open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+
+class RunFolder(RunFiles):
     """One run's folder, open for writing.
 
     Use as a context manager: leaving it records the wall time and the status: "completed",
@@ -55,8 +94,7 @@ class RunFolder:
         done: set[str],
         go_on: str,
     ):
-        self.folder = folder
-        self.manifest = manifest
+        super().__init__(folder, manifest)
         self._lock = held
         self._done = done
         self._columns = _header(folder / RESULTS)
@@ -118,10 +156,6 @@ class RunFolder:
             raise _not_written(folder, error, go_on if resume else "") from None
         return run
 
-    def path(self, name: str) -> Path:
-        """Returns the path of a file in this folder."""
-        return self.folder / name
-
     def add_data(self, name: str, sha256: str) -> None:
         """Records a checksum of the data; refuses a resumed run whose data have changed."""
         before = self.manifest["data"].setdefault(name, sha256)
@@ -162,16 +196,17 @@ class RunFolder:
         units.append(self.path(RESULTS), text.getvalue())
         self._columns = columns
 
-    def rows(self) -> list[dict[str, str]]:
-        """Returns the rows of results.csv so far."""
-        return read_rows(self.path(RESULTS)) if self.path(RESULTS).exists() else []
+    def expect_columns(self, columns: Sequence[str]) -> None:
+        """Refuses a resumed run whose results.csv has other columns.
 
-    def records(self) -> list[dict[str, Any]]:
-        """Returns the records of metrics.jsonl so far."""
-        if not self.path(METRICS).exists():
-            return []
-        with self.path(METRICS).open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        Raises:
+            RunError: it was made by another version.
+        """
+        if self._columns not in (None, list(columns)):
+            raise RunError(
+                f"--resume: {self.path(RESULTS)} has the columns {self._columns} of another "
+                f"version, not {list(columns)}; start a new run"
+            )
 
     def done(self, unit: str) -> bool:
         """Returns whether this unit of work is finished, in this process or before a resumption."""
@@ -262,18 +297,6 @@ def default_folder(experiment: str, tag: str = "") -> Path:
     return Path("runs") / "-".join(part for part in (experiment, tag, stamp) if part)
 
 
-def standard_error(values: Sequence[float]) -> float:
-    """Returns the standard error of the mean; NaN for fewer than two values."""
-    if len(values) < 2:
-        return math.nan
-    return statistics.stdev(values) / math.sqrt(len(values))
-
-
-def with_error(mean: float, error: float, form: str = ".2f") -> str:
-    """Returns ``mean (error)`` in the format ``form``; n/a stands for an error that is NaN."""
-    return f"{mean:{form}} ({'n/a' if math.isnan(error) else format(error, form)})"
-
-
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, seen as an interrupt so that it ends the run in the same orderly way."""
 
@@ -290,7 +313,7 @@ def _replace(path: Path, text: str) -> None:
 def _existing(out: Path | None) -> Path:
     if out is None:
         raise RunError("--resume needs --out, the folder of the run to go on with")
-    if not (out / MANIFEST).exists():
+    if not (out / MANIFEST).exists():  # before anything is written there
         raise RunError(f"--resume: {out} holds no run ({MANIFEST} is missing)")
     return out
 

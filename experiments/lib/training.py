@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import copy
 import dataclasses
-import statistics
+import hashlib
+import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.lib.errors import RunError, divergence
+from experiments.lib.retrained import RetrainedModels
 from experiments.lib.retraining_settings import FINETUNES, PER_TASK, WITH_TASKS
-from experiments.lib.runs import RunFolder, standard_error, with_error
+from experiments.lib.runs import RunFolder
+from experiments.lib.statistics import with_error
 from metalora._files import read_tensors, replacing
 from metalora.adapters import LoRAConfig
 from metalora.meta import (
     Callback,
+    Checkpoint,
+    CheckpointError,
     KeepBest,
     Progress,
     Result,
@@ -37,6 +43,7 @@ from metalora.meta import (
     standard,
 )
 
+CHECKPOINT_SECONDS = 60.0  # between two checkpoints, at least
 Part = TypeVar("Part")  # of the data: samples with their tasks
 Labels = Mapping[str, Any]  # what tells one training from the others: method, trial and the like
 
@@ -123,7 +130,7 @@ class Trials(abc.ABC, Generic[Part]):
         model = self.new_model(seed)
         rounds = self.loader(
             self.retraining,
-            s.batch_size,
+            self._batch_size(method),
             seed=own_seed,
             order=s.standard_order if method == "standard" else "rounds",
             max_rounds=self.max_rounds(method),
@@ -154,6 +161,19 @@ class Trials(abc.ABC, Generic[Part]):
             refit_heads(model, pooled, config, self.heads, callbacks=progress, **self.loss)
         return model, result
 
+    def _batch_size(self, method: str) -> int:
+        """Returns the samples of a retraining's batch.
+
+        With ``equal_steps`` standard retraining has the fewest that take no more steps than the
+        methods with tasks do: on equal tasks as many samples as a round has.
+        """
+        s = self.settings
+        if method != "standard" or not s.equal_steps:
+            return s.batch_size
+        own = self.loader(self.retraining, s.batch_size, seed=0).rounds_per_task
+        steps = max(own) if s.step_per == "round" else sum(own)
+        return -(-self.samples_per_epoch(method) // steps)
+
     def _finetune(
         self,
         model: nn.Module,
@@ -161,15 +181,19 @@ class Trials(abc.ABC, Generic[Part]):
         part: Part,
         held_out: Part,
         *callbacks: Callback,
+        validate_every: int = 1,
     ) -> Result:
-        kind, seed = labels["finetune"], labels["trial"]
-        s, own_seed = self.settings, derive_seed("finetuning", seed)
+        kind = labels["finetune"]
+        s, own_seed = self.settings, seed_of("finetuning", labels)
         rounds = self.loader(part, s.finetune_batch_size, seed=own_seed)
         config = self.config(kind, own_seed)
+        if labels.get("finetune_lr") is not None:
+            config = dataclasses.replace(config, lr=labels["finetune_lr"])
         common: dict[str, Any] = {
             **self.loss,
             "validation": self.held_out(held_out),
-            "callbacks": [Progress(f"{kind}, trial {seed}"), *callbacks],
+            "validate_every": validate_every,
+            "callbacks": [Progress(f"{kind}, trial {labels['trial']}"), *callbacks],
         }
         fresh = s.finetune_head == "fresh"
         if kind == "last-layer":
@@ -183,32 +207,45 @@ class Trials(abc.ABC, Generic[Part]):
 class Trainings:
     """The trainings of a run, which are its units of work; finished ones are not repeated.
 
+    While a training of more than a minute runs, a checkpoint of it lies in ``checkpoints``.
+
     Attributes:
         folder: the run's.
         trials: does the trainings.
         columns: of results.csv.
         constant: the columns that are the same in all rows.
+        source: where the retrained models are taken from; None retrains them.
+
+    Raises:
+        RunError: the folder's results have other columns.
     """
 
     folder: RunFolder
     trials: Trials[Any]
     columns: Sequence[str]
     constant: Mapping[str, Any]
+    source: RetrainedModels | None = None
+
+    def __post_init__(self) -> None:
+        self.folder.expect_columns(self.columns)
 
     def retrained(self, labels: Labels, *callbacks: Callback) -> nn.Module:
-        """Returns the model after a retraining."""
+        """Returns the model after a retraining, which goes on from the last epoch that was saved.
+
+        Raises:
+            RunError: the retraining diverged, or the checkpoint or the weights are damaged.
+        """
         method, trial, unit = labels["method"], labels["trial"], unit_name("retrain", labels)
-        name = "-".join(map(_shown, labels.values()))
-        weights = self.folder.path("weights") / f"{name}.safetensors"
-        if self.folder.done(unit):
-            model = self.trials.new_model(trial)
-            load_weights(model, weights)
-            return model
+        if self.source is not None:
+            return self._taken(labels, self.source)
+        weights = self.folder.path("weights") / weights_name(labels)
+        if self._done(unit):
+            return self._loaded(trial, weights)
         log = EpochLog(self.folder, phase="retrain", **labels)
         rates = "--reptile-lr or --reptile-inner-lr" if method == "reptile" else "--lr"
-        with divergence(unit, rates):
+        with divergence(unit, rates), _unusable_checkpoint(unit):
             model, result = self.trials.retrain(
-                method, trial, log, *callbacks, rank=labels.get("rank")
+                method, trial, log, *callbacks, self._checkpoint(unit), rank=labels.get("rank")
             )
         samples = self.trials.samples_per_epoch(method) * len(result.history)
         throughput = {f"{self.trials.samples}_per_second": round(samples / log.seconds, 2)}
@@ -217,18 +254,47 @@ class Trainings:
         self._add_rows(labels, [{"metric": m, "value": value} for m, value in measured.items()])
         save_weights(model, weights)
         self.folder.mark_done(unit)
+        self._done(unit)
         return model
 
     def finetuned(self, labels: Labels, retrained: nn.Module, *callbacks: Callback) -> None:
-        """Fine-tunes a copy of a retrained model."""
+        """Fine-tunes a copy of a retrained model, and goes on as a retraining does."""
         unit = unit_name("finetune", labels)
-        if self.folder.done(unit):
+        if self._done(unit):
             return
         log = EpochLog(self.folder, phase="finetune", **labels)
-        with divergence(unit, "--finetune-lr"):
-            measured = self.trials.finetune(copy.deepcopy(retrained), labels, log, *callbacks)
+        with divergence(unit, "--finetune-lr"), _unusable_checkpoint(unit):
+            measured = self.trials.finetune(
+                copy.deepcopy(retrained), labels, log, *callbacks, self._checkpoint(unit)
+            )
         self._add_rows(labels, measured)
         self.folder.mark_done(unit)
+        self._done(unit)
+
+    def _checkpoint(self, unit: str) -> Checkpoint:
+        return Checkpoint(self._checkpoint_path(unit), min_seconds=CHECKPOINT_SECONDS)
+
+    def _checkpoint_path(self, unit: str) -> Path:
+        return self.folder.path("checkpoints") / f"{unit.replace(' ', '-')}.safetensors"
+
+    def _done(self, unit: str) -> bool:
+        """Returns whether a training is finished; if so, its checkpoint is removed."""
+        done = self.folder.done(unit)
+        if done:
+            self._checkpoint_path(unit).unlink(missing_ok=True)
+        return done
+
+    def _taken(self, labels: Labels, source: RetrainedModels) -> nn.Module:
+        path = source.weights(*_place_of(labels))
+        model = self._loaded(labels["trial"], path)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.folder.add_data(f"retrained model {path.stem}", sha256)
+        return model
+
+    def _loaded(self, trial: int, weights: Path) -> nn.Module:
+        model = self.trials.new_model(trial)
+        load_weights(model, weights)
+        return model
 
     def _add_rows(self, labels: Labels, measured: Iterable[Mapping[str, Any]]) -> None:
         same = {**self.constant, **labels}
@@ -236,20 +302,95 @@ class Trainings:
 
 
 class EpochLog(Callback):
-    """Writes every epoch to the run's metrics, and measures the throughput."""
+    """Writes every epoch to the run's metrics, and measures the throughput.
+
+    A training that goes on from a checkpoint writes its earlier epochs again, as a resumed run
+    begins without what unfinished units wrote.
+    """
 
     def __init__(self, run: RunFolder, **labels: Any):
         self._run, self._labels = run, labels
-        self.seconds = 0.0
+        self._epochs: list[dict[str, Any]] = []
+
+    @property
+    def seconds(self) -> float:
+        """Returns how long all epochs took, those before an interruption included."""
+        return sum(epoch["seconds"] for epoch in self._epochs)
 
     def on_start(self, training: Training) -> None:
         self._since = time.monotonic()
 
     def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
         now = time.monotonic()
-        self.seconds += now - self._since
-        self._run.log(**self._labels, **record, seconds=round(now - self._since, 4))
+        self._add({**record, "seconds": round(now - self._since, 4)})
         self._since = now
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {}, {"epochs": self._epochs}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        for epoch in values["epochs"]:
+            self._add(epoch)
+        self._since = time.monotonic()
+
+    def _add(self, epoch: dict[str, Any]) -> None:
+        self._epochs.append(epoch)
+        self._run.log(**self._labels, **epoch)
+
+
+@contextlib.contextmanager
+def _unusable_checkpoint(unit: str) -> Iterator[None]:
+    """Turns a checkpoint that cannot be resumed from into a `RunError`.
+
+    One that cannot be written raises the `OSError` itself, which the run folder explains.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
+        raise RunError(f"{unit}: {error}; without that file it starts again") from None
+
+
+def open_retrained(
+    settings: Any,
+    experiment: str,
+    part_of: Mapping[str, Sequence[str]],
+    retrainings: Iterable[Labels],
+    data: Mapping[str, str],
+) -> RetrainedModels | None:
+    """Returns where the retrained models come from; None if this run makes them.
+
+    Args:
+        settings, part_of, data: see `RetrainedModels`.
+        experiment: the experiment's name.
+        retrainings: labels of all that are wanted.
+
+    Raises:
+        RunError: the runs in ``settings.retrained`` do not have them all.
+    """
+    if not settings.retrained:
+        return None
+    source = RetrainedModels(settings.retrained, experiment, settings, part_of, data)
+    for labels in retrainings:
+        source.weights(*_place_of(labels))
+    return source
+
+
+def _place_of(retraining: Labels) -> tuple[str, str, str]:
+    """Returns the method, the unit's name and the weights' name of a retraining."""
+    return retraining["method"], unit_name("retrain", retraining), weights_name(retraining)
+
+
+def seed_of(purpose: str, labels: Labels) -> int:
+    """Returns the seed of a fine-tuning: that of its trial, or of one of several draws in it."""
+    draw = labels.get("draw") or 0
+    return derive_seed(purpose, labels["trial"], *([draw] if draw else []))
+
+
+def weights_name(labels: Labels) -> str:
+    """Returns the name of the file with a retrained model, such as "lora-ml-8-0.safetensors"."""
+    return "-".join(map(_shown, labels.values())) + ".safetensors"
 
 
 def unit_name(phase: str, labels: Labels) -> str:
@@ -262,46 +403,33 @@ def row(columns: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: "" if values.get(name) is None else values[name] for name in columns}
 
 
-def summarize(
-    rows: Iterable[Mapping[str, str]], key: Sequence[str], metrics: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Returns accuracies in percent for each value of the key's columns, in results' order.
-
-    For each trial the mean over its rows is taken; then the mean over trials, and its standard
-    error (``<metric>_se``), which is NaN for one trial.
-    """
-    groups: dict[tuple[str, ...], dict[str, dict[str, list[float]]]] = {}
-    for r in rows:
-        if r["metric"] in metrics:
-            group = groups.setdefault(tuple(r[k] for k in key), {m: {} for m in metrics})
-            group[r["metric"]].setdefault(r["trial"], []).append(100 * float(r["value"]))
-    lines = []
-    for values, group in groups.items():
-        line: dict[str, Any] = dict(zip(key, values, strict=True))
-        line["trials"] = len(group[metrics[0]])
-        for metric, trials in group.items():
-            means = [statistics.fmean(found) for found in trials.values()]
-            line |= {metric: statistics.fmean(means), f"{metric}_se": standard_error(means)}
-        lines.append(line)
-    return lines
-
-
 def table(lines: Iterable[Mapping[str, Any]], titles: Mapping[str, str]) -> list[str]:
-    """Returns lines of `summarize` as text, accuracies with their standard error in brackets.
+    """Returns a summary as text, accuracies with their standard error in brackets.
 
     Args:
+        lines: of `experiments.lib.statistics.summarize`.
         titles: of the columns, by key or metric, each as wide as its column.
     """
     text = [" ".join(titles.values())]
     for line in lines:
         cells = []
         for name, title in titles.items():
-            known = f"{name}_se" in line
-            cell = with_error(line[name], line[f"{name}_se"]) if known else str(line[name] or "-")
+            value: Any = line.get(name)
+            if empty(value):
+                cell = "-"
+            elif f"{name}_se" in line:
+                cell = with_error(value, line[f"{name}_se"])
+            else:
+                cell = str(value)
             align = str.ljust if name in ("method", "finetune") else str.rjust
             cells.append(align(cell, len(title)))
         text.append(" ".join(cells))
     return text
+
+
+def empty(value: Any) -> bool:
+    """Returns whether a summary has no value: nothing, or a number that is not known."""
+    return value in (None, "") or (isinstance(value, float) and math.isnan(value))
 
 
 def check_rank(model: nn.Module, rank: int) -> None:
@@ -339,7 +467,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(read_tensors(path, "load_weights")[0])
     except (OSError, SafetensorError, RuntimeError):
-        raise RunError(f"--resume: {path} is missing or damaged; start a new run") from None
+        raise RunError(f"{path} is missing or damaged; start a new run") from None
 
 
 def _shown(label: Any) -> str:

@@ -29,28 +29,29 @@ def finish(folder: Path, unit: str) -> None:
     sync_path(folder)
 
 
+def finished(folder: Path, flag: str = "--resume") -> set[str]:
+    """Returns the finished units of a run, which may go on meanwhile.
+
+    Args:
+        folder: the run's.
+        flag: the option that names it, for the message.
+
+    Raises:
+        RunError: the list of units is damaged.
+    """
+    return set(_read(folder, flag)[0])
+
+
 def cut_back(folder: Path) -> set[str]:
     """Returns the finished units, and cuts off whatever an unfinished unit wrote after them.
 
     Raises:
         RunError: a file is damaged.
     """
-    units: dict[str, dict[str, int]] = {}
-    path = folder / UNITS
-    if path.exists():
-        data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]  # the process may be killed while it writes a line
-        for number, line in enumerate(whole.splitlines(), 1):
-            record = _record(line)
-            if record is None:
-                raise RunError(
-                    f"--resume: line {number} of {path} is not of a run: "
-                    f"{line[:60].decode(errors='replace')!r}; take it out, or start a new run"
-                )
-            units[record["unit"]] = record["lengths"]
-        os.truncate(path, len(whole))
-    lengths = list(units.values())[-1] if units else {METRICS: 0, RESULTS: 0}
-    for name, length in lengths.items():
+    units, length = _read(folder)
+    if (folder / UNITS).exists():
+        os.truncate(folder / UNITS, length)
+    for name, length in _last(units).items():
         size = (folder / name).stat().st_size if (folder / name).exists() else 0
         if size < length:
             raise RunError(
@@ -60,6 +61,43 @@ def cut_back(folder: Path) -> set[str]:
         if size > length:
             os.truncate(folder / name, length)
     return set(units)
+
+
+def finished_results(folder: Path) -> tuple[int, bytes]:
+    """Returns how many units are finished, and the results.csv that these wrote.
+
+    The run may go on meanwhile.
+
+    Raises:
+        RunError: a file is damaged.
+    """
+    units, _ = _read(folder)
+    length = _last(units)[RESULTS]
+    return len(units), (folder / RESULTS).read_bytes()[:length] if length else b""
+
+
+def _read(folder: Path, flag: str = "--resume") -> tuple[dict[str, dict[str, int]], int]:
+    """Returns the finished units with the lengths of the files, and that of the list itself."""
+    units: dict[str, dict[str, int]] = {}
+    path = folder / UNITS
+    if not path.exists():
+        return units, 0
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]  # the process may be killed while it writes a line
+    for number, line in enumerate(whole.splitlines(), 1):
+        record = _record(line)
+        if record is None:
+            raise RunError(
+                f"{flag}: line {number} of {path} is not of a run: "
+                f"{line[:60].decode(errors='replace')!r}; take it out, or start a new run"
+            )
+        units[record["unit"]] = record["lengths"]
+    return units, len(whole)
+
+
+def _last(units: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Returns how long the files were when the last unit was finished."""
+    return list(units.values())[-1] if units else {METRICS: 0, RESULTS: 0}
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments.synthetic.settings import Point
+from experiments.lib.statistics import compare
+from experiments.lib.tables import AHEAD, DIFFERENCE, Table, difference, three_digits
+from experiments.synthetic.settings import METHODS, Point
 
 
 def row(
@@ -30,3 +32,31 @@ def grouped(rows: Sequence[Mapping[str, str]]) -> dict[tuple[str, str, str], lis
         key = (f"{found['vary']}={found['setting']}", found["method"], found["metric"])
         values.setdefault(key, []).append(float(found["value"]))
     return values
+
+
+def comparison(
+    rows: Sequence[Mapping[str, str]],
+    metric: str,
+    middle: Callable[[Sequence[float]], tuple[float, str]],
+    caption: str,
+) -> Table:
+    """Makes a table of LoRA-ML beside standard retraining, a line for each setting.
+
+    Args:
+        rows: of results.csv, those of each setting in the order of the trials.
+        metric: an error, of which less is better.
+        middle: returns what stands for the trials' values: a number, and the text to show.
+        caption: see `Table`.
+    """
+    found = grouped(rows)
+    lines = []
+    for point in dict.fromkeys(name for name, _, _ in found):
+        ours, standard = (found[point, method, metric] for method in METHODS)
+        (low, shown), (high, other) = middle(ours), middle(standard)
+        paired = compare(dict(enumerate(ours)), dict(enumerate(standard)), lower_is_better=True)
+        ratio = f"{high / low:,.0f}" if high >= 100 * low else f"{high / low:.1f}"
+        vary, _, value = point.partition("=")
+        setting = f"{vary} = {int(value):,}"
+        lines.append([setting, shown, other, ratio, *difference(paired, three_digits)])
+    header = ["setting", "LoRA-ML", "standard", "standard / LoRA-ML", DIFFERENCE, AHEAD]
+    return Table(header, lines, caption)

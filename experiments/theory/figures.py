@@ -12,7 +12,7 @@ from matplotlib.ticker import NullLocator
 
 from experiments.lib import plotting
 from experiments.lib.plotting import BLUE, GREEN, GREY, ORANGE, PINK
-from experiments.lib.runs import RunFolder
+from experiments.lib.runs import RunFiles
 from experiments.theory.checks import Outcome
 from metalora.linear.theory import expected_finetune_error, expected_standard_loss
 
@@ -23,7 +23,7 @@ _SIZE = (13.3, 6)
 _ROUNDING = 1e-15  # relative to the energy that the trainers' losses are differences of
 
 
-def draw(outcomes: Mapping[str, Outcome], folder: RunFolder) -> list[Path]:
+def draw(outcomes: Mapping[str, Outcome], folder: RunFiles) -> list[Path]:
     """Draws the figures of those statements that were checked; returns the paths of the PNGs."""
     plotting.style()
     plt.rcParams["pdf.fonttype"] = 3  # embedding whole fonts takes longer than most statements
@@ -36,7 +36,7 @@ def draw(outcomes: Mapping[str, Outcome], folder: RunFolder) -> list[Path]:
     return drawn
 
 
-def _standard_loss(data: dict[str, Any], folder: RunFolder) -> Path:
+def _standard_loss(data: dict[str, Any], folder: RunFiles) -> Path:
     fig, axis = plt.subplots(figsize=_SIZE)
     for rank, color, marker in ((1, BLUE, "o"), (2, ORANGE, "^")):
         points = [p for p in data["points"] if p["k"] == rank]
@@ -53,7 +53,7 @@ def _standard_loss(data: dict[str, Any], folder: RunFolder) -> Path:
     return plotting.save(fig, folder, "standard-loss", data["points"])
 
 
-def _finetuning_error(data: dict[str, Any], folder: RunFolder) -> Path:
+def _finetuning_error(data: dict[str, Any], folder: RunFiles) -> Path:
     fig, (left, right) = plt.subplots(1, 2, figsize=_SIZE)
     points = data["points"]
     for label, color, marker, tasks, rank in (
@@ -91,7 +91,7 @@ def _finetuning_error(data: dict[str, Any], folder: RunFolder) -> Path:
     return plotting.save(fig, folder, "finetuning-error", points)
 
 
-def _hyperbola(data: dict[str, Any], folder: RunFolder) -> Path:
+def _hyperbola(data: dict[str, Any], folder: RunFiles) -> Path:
     fig, axis = plt.subplots(figsize=(9, 9.5))
     starts, ends = np.array(data["starts"]), np.array(data["ends"])
     b = np.linspace(-1.8, 1.8, 200)
@@ -119,7 +119,7 @@ def _hyperbola(data: dict[str, Any], folder: RunFolder) -> Path:
     return plotting.save(fig, folder, "hyperbola", rows)
 
 
-def _spurious(data: dict[str, Any], folder: RunFolder) -> Path:
+def _spurious(data: dict[str, Any], folder: RunFiles) -> Path:
     fig, (left, right) = plt.subplots(1, 2, figsize=_SIZE)
     scale = data["relative_to"]
     share, along = np.array(data["path"]["share"]), np.array(data["path"]["loss"]) / scale
@@ -155,7 +155,7 @@ def _spurious(data: dict[str, Any], folder: RunFolder) -> Path:
     return plotting.save(fig, folder, "spurious-minimum", rows)
 
 
-def _descent(data: dict[str, Any], folder: RunFolder) -> Path:
+def _descent(data: dict[str, Any], folder: RunFiles) -> Path:
     fig, axis = plt.subplots(figsize=_SIZE)
     colors = (GREEN, BLUE, ORANGE, PINK)
     rows = []

@@ -11,14 +11,14 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from experiments.lib.experiment import Experiment, Work, command, each_unit
+from experiments.lib.experiment import Experiment, Report, Work, command, each_unit
 from experiments.lib.machine import one_thread
 from experiments.lib.runs import RunFolder
 from experiments.lib.unused import unused
 from experiments.theory.checks import Outcome
 from experiments.theory.settings import PART_OF, TheorySettings
 from experiments.theory.statements import ALL, CONTROLS, STATEMENTS
-from experiments.theory.summary import load_outcome, table, verdict
+from experiments.theory.summary import load_outcome, results_table, table, verdict
 
 NAME = "theory"
 
@@ -75,5 +75,6 @@ THEORY = Experiment(
     "Checks the paper's theory of the linear model numerically.",
     TheorySettings,
     prepare,
+    Report(lambda run: {"": results_table(run.rows())}),
 )
 main = command("python -m experiments.theory", THEORY)

@@ -29,6 +29,7 @@ class TheorySettings(RunSettings):
         (*STATEMENTS, *CONTROLS),
         choices=(*STATEMENTS, *CONTROLS),
         positional=True,
+        extends=True,
         help="which statements to check",
     )
     seed: int = option(0, help="seed of everything random")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
 from experiments.lib.errors import RunError
 from experiments.lib.runs import RunFolder
+from experiments.lib.tables import Table
 from experiments.theory.checks import Check, Outcome
 from experiments.theory.statements import ALL, CONTROLS, STATEMENTS
 
@@ -56,3 +58,40 @@ def table(outcomes: Mapping[str, Outcome]) -> str:
             lines.append(f"{'':<20}{shown.what}")
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def results_table(rows: Sequence[Mapping[str, str]]) -> Table:
+    """Returns the verdicts for the documentation, the wrong statements last.
+
+    Args:
+        rows: of results.csv.
+    """
+    lines = []
+    for name, statement in (*STATEMENTS.items(), *CONTROLS.items()):
+        checks = [_check(row) for row in rows if row["statement"] == name]
+        if not checks:
+            continue
+        outcome = Outcome(checks)
+        shown = outcome.headline
+        held = f"{sum(c.holds for c in checks)} of {len(checks)}"
+        number = name if name in STATEMENTS else ""
+        claim = f"{statement.source}: {statement.claim}"
+        lines.append([number, claim, shown.predicted, shown.shown, held, verdict(outcome)])
+    caption = (
+        "Prediction and measurement are those of a statement's first check, or of the first that "
+        "failed; intervals hold with 99.99 %. What holds for random cases is shown for those drawn."
+    )
+    header = ["", "statement", "predicted", "measured", "checks met", "verdict"]
+    return Table(
+        header, [[_escaped(cell) for cell in line] for line in lines], caption, left=len(header)
+    )
+
+
+def _check(row: Mapping[str, str]) -> Check:
+    measured, low, high = (float(row[name]) for name in ("measured", "low", "high"))
+    return Check(row["what"], row["predicted"], measured, low, high, row["holds"] == "True")
+
+
+def _escaped(text: str) -> str:
+    """Returns a text in which Markdown takes no sign for one of its own."""
+    return re.sub(r"([*_|<])", r"\\\1", text)

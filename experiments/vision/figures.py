@@ -4,40 +4,49 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 
 from experiments.lib import accuracy_figures, plotting
-from experiments.lib.runs import RunFolder
-from experiments.lib.training import summarize
-from experiments.vision.summary import BEST, LAST, summary
+from experiments.lib.runs import RunFiles
+from experiments.lib.statistics import summarize
+from experiments.vision.summary import BEST, LAST, number, summary
 
 
-def draw(run: RunFolder) -> list[Path]:
-    """Draws accuracy.png (the table) and curves.png (accuracy during fine-tuning), with numbers."""
-    lines = summary(run.rows())
-    if not lines:
+def draw(run: RunFiles) -> list[Path]:
+    """Draws accuracy.png (the table) and curves.png (accuracy during fine-tuning), with numbers.
+
+    There are no curves where accuracy was measured after the last epoch alone, and no figures of
+    several rates.
+    """
+    settings = run.manifest["settings"]
+    if not summary(run.rows()) or settings["finetune_lrs"]:
         return []
+    during = settings["evaluate_every"] < settings["finetune_epochs"]
+    return [draw_accuracy(run), *([_curves(run)] if during else [])]
+
+
+def draw_accuracy(run: RunFiles) -> Path:
+    """Draws the table: a panel for each fine-tuning, over the number of shots if there are more."""
     plotting.style()
-    return [_accuracy(run, lines), _curves(run)]
-
-
-def _accuracy(run: RunFolder, lines: list[dict[str, Any]]) -> Path:
-    shots = list(dict.fromkeys(line["shots"] for line in lines))
+    lines = summary(run.rows())
+    shots = sorted(dict.fromkeys(line["shots"] for line in lines), key=number)
+    metrics = [LAST] if math.isnan(lines[0][BEST]) else [LAST, BEST]
     fig, panels = accuracy_figures.panels(lines)
     for ax, _, of_kind in panels:
         if len(shots) > 1:
-            accuracy_figures.over(ax, of_kind, "shots", shots, BEST)
+            accuracy_figures.over(ax, of_kind, "shots", shots, LAST)
             ax.set_xlabel("images of the test task")
         else:
             names = [plotting.LABELS[line["method"]] for line in of_kind]
-            accuracy_figures.dots(ax, of_kind, names, BEST, LAST)
+            accuracy_figures.dots(ax, of_kind, names, *metrics)
     if len(shots) > 1:
         plotting.legend_below(fig, panels[0][0])
     panels[0][0].set_ylabel("held-out accuracy (%)")
     images = f"{shots[0]} images" if len(shots) == 1 else "few images"
-    what = "best epoch" if len(shots) > 1 else "filled: best epoch, hollow: last epoch"
+    what = "last epoch"
+    if len(shots) == 1 and len(metrics) > 1:
+        what = "filled: last epoch, hollow: best epoch"
     fig.suptitle(
         f"{run.manifest['settings']['data']}: fine-tuned on {images} of the test task; mean and "
         f"standard error of {accuracy_figures.trials_of(lines)} ({what})",
@@ -46,16 +55,16 @@ def _accuracy(run: RunFolder, lines: list[dict[str, Any]]) -> Path:
     return plotting.save(fig, run, "accuracy", lines)
 
 
-def _curves(run: RunFolder) -> Path:
+def _curves(run: RunFiles) -> Path:
     """Draws accuracy during fine-tuning, mean over trials; a row of panels per number of shots."""
     settings = run.manifest["settings"]
-    kinds, shots = settings["finetune"], settings["shots"]
+    kinds, shots = settings["finetune"], sorted(settings["shots"], key=number)
     rows = [
         {**r, "metric": "accuracy", "value": r["validation"]}
         for r in run.records()
-        if r.get("phase") == "finetune"
+        if r.get("phase") == "finetune" and "validation" in r
     ]
-    numbers = summarize(rows, ("method", "finetune", "shots", "epoch"), ("accuracy",))
+    numbers = summarize(rows, ("method", "finetune", "shots", "epoch"), ("accuracy",), scale=100)
     fig, axes = plt.subplots(
         len(shots),
         len(kinds),

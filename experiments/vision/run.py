@@ -1,47 +1,62 @@
-"""The command: every method, fine-tuning, number of shots and trial.
+"""The command: every method, fine-tuning, number of shots, draw and trial.
 
 A run folder holds, besides what every run folder holds: ``weights/<method>-<trial>.safetensors``
-with every retrained model, and the figures.
+with every retrained model, ``checkpoints/`` of trainings that are not finished, and the figures.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.lib.experiment import Experiment, Work, command
+from experiments.lib.errors import RunError
+from experiments.lib.experiment import Experiment, Report, Work, command
 from experiments.lib.machine import choose_device, keep_freed_memory
-from experiments.lib.runs import RunFolder
-from experiments.lib.training import Trainings
+from experiments.lib.retraining_settings import ALL
+from experiments.lib.runs import RunFiles, RunFolder
+from experiments.lib.training import Labels, Trainings, open_retrained
 from experiments.lib.unused import unused
 from experiments.vision.data import load
+from experiments.vision.rates import FLAG, Rates, chosen_rates, described
 from experiments.vision.settings import PART_OF, VisionSettings
-from experiments.vision.summary import COLUMNS, summary, table
+from experiments.vision.summary import COLUMNS, results_tables, summary, table
 from experiments.vision.trials import Trials
 
 NAME = "vision"
 
 
 def prepare(given: VisionSettings) -> Work:
-    """Loads the images; every retraining and every fine-tuning is a unit of work."""
+    """Loads the images; every retraining and every fine-tuning is a unit of work.
+
+    The draws of few images are units of their own.
+    """
     device = choose_device(given.device)
     settings = given.resolved(device.type)
     dataset = load(settings.data, settings.data_root, settings.download)
     trials = Trials(settings, dataset, device)
+    rates = chosen_rates(settings, NAME, dataset.sha256)
+    retrainings = [
+        {"method": method, "trial": trial}
+        for trial in settings.trials
+        for method in settings.retrain
+    ]
+    data = {settings.data: dataset.sha256}
+    source = open_retrained(settings, NAME, PART_OF, retrainings, data)
     if device.type == "cpu":
         keep_freed_memory()
 
     def run(folder: RunFolder) -> None:
         folder.add_data(settings.data, dataset.sha256)
-        trainings = Trainings(folder, trials, COLUMNS, {"experiment": NAME, "data": settings.data})
-        work = [(trial, method) for trial in settings.trials for method in settings.retrain]
-        for trial, method in tqdm(work, desc=NAME, unit="model", disable=None):
-            model = trainings.retrained({"method": method, "trial": trial})
-            for kind in settings.finetune:
-                for shots in settings.shots:
-                    labels = {"method": method, "finetune": kind, "shots": shots, "trial": trial}
-                    trainings.finetuned(labels, model)
+        same = {"experiment": NAME, "data": settings.data}
+        trainings = Trainings(folder, trials, COLUMNS, same, source)
+        if rates is not None:
+            _keep_rates(folder, rates)
+        for labels in tqdm(retrainings, desc=NAME, unit="model", disable=None):
+            model = trainings.retrained(labels)
+            for finetuning in finetunings(settings, labels, rates):
+                trainings.finetuned(finetuning, model)
 
     def figures(folder: RunFolder) -> list[Path]:
         from experiments.vision.figures import draw  # matplotlib takes a second to import
@@ -58,10 +73,50 @@ def prepare(given: VisionSettings) -> Work:
     )
 
 
+def finetunings(
+    settings: VisionSettings, retraining: Labels, rates: Rates | None
+) -> Iterator[Labels]:
+    """Yields the labels of the fine-tunings after a retraining.
+
+    Args:
+        settings: resolved settings.
+        retraining: the labels of the retraining.
+        rates: those that another run has chosen; None runs all of this run's.
+    """
+    method, trial = retraining["method"], retraining["trial"]
+    for kind in settings.finetune:
+        for shots in settings.shots:
+            chosen = settings.rates() if rates is None else (rates[method, kind, shots],)
+            for draw in range(1 if shots == ALL else settings.draws):
+                for rate in chosen:
+                    labels = {"method": method, "finetune": kind, "shots": shots}
+                    yield {**labels, "draw": draw, "finetune_lr": rate, "trial": trial}
+
+
+def _keep_rates(folder: RunFolder, rates: Rates) -> None:
+    """Writes the chosen rates into the manifest; refuses a resumed run that had others."""
+    now = described(rates)
+    before = folder.manifest.get("notes", {}).get("finetune_lr", {})
+    for name, rate in before.items():
+        if now.get(name, rate) != rate:
+            raise RunError(
+                f"{FLAG}: the rate chosen for {name} was {rate} when this run began, and is "
+                f"{now[name]} now; start a new run"
+            )
+    folder.note(finetune_lr={**before, **now})
+
+
+def _figures_of_results(run: RunFiles) -> list[Path]:
+    from experiments.vision.figures import draw_accuracy
+
+    return [draw_accuracy(run)]
+
+
 VISION = Experiment(
     NAME,
     "Retrains an MLP-Mixer on binary image tasks, then fine-tunes it on another.",
     VisionSettings,
     prepare,
+    Report(lambda run: results_tables(run.rows()), _figures_of_results),
 )
 main = command("python -m experiments.vision", VISION)

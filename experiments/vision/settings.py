@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from experiments.lib.cli import option, unique
-from experiments.lib.retraining_settings import ALL, RetrainingSettings, part_of
+from experiments.lib.cli import flag_of, option, unique
+from experiments.lib.retraining_settings import ALL, FINETUNES, RetrainingSettings, part_of
 from experiments.vision.augment import Augmentation
 from experiments.vision.data import Pair
 from experiments.vision.mixer import MixerConfig
@@ -95,7 +95,17 @@ class VisionSettings(RetrainingSettings):
     data_root: Path = option(Path("data"), help="where CIFAR-10 is", run_only=True)
     download: bool = option(False, help="have torchvision download CIFAR-10", run_only=True)
     shots: tuple[str, ...] = option(
-        (ALL,), help="images of the test task to fine-tune on: one or several numbers, or all"
+        (ALL,),
+        help="images of the test task to fine-tune on: one or several numbers, or all",
+        extends=True,
+    )
+    draws: int = option(
+        1, help="how often few images are drawn and fine-tuned on in each trial", extends=True
+    )
+    evaluate_every: int = option(
+        1,
+        help="measure held-out accuracy after every so many epochs of fine-tuning only, and after "
+        "the last; above 1 no best epoch is reported",
     )
     tasks: tuple[str, ...] = option(PAIRS, help="pairs of classes; the last is the test task")
     epochs: int = option(None, help="of retraining (cifar10: 100, digits: 20)")
@@ -107,6 +117,14 @@ class VisionSettings(RetrainingSettings):
     finetune_epochs: int = option(None, help="of fine-tuning (cifar10: 100, digits: 50)")
     finetune_batch_size: int = option(None, help="(cifar10: 256, digits: 32)")
     finetune_lr: float = option(None, help="(cifar10: 5e-4, digits: 3e-2)")
+    finetune_lrs: tuple[float, ...] = option(
+        (), help="several rates of fine-tuning, run one by one, to choose from", extends=True
+    )
+    finetune_lr_from: Path | None = option(
+        None,
+        help="take the rate of each fine-tuning from the run in this folder: the one of its "
+        "--finetune-lrs with the highest accuracy in the last epoch. Its test task must be another",
+    )
     rank: int = option(1, help="of LoRA, on every linear layer, with scale 1")
     bias: bool = option(True, help="linear layers have a bias; the authors' runs leave it out")
     augment: str = option(
@@ -135,17 +153,27 @@ class VisionSettings(RetrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "shots", unique(self.shots))
+        for name in ("shots", "finetune_lrs"):
+            object.__setattr__(self, name, unique(getattr(self, name)))
         for shots in self.shots:
             if shots != ALL and not (shots.isdecimal() and int(shots) >= 2):
                 raise ValueError(f"argument --shots: must be numbers >= 2 or all, got {shots!r}")
+        if self.draws > 1 and set(self.shots) == {ALL}:
+            raise ValueError("argument --draws: is for few images; give their numbers with --shots")
+        if self.finetune_lrs and self.finetune_lr_from is not None:
+            raise ValueError("argument --finetune-lrs: contradicts --finetune-lr-from")
         if len(self.tasks) < 2:
             raise ValueError("argument --tasks: needs a retraining task and the test task")
         self.pairs()
 
     def kinds(self) -> set[str]:
         """Returns the methods, fine-tunings and data of this run."""
-        return {*self.retrain, *self.finetune, self.data}
+        refit = FINETUNES if self.shared_head == "refit" else ()
+        return {*self.retrain, *self.finetune, *refit, self.data}
+
+    def rates(self) -> tuple[float, ...]:
+        """Returns the fine-tuning rates to run, where no other run has chosen one."""
+        return self.finetune_lrs or (self.finetune_lr,)
 
     def pairs(self) -> list[Pair]:
         """Returns the tasks' classes; the last pair is the test task's."""
@@ -169,6 +197,9 @@ class VisionSettings(RetrainingSettings):
         if self.epochs is not None:
             values["reptile_epochs"] = self.epochs
         values.setdefault("reptile_epochs", values["epochs"])
+        for name in ("finetune_lrs", "finetune_lr_from"):
+            if self.finetune_lr is not None and getattr(self, name):
+                raise ValueError(f"argument --finetune-lr: contradicts {flag_of(name)}")
         return values
 
 
@@ -177,6 +208,7 @@ PART_OF = part_of(
     VisionSettings,
     {
         **dict.fromkeys(("data_root", "download"), ("cifar10",)),
+        **dict.fromkeys(("shots", "draws", "evaluate_every"), FINETUNES),
         "shared_head": ("last-layer-ml",),
         "rank": ("lora-ml", "lora"),
         "finetune_head": ("last-layer",),

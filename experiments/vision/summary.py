@@ -2,30 +2,162 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.lib import training
+from experiments.lib.retraining_settings import ALL, FINETUNES, METHODS
+from experiments.lib.statistics import summarize, with_error
+from experiments.lib.tables import NAMES, STANDARD, Table, compared
 
-COLUMNS = ("experiment", "data", "method", "finetune", "shots", "trial", "metric", "value")
+COLUMNS = (
+    *("experiment", "data", "method", "finetune", "shots", "draw", "finetune_lr"),
+    *("trial", "metric", "value"),
+)
+KEY = ("data", "method", "finetune", "shots")
 BEST, LAST = "accuracy_best", "accuracy_last"
+AGAINST = f"{LAST}_vs"  # standard retraining
+# Table 1 of the paper: fine-tuning on all images, best epoch, mean and standard error of 5 trials.
+PAPER: Mapping[tuple[str, str], tuple[float, float]] = {
+    ("lora-ml", "lora"): (86.09, 0.35),
+    ("standard", "lora"): (85.29, 0.17),
+    ("reptile", "lora"): (81.30, 0.42),
+    ("last-layer-ml", "last-layer"): (83.90, 0.17),
+    ("standard", "last-layer"): (81.16, 0.22),
+    ("reptile", "last-layer"): (72.55, 0.39),
+}
+_WHAT = "Held-out accuracy of the test task in %, mean (standard error) over the trials"
 TITLES = {
     "method": "retraining    ",
     "finetune": "fine-tuning",
     "shots": "shots",
+    "finetune_lr": "   rate",
     "trials": "trials",
-    BEST: "    best epoch",
     LAST: "    last epoch",
+    AGAINST: "last epoch against standard, 95 % interval    ",
+    BEST: "    best epoch",
+    "paper": "  paper (best)",
 }
 
 
 def summary(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Returns both accuracies in percent after each retraining, fine-tuning and number of shots."""
-    return training.summarize(rows, ("method", "finetune", "shots"), (BEST, LAST))
+    """Returns accuracies in percent after each retraining, fine-tuning and number of shots.
+
+    Of each trial the mean over draws is taken first. Where a run has several rates of fine-tuning,
+    each has a line of its own, compared with standard retraining at the same rate; otherwise every
+    line has the rate that it was run with.
+    """
+    rates = _rates(rows := complete(rows))
+    key = KEY if all(len(of) == 1 for of in rates.values()) else (*KEY, "finetune_lr")
+    lines = summarize(rows, key, (LAST, BEST), baseline=STANDARD, scale=100)
+    for line in lines:
+        line.setdefault("finetune_lr", rates[tuple(line[k] for k in KEY)][0])
+    return lines
+
+
+def complete(rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """Leaves out the trials whose draws are not all done yet: they would be compared with others.
+
+    Args:
+        rows: of a results.csv, perhaps of a run that goes on.
+    """
+    found: dict[tuple[str, ...], set[str]] = {}
+    draws: dict[str, set[str]] = {}
+    fine_tuned = [row for row in rows if row["finetune"]]
+    for row in fine_tuned:
+        found.setdefault(_trial(row), set()).add(row["draw"])
+        draws.setdefault(row["shots"], set()).add(row["draw"])
+    return [row for row in fine_tuned if found[_trial(row)] == draws[row["shots"]]]
+
+
+def _trial(row: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(row[k] for k in (*KEY, "finetune_lr", "trial"))
+
+
+def _rates(rows: Iterable[Mapping[str, str]]) -> dict[tuple[str, ...], list[str]]:
+    """Returns the rates of fine-tuning by the key's columns."""
+    rates: dict[tuple[str, ...], dict[str, None]] = {}
+    for row in rows:
+        rates.setdefault(tuple(row[k] for k in KEY), {})[row["finetune_lr"]] = None
+    return {of: list(found) for of, found in rates.items()}
 
 
 def table(lines: Iterable[Mapping[str, Any]]) -> str:
-    """Returns the summary as text."""
-    text = training.table(lines, TITLES)
+    """Returns the summary as text, without columns that are empty."""
+    lines = [{**line, **_in_paper(line)} for line in lines]
+    filled = {name for line in lines for name, value in line.items() if not training.empty(value)}
+    if not lines:
+        return "no model was fine-tuned, so there is no accuracy of the test task"
+    text = training.table(lines, {k: title for k, title in TITLES.items() if k in filled})
     text.append("held-out accuracy of the test task in %, mean (standard error) over trials")
     return "\n".join(text)
+
+
+def results_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, Table]:
+    """Returns the tables for the documentation.
+
+    The main one has the last epoch's accuracy; "shots" has it with a column for each retraining;
+    "best" has the best epoch's, where it was measured, and the paper's beside it.
+    """
+    rows = sorted(complete(rows), key=_place)
+    key = {"finetune": "fine-tuning", "shots": "images", "method": "retraining"}
+    if any(len(of) > 1 for of in _rates(rows).values()):
+        key["finetune_lr"] = "rate"
+    last = f"{_WHAT}, after the last epoch."
+    tables = {"": compared(rows, key, LAST, last), "shots": _by_shots(rows, last)}
+    if any(row["metric"] == BEST for row in rows):
+        best = compared(rows, key, BEST, f"{_WHAT}, in the best epoch, which is optimistic.")
+        tables["best"] = _with_paper(best) if rows[0]["data"] == "cifar10" else best
+    return tables
+
+
+def number(shots: str) -> float:
+    """Returns a number of images; infinity for all of them."""
+    return math.inf if shots == ALL else int(shots)
+
+
+def _place(row: Mapping[str, str]) -> tuple[Any, ...]:
+    """Returns where a row belongs in the documentation's tables."""
+    return (FINETUNES.index(row["finetune"]), number(row["shots"]), METHODS.index(row["method"]))
+
+
+def _by_shots(rows: Sequence[Mapping[str, str]], caption: str) -> Table:
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for line in summary(rows):
+        cell = with_error(line[LAST], line[f"{LAST}_se"], ".1f")
+        cells.setdefault((line["finetune"], line["shots"]), {})[line["method"]] = cell
+    methods = [method for method in METHODS if any(method in of for of in cells.values())]
+    return Table(
+        ["fine-tuning", "images", *(NAMES[method] for method in methods)],
+        [
+            [NAMES[kind], shots, *(of.get(method, "") for method in methods)]
+            for (kind, shots), of in cells.items()
+        ],
+        caption,
+        left=2,
+    )
+
+
+def _with_paper(table: Table) -> Table:
+    """Returns a table of best epochs, with a column of the paper's numbers if it has any."""
+    texts = {
+        (NAMES[kind], ALL, NAMES[method]): with_error(*found)
+        for (method, kind), found in PAPER.items()
+    }
+    paper = [texts.get((row[0], row[1], row[2]), "") for row in table.rows]
+    if not any(paper):
+        return table
+    return dataclasses.replace(
+        table,
+        header=[*table.header, "paper"],
+        rows=[[*row, text] for row, text in zip(table.rows, paper, strict=True)],
+    )
+
+
+def _in_paper(line: Mapping[str, Any]) -> dict[str, float]:
+    found = PAPER.get((line["method"], line["finetune"]))
+    if found is None or (line["data"], line["shots"]) != ("cifar10", ALL):
+        return {}
+    return dict(zip(("paper", "paper_se"), found, strict=True))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.lib import training
+from experiments.lib.retraining_settings import ALL
 from experiments.lib.unused import at_most
 from experiments.vision.augment import Normalize, frozen
 from experiments.vision.data import (
@@ -112,7 +113,7 @@ class Trials(training.Trials[Tasks]):
         self.test = tasks(train, [test])
         self.test_held_out = tasks(held_out, [test])
         for shots in settings.shots:
-            self._test_task(shots, 0)  # refuses too many before anything is computed
+            self._test_task({"shots": shots, "trial": 0})  # refuses too many beforehand
         mean, deviation = dataset.channel_statistics()
         self._augmentation = AUGMENTATIONS[settings.data]
         self._evaluate = Normalize(mean, deviation)
@@ -130,16 +131,31 @@ class Trials(training.Trials[Tasks]):
     def finetune(
         self, model: nn.Module, labels: training.Labels, *callbacks: Callback
     ) -> list[dict[str, Any]]:
-        """Adapts the model, in place, to some images of the test task."""
-        part = self._test_task(labels["shots"], labels["trial"])
-        result = self._finetune(model, labels, part, self.test_held_out, *callbacks)
-        measured = {BEST: result.best_metric, LAST: result.last_metric}
+        """Adapts the model, in place, to some images of the test task.
+
+        Several draws of few images are fine-tuned on one after the other. As tasks side by side
+        they would share the random numbers of order, augmentation and adapters, and so change with
+        the number of draws.
+        """
+        every = self.settings.evaluate_every
+        result = self._finetune(
+            model,
+            labels,
+            self._test_task(labels),
+            self.test_held_out,
+            *callbacks,
+            validate_every=every,
+        )
+        measured = {LAST: result.last_metric}
+        if every == 1:
+            measured = {BEST: result.best_metric, **measured}
         return [{"metric": metric, "value": value} for metric, value in measured.items()]
 
-    def _test_task(self, shots: str, seed: int) -> Tasks:
-        if shots == "all":
+    def _test_task(self, labels: training.Labels) -> Tasks:
+        if labels["shots"] == ALL:
             return self.test
-        drawn = few_shot(self.test.images, int(shots), derive_seed("shots", seed))
+        seed = training.seed_of("shots", labels)
+        drawn = few_shot(self.test.images, int(labels["shots"]), seed)
         return Tasks(drawn, torch.zeros_like(drawn.labels))
 
     def samples_per_epoch(self, method: str) -> int:

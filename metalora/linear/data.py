@@ -64,7 +64,7 @@ def sample_problem(
 
     Args:
         num_tasks: T, the number of retraining tasks; the test task comes on top.
-        dim: d.
+        dim: d, features.
         rank: k, at most d.
         batch_shape: leading dimensions: so many independent problems.
         symmetric_base: whether A* is (A + Aᵀ) / 2 of such an A, as in the authors' runs.

@@ -128,7 +128,7 @@ def _is_kept(line: bytes, stale: Callable[[dict[str, Any]], Any]) -> bool:
 class KeepBest(Callback):
     """Keeps the weights of the epoch with the highest validation, and puts them back at the end.
 
-    Of equal epochs the first is kept.
+    Of equal epochs the first is kept; epochs whose validation was not measured are passed over.
     """
 
     def on_start(self, training: Training) -> None:
@@ -141,6 +141,8 @@ class KeepBest(Callback):
 
     def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
         """Copies the weights if they are the best so far."""
+        if "validation" not in record:
+            return
         if not self.weights or record["validation"] > self.best:
             self.best, self.epoch = record["validation"], record["epoch"]
             self.weights = {k: v.detach().clone() for k, v in training.model.state_dict().items()}

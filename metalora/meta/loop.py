@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metalora._checks import check_count
 from metalora.meta.compiling import compiled
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds
@@ -27,9 +28,10 @@ class Result:
 
     Attributes:
         history: per epoch: epoch, loss (mean over its steps), lr (of its last step) and, with a
-            validation, validation (the higher the better) and validation_per_task.
+            validation, validation (the higher the better) and validation_per_task where it was
+            measured.
         kept_epoch: the epoch whose weights the model has now.
-        best_epoch: the epoch with the highest validation; the last, without one.
+        best_epoch: the epoch with the highest validation that was measured; the last, without one.
         best_metric: the validation there; None without one. A maximum over epochs of held-out
             data is optimistic: report ``last_metric`` beside it.
         last_metric: the validation of the last epoch; None without one.
@@ -52,6 +54,7 @@ def train(
     config: TrainConfig,
     *,
     validation: Validation | None = None,
+    validate_every: int = 1,
     callbacks: Iterable[Callback] = (),
 ) -> Result:
     """Trains ``model`` in place.
@@ -66,7 +69,8 @@ def train(
         rounds: the data.
         step: how a step is taken, and on which parameters.
         config: settings.
-        validation, callbacks: see `Watch`; a validation loader is run with the step's ``forward``.
+        validation, validate_every, callbacks: see `Watch`; a validation loader is run with the
+            step's ``forward``.
 
     Raises:
         DivergedError: if the loss is NaN or infinite. On a CPU this is found before the step is
@@ -75,8 +79,11 @@ def train(
         RuntimeError, ValueError: if ``config.compile`` is set and nothing can be compiled here, or
             ``model`` is wrapped by ``torch.compile``.
     """
-    steps_per_epoch = step.per_epoch(rounds)
-    training = Training(model, rounds, step, config, validation, list(callbacks), steps_per_epoch)
+    check_count("train", "validate_every", validate_every)
+    per_epoch = step.per_epoch(rounds)
+    training = Training(
+        model, rounds, step, config, validation, list(callbacks), per_epoch, validate_every
+    )
     compiling = compiled(model) if config.compile else nullcontext()
     with matmul_precision(config.matmul_precision), compiling:
         _train(training)
@@ -107,7 +114,7 @@ def _train(training: Training) -> None:
         loss = float(torch.stack(losses).mean())  # the epoch's only wait for the device
         check_finite(loss, f"the mean loss of epoch {epoch}", config)
         lr = config.lr * factor
-        record = {"epoch": epoch, "loss": loss, "lr": lr, **_validate(training)}
+        record = {"epoch": epoch, "loss": loss, "lr": lr, **_validate(training, epoch)}
         training.history.append(record)
         training.next_epoch, training.kept_epoch = epoch + 1, epoch
         for callback in callbacks:
@@ -117,9 +124,9 @@ def _train(training: Training) -> None:
         callback.on_end(training)
 
 
-def _validate(training: Training) -> dict[str, Any]:
+def _validate(training: Training, epoch: int) -> dict[str, Any]:
     model, validation = training.model, training.validation
-    if validation is None:
+    if validation is None or not training.validates(epoch):
         return {}
     if callable(validation):
         found = validation(model)
@@ -132,7 +139,8 @@ def _validate(training: Training) -> dict[str, Any]:
 
 def _result(training: Training) -> Result:
     history: Sequence[dict[str, Any]] = training.history
-    best = max(history, key=lambda record: record.get("validation", record["epoch"]))
+    validated = [record for record in history if "validation" in record] or history[-1:]
+    best = max(validated, key=lambda record: record.get("validation", 0.0))
     return Result(
         history=training.history,
         kept_epoch=training.kept_epoch,

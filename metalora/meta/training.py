@@ -29,10 +29,16 @@ class Training:
     validation: Validation | None
     callbacks: list[Callback]
     steps_per_epoch: int
+    validate_every: int = 1
     steps_done: int = 0
     next_epoch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     kept_epoch: int = -1
+
+    def validates(self, epoch: int) -> bool:
+        """Whether the validation is measured after this epoch."""
+        due = (epoch + 1) % self.validate_every == 0 or epoch + 1 == self.config.epochs
+        return self.validation is not None and due
 
 
 class Callback:
@@ -67,11 +73,14 @@ class Watch(TypedDict, total=False):
     Attributes:
         validation: a loader, of which the accuracy is taken, or a function of the model that
             returns an `Evaluation` or a number, the higher the better. None by default.
+        validate_every: measure it after every so many epochs only, and after the last one. 1 by
+            default.
         callbacks: called in their order, see `Callback`; `KeepBest` decides which epoch's weights
             stay. None by default.
     """
 
     validation: Validation | None
+    validate_every: int
     callbacks: Iterable[Callback]
 
 

@@ -63,7 +63,7 @@ class _Samples:
 
     Attributes:
         permute: of a tensor [B, ...].
-        size: B.
+        size: B, samples.
         sequences: what is refused if it has B elements, since these may be a sample each.
     """
 

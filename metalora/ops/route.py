@@ -27,9 +27,14 @@ _MEMORY_SHARE = 1 / 8
 
 
 class RouteChoice(NamedTuple):
-    """The route that `lora_linear` takes, and why."""
+    """The route that `lora_linear` takes, and why.
 
-    route: str  # "weight", "token" or "reference"
+    Attributes:
+        route: "weight", "token" or "reference".
+        reason: a phrase that says why.
+    """
+
+    route: str
     reason: str
 
 

@@ -61,7 +61,7 @@ def initial_network(
     """Draws what retraining starts from.
 
     Args:
-        dim: d.
+        dim: d, features.
         init: "uniform", entries of A and c between −1/√d and 1/√d as in ``torch.nn.Linear``, or
             "normal", N(0, 1) as the true network's.
         batch_shape, generator, dtype, device: see `sample_problem`.

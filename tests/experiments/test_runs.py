@@ -132,6 +132,52 @@ def test_resume_before_any_unit_was_finished_starts_over(tmp_path: Path) -> None
     assert len(run.rows()) == 1
 
 
+@dataclasses.dataclass(frozen=True)
+class NewerSettings(Settings):
+    trials: int = cli.option(2, extends=True)
+    methods: tuple[str, ...] = cli.option(("a",), extends=True)
+    rate: float = 0.5
+
+
+def test_resume_may_add_units_and_says_so(tmp_path: Path) -> None:
+    with create(tmp_path / "run"):
+        pass
+    with create(tmp_path / "run", NewerSettings(), resume=True):  # of a newer version
+        pass
+    (first,) = manifest(tmp_path / "run")["extended"]
+    assert first["settings"] == {}
+    assert first["new_settings"] == {"trials": 2, "methods": ["a"], "rate": 0.5}
+    assert {"time", "command", "git"} <= set(first)
+
+    more = NewerSettings(trials=3, methods=("b", "a"))
+    with create(tmp_path / "run", more, resume=True):
+        pass
+    with create(tmp_path / "run", more, resume=True):
+        pass
+    seen = manifest(tmp_path / "run")
+    assert [entry["settings"] for entry in seen["extended"]] == [
+        {},
+        {"trials": {"was": 2, "now": 3}, "methods": {"was": ["a"], "now": ["b", "a"]}},
+    ]
+    assert seen["settings"]["trials"] == 3 and len(seen["resumed"]) == 3
+
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"trials": 2}, r"trials \(was 3, now 2, but it can only grow\)"),
+        ({"methods": ("b", "c")}, r"methods \(was \['b', 'a'\], now \['b', 'c'\], but it can"),
+        ({"rate": 0.1}, r"rate \(was 0.5, now 0.1\); give the same"),
+    ]
+    for change, message in changes:
+        with pytest.raises(RunError, match=message):
+            create(tmp_path / "run", dataclasses.replace(more, **change), resume=True)
+    assert manifest(tmp_path / "run") == seen
+
+
+def test_a_new_setting_of_a_newer_version_must_have_its_default(tmp_path: Path) -> None:
+    create(tmp_path / "run").close()
+    with pytest.raises(RunError, match=r"rate \(was 0.5, now 0.1\)"):
+        create(tmp_path / "run", NewerSettings(rate=0.1), resume=True)
+
+
 def test_resume_refuses_other_settings_by_name(tmp_path: Path) -> None:
     create(tmp_path / "run")
     with pytest.raises(

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from experiments.lib.errors import RunError
+from experiments.lib.runs import RunFolder
 from experiments.vision.data import load_digits
 from experiments.vision.run import VISION, main
 from experiments.vision.settings import PAIRS, VisionSettings
-from experiments.vision.summary import summary, table
+from experiments.vision.summary import results_tables, summary, table
 from experiments.vision.trials import Trials
 from tests.experiments.retraining import CPU, vision, vision_settings
 
@@ -47,7 +49,8 @@ def test_the_last_layer_starts_where_it_is_told(fine_tuned: str) -> None:
     trials = vision(finetune_head=fine_tuned, finetune_lr=1e-9, augment="none")
     model = trials.new_model(0)
     start = model.head.weight.detach().clone()
-    trials.finetune(model, {"finetune": "last-layer", "shots": "4", "trial": 0})
+    labels = {"finetune": "last-layer", "shots": "4", "draw": 0, "trial": 0}
+    trials.finetune(model, labels)
     change = float((model.head.weight[0].detach() - start).abs().max())
     assert (change < 1e-6) == (fine_tuned == "retrained")
 
@@ -68,6 +71,16 @@ def test_settings_without_a_part_in_the_run_or_beyond_the_data_are_said(
     ]
 
 
+def test_a_run_may_only_retrain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    arguments = ["--data", "digits", "--smoke", "--retrain", "standard", "--finetune", "none"]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--seeds", "1", "--device", "cpu", "--out", str(out)])
+    assert ended.value.code == 0
+    assert [path.name for path in (out / "weights").iterdir()] == ["standard-0.safetensors"]
+    assert capsys.readouterr().out.startswith("no model was fine-tuned")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -78,7 +91,7 @@ def test_settings_without_a_part_in_the_run_or_beyond_the_data_are_said(
         ),
         (
             ["--retrain", "standard", "--finetune-lr", "1e30"],
-            "finetune standard lora 4 0 diverged; lower --finetune-lr (",
+            "finetune standard lora 4 0 1e+30 0 diverged; lower --finetune-lr (",
         ),
     ],
 )
@@ -126,17 +139,218 @@ def test_defaults_are_the_papers_on_cifar10_and_what_is_given_wins() -> None:
     assert (given.seeds, given.lr, given.epochs, given.reptile_epochs) == (3, 0.5, 7, 7)
 
 
-def test_summary_and_table() -> None:
-    rows = [
-        {"method": m, "finetune": "lora", "shots": "all", "trial": str(trial)}
-        | {"metric": metric, "value": str(value)}
-        for m, values in {"lora-ml": (0.8, 0.9), "standard": (0.7,)}.items()
-        for trial, value in enumerate(values)
-        for metric in ("accuracy_best", "accuracy_last", "validation_best")
+def rows_of(method: str, shots: str, rate: str, *values: float) -> list[dict[str, str]]:
+    same = {"data": "cifar10", "method": method, "finetune": "lora", "shots": shots, "draw": "0"}
+    return [
+        {**same, "finetune_lr": rate, "trial": str(t), "metric": metric, "value": str(value)}
+        for t, value in enumerate(values)
+        for metric in ("accuracy_best", "accuracy_last")
     ]
+
+
+def test_a_trial_counts_once_all_its_draws_are_done() -> None:
+    rows = [
+        *rows_of("standard", "10", "0.1", 0.5, 0.6),
+        *({**row, "draw": "1"} for row in rows_of("standard", "10", "0.1", 0.7)),
+        *rows_of("standard", "all", "0.1", 0.9),
+    ]
+    few, every = summary([{**rows[0], "finetune": "", "metric": "validation_best"}, *rows])
+    assert (few["trials"], few["accuracy_last"]) == (1, pytest.approx(60))  # of 50 and 70
+    assert every["accuracy_last"] == pytest.approx(90)
+
+
+def test_summary_and_table() -> None:
+    rows = rows_of("lora-ml", "all", "0.1", 0.8, 0.9) + rows_of("standard", "all", "0.2", 0.7)
     two, one = summary(rows)
     assert two["accuracy_best"] == pytest.approx(85)
     assert two["accuracy_best_se"] == pytest.approx(5)  # |90 - 80| / 2
     assert math.isnan(one["accuracy_best_se"])
+    assert two["accuracy_last_vs"].difference == pytest.approx(10)  # of the trial that both have
+    assert one["accuracy_last_vs"] is None
     text = table([two, one])
     assert "85.00 (5.00)" in text and "70.00 (n/a)" in text
+    assert "+10.00 (n/a), ahead in 1 of 1" in text
+    assert "86.09 (0.35)" in text  # the paper's number
+    assert "86.09" not in table(summary([{**row, "shots": "10"} for row in rows]))
+
+
+def test_the_tables_of_the_documentation() -> None:
+    rows = [
+        *rows_of("standard", "all", "0.1", 0.7, 0.7),
+        *rows_of("lora-ml", "all", "0.1", 0.8, 0.7),
+        *rows_of("lora-ml", "10", "0.2", 0.6, 0.6),
+        *rows_of("standard", "10", "0.1", 0.5, 0.6),
+    ]
+    tables = results_tables(rows)
+    assert [list(row[:4]) for row in tables[""].rows] == [
+        ["LoRA", "10", "LoRA-ML", "60.0 (0.0)"],
+        ["LoRA", "10", "standard", "55.0 (5.0)"],
+        ["LoRA", "all", "LoRA-ML", "75.0 (5.0)"],
+        ["LoRA", "all", "standard", "70.0 (0.0)"],
+    ]
+    assert "+5.0 [−58.5, +68.5]" in tables[""].rows[0]
+    assert tables["shots"].header[2:] == ["LoRA-ML", "standard"]
+    assert tables["shots"].rows[0] == ["LoRA", "10", "60.0 (0.0)", "55.0 (5.0)"]
+    assert [row[-1] for row in tables["best"].rows] == ["", "", "86.09 (0.35)", "85.29 (0.17)"]
+    digits = results_tables([{**row, "data": "digits"} for row in rows])
+    assert "paper" not in digits["best"].header
+    assert set(results_tables([r for r in rows if r["metric"] != "accuracy_best"])) == {"", "shots"}
+
+
+def test_a_summary_of_several_rates_has_a_line_for_each() -> None:
+    rows = [
+        *rows_of("standard", "10", "0.1", 0.7, 0.7),
+        *rows_of("standard", "10", "0.2", 0.6, 0.6),
+        *rows_of("lora-ml", "10", "0.1", 0.6, 0.7),
+    ]
+    lines = summary(rows)
+    assert [(line["method"], line["finetune_lr"]) for line in lines] == [
+        ("standard", "0.1"),
+        ("standard", "0.2"),
+        ("lora-ml", "0.1"),
+    ]
+    assert lines[2]["accuracy_last_vs"].difference == pytest.approx(-5)
+
+
+def run(out: Path, **given: Any) -> RunFolder:
+    settings = {"seeds": 1, "retrain": ("lora-ml", "standard"), "shots": ("4",), **given}
+    return VISION.run(vision_settings(**settings, out=out))
+
+
+def accuracies(folder: RunFolder, **columns: str) -> list[str]:
+    wanted = {"metric": "accuracy_last", **columns}
+    return [row["value"] for row in folder.rows() if wanted.items() <= row.items()]
+
+
+@pytest.fixture
+def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.vision.figures.draw", lambda folder: [])
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_draws_and_seeds_may_be_added_and_change_nothing_before(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"retrain": ("standard",), "finetune": ("lora",), "shots": ("4", "all")}
+    first = run(tmp_path / "run", **given, draws=2)
+    before = first.rows()
+    assert [row["draw"] for row in before if row["metric"] == "accuracy_last"] == ["0", "1", "0"]
+    more = {**given, "draws": 3, "seeds": 2, "finetune": ("lora", "last-layer")}
+    grown = run(tmp_path / "run", **more, resume=True)
+    assert grown.rows()[: len(before)] == before
+    (added,) = grown.manifest["extended"]
+    assert set(added["settings"]) == {"draws", "seeds", "finetune"}
+    whole = run(tmp_path / "whole", **more)
+    assert sorted(map(str, grown.rows())) == sorted(map(str, whole.rows()))
+    with pytest.raises(RunError, match=r"draws \(was 3, now 2, but it can only grow\)"):
+        run(tmp_path / "run", **{**more, "draws": 2}, resume=True)
+
+
+def test_draws_are_of_other_images_and_the_first_is_that_of_a_single_one() -> None:
+    trials = vision(shots=("4",))
+    drawn = [
+        trials._test_task({"shots": "4", "trial": 0, **draw}).images.pixels
+        for draw in ({}, {"draw": 0}, {"draw": 1}, {"draw": 2})
+    ]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[1], drawn[2]) and not torch.equal(drawn[2], drawn[3])
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_accuracy_may_be_measured_after_the_last_epoch_alone(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"retrain": ("standard",), "finetune_epochs": 3}
+    often, last = (run(tmp_path / str(n), **given, evaluate_every=n) for n in (1, 3))
+    assert accuracies(often) == accuracies(last)
+    assert {row["metric"] for row in last.rows()} == {
+        *("accuracy_last", "validation_best", "validation_last")
+    }
+    epochs = [r for r in last.records() if r["phase"] == "finetune"]
+    assert [r["epoch"] for r in epochs if "validation" in r] == [2, 2]
+    assert "best epoch" not in table(summary(last.rows()))
+
+
+def test_standard_retraining_may_take_as_many_steps_as_the_others() -> None:
+    def steps(**given: Any) -> int:
+        trials = vision(batch_size=10, **given)
+        size = trials._batch_size("standard")
+        return len(trials.loader(trials.retraining, size, seed=0, order="pooled"))
+
+    rounds = vision(batch_size=10).loader(vision().retraining, 10, seed=0)
+    assert steps() > 3 * len(rounds) and steps(equal_steps=True) == len(rounds)
+    # Whole batches of 256 images: 26 of 10 are nearest to 28 steps from below.
+    assert sum(rounds.rounds_per_task) == 28 and steps(equal_steps=True, step_per="task") == 26
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_models_retrained_in_another_run_are_taken_as_they_are(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", seeds=2)
+    run(tmp_path / "retrained", finetune=("none",), seeds=1)
+    given: dict[str, Any] = {"retrained": (tmp_path / "retrained",)}
+    taken = run(tmp_path / "taken", **given)
+    assert accuracies(taken) == accuracies(whole, trial="0")
+    assert not (tmp_path / "taken" / "weights").exists()
+    assert {"retrained model lora-ml-0", "retrained model standard-0"} < set(taken.manifest["data"])
+
+    for change, message in (
+        ({"seeds": 2}, "retrained has not finished 'retrain lora-ml 1'; leave lora-ml out by --"),
+        ({"lr": 0.5}, "retrained lora-ml with lr .*, not 0.5; leave lora-ml out by --retrain"),
+        ({"rank": 2}, "retrained lora-ml with rank 1, not 2; leave"),
+    ):
+        with pytest.raises(RunError, match=message):
+            run(tmp_path / "other", **given, **change)
+    assert not (tmp_path / "other").exists()
+    rank_2 = run(tmp_path / "rank", **given, retrain=("standard",), rank=2)
+    assert accuracies(rank_2, finetune="last-layer") == accuracies(
+        whole, method="standard", finetune="last-layer", trial="0"
+    )
+    run(tmp_path / "lora-ml-2", retrain=("lora-ml",), finetune=("none",), rank=2)
+    both = (tmp_path / "retrained", tmp_path / "lora-ml-2")
+    joined = run(tmp_path / "joined", retrained=both, finetune=("lora",), rank=2)
+    assert accuracies(joined, method="standard") == accuracies(rank_2, finetune="lora")
+    assert accuracies(joined, method="lora-ml") == accuracies(
+        run(tmp_path / "rank-2", retrain=("lora-ml",), finetune=("lora",), rank=2)
+    )
+    # The other run has gone on meanwhile, with another version: its models are not these.
+    weights = tmp_path / "retrained" / "weights" / "standard-0.safetensors"
+    weights.write_bytes((tmp_path / "whole" / "weights" / "standard-1.safetensors").read_bytes())
+    with pytest.raises(RunError, match="the data 'retrained model standard-0' are not those"):
+        run(tmp_path / "taken", **given, resume=True)
+
+
+@pytest.mark.usefixtures("_no_figures")
+def test_rates_are_chosen_without_the_test_task(tmp_path: Path) -> None:
+    tried: dict[str, Any] = {"finetune_lrs": (1e-6, 3e-2), "finetune_epochs": 5, "shots": ("20",)}
+    source = run(tmp_path / "rates", **tried, tasks=("0-1", "2-3", "4-5", "6-7"))
+    given: dict[str, Any] = {"finetune_lr_from": tmp_path / "rates", "shots": ("20",)}
+    chosen = run(tmp_path / "chosen", **given)
+    rates = chosen.manifest["notes"]["finetune_lr"]
+    assert len(rates) == 4
+    for name, rate in rates.items():
+        method, kind, _ = name.split()
+        (row,) = (
+            row
+            for row in chosen.rows()
+            if (row["method"], row["finetune"], row["metric"]) == (method, kind, "accuracy_last")
+        )
+        assert float(row["finetune_lr"]) == rate
+        means = {
+            lr: accuracies(source, method=method, finetune=kind, finetune_lr=lr)[0]
+            for lr in ("1e-06", "0.03")
+        }
+        assert float(means[str(rate)]) == max(map(float, means.values()))
+
+    run(tmp_path / "leaky", **tried)
+    for change, message in (
+        ({"finetune_lr_from": tmp_path / "leaky"}, "has seen the test task 8-9; rates must be"),
+        ({"shots": ("30",)}, "has not fine-tuned lora-ml with lora on 30 images; resume it"),
+        ({"retrain": ("reptile",)}, "has not fine-tuned reptile with lora on 20 images"),
+    ):
+        with pytest.raises(RunError, match=message):
+            run(tmp_path / "other", **{**given, **change})
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_with_few_images_draws_its_figure(tmp_path: Path) -> None:
+    run(tmp_path / "run", shots=("all", "10", "4"), draws=2, evaluate_every=9)
+    lines = (tmp_path / "run" / "accuracy.csv").read_text()
+    assert (tmp_path / "run" / "accuracy.png").stat().st_size > 10_000
+    assert not (tmp_path / "run" / "curves.png").exists()
+    assert "accuracy_last_vs" in lines.partition("\n")[0]

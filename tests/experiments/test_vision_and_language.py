@@ -23,6 +23,7 @@ from experiments.lib.retraining_settings import FINETUNES, METHODS
 from experiments.vision.data import load_digits
 from experiments.vision.run import VISION
 from metalora.adapters import adapted_layers
+from metalora.meta import Checkpoint
 from tests.experiments import retraining
 
 
@@ -45,7 +46,7 @@ CASES = {
         retraining.vision_settings,
         retraining.vision,
         "--data digits --smoke --seeds 1 --shots 4",
-        "experiment data method finetune shots trial metric value",
+        "experiment data method finetune shots draw finetune_lr trial metric value",
         {(method, kind, "4") for method in METHODS for kind in FINETUNES},
     ),
     "language": Case(
@@ -130,6 +131,15 @@ MISTAKES = {
         ("--data digits --shots 9999", "--shots 9999: the test task has only 10"),
         ("--data digits --tasks 0-1 2-12", "two classes from 0 to 9, got '2-12'"),
         ("--data digits --device gpu7", "--device gpu7 cannot be used here"),
+        ("--data digits --draws 2", "--draws: is for few images; give their numbers with --shots"),
+        ("--data digits --draws 0 --shots 4", "--draws must be an int >= 1, got 0"),
+        ("--data digits --evaluate-every 0", "--evaluate-every must be an int >= 1, got 0"),
+        ("--data digits --finetune-lrs 1 --finetune-lr 1", "--finetune-lr: contradicts --finetune"),
+        ("--data digits --finetune-lrs 1 --finetune-lr-from x", "contradicts --finetune-lr-from"),
+        ("--data digits --finetune-lr-from x", "--finetune-lr-from: x holds no run (manifest"),
+        ("--data digits --retrained x", "--retrained: x holds no run (manifest.json is missing)"),
+        ("--data digits --retrained x --finetune none", "with --finetune none there is nothing"),
+        ("--data digits --finetune none lora", "--finetune: none stands alone, got none lora"),
         ("--data digits --resume", "--resume needs --out"),
     ],
     "language": [
@@ -223,6 +233,55 @@ def test_an_interrupted_run_resumed_equals_one_never_stopped(
         run(case.settings(**given, out=cut, resume=True))
 
 
+def epochs_of(folder: Path) -> list[dict[str, Any]]:
+    """The epochs in a run's metrics, without their times."""
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in records if "epoch" in r]
+
+
+def test_trainings_go_on_from_their_last_epoch(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_figures(case, monkeypatch)
+    monkeypatch.setattr("experiments.lib.training.CHECKPOINT_SECONDS", 0.0)
+    given: dict[str, Any] = {"retrain": ("lora-ml",), "finetune": ("lora",), "epochs": 3}
+    given |= {"seeds": 1, "finetune_epochs": 2}
+    given |= {"shots": ("4",)} if case.experiment is VISION else {}
+    run, cut = case.experiment.run, tmp_path / "cut"
+    whole = run(case.settings(**given, out=tmp_path / "whole"))
+
+    original, saved = Checkpoint.on_epoch, []
+
+    def stop_in_either(self: Checkpoint, training: Any, record: dict[str, Any]) -> None:
+        original(self, training, record)
+        saved.append(record["epoch"])
+        if len(saved) in (2, 4):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "on_epoch", stop_in_either)
+    with pytest.raises(SystemExit):
+        run(case.settings(**given, out=cut))
+    (checkpoint,) = (cut / "checkpoints").iterdir()
+    before = [json.loads(line) for line in (cut / "metrics.jsonl").read_text().splitlines()]
+    data = checkpoint.read_bytes()
+    checkpoint.write_bytes(data[:1000])
+    with pytest.raises(RunError, match=r"retrain lora-ml .*is damaged.*without that file it"):
+        run(case.settings(**given, out=cut, resume=True))
+    checkpoint.write_bytes(data)
+    with pytest.raises(SystemExit):
+        run(case.settings(**given, out=cut, resume=True))
+    resumed = run(case.settings(**given, out=cut, resume=True))
+    assert saved == [0, 1, 2, 0, 1]
+    assert list((cut / "checkpoints").iterdir()) == []
+    assert resumed.rows() == whole.rows()
+    assert epochs_of(cut) == epochs_of(tmp_path / "whole")
+    assert resumed.records()[:2] == before
+    *epochs, summary = [r for r in resumed.records() if r["phase"].startswith("retrain")]
+    samples = case.trials(**given).samples_per_epoch("lora-ml") * len(epochs)
+    (rate,) = [value for name, value in summary.items() if name.endswith("_per_second")]
+    assert rate == pytest.approx(samples / sum(e["seconds"] for e in epochs), abs=0.01)
+
+
 @functools.cache
 def retrained_by_default(name: str, method: str) -> torch.Tensor:
     return retrained(CASES[name], method)
@@ -254,6 +313,7 @@ BOTH: list[tuple[str, dict[str, Any]]] = [
     ("last-layer-ml", {"shared_head": "refit"}),
     ("standard", {"standard_order": "interleaved"}),
     ("standard", {"standard_order": "blocked"}),
+    ("standard", {"equal_steps": True, "step_per": "round"}),
     ("standard", {"weight_decay": 0.5}),
     ("reptile", {"reptile_inner_steps": 1}),
 ]

@@ -105,6 +105,43 @@ def test_without_it_the_last_epoch_stays():
     )
 
 
+class StopOnce(Callback):
+    """Stops the first training in its fourth epoch."""
+
+    def on_epoch(self, training, record):
+        if record["epoch"] == 3 and not hasattr(self, "stopped"):
+            self.stopped = True
+            raise KeyboardInterrupt
+
+
+def test_a_validation_every_few_epochs_and_after_the_last(tmp_path):
+    def run(values):
+        return standard(
+            network(),
+            rounds(),
+            TrainConfig(epochs=5, lr=0.05),
+            validation=scores(*values),
+            validate_every=2,
+            callbacks=[stop, KeepBest(), Checkpoint(tmp_path / "run")],
+        )
+
+    stop = StopOnce()
+    with pytest.raises(KeyboardInterrupt):
+        run([0.7, 0.9])
+    result = run([0.1, 0.3])
+    assert {r["epoch"]: r.get("validation") for r in result.history} == {
+        0: None,
+        1: 0.7,
+        2: None,  # the epochs before the interruption end here
+        3: 0.1,
+        4: 0.3,
+    }
+    assert (result.kept_epoch, result.best_epoch) == (1, 1)
+    assert (result.best_metric, result.last_metric) == (0.7, 0.3)
+    with pytest.raises(ValueError, match="train: validate_every must be an int >= 1, got 0"):
+        standard(network(), rounds(), CONFIG, validate_every=0)
+
+
 def test_keeping_the_best_includes_the_adapters():
     record, model = Record(), network()
     result = lora_ml(

@@ -10,17 +10,24 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from experiments.lib.experiment import Experiment, Work, each_unit
-from experiments.lib.runs import RunFolder
+from experiments.lib.experiment import Experiment, Report, Work, each_unit
+from experiments.lib.runs import RunFiles, RunFolder, read_rows
 from experiments.lib.unused import cut
 from experiments.synthetic import linear
 from experiments.synthetic.linear.settings import LinearSettings
-from experiments.synthetic.linear.summary import METRIC, load_curves, save_curves, table
+from experiments.synthetic.linear.summary import (
+    METRIC,
+    load_curves,
+    results_table,
+    save_curves,
+    table,
+)
 from experiments.synthetic.linear.trials import run_point
 from experiments.synthetic.settings import METHODS, Point
 from experiments.synthetic.summary import row
 
 NAME = "linear"
+CURVES = "figure1.csv"  # the numbers behind the figure of all sweeps
 
 
 def prepare(given: LinearSettings) -> Work:
@@ -32,16 +39,17 @@ def prepare(given: LinearSettings) -> Work:
         units = {point.name: partial(_run_unit, point, settings, folder) for point in points}
         each_unit(folder, "setting", units, "--outer-lr, --inner-lr or --finetune-lr")
 
-    def figures(folder: RunFolder) -> list[Path]:
-        from experiments.synthetic.linear.figures import draw  # matplotlib takes a second to import
+    def drawn(folder: RunFolder) -> list[Path]:
+        from experiments.synthetic.linear import figures  # matplotlib takes a second to import
 
-        return draw(points, load_curves(points, folder), folder)
+        curves = figures.of_trials(load_curves(points, folder))
+        return figures.draw(points, curves, settings.trials, folder)
 
     return Work(
         given,
         trials,
         lambda folder: table(points, folder.rows()),
-        figures,
+        drawn,
         tag=given.vary,
         notes=cut(given, settings),
     )
@@ -63,4 +71,18 @@ def _run_unit(point: Point, settings: LinearSettings, folder: RunFolder) -> dict
     return {method: f"{error:.3g}" for method, error in final.items()}
 
 
-LINEAR = Experiment(NAME, linear.__doc__ or "", LinearSettings, prepare)
+def _figures_of_results(run: RunFiles) -> list[Path]:
+    from experiments.synthetic.linear import figures
+
+    settings = run.settings(LinearSettings).shortened()
+    curves = figures.of_rows(read_rows(run.path(CURVES)))
+    return figures.draw(settings.points(), curves, settings.trials, run)
+
+
+LINEAR = Experiment(
+    NAME,
+    linear.__doc__ or "",
+    LinearSettings,
+    prepare,
+    Report(lambda run: {"": results_table(run.rows())}, _figures_of_results, files=(CURVES,)),
+)

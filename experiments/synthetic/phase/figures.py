@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.lib import plotting
-from experiments.lib.runs import RunFolder
+from experiments.lib.runs import RunFiles
 from experiments.synthetic.phase.settings import RETRAIN_TASKS, PhaseSettings
 from experiments.synthetic.phase.summary import Cells
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LINE = plotting.COLORS["standard"]
 
 
-def draw(settings: PhaseSettings, tasks: Cells, samples: Cells, folder: RunFolder) -> Path:
+def draw(settings: PhaseSettings, tasks: Cells, samples: Cells, folder: RunFiles) -> Path:
     """Draws both diagrams side by side.
 
     Returns:

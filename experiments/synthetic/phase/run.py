@@ -12,12 +12,13 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from experiments.lib.experiment import Experiment, Work, each_unit
-from experiments.lib.runs import RunFolder
+from experiments.lib.experiment import Experiment, Report, Work, each_unit
+from experiments.lib.runs import RunFiles, RunFolder
+from experiments.lib.tables import Table
 from experiments.lib.unused import cut
 from experiments.synthetic import phase
 from experiments.synthetic.phase.settings import RETRAIN_TASKS, PhaseSettings
-from experiments.synthetic.phase.summary import METRICS, Cells, cells, table
+from experiments.synthetic.phase.summary import METRICS, Cells, cells, results_table, table
 from experiments.synthetic.phase.trials import recover_base, recover_test_task
 
 NAME = "phase"
@@ -75,4 +76,23 @@ def _run_unit(num_tasks: int | None, rank: int, settings: PhaseSettings, folder:
     )
 
 
-PHASE = Experiment(NAME, phase.__doc__ or "", PhaseSettings, prepare)
+def _figures_of_results(run: RunFiles) -> list[Path]:
+    from experiments.synthetic.phase.figures import draw
+
+    settings = run.settings(PhaseSettings).shortened()
+    tasks, samples = (cells(vary, settings.tolerance, run.rows()) for vary in ("T", "n"))
+    return [draw(settings, tasks, samples, run)]
+
+
+def _tables_of_results(run: RunFiles) -> dict[str, Table]:
+    tolerance = run.settings(PhaseSettings).tolerance
+    return {vary: results_table(vary, cells(vary, tolerance, run.rows())) for vary in ("T", "n")}
+
+
+PHASE = Experiment(
+    NAME,
+    phase.__doc__ or "",
+    PhaseSettings,
+    prepare,
+    Report(_tables_of_results, _figures_of_results),
+)

@@ -22,8 +22,8 @@ class PhaseSettings(SyntheticSettings):
     SMOKE = {"trials": 2, "outer_steps": 1000, "finetune_steps": 1000}  # noqa: RUF012
 
     dim: int = option(12, help="d")
-    tasks: tuple[int, ...] = option((2, 3, 4, 5, 6, 8, 10), help="values of T")
-    ranks: tuple[int, ...] = option((1, 2, 3, 4, 5, 6, 7, 8), help="values of k")
+    tasks: tuple[int, ...] = option((2, 3, 4, 5, 6, 8, 10), help="values of T", extends=True)
+    ranks: tuple[int, ...] = option((1, 2, 3, 4, 5, 6, 7, 8), help="values of k", extends=True)
     samples: tuple[int, ...] = option(
         (6, 8, 10, 11, 12, 13, 14, 16, 20, 24, 32, 48), help="values of n, of the test task"
     )

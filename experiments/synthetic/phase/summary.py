@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from experiments.lib.tables import Table
+
 METRICS = ("relative_error", "remaining_loss", "late_progress")
 # A training is finished when its loss is this part of its first one, or when the last tenth of its
 # steps lowered the loss by no more than this part of it.
 LEAST_LOSS, LEAST_PROGRESS = 1e-10, 0.01
+UNFINISHED = "†"
 
 
 @dataclass(frozen=True)
@@ -56,3 +59,18 @@ def table(diagram: str, found: Cells) -> str:
         texts = [f"{100 * c.success:.0f}{'*' if c.unfinished else ' '}" for c in row]
         lines.append(f"{f'k = {rank}':>7}" + "".join(f"{text:>6}" for text in texts))
     return "\n".join(lines)
+
+
+def results_table(diagram: str, found: Cells) -> Table:
+    """Returns the same for the documentation."""
+    columns = sorted({value for value, _ in found})
+    lines = []
+    for rank in sorted({rank for _, rank in found}, reverse=True):
+        row = [found[value, rank] for value in columns]
+        shown = [f"{100 * c.success:.0f}{UNFINISHED if c.unfinished else ''}" for c in row]
+        lines.append([f"k = {rank}", *shown])
+    caption = (
+        f"Percent of trials in which the truth was recovered; {UNFINISHED} marks cells in which "
+        "the loss of some that failed was still falling."
+    )
+    return Table(["", *(f"{diagram} = {value}" for value in columns)], lines, caption)

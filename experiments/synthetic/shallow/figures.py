@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.lib import plotting
-from experiments.lib.runs import RunFolder
+from experiments.lib.runs import RunFiles
 from experiments.synthetic.figures import MEANINGS, band, by_sweep, title_and_legend
 from experiments.synthetic.settings import METHODS, Point
 from experiments.synthetic.shallow.summary import Summaries
@@ -23,7 +23,7 @@ METRIC = "prediction_error"
 
 
 def draw(
-    points: Sequence[Point], summaries: Summaries, trials: int, folder: RunFolder
+    points: Sequence[Point], summaries: Summaries, trials: int, folder: RunFiles
 ) -> list[Path]:
     """Draws one figure per sweep and, if there are several sweeps, one with all of them.
 

@@ -13,12 +13,13 @@ import torch
 from tqdm import tqdm
 
 from experiments.lib.errors import divergence
-from experiments.lib.experiment import Experiment, Work
-from experiments.lib.runs import RunFolder
+from experiments.lib.experiment import Experiment, Report, Work
+from experiments.lib.runs import RunFiles, RunFolder
+from experiments.lib.tables import Table
 from experiments.lib.unused import cut
 from experiments.synthetic.settings import METHODS, Point
 from experiments.synthetic.shallow.settings import ShallowSettings
-from experiments.synthetic.shallow.summary import METRICS, summarise, tables
+from experiments.synthetic.shallow.summary import METRICS, results_table, summarise, tables
 from experiments.synthetic.shallow.trials import run_trials
 from experiments.synthetic.summary import row
 
@@ -77,9 +78,25 @@ def _run_unit(
         folder.mark_done(f"{point.name} trial {trial}")
 
 
+def _tables_of_results(run: RunFiles) -> dict[str, Table]:
+    rows, (own, fresh) = run.rows(), METRICS[:2]
+    return {
+        "": results_table(rows, own, "on its n inputs"),
+        "fresh": results_table(rows, fresh, "on 10,000 fresh inputs"),
+    }
+
+
+def _figures_of_results(run: RunFiles) -> list[Path]:
+    from experiments.synthetic.shallow.figures import draw
+
+    settings = run.settings(ShallowSettings).shortened()
+    return draw(settings.points(), summarise(run.rows()), settings.trials, run)
+
+
 SHALLOW = Experiment(
     NAME,
     "Prediction error after LoRA-ML and after standard retraining, for the shallow network.",
     ShallowSettings,
     prepare,
+    Report(_tables_of_results, _figures_of_results),
 )

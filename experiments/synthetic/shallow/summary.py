@@ -6,8 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from experiments.lib.tables import Table
 from experiments.synthetic.settings import METHODS, Point
-from experiments.synthetic.summary import grouped
+from experiments.synthetic.summary import comparison, grouped
 
 METRICS = ("prediction_error", "held_out_error", "retrain_loss", "finetune_loss")
 
@@ -57,3 +58,24 @@ def tables(points: Sequence[Point], summaries: Summaries) -> str:
             lines.append("| " + " | ".join(row) + " |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
+
+
+def results_table(rows: Sequence[Mapping[str, str]], metric: str, what: str) -> Table:
+    """Returns a table of all sweeps for the documentation.
+
+    Args:
+        rows: of results.csv.
+        metric: one of the prediction errors.
+        what: says what it is measured on.
+    """
+    caption = (
+        f"Mean squared error against the noiseless outputs of the test task, {what}: median over "
+        "the trials, and the range of the central six in ten. The difference is one of means, "
+        "which a single trial that went badly can dominate."
+    )
+    return comparison(rows, metric, _median_and_range, caption)
+
+
+def _median_and_range(values: Sequence[float]) -> tuple[float, str]:
+    found = _summary(values)
+    return found.median, f"{found.median:.3g} ({found.low:.3g} to {found.high:.3g})"

@@ -64,7 +64,7 @@ def expected_finetune_error(dim: int, rank: int, noise: float) -> float:
     on fresh inputs the error per sample is 1/n of it.
 
     Args:
-        dim: d.
+        dim: d, features.
         rank: r, from 1 to d.
         noise: σ.
 

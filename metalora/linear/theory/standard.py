@@ -50,8 +50,8 @@ def expected_standard_loss(num_tasks: int, dim: int, rank: int, correlation: flo
     a Wishart matrix, with variance k (1 + δ_ij) in entry i, j.
 
     Args:
-        num_tasks: T.
-        dim: d.
+        num_tasks: T, retraining tasks.
+        dim: d, features.
         rank: k, at most d.
         correlation: ρ, from −1 to 1.
 
@@ -81,10 +81,10 @@ def many_task_loss_bound(
     """½ (d − k − r)⁺ (ρ k)²: no fine-tuning of rank r does better once T → ∞ (proposition 2).
 
     Â_SR → A* + ρ k I then, so the gap U Vᵀ − ρ k I of the test task has at most k singular values
-    below |ρ| k, and an adapter of rank r removes r others.
+    below ``|ρ| k``, and an adapter of rank r removes r others.
 
     Args:
-        dim: d.
+        dim: d, features.
         rank: k, at most d.
         finetune_rank: r, from 0 to d.
         correlation: ρ, from −1 to 1.

@@ -1,0 +1,112 @@
+"""Tables of the documentation, and the one that compares retrainings trial by trial."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.lib.statistics import Comparison, summarize, with_error
+
+STANDARD = {"method": "standard"}
+DIFFERENCE = "difference to standard [95 %]"
+AHEAD = "ahead"
+NAMES = {
+    "lora-ml": "LoRA-ML",
+    "last-layer-ml": "Last-Layer-ML",
+    "standard": "standard",
+    "reptile": "Reptile",
+    "none": "not retrained",
+    "lora": "LoRA",
+    "last-layer": "last layer",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with what a reader has to know about it.
+
+    Attributes:
+        header: the titles of the columns.
+        rows: the texts of the cells, for each row.
+        caption: sentences that say what the numbers are, and what they do not show.
+        left: how many columns are aligned to the left; the others hold numbers.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    left: int = 1
+
+    def markdown(self) -> str:
+        """Returns the table in Markdown, without the caption."""
+        align = ["---" if place < self.left else "---:" for place in range(len(self.header))]
+        return "\n".join(
+            "| " + " | ".join(cells) + " |" for cells in (self.header, align, *self.rows)
+        )
+
+
+def compared(
+    rows: Iterable[Mapping[str, str]],
+    key: Mapping[str, str],
+    metric: str,
+    caption: str,
+    *,
+    title: str = "accuracy, %",
+    scale: float = 100.0,
+    digits: int = 1,
+    lower_is_better: bool = False,
+) -> Table:
+    """Makes a table of one metric: mean, standard error, paired difference to standard retraining.
+
+    Args:
+        rows: of results.csv, with the columns of the key, trial, metric and value.
+        key: the title of each column that tells the lines apart; "method" is one of them.
+        metric: its name in the rows.
+        caption: see `Table`.
+        title: of the metric's column.
+        scale: what to multiply the values by: 100 for percent.
+        digits: after the decimal point.
+        lower_is_better: for the trials ahead.
+    """
+    found = summarize(
+        rows, list(key), [metric], baseline=STANDARD, lower_is_better=lower_is_better, scale=scale
+    )
+    settings = [name for name in key if name not in STANDARD]
+    places = {line: place for place, line in enumerate(_values(found, settings))}
+    lines = []
+    for line in sorted(found, key=lambda line: places[tuple(line[name] for name in settings)]):
+        names = [NAMES.get(line[name], line[name] or "–") for name in key]
+        mean = with_error(line[metric], line[f"{metric}_se"], f".{digits}f")
+        cells = difference(line[f"{metric}_vs"], lambda value: f"{value:.{digits}f}")
+        lines.append([*names, mean, *cells, str(line["trials"])])
+    header = [*key.values(), title, DIFFERENCE, AHEAD, "trials"]
+    return Table(header, lines, caption, left=len(key))
+
+
+def _values(lines: Iterable[Mapping[str, Any]], names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Returns the values of some columns, each once, in the order in which they come."""
+    return list(dict.fromkeys(tuple(line[name] for name in names) for line in lines))
+
+
+def difference(found: Comparison | None, form: Callable[[float], str]) -> tuple[str, str]:
+    """Returns a difference with its interval and the trials ahead, as two cells.
+
+    Args:
+        found: the comparison; None leaves both empty.
+        form: turns a number into text.
+    """
+    if found is None:
+        return "", ""
+    mean, low, high = (
+        ("+" if value > 0 else "") + form(value).replace("-", "−")
+        for value in (found.difference, found.low, found.high)
+    )
+    interval = "" if math.isnan(found.low) else f" [{low}, {high}]"
+    return mean + interval, f"{found.ahead} of {found.trials}"
+
+
+def three_digits(value: float) -> str:
+    """Returns a number with three digits, or with all of a large one's."""
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"

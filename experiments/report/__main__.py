@@ -1,0 +1,57 @@
+"""``python -m experiments.report``: see ``--help``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.lib import cli
+from experiments.lib.errors import RunError
+from experiments.report import pages, results
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """What to do; without a flag, all tables and figures are written."""
+
+    add: tuple[str, ...] = cli.option(
+        (), help="a run folder and a name: commit its numbers as experiments/results/NAME"
+    )
+    check: bool = cli.option(False, help="write nothing; fail if a page differs from the results")
+    redraw: bool = cli.option(False, help="also draw figures whose numbers have not changed")
+
+    def __post_init__(self) -> None:
+        if len(self.add) not in (0, 2):
+            raise ValueError("argument --add: needs a run folder and a name for its results")
+        if self.check and (self.add or self.redraw):
+            raise ValueError("argument --check: writes nothing, so it goes with no other flag")
+
+
+@cli.main_guard
+def main(argv: Sequence[str] | None = None) -> int:
+    """Adds a run, checks the pages, or writes them."""
+    settings = cli.parse(
+        ReportSettings,
+        argv,
+        prog="python -m experiments.report",
+        description="Makes the tables and figures of README.md and docs/ from committed runs.",
+    )
+    if settings.add:
+        run, name = settings.add
+        print(results.add(Path(run), name))
+        return 0
+    if not (pages.ROOT / "docs").is_dir():
+        raise RunError(f"{pages.ROOT / 'docs'} is missing; the report needs a clone of metalora")
+    with pages.Report(pages.ROOT, redraw=settings.redraw) as report:
+        found = report.run(write=not settings.check)
+        for name in report.missing:
+            print(f"note: no results called {name} yet", file=sys.stderr)
+    for line in found:
+        print(line)
+    return 1 if settings.check and found else 0
+
+
+if __name__ == "__main__":
+    main()

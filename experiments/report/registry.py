@@ -1,0 +1,33 @@
+"""Where each experiment is defined, by the name that its manifests have."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from experiments.lib.errors import RunError
+from experiments.lib.experiment import Experiment
+
+# Each module has the `Experiment` in capitals; it is imported when it is needed.
+MODULES = {
+    "language": "experiments.language.run",
+    "linear": "experiments.synthetic.linear.run",
+    "phase": "experiments.synthetic.phase.run",
+    "shallow": "experiments.synthetic.shallow.run",
+    "theory": "experiments.theory.run",
+    "vision": "experiments.vision.run",
+}
+
+
+def experiment(name: str) -> Experiment[Any]:
+    """Returns the experiment of this name.
+
+    Raises:
+        RunError: there is none, or it has no tables for the documentation.
+    """
+    if name not in MODULES:
+        raise RunError(f"no experiment is called {name!r}; there are {', '.join(MODULES)}")
+    found: Experiment[Any] = getattr(importlib.import_module(MODULES[name]), name.upper())
+    if found.report is None:
+        raise RunError(f"the experiment {name!r} has no tables for the documentation")
+    return found

@@ -1,0 +1,184 @@
+"""Committed results: what is kept of a run, and how it is read again."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.lib import units
+from experiments.lib.errors import RunError
+from experiments.lib.experiment import Experiment
+from experiments.lib.manifest import MANIFEST
+from experiments.lib.runs import RunFiles
+from experiments.lib.units import RESULTS
+from experiments.report.registry import experiment
+from metalora._files import replacing
+
+FOLDER = Path(__file__).resolve().parents[1] / "results"
+COMPLETED, INTERIM = "completed", "interim"
+_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+_PATH = re.compile(r"(^|[\s\"'=(])(/|~/|[A-Za-z]:\\)\w")  # an absolute one, anywhere in a text
+_SETTINGS_OF_THE_PLACE = ("--out", "--resume", "--device", "--download")
+
+
+def load(name: str, folder: Path | None = None) -> RunFiles:
+    """Opens committed results.
+
+    Args:
+        name: of the folder in experiments/results.
+        folder: another place that holds them.
+
+    Raises:
+        RunError: they are missing or damaged.
+    """
+    path = (folder or FOLDER) / name
+    manifest = _manifest(path)
+    if not (path / RESULTS).is_file():
+        raise RunError(f"{path} holds no {RESULTS}; add the run again")
+    return RunFiles(path, manifest)
+
+
+def add(run: Path, name: str, folder: Path | None = None) -> Path:
+    """Keeps a run's numbers as committed results; those of the same name are replaced.
+
+    A run that is not completed is kept as far as its units are finished, and marked as interim.
+
+    Returns:
+        The folder of the results.
+
+    Raises:
+        RunError: there is no run in the folder, it failed, has no finished unit, or its manifest
+            names a place on this machine; or another experiment's results have this name.
+    """
+    if not _NAME.fullmatch(name):
+        raise RunError(f"--add: a name has small letters, digits and hyphens, got {name!r}")
+    manifest = _manifest(run)
+    of = experiment(manifest["experiment"])
+    out = (folder or FOLDER) / name
+    if (out / MANIFEST).exists() and _manifest(out)["experiment"] != of.name:
+        raise RunError(f"--add: {out} holds results of another experiment; choose another name")
+    if manifest["status"] == "failed":
+        raise RunError(f"--add: the run in {run} failed: {manifest.get('reason', 'see error.txt')}")
+    count, rows = _finished(run, manifest["status"])
+    _check_rows(rows, run)
+    kept = _trimmed(manifest, of, count)
+    files = [run / file for file in (of.report.files if of.report else ())]
+    for path in files:
+        if not path.is_file():
+            raise RunError(f"--add: {path} is missing, which the figures of {of.name} need")
+    for path in files:
+        (out / path.name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, out / path.name)
+    with replacing(out / RESULTS) as file:
+        file.write(rows)
+    with replacing(out / MANIFEST) as file:
+        file.write((json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode())
+    return out
+
+
+def command(argv: list[str]) -> str:
+    """Returns a manifest's command as one types it in a clone, without this machine's places."""
+    program, *given = argv[1:]
+    module = program.removesuffix(".py").removesuffix("/__main__")
+    place = module.rfind("experiments/")
+    words = ["python", "-m", module[max(place, 0) :].replace("/", ".")]
+    skip = False
+    for word in given:
+        flag = word.partition("=")[0]
+        if word.startswith("--"):
+            skip = flag in _SETTINGS_OF_THE_PLACE
+            if not skip:
+                words.append(f"{flag}=DIR" if _is_path(word.partition("=")[2]) else word)
+        elif not skip:
+            words.append("DIR" if _is_path(word) else word)
+    return shlex.join(words)
+
+
+def machine(found: Mapping[str, Any]) -> str:
+    """Returns a manifest's machine in words."""
+    threads, cores = found["threads"], found["cores"]
+    words = [*found["gpus"], found["cpu"]]
+    words.append(f"{threads} of {cores} cores" if threads < cores else f"{cores} cores")
+    if found.get("memory_gib"):
+        words.append(f"{found['memory_gib']:.0f} GiB")
+    return ", ".join(words)
+
+
+def _trimmed(manifest: dict[str, Any], of: Experiment[Any], count: int) -> dict[str, Any]:
+    """Returns what a reader needs of a manifest, and nothing of this machine's folders."""
+    local = {f.name for f in dataclasses.fields(of.settings) if f.metadata.get("run_only")}
+    settings = {
+        key: Path(value).name if isinstance(value, str) and _is_path(value) else value
+        for key, value in manifest["settings"].items()
+        if key not in local
+    }
+    # A run that was resumed with more is repeated by the command that asked for all of it.
+    asked = [manifest, *manifest.get("extended", [])][-1]["command"]
+    git = manifest.get("git") or {}
+    kept = {
+        "experiment": of.name,
+        "status": manifest["status"] if manifest["status"] == COMPLETED else INTERIM,
+        "finished_units": count,
+        "command": command(asked),
+        "commit": git.get("commit"),
+        "uncommitted_changes": git.get("changed"),
+        "machine": machine(manifest["machine"]),
+        "started": manifest["started"],
+        "resumed": len(manifest.get("resumed", [])),
+        "wall_seconds": manifest.get("wall_seconds"),
+        "versions": {k: v for k, v in manifest["versions"].items() if k != "native"},
+        "settings": settings,
+        "data": manifest["data"],
+        "notes": manifest.get("notes", {}),
+    }
+    for key, value in kept.items():
+        if _PATH.search(json.dumps(value, ensure_ascii=False)):
+            raise RunError(
+                f"--add: the manifest's {key!r} names a place on this machine: {value!r}; "
+                "take it out of the run's manifest.json"
+            )
+    return kept
+
+
+def _is_path(text: str) -> bool:
+    return text.startswith(("/", "~", "./", "../")) or ("/" in text and Path(text).exists())
+
+
+def _finished(run: Path, status: str) -> tuple[int, bytes]:
+    try:
+        count, rows = units.finished_results(run)
+        if status == COMPLETED:  # joined runs have rows without units
+            rows = (run / RESULTS).read_bytes()
+    except FileNotFoundError as error:
+        raise RunError(f"--add: {error.filename} is missing") from None
+    if not rows:
+        raise RunError(f"--add: the run in {run} has no finished unit yet")
+    return count, rows
+
+
+def _check_rows(rows: bytes, run: Path) -> None:
+    header, *lines = csv.reader(io.StringIO(rows.decode(errors="replace")))
+    wrong = next((n for n, line in enumerate(lines, 2) if len(line) != len(header)), None)
+    if wrong is not None or not lines:
+        raise RunError(
+            f"--add: line {wrong or 2} of {run / RESULTS} must have {len(header)} values"
+        )
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        right = isinstance(manifest["experiment"], str) and isinstance(manifest["status"], str)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        right = False
+    if not right:
+        raise RunError(f"{path} holds no run ({MANIFEST} is missing or damaged)")
+    return dict(manifest)
