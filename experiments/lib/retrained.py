@@ -73,6 +73,7 @@ class RetrainedModels:
             readers.add("last-layer")  # refitting is configured as this fine-tuning is
         for field in dataclasses.fields(self._settings):
             free = field.metadata.get("run_only") or field.metadata.get("extends")
+            free = free or field.name == "first_seed"  # a unit's name has its trial
             if free or readers.isdisjoint(self._part_of.get(field.name, readers)):
                 continue
             was = manifest["settings"].get(field.name, plain(field.default))

@@ -301,6 +301,11 @@ def test_models_retrained_in_another_run_are_taken_as_they_are(tmp_path: Path) -
     assert accuracies(rank_2, finetune="last-layer") == accuracies(
         whole, method="standard", finetune="last-layer", trial="0"
     )
+    run(tmp_path / "second", finetune=("none",), first_seed=1)
+    trials = (tmp_path / "retrained", tmp_path / "second")
+    assert run(tmp_path / "both", retrained=trials, seeds=2).rows() == [
+        row for row in whole.rows() if row["finetune"]
+    ]
     run(tmp_path / "lora-ml-2", retrain=("lora-ml",), finetune=("none",), rank=2)
     both = (tmp_path / "retrained", tmp_path / "lora-ml-2")
     joined = run(tmp_path / "joined", retrained=both, finetune=("lora",), rank=2)
