@@ -12,8 +12,8 @@ from experiments.lib.experiment import RunSettings
 from experiments.lib.machine import one_thread
 from experiments.lib.manifest import MANIFEST
 from experiments.lib.retraining_settings import FINETUNES, METHODS
-from experiments.lib.runs import RunFolder, default_folder, with_error
-from experiments.lib.training import summarize
+from experiments.lib.runs import RunFolder, default_folder
+from experiments.lib.statistics import summarize, with_error
 
 NAMES = {"lora": "LoRA", "last-layer": "last layer"}
 VISION_SEEDS = 3
@@ -96,7 +96,7 @@ def run_vision(demo: Path, smoke: bool = False) -> RunFolder:
 
 def vision_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Returns each method's accuracy with either fine-tuning, at the best epoch as in the paper."""
-    found = summarize(rows, ("method", "finetune", "shots"), ("accuracy_best",))
+    found = summarize(rows, ("method", "finetune", "shots"), ("accuracy_best",), scale=100)
     cells = {
         (line["method"], line["finetune"], line["shots"]): with_error(
             line["accuracy_best"], line["accuracy_best_se"], ".1f"

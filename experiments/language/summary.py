@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.lib import training
-from experiments.lib.runs import with_error
+from experiments.lib.statistics import summarize, with_error
 
 COLUMNS = (
     *("experiment", "model", "method", "finetune", "rank"),
@@ -31,12 +31,12 @@ def summary(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
 
     For each trial the mean over test tasks is taken first.
     """
-    return training.summarize(rows, KEY, METRICS)
+    return summarize(rows, KEY, METRICS, scale=100)
 
 
 def by_task(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
     """Returns the last epoch's accuracy in percent, of each test task by itself."""
-    return training.summarize(rows, (*KEY, "task"), (LAST,))
+    return summarize(rows, (*KEY, "task"), (LAST,), scale=100)
 
 
 def tables(rows: Sequence[Mapping[str, str]], chance: float) -> str:

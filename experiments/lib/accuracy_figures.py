@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from experiments.lib.plotting import COLORS, LABELS, MARKERS
 from experiments.lib.retraining_settings import FINETUNES
 
-Lines = Sequence[Mapping[str, Any]]  # of `experiments.lib.training.summarize`
+Lines = Sequence[Mapping[str, Any]]  # of `experiments.lib.statistics.summarize`
 
 
 def panels(lines: Lines) -> tuple[Figure, list[tuple[Axes, str, Lines]]]:

@@ -14,10 +14,8 @@ import datetime
 import errno
 import io
 import json
-import math
 import shutil
 import signal
-import statistics
 import sys
 import time
 import traceback
@@ -260,18 +258,6 @@ def default_folder(experiment: str, tag: str = "") -> Path:
     """Returns ``runs/<experiment>-<tag>-<UTC time>``."""
     stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
     return Path("runs") / "-".join(part for part in (experiment, tag, stamp) if part)
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Returns the standard error of the mean; NaN for fewer than two values."""
-    if len(values) < 2:
-        return math.nan
-    return statistics.stdev(values) / math.sqrt(len(values))
-
-
-def with_error(mean: float, error: float, form: str = ".2f") -> str:
-    """Returns ``mean (error)`` in the format ``form``; n/a stands for an error that is NaN."""
-    return f"{mean:{form}} ({'n/a' if math.isnan(error) else format(error, form)})"
 
 
 class _Terminated(KeyboardInterrupt):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import copy
 import dataclasses
-import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from torch import nn
 
 from experiments.lib.errors import RunError, divergence
 from experiments.lib.retraining_settings import FINETUNES, PER_TASK, WITH_TASKS
-from experiments.lib.runs import RunFolder, standard_error, with_error
+from experiments.lib.runs import RunFolder
+from experiments.lib.statistics import with_error
 from metalora._files import read_tensors, replacing
 from metalora.adapters import LoRAConfig
 from metalora.meta import (
@@ -264,34 +264,11 @@ def row(columns: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: "" if values.get(name) is None else values[name] for name in columns}
 
 
-def summarize(
-    rows: Iterable[Mapping[str, str]], key: Sequence[str], metrics: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Returns accuracies in percent for each value of the key's columns, in results' order.
-
-    For each trial the mean over its rows is taken; then the mean over trials, and its standard
-    error (``<metric>_se``), which is NaN for one trial.
-    """
-    groups: dict[tuple[str, ...], dict[str, dict[str, list[float]]]] = {}
-    for r in rows:
-        if r["metric"] in metrics:
-            group = groups.setdefault(tuple(r[k] for k in key), {m: {} for m in metrics})
-            group[r["metric"]].setdefault(r["trial"], []).append(100 * float(r["value"]))
-    lines = []
-    for values, group in groups.items():
-        line: dict[str, Any] = dict(zip(key, values, strict=True))
-        line["trials"] = len(group[metrics[0]])
-        for metric, trials in group.items():
-            means = [statistics.fmean(found) for found in trials.values()]
-            line |= {metric: statistics.fmean(means), f"{metric}_se": standard_error(means)}
-        lines.append(line)
-    return lines
-
-
 def table(lines: Iterable[Mapping[str, Any]], titles: Mapping[str, str]) -> list[str]:
-    """Returns lines of `summarize` as text, accuracies with their standard error in brackets.
+    """Returns a summary as text, accuracies with their standard error in brackets.
 
     Args:
+        lines: of `experiments.lib.statistics.summarize`.
         titles: of the columns, by key or metric, each as wide as its column.
     """
     text = [" ".join(titles.values())]

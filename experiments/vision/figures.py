@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 
 from experiments.lib import accuracy_figures, plotting
 from experiments.lib.runs import RunFolder
-from experiments.lib.training import summarize
+from experiments.lib.statistics import summarize
 from experiments.vision.summary import BEST, LAST, summary
 
 
@@ -55,7 +55,7 @@ def _curves(run: RunFolder) -> Path:
         for r in run.records()
         if r.get("phase") == "finetune"
     ]
-    numbers = summarize(rows, ("method", "finetune", "shots", "epoch"), ("accuracy",))
+    numbers = summarize(rows, ("method", "finetune", "shots", "epoch"), ("accuracy",), scale=100)
     fig, axes = plt.subplots(
         len(shots),
         len(kinds),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from experiments.lib import training
+from experiments.lib.statistics import summarize
 
 COLUMNS = ("experiment", "data", "method", "finetune", "shots", "trial", "metric", "value")
 BEST, LAST = "accuracy_best", "accuracy_last"
@@ -21,7 +22,7 @@ TITLES = {
 
 def summary(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
     """Returns both accuracies in percent after each retraining, fine-tuning and number of shots."""
-    return training.summarize(rows, ("method", "finetune", "shots"), (BEST, LAST))
+    return summarize(rows, ("method", "finetune", "shots"), (BEST, LAST), scale=100)
 
 
 def table(lines: Iterable[Mapping[str, Any]]) -> str:

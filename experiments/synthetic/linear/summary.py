@@ -11,7 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from experiments.lib.errors import RunError
-from experiments.lib.runs import RunFolder, standard_error, with_error
+from experiments.lib.runs import RunFolder
+from experiments.lib.statistics import standard_error, with_error
 from experiments.synthetic.settings import METHODS, Point
 from experiments.synthetic.summary import grouped
 from metalora._files import replacing

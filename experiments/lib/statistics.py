@@ -1,0 +1,146 @@
+"""Means over trials, and differences between methods paired by trial, with their errors."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy.special import stdtrit
+
+CONFIDENCE = 0.95
+Line = dict[str, Any]  # of a table
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What one method gains over a baseline, from trials that both have made.
+
+    Attributes:
+        difference: mean over trials of the method's value minus the baseline's.
+        low, high: the difference's two-sided 95 % interval, of Student's t distribution; NaN for
+            fewer than two trials. It holds for one comparison, not for all of a table together.
+        ahead: in how many trials the method is better; a draw is none.
+        trials: how many there are.
+    """
+
+    difference: float
+    low: float
+    high: float
+    ahead: int
+    trials: int
+
+    def __str__(self) -> str:
+        return self.text(".2f")
+
+    def text(self, form: str) -> str:
+        """Returns for instance "+0.80 (-0.10 to +1.70), ahead in 4 of 5"."""
+        signed = "+" + form
+        interval = "n/a"
+        if not math.isnan(self.low):
+            interval = f"{self.low:{signed}} to {self.high:{signed}}"
+        ahead = f"ahead in {self.ahead} of {self.trials}"
+        return f"{self.difference:{signed}} ({interval}), {ahead}"
+
+
+def compare(
+    values: Mapping[Any, float], baseline: Mapping[Any, float], *, lower_is_better: bool = False
+) -> Comparison:
+    """Compares a method with a baseline, trial by trial.
+
+    Args:
+        values, baseline: the value measured in each trial. What is no trial of both is left out.
+        lower_is_better: whether a trial is ahead with the lower value, as with errors.
+
+    Raises:
+        ValueError: they have no trial in common.
+    """
+    common = [trial for trial in values if trial in baseline]
+    if not common:
+        raise ValueError(
+            f"compare: values and baseline must have a trial in common, got {list(values)} and "
+            f"{list(baseline)}"
+        )
+    differences = [values[trial] - baseline[trial] for trial in common]
+    mean, n = statistics.fmean(differences), len(differences)
+    half = math.nan
+    if n > 1:
+        quantile = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2))  # the inverse of Student's t
+        half = quantile * standard_error(differences)
+    better = [d < 0 if lower_is_better else d > 0 for d in differences]
+    return Comparison(mean, mean - half, mean + half, sum(better), n)
+
+
+def summarize(
+    rows: Iterable[Mapping[str, str]],
+    key: Sequence[str],
+    metrics: Sequence[str],
+    *,
+    baseline: Mapping[str, str] | None = None,
+    lower_is_better: bool = False,
+    scale: float = 1.0,
+) -> list[Line]:
+    """Returns what was measured for each value of the key's columns, in results' order.
+
+    For each trial the mean over its rows (tasks, draws) is taken; then the mean over trials, and
+    its standard error.
+
+    Args:
+        rows: of a results.csv, with the columns ``key``, trial, metric and value.
+        key: the columns that tell the lines apart.
+        metrics: those wanted.
+        baseline: columns of the key with the value that makes a line the one to compare with, such
+            as ``{"method": "standard"}``: of lines that agree in all other columns.
+        lower_is_better: for the trials ahead, see `compare`.
+        scale: factor of all values, 100 for percent.
+
+    Returns:
+        lines with the key's columns, ``trials`` (of the first metric) and for each metric its mean
+        and, as ``<metric>_se``, standard error; both are NaN where they are unknown. With a
+        baseline there is also ``<metric>_vs``: a `Comparison`, or None for the baseline itself and
+        where it is missing.
+    """
+    groups: dict[tuple[str, ...], dict[str, dict[str, list[float]]]] = {}
+    for row in rows:
+        if row["metric"] in metrics:
+            group = groups.setdefault(tuple(row[k] for k in key), {m: {} for m in metrics})
+            trials = group[row["metric"]]
+            trials.setdefault(row["trial"], []).append(scale * float(row["value"]))
+    means = {
+        values: {m: {t: statistics.fmean(v) for t, v in of.items()} for m, of in group.items()}
+        for values, group in groups.items()
+    }
+    lines = []
+    for values, of_metric in means.items():
+        line: Line = dict(zip(key, values, strict=True))
+        line["trials"] = len(of_metric[metrics[0]])
+        base: Mapping[str, dict[str, float]] = {}
+        if baseline is not None:
+            of_base = tuple({**line, **baseline}[k] for k in key)
+            base = {} if of_base == values else means.get(of_base, {})
+        for metric, found in of_metric.items():
+            line[metric] = statistics.fmean(found.values()) if found else math.nan
+            line[f"{metric}_se"] = standard_error(list(found.values()))
+            if baseline is not None:
+                other = base.get(metric, {})
+                line[f"{metric}_vs"] = (
+                    compare(found, other, lower_is_better=lower_is_better)
+                    if found.keys() & other.keys()
+                    else None
+                )
+        lines.append(line)
+    return lines
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Returns the standard error of the mean; NaN for fewer than two values."""
+    if len(values) < 2:
+        return math.nan
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def with_error(mean: float, error: float, form: str = ".2f") -> str:
+    """Returns ``mean (error)`` in the format ``form``; n/a stands for an error that is NaN."""
+    return f"{mean:{form}} ({'n/a' if math.isnan(error) else format(error, form)})"
