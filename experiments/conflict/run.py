@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from experiments.conflict.data import halved
 from experiments.conflict.settings import PART_OF, ConflictSettings
-from experiments.conflict.summary import COLUMNS
+from experiments.conflict.summary import COLUMNS, table
 from experiments.conflict.trials import Trials
 from experiments.lib.experiment import Experiment, Work, command
 from experiments.lib.machine import choose_device, keep_freed_memory
@@ -47,8 +47,19 @@ def prepare(given: ConflictSettings) -> Work:
                         labels = {**point, "method": method, "finetune": kind, "shots": shots}
                         trainings.finetuned({**labels, "trial": trial}, model)
 
-    return Work(settings, run, lambda folder: "", lambda folder: [], tag=settings.data,
-        notes=[*unused(given, PART_OF, given.kinds())])
+    def figures(folder: RunFolder) -> list[Path]:
+        from experiments.conflict.figures import draw  # matplotlib takes a second to import
+
+        return draw(folder)
+
+    return Work(
+        settings,
+        run,
+        lambda folder: table(folder.rows()),
+        figures,
+        tag=settings.data,
+        notes=unused(given, PART_OF, given.kinds()),
+    )
 
 
 CONFLICT = Experiment(

@@ -136,6 +136,9 @@ class ConflictSettings(RetrainingSettings):
         None, help="images of an unseen task to fine-tune on (cifar10: 10 30 100, digits: 4 10 30)"
     )
     draws: int = option(3, help="few-shot draws of each unseen task in a trial")
+    validation_draws: int = option(
+        1, help="few-shot draws of each validation task, by which fine-tuning rates are chosen"
+    )
     tune: bool = option(
         False, help="measure on validation tasks only, to choose rates of retraining by"
     )

@@ -18,12 +18,13 @@ from experiments.lib import training
 from experiments.vision.augment import Augmentation, Normalize
 from experiments.vision.data import Dataset
 from experiments.vision.mixer import Mixer
-from experiments.vision.trials import CPU_PATCHES, ImagePasses
+from experiments.vision.trials import ImagePasses
 from metalora.adapters import LoRAConfig
 from metalora.meta import Callback, Result, RoundLoader, derive_seed, evaluate
 from metalora.meta.evaluation import evaluation_mode
 
 EVALUATION_BATCH = 64  # of each task
+PASS = 1024  # images in a pass of the model on a CPU, which bounds its memory
 
 
 class Trials(training.Trials[Part]):
@@ -66,8 +67,7 @@ class Trials(training.Trials[Part]):
         mean, deviation = dataset.channel_statistics()
         self._statistics = mean, deviation
         self._augmentation: Augmentation | None = AUGMENTATIONS[settings.data]
-        patches = MODELS[settings.data].patches
-        self._passes = ImagePasses(CPU_PATCHES // patches) if device.type == "cpu" else None
+        self._passes = ImagePasses(PASS) if device.type == "cpu" else None
         self.retraining = self.tasks.retraining().to(device)
         self.validation = self.tasks.held_out("retraining").to(device)
 
@@ -126,7 +126,8 @@ class Trials(training.Trials[Part]):
 
     def _unseen(self, model: nn.Module, labels: training.Labels, group: str) -> Unseen:
         """Returns a group of unseen tasks, each as often as there are few-shot draws."""
-        draws = self.settings.draws
+        s = self.settings
+        draws = s.validation_draws if group == "validation" else s.draws
         few = self.tasks.few(group, labels["shots"], draws).to(self.device)
         held_out = self.tasks.held_out(group).to(self.device)
         if labels["finetune"] == "last-layer":
