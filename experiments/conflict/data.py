@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.lib.unused import at_most
 from experiments.vision.data import Dataset, Images, Pair, few_shot
 from metalora.meta import derive_seed
 
@@ -86,6 +87,9 @@ class Tasks:
         train_per_class: images of each class that a retraining task has. A class's images are dealt
             to its tasks in turn; only if they do not suffice do tasks share some.
         held_out_per_class: held-out images of each class at most, for choices and reports each.
+
+    Attributes:
+        notes: a line for each number of images that no class has.
     """
 
     def __init__(
@@ -106,6 +110,10 @@ class Tasks:
             self._members.append(_cut(own) if kind in RETRAINING_CLASSES else {})
             self._members[kind].setdefault("validation", own)
             self._members[kind].setdefault("test", own)
+        most = max(len(self._members[kind]["retraining"]) for kind in RETRAINING_CLASSES)
+        self.notes = at_most("train_per_class", train_per_class, most, "a class has")
+        most = int(torch.bincount(dataset.held_out.labels).max()) // 2
+        self.notes += at_most("held_out_per_class", held_out_per_class, most, "half a class has")
 
     def retraining(self) -> Part:
         """Returns the retraining tasks' images to train on."""

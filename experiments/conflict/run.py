@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,16 +27,18 @@ def prepare(given: ConflictSettings) -> Work:
     dataset = load(settings.data, settings.data_root, settings.download)
     if settings.data == "cifar10":
         dataset = halved(dataset)
+    points = [(*point, trial) for trial in settings.trials for point in settings.points()]
+    for point in settings.points():  # refuses settings before anything is written
+        checked = Trials(settings, dataset, *point, settings.first_seed, device)
     if device.type == "cpu":
         keep_freed_memory()
 
     def run(folder: RunFolder) -> None:
         folder.add_data(settings.data, dataset.sha256)
-        points = [(trial, *point) for trial in settings.trials for point in settings.points()]
-        for trial, inputs, turned in tqdm(points, desc=NAME, unit="point", disable=None):
+        same = {"experiment": NAME, "data": settings.data}
+        for inputs, turned, trial in tqdm(points, desc=NAME, unit="point", disable=None):
             trials = Trials(settings, dataset, inputs, turned, trial, device)
-            constant = {"experiment": NAME, "data": settings.data}
-            trainings = Trainings(folder, trials, COLUMNS, constant)
+            trainings = Trainings(folder, trials, COLUMNS, same)
             point = {"inputs": inputs, "turned": turned}
             for method in settings.retrain:
                 labels = {**point, "method": method, "trial": trial}
@@ -58,7 +59,7 @@ def prepare(given: ConflictSettings) -> Work:
         lambda folder: table(folder.rows()),
         figures,
         tag=settings.data,
-        notes=unused(given, PART_OF, given.kinds()),
+        notes=[*unused(given, PART_OF, given.kinds()), *checked.notes],
     )
 
 

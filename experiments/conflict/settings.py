@@ -46,10 +46,11 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "epochs": 10,
         "batch_size": 32,
         "weight_decay": 1e-5,
-        "finetune_epochs": 40,
+        "finetune_epochs": 30,
         "shots": (10, 30, 100),
+        "rank": 4,
         "distortion_rank": 4,
-        "distortion_strength": 5.0,
+        "distortion_strength": 30.0,
         "train_per_class": 450,
         "held_out_per_class": 200,
         "reptile_lr": 0.5,
@@ -61,10 +62,11 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "epochs": 10,
         "batch_size": 24,
         "weight_decay": 1e-5,
-        "finetune_epochs": 40,
+        "finetune_epochs": 30,
         "shots": (4, 10, 30),
-        "distortion_rank": 2,
-        "distortion_strength": 5.0,
+        "rank": 1,
+        "distortion_rank": 1,
+        "distortion_strength": 30.0,
         "train_per_class": 72,
         "held_out_per_class": 36,
         "reptile_lr": 0.5,
@@ -75,8 +77,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 # Retraining rates by method, chosen on validation tasks; see docs/conflict.md.
 RATES: Mapping[str, Mapping[str, float]] = {
-    "cifar10": dict.fromkeys(METHODS, 3e-3),
-    "digits": dict.fromkeys(METHODS, 1e-2),
+    "cifar10": {**dict.fromkeys(METHODS, 3e-3), "standard": 1e-3},
+    "digits": dict.fromkeys(METHODS, 3e-3),
 }
 SMOKE = {
     "epochs": 1,
@@ -116,9 +118,7 @@ class ConflictSettings(RetrainingSettings):
     data: str = option("cifar10", help="the images", choices=tuple(DEFAULTS))
     data_root: Path = option(Path("data"), help="where CIFAR-10 is", run_only=True)
     download: bool = option(False, help="have torchvision download CIFAR-10", run_only=True)
-    retrain: tuple[str, ...] = option(
-        (ALL,), help="retraining methods", choices=(*METHODS, ALL)
-    )
+    retrain: tuple[str, ...] = option((ALL,), help="retraining methods", choices=(*METHODS, ALL))
     inputs: tuple[str, ...] = option(
         ("views", "none", LOW_RANK),
         help="what changes the inputs of each task: nothing; quarter turns, order of channels and "
@@ -129,9 +129,9 @@ class ConflictSettings(RetrainingSettings):
         (0.5, 0.0, 0.25), help="share of the tasks whose two labels are turned round, 0 to 0.5"
     )
     distortion_rank: int = option(
-        None, help="of the map of low rank, I + strength U Uᵀ (cifar10: 4, digits: 2)"
+        None, help="of the map of low rank, I + strength U Uᵀ (cifar10: 4, digits: 1)"
     )
-    distortion_strength: float = option(None, help="of the map of low rank (5)")
+    distortion_strength: float = option(None, help="of the map of low rank (30)")
     shots: tuple[int, ...] = option(
         None, help="images of an unseen task to fine-tune on (cifar10: 10 30 100, digits: 4 10 30)"
     )
@@ -149,7 +149,7 @@ class ConflictSettings(RetrainingSettings):
     )
     lr: float | None = option(None, help="of retraining (default: that of the method)")
     weight_decay: float = option(None, help="of all optimisers but inner ones (1e-5)")
-    finetune_epochs: int = option(None, help="of fine-tuning (40)")
+    finetune_epochs: int = option(None, help="of fine-tuning (30)")
     finetune_batch_size: int = option(128, help="of a task's batch in fine-tuning")
     lora_rates: tuple[float, ...] = option(
         (1e-3, 3e-3, 1e-2), help="rates of fine-tuning with LoRA to choose from"
@@ -157,7 +157,9 @@ class ConflictSettings(RetrainingSettings):
     last_layer_rates: tuple[float, ...] = option(
         (3e-3, 1e-2, 3e-2, 1e-1), help="rates of fine-tuning of the last layer to choose from"
     )
-    rank: int = option(4, help="of LoRA, on every linear layer, with scale 1")
+    rank: int = option(
+        None, help="of LoRA, on every linear layer, with scale 1 (cifar10: 4, digits: 1)"
+    )
     reptile_lr: float = option(None, help="of Reptile's outer SGD (0.5)")
     reptile_inner_lr: float = option(None, help="of its inner Adam")
     reptile_inner_steps: int = option(None, help="")
@@ -205,7 +207,9 @@ PART_OF = part_of(
     {
         **dict.fromkeys(("data_root", "download"), ("cifar10",)),
         **dict.fromkeys(("distortion_rank", "distortion_strength"), (LOW_RANK,)),
-        **dict.fromkeys(("step_per", "adapter_lr", "adapter_weight_decay", "adapter_steps"), WITH_TASKS),
+        **dict.fromkeys(
+            ("step_per", "adapter_lr", "adapter_weight_decay", "adapter_steps"), WITH_TASKS
+        ),
         "standard_order": ("standard",),
         "lr": tuple(m for m in METHODS if m != "reptile"),
         "shared_head": ("lora-ml-heads", "last-layer-ml"),

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from experiments.conflict import changes
-from experiments.conflict.data import GROUPS, Part, Tasks
+from experiments.conflict.data import GROUPS, UNSEEN, Part, Tasks
 from experiments.conflict.settings import AUGMENTATIONS, METHODS, MODELS, ConflictSettings
 from experiments.conflict.summary import ACCURACY, RATE, VALIDATION
 from experiments.lib import training
+from experiments.lib.errors import RunError
 from experiments.vision.augment import Augmentation, Normalize
 from experiments.vision.data import Dataset
 from experiments.vision.mixer import Mixer
@@ -37,6 +38,12 @@ class Trials(training.Trials[Part]):
         turned: share of the tasks whose labels are turned round.
         seed: the trial's.
         device: where to train.
+
+    Attributes:
+        notes: a line for each setting that asks for more than there is.
+
+    Raises:
+        RunError: a setting asks for more than the images or the model have.
     """
 
     heads = ("head",)
@@ -68,6 +75,10 @@ class Trials(training.Trials[Part]):
         self._statistics = mean, deviation
         self._augmentation: Augmentation | None = AUGMENTATIONS[settings.data]
         self._passes = ImagePasses(PASS) if device.type == "cpu" else None
+        self.notes = self.tasks.notes
+        for group in UNSEEN:  # refuses too many shots before anything is computed
+            self.tasks.few(group, max(settings.shots), 1)
+        training.check_rank(self.new_model(seed), settings.rank)
         self.retraining = self.tasks.retraining().to(device)
         self.validation = self.tasks.held_out("retraining").to(device)
 
@@ -83,6 +94,10 @@ class Trials(training.Trials[Part]):
         if inputs == "low-rank":
             values = config.channels * config.patch_size**2
             rank, strength = s.distortion_rank, s.distortion_strength
+            if rank > values:
+                raise RunError(
+                    f"--distortion-rank must be at most {values}, the values of a patch, got {rank}"
+                )
             return changes.low_rank(count, values, rank, config.patch_size, strength, generator)
         return changes.unchanged
 
