@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from experiments.lib.cli import option, unique
-from experiments.lib.retraining_settings import ALL, RetrainingSettings, part_of
+from experiments.lib.retraining_settings import ALL, PER_TASK, RetrainingSettings, part_of
 from experiments.vision.augment import Augmentation
 from experiments.vision.mixer import MixerConfig
 
@@ -207,9 +207,7 @@ PART_OF = part_of(
     {
         **dict.fromkeys(("data_root", "download"), ("cifar10",)),
         **dict.fromkeys(("distortion_rank", "distortion_strength"), (LOW_RANK,)),
-        **dict.fromkeys(
-            ("step_per", "adapter_lr", "adapter_weight_decay", "adapter_steps"), WITH_TASKS
-        ),
+        **dict.fromkeys(PER_TASK, WITH_TASKS),
         "standard_order": ("standard",),
         "lr": tuple(m for m in METHODS if m != "reptile"),
         "shared_head": ("lora-ml-heads", "last-layer-ml"),

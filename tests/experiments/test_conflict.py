@@ -76,14 +76,14 @@ def test_the_low_rank_map_is_that_of_the_linear_model() -> None:
     for U in change.directions:
         torch.testing.assert_close(U.T @ U, torch.eye(2))
     change = dataclasses.replace(change, directions=change.directions.double())
-    found = change(images, ids)
-    for image, after, task in zip(images, found, ids, strict=True):
+    for image, after, task in zip(images, change(images, ids), ids, strict=True):
         U = change.directions[task].double()
         matrix = torch.eye(48, dtype=torch.float64) + 5.0 * U @ U.T
-        for row, column in itertools.product(range(2), range(2)):
-            window = slice(4 * row, 4 * row + 4), slice(4 * column, 4 * column + 4)
-            wanted = matrix @ image[:, *window].flatten()
-            torch.testing.assert_close(after[:, *window].flatten(), wanted)
+        for row, column in itertools.product((0, 4), (0, 4)):
+            patch, found = (
+                part[:, row : row + 4, column : column + 4].flatten() for part in (image, after)
+            )
+            torch.testing.assert_close(found, matrix @ patch)
 
 
 def test_patches_are_put_together_again() -> None:
