@@ -7,8 +7,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from experiments.conflict.settings import METHODS
-from experiments.conflict.summary import best_finetuning, summary
+from experiments.conflict.summary import best_finetuning
 from experiments.lib import accuracy_figures, plotting
 from experiments.lib.runs import RunFolder
 from experiments.lib.statistics import Line
@@ -23,15 +22,14 @@ CHANGES = {
 
 def draw(run: RunFolder) -> list[Path]:
     """Draws dial.png (accuracy over the dial) and shots.png (over shots), with their numbers."""
-    rows = run.rows()
-    lines = sorted(best_finetuning(rows), key=_order)
+    lines = best_finetuning(run.rows())
     if not lines:
         return []
     plotting.style()
     figures: list[Path] = []
     if len({line["turned"] for line in lines}) > 1:
         figures.append(_dial(run, lines))
-    return [*figures, _shots(run, rows)]
+    return [*figures, _shots(run, lines)]
 
 
 def _dial(run: RunFolder, lines: list[Line]) -> Path:
@@ -47,7 +45,7 @@ def _dial(run: RunFolder, lines: list[Line]) -> Path:
     for ax, kind in zip(axes[0], kinds, strict=True):
         of_kind = [line for line in lines if line["inputs"] == kind]
         accuracy_figures.over(ax, of_kind, "turned", shares, "value")
-        ax.set_xticks(range(len(shares)), [f"{100 * float(share):.0f} %" for share in shares])
+        ax.set_xticks(range(len(shares)), [_percent(share) for share in shares])
         ax.set_xlabel("tasks with labels turned round")
         ax.set_title(CHANGES[kind])
     axes[0][0].set_ylabel(f"accuracy on unseen tasks (%),\n{middle} images each")
@@ -55,29 +53,25 @@ def _dial(run: RunFolder, lines: list[Line]) -> Path:
     return plotting.save(fig, run, "dial", _numbers(lines))
 
 
-def _shots(run: RunFolder, rows: list[dict[str, str]]) -> Path:
-    """Draws accuracy over shots at the first setting of the dial, a panel per fine-tuning."""
-    first = rows[0]["inputs"], rows[0]["turned"]
-    lines = [line for line in summary(rows) if (line["inputs"], line["turned"]) == first]
-    lines.sort(key=_order)
-    fig, panels = accuracy_figures.panels(lines)
+def _shots(run: RunFolder, lines: list[Line]) -> Path:
+    """Draws accuracy after fine-tuning over shots, at the first setting of the dial."""
+    inputs, turned = lines[0]["inputs"], lines[0]["turned"]
+    lines = [line for line in lines if (line["inputs"], line["turned"]) == (inputs, turned)]
     shots = sorted({line["shots"] for line in lines}, key=int)
-    for ax, _, of_kind in panels:
-        accuracy_figures.over(ax, of_kind, "shots", shots, "value")
-        ax.set_xlabel("images of an unseen task")
-    panels[0][0].set_ylabel("accuracy on unseen tasks (%)")
-    plotting.legend_below(fig, panels[0][0])
-    fig.suptitle(
-        f"{run.manifest['settings']['data']}: {CHANGES[first[0]].lower()}, labels turned round in "
-        f"{100 * float(first[1]):.0f} % of the tasks; mean and standard error of "
-        f"{accuracy_figures.trials_of(lines)}",
-        fontsize=13,
+    fig, ax = plt.subplots(figsize=(9.6, 5.4))
+    accuracy_figures.over(ax, lines, "shots", shots, "value")
+    ax.set_xlabel("images of an unseen task to fine-tune on")
+    ax.set_ylabel("accuracy on unseen tasks (%)")
+    ax.set_title(
+        f"{CHANGES[inputs]};\nlabels turned round in {_percent(turned)} of the tasks; "
+        f"mean and standard error of {accuracy_figures.trials_of(lines)}"
     )
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
     return plotting.save(fig, run, "shots", _numbers(lines))
 
 
-def _order(line: Line) -> int:
-    return list(METHODS).index(line["method"])
+def _percent(share: str) -> str:
+    return f"{100 * float(share):.0f} %"
 
 
 def _numbers(lines: list[Line]) -> list[dict[str, Any]]:

@@ -28,8 +28,8 @@ def prepare(given: ConflictSettings) -> Work:
     if settings.data == "cifar10":
         dataset = halved(dataset)
     points = [(*point, trial) for trial in settings.trials for point in settings.points()]
-    for point in settings.points():  # refuses settings before anything is written
-        checked = Trials(settings, dataset, *point, settings.first_seed, device)
+    for inputs in settings.inputs:  # refuses settings before anything is written
+        checked = Trials(settings, dataset, inputs, 0.0, settings.first_seed, device)
     if device.type == "cpu":
         keep_freed_memory()
 
