@@ -202,7 +202,7 @@ def test_commands_are_shown_as_one_types_them(argv: list[str], shown: str) -> No
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"experiment": "visions"}, "no experiment is called 'visions'; there are language, "),
+        ({"experiment": "visions"}, "no experiment is called 'visions'; there are "),
         ({"status": "failed", "reason": "ValueError: no"}, "failed: ValueError: no"),
         ({"notes": {"from": "/home/me/start"}}, "'notes' names a place on this machine"),
         ({"rows": ""}, "has no finished unit yet"),
