@@ -1,4 +1,4 @@
-# make demo         set up, then Figure 1 and the vision experiment on handwritten digits
+# make demo         set up, then Figure 1 and tasks in conflict on handwritten digits
 # make check        set up, then the tests of every change: all but those marked slow
 # make test         set up, then the tests of every day
 # make exhaustive   set up, then the rest: builds from a copy, sanitizers, full disks

@@ -1,4 +1,4 @@
-"""``python -m experiments.demo``: Figure 1, and the vision protocol on handwritten digits."""
+"""``python -m experiments.demo``: Figure 1, and tasks in conflict on handwritten digits."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from experiments.lib.errors import RunError
 from experiments.lib.experiment import RunSettings
 from experiments.lib.machine import one_thread
 from experiments.lib.manifest import MANIFEST
-from experiments.lib.retraining_settings import FINETUNES, METHODS
 from experiments.lib.runs import RunFolder, default_folder
-from experiments.lib.statistics import summarize, with_error
+from experiments.lib.statistics import with_error
 
-NAMES = {"lora": "LoRA", "last-layer": "last layer"}
-VISION_SEEDS = 3
-VISION_SHOTS = ("10",)
+SEEDS = 3
+METHODS = ("lora-ml", "last-layer-ml", "standard")
 
 
 @cli.main_guard
@@ -27,16 +25,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         RunSettings,
         argv,
         prog="python -m experiments.demo",
-        description="All sweeps of the paper's Figure 1, then its vision protocol on digits.",
+        description="All sweeps of the paper's Figure 1, then tasks in conflict on digits.",
     )
     out = _folder(settings)
     start = time.monotonic()
     print("1/2  Figure 1 of the paper: five sweeps of the linear model", flush=True)
     linear, linear_table = run_linear(out, settings.smoke)
-    print("2/2  vision protocol: handwritten digits, test task 8 or 9", flush=True)
-    vision = run_vision(out, settings.smoke)
-    print(f"\n{linear_table}\n\n{vision_table(vision.rows())}\n")
-    for path in sorted([*linear.folder.glob("*.png"), *vision.folder.glob("*.png")]):
+    print("2/2  handwritten digits: 28 tasks in conflict, eight unseen ones", flush=True)
+    conflict = run_conflict(out, settings.smoke)
+    print(f"\n{linear_table}\n\n{conflict_table(conflict.rows())}\n")
+    for path in sorted([*linear.folder.glob("*.png"), *conflict.folder.glob("*.png")]):
         print(f"figure: {path}")
     print(f"done in {time.monotonic() - start:.0f} s; all numbers are in {out}")
 
@@ -59,7 +57,7 @@ def _folder(settings: RunSettings) -> Path:
 def run_linear(demo: Path, smoke: bool = False) -> tuple[RunFolder, str]:
     """Runs all five sweeps of Figure 1 with 5 trials (paper, section 3 and appendix D.1).
 
-    It goes on with those that are in the demo's folder already, as `run_vision` does.
+    It goes on with those that are in the demo's folder already, as `run_conflict` does.
 
     Returns:
         The run's folder and its table.
@@ -75,42 +73,48 @@ def run_linear(demo: Path, smoke: bool = False) -> tuple[RunFolder, str]:
     return folder, table(settings.points(), folder.rows())
 
 
-def run_vision(demo: Path, smoke: bool = False) -> RunFolder:
-    """Runs all retrainings and both fine-tunings on digits, with few images of the test task."""
-    from experiments.vision.run import VISION
-    from experiments.vision.settings import VisionSettings
+def run_conflict(demo: Path, smoke: bool = False) -> RunFolder:
+    """Retrains on pairs of digits that contradict each other, then adapts to pairs with a new one.
 
-    out = demo / "vision"
-    settings = VisionSettings(
+    Half of the tasks have their labels turned round, and all have their images turned and inverted
+    in ways of their own.
+    """
+    from experiments.conflict.run import CONFLICT
+    from experiments.conflict.settings import ConflictSettings
+
+    out = demo / "conflict"
+    settings = ConflictSettings(
         data="digits",
-        seeds=VISION_SEEDS,
-        shots=VISION_SHOTS,
+        retrain=METHODS,
+        inputs=("views",),
+        turned=(0.5,),
+        seeds=SEEDS,
         device="cpu",
         smoke=smoke,
         out=out,
         resume=(out / MANIFEST).is_file(),
     )
     with one_thread():
-        return VISION.run(settings, go_on=f"--resume --out {demo}")
+        return CONFLICT.run(settings, go_on=f"--resume --out {demo}")
 
 
-def vision_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Returns each method's accuracy with either fine-tuning, at the best epoch as in the paper."""
-    found = summarize(rows, ("method", "finetune", "shots"), ("accuracy_best",), scale=100)
+def conflict_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Returns each method's accuracy on unseen tasks, by the number of images fine-tuned on."""
+    from experiments.conflict.summary import best_finetuning
+
     cells = {
-        (line["method"], line["finetune"], line["shots"]): with_error(
-            line["accuracy_best"], line["accuracy_best_se"], ".1f"
-        )
-        for line in found
+        (line["method"], line["shots"]): with_error(line["value"], line["value_se"], ".1f")
+        for line in best_finetuning(rows)
     }
-    shots = dict.fromkeys(line["shots"] for line in found)
-    columns = [(kind, few) for kind in FINETUNES for few in shots]
-    lines = ["held-out accuracy in %, mean (standard error), by fine-tuning and number of images"]
-    heads = [f"{NAMES[kind]}, {few}" for kind, few in columns]
-    lines.append(f"{'':<14}" + "".join(f"{head:>18}" for head in heads))
-    for method in METHODS:
-        shown = [cells[(method, *column)] for column in columns]
-        lines.append(f"{method:<14}" + "".join(f"{cell:>18}" for cell in shown))
+    shots = dict.fromkeys(few for _, few in cells)
+    heads = [f"{few} images" for few in shots]
+    lines = [
+        "held-out accuracy on unseen pairs of digits in %, mean (standard error), fine-tuned on",
+        f"{'':<14}" + "".join(f"{head:>16}" for head in heads),
+    ]
+    for method in dict.fromkeys(method for method, _ in cells):
+        shown = [cells[method, few] for few in shots]
+        lines.append(f"{method:<14}" + "".join(f"{cell:>16}" for cell in shown))
     return "\n".join(lines)
 
 

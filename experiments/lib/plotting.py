@@ -23,18 +23,31 @@ if TYPE_CHECKING:
 
 # Okabe and Ito, "Color Universal Design", 2008.
 BLUE, GREEN, ORANGE, PINK, GREY = "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#666666"
+SKY, AMBER = "#56B4E9", "#E69F00"
 COLORS = {
     "lora-ml": BLUE,
+    "lora-ml-heads": SKY,
     "last-layer-ml": GREEN,
     "standard": ORANGE,
+    "standard-equal-steps": AMBER,
     "reptile": PINK,
     "none": GREY,
 }
-MARKERS = {"lora-ml": "o", "last-layer-ml": "s", "standard": "^", "reptile": "D", "none": "v"}
+MARKERS = {
+    "lora-ml": "o",
+    "lora-ml-heads": "P",
+    "last-layer-ml": "s",
+    "standard": "^",
+    "standard-equal-steps": "<",
+    "reptile": "D",
+    "none": "v",
+}
 LABELS = {
     "lora-ml": "LoRA-ML",
+    "lora-ml-heads": "LoRA-ML, own heads",
     "last-layer-ml": "Last-Layer-ML",
     "standard": "Standard",
+    "standard-equal-steps": "Standard, equal steps",
     "reptile": "Reptile",
     "none": "Not retrained",
     "lora": "LoRA fine-tuning",

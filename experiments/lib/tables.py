@@ -14,8 +14,10 @@ DIFFERENCE = "difference to standard [95 %]"
 AHEAD = "ahead"
 NAMES = {
     "lora-ml": "LoRA-ML",
+    "lora-ml-heads": "LoRA-ML, a head per task",
     "last-layer-ml": "Last-Layer-ML",
     "standard": "standard",
+    "standard-equal-steps": "standard, equal steps",
     "reptile": "Reptile",
     "none": "not retrained",
     "lora": "LoRA",

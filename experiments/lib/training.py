@@ -59,6 +59,7 @@ class Trials(abc.ABC, Generic[Part]):
         inner: keywords of `reptile` that are not shared.
         loss: the keyword ``loss`` of all trainings; empty for the default.
         samples: what is counted for the throughput.
+        finetune_rates: the flags to lower if a fine-tuning diverges.
         retraining, validation: the retraining tasks' data.
     """
 
@@ -69,6 +70,7 @@ class Trials(abc.ABC, Generic[Part]):
     inner: Mapping[str, Any]
     loss: Mapping[str, Any] = {}
     samples: str
+    finetune_rates: str = "--finetune-lr"
     retraining: Part
     validation: Part
 
@@ -263,7 +265,7 @@ class Trainings:
         if self._done(unit):
             return
         log = EpochLog(self.folder, phase="finetune", **labels)
-        with divergence(unit, "--finetune-lr"), _unusable_checkpoint(unit):
+        with divergence(unit, self.trials.finetune_rates), _unusable_checkpoint(unit):
             measured = self.trials.finetune(
                 copy.deepcopy(retrained), labels, log, *callbacks, self._checkpoint(unit)
             )

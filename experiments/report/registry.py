@@ -10,6 +10,7 @@ from experiments.lib.experiment import Experiment
 
 # Each module has the `Experiment` in capitals; it is imported when it is needed.
 MODULES = {
+    "conflict": "experiments.conflict.run",
     "language": "experiments.language.run",
     "linear": "experiments.synthetic.linear.run",
     "phase": "experiments.synthetic.phase.run",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,13 +143,25 @@ class Mixer(nn.Module):
         self.head = nn.Linear(config.width, config.classes, bias=config.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.embed(self.patchify(images))  # [B, patches, width]
-        x = self.norm(self.blocks(x)).mean(dim=1)  # [B, width]
-        return self.head(x)
+        return self.head(self.features(images))
 
-    def patchify(self, images: Tensor) -> Tensor:
-        """Cuts images [B, C, S, S] into patches [B, patches, C * P * P], row by row."""
-        count, channels, size, _ = images.shape
-        patch = self.config.patch_size
-        grid = images.view(count, channels, size // patch, patch, size // patch, patch)
-        return grid.permute(0, 2, 4, 1, 3, 5).reshape(count, self.config.patches, -1)
+    def features(self, images: Tensor) -> Tensor:
+        """Returns what the head is applied to, [B, width]."""
+        x = self.embed(patchify(images, self.config.patch_size))  # [B, patches, width]
+        return self.norm(self.blocks(x)).mean(dim=1)
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """Cuts images [B, C, S, S] into patches [B, (S / patch)², C * patch²], row by row."""
+    count, channels, size, _ = images.shape
+    side = size // patch
+    grid = images.view(count, channels, side, patch, side, patch)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(count, side * side, -1)
+
+
+def unpatchify(patches: Tensor, channels: int) -> Tensor:
+    """Undoes `patchify`: patches [B, N, C * P²] of a square of N become images [B, C, S, S]."""
+    count, number, values = patches.shape
+    side, patch = math.isqrt(number), math.isqrt(values // channels)
+    grid = patches.view(count, side, side, channels, patch, patch)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(count, channels, side * patch, side * patch)

@@ -9,29 +9,33 @@ from typing import Any
 import pytest
 
 from experiments import demo
-from experiments.lib.retraining_settings import METHODS
+from experiments.conflict.trials import Trials
 from experiments.synthetic.linear import figures
 from experiments.synthetic.linear import run as linear
-from experiments.vision.trials import Trials
 
 
 def test_the_table_holds_mean_and_standard_error() -> None:
     rows = [
         {
-            "method": m,
-            "finetune": f,
-            "shots": "10",
-            "trial": t,
+            "inputs": "views",
+            "turned": "0.5",
+            "method": method,
+            "finetune": finetune,
+            "shots": shots,
+            "trial": trial,
             "metric": metric,
-            "value": str(value),
+            "value": str(value + shift),
         }
-        for m in METHODS
-        for f in ("lora", "last-layer")
-        for t, best in (("0", 0.8), ("1", 0.9))
-        for metric, value in (("accuracy_best", best), ("accuracy_last", 0.1))
+        for method in demo.METHODS
+        for finetune, shift in (("lora", 0.0), ("last-layer", -0.1))
+        for shots in ("4", "10")
+        for trial, value in (("0", 0.8), ("1", 0.9))
+        for metric in ("validation", "accuracy")
     ]
-    lines = demo.vision_table(rows).splitlines()
-    assert [line.split() for line in lines[2:]] == [[m, *["85.0", "(5.0)"] * 2] for m in METHODS]
+    lines = demo.conflict_table(rows).splitlines()
+    assert [line.split() for line in lines[2:]] == [
+        [method, *["85.0", "(5.0)"] * 2] for method in demo.METHODS
+    ]
 
 
 def test_an_existing_folder_is_refused_in_one_line(
@@ -50,9 +54,9 @@ def test_an_existing_folder_is_refused_in_one_line(
 def test_an_interrupted_demo_names_the_command_that_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "VISION_SEEDS", 1)
+    monkeypatch.setattr(demo, "SEEDS", 1)
     monkeypatch.setattr(figures, "draw", lambda *args: [])  # drawing takes longer than the rest
-    monkeypatch.setattr("experiments.vision.figures.draw", lambda folder: [])
+    monkeypatch.setattr("experiments.conflict.figures.draw", lambda folder: [])
     out = tmp_path / "demo"
 
     def main(*arguments: str) -> tuple[int, str]:

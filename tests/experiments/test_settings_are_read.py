@@ -33,6 +33,11 @@ EXPERIMENTS: dict[str, tuple[str, str, list[str]]] = {
         "VISION",
         ["--data", "digits", "--shots", "4", "--seeds", "1"],
     ),
+    "conflict": (
+        "experiments.conflict.run",
+        "CONFLICT",
+        ["--data", "digits", "--seeds", "1", "--turned", "0.5"],
+    ),
     "language": (
         "experiments.language.run",
         "LANGUAGE",

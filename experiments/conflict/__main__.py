@@ -1,0 +1,5 @@
+"""``python -m experiments.conflict``: see ``--help``."""
+
+from experiments.conflict.run import main
+
+main()

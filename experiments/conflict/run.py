@@ -1,0 +1,79 @@
+"""The command: every trial, setting of the dial, method, fine-tuning and number of shots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from experiments.conflict.data import halved
+from experiments.conflict.settings import PART_OF, ConflictSettings
+from experiments.conflict.summary import COLUMNS, results_tables, table
+from experiments.conflict.trials import Trials
+from experiments.lib.experiment import Experiment, Report, Work, command
+from experiments.lib.machine import choose_device, keep_freed_memory
+from experiments.lib.runs import RunFiles, RunFolder
+from experiments.lib.training import Trainings
+from experiments.lib.unused import unused
+from experiments.vision.data import load
+
+NAME = "conflict"
+
+
+def prepare(given: ConflictSettings) -> Work:
+    """Loads the images; every retraining and every fine-tuning is a unit of work."""
+    device = choose_device(given.device)
+    settings = given.resolved(device.type)
+    dataset = load(settings.data, settings.data_root, settings.download)
+    if settings.data == "cifar10":
+        dataset = halved(dataset)
+    points = [(*point, trial) for trial in settings.trials for point in settings.points()]
+    for inputs in settings.inputs:  # refuses settings before anything is written
+        checked = Trials(settings, dataset, inputs, 0.0, settings.first_seed, device)
+    if device.type == "cpu":
+        keep_freed_memory()
+
+    def run(folder: RunFolder) -> None:
+        folder.add_data(settings.data, dataset.sha256)
+        same = {"experiment": NAME, "data": settings.data}
+        for inputs, turned, trial in tqdm(points, desc=NAME, unit="point", disable=None):
+            trials = Trials(settings, dataset, inputs, turned, trial, device)
+            trainings = Trainings(folder, trials, COLUMNS, same)
+            point = {"inputs": inputs, "turned": turned}
+            for method in settings.retrain:
+                labels = {**point, "method": method, "trial": trial}
+                model = trainings.retrained(labels)
+                for kind in settings.finetune:
+                    for shots in settings.shots:
+                        labels = {**point, "method": method, "finetune": kind, "shots": shots}
+                        trainings.finetuned({**labels, "trial": trial}, model)
+
+    def figures(folder: RunFolder) -> list[Path]:
+        from experiments.conflict.figures import draw  # matplotlib takes a second to import
+
+        return draw(folder)
+
+    return Work(
+        settings,
+        run,
+        lambda folder: table(folder.rows()),
+        figures,
+        tag=settings.data,
+        notes=[*unused(given, PART_OF, given.kinds()), *checked.notes],
+    )
+
+
+def _figures_of_results(run: RunFiles) -> list[Path]:
+    from experiments.conflict.figures import draw
+
+    return draw(run)
+
+
+CONFLICT = Experiment(
+    NAME,
+    "Retrains a Mixer on 28 pairs of image classes, then fine-tunes it on pairs with a new class.",
+    ConflictSettings,
+    prepare,
+    Report(lambda run: results_tables(run.rows()), _figures_of_results),
+)
+main = command("python -m experiments.conflict", CONFLICT)

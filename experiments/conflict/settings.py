@@ -1,0 +1,218 @@
+"""Settings of the conflict experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from experiments.lib.cli import option, unique
+from experiments.lib.retraining_settings import ALL, PER_TASK, RetrainingSettings, part_of
+from experiments.vision.augment import Augmentation
+from experiments.vision.mixer import MixerConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a retraining is made of.
+
+    Attributes:
+        base: the method of `experiments.lib.retraining_settings.METHODS`.
+        heads: whether each task has a head of its own.
+        large_batches: whether a batch has as many images as a round of all tasks.
+    """
+
+    base: str
+    heads: bool = False
+    large_batches: bool = False
+
+
+METHODS = {
+    "lora-ml": Method("lora-ml"),
+    "lora-ml-heads": Method("lora-ml", heads=True),
+    "last-layer-ml": Method("last-layer-ml", heads=True),
+    "standard": Method("standard"),
+    "standard-equal-steps": Method("standard", large_batches=True),
+    "reptile": Method("reptile"),
+}
+WITH_TASKS = ("lora-ml", "lora-ml-heads", "last-layer-ml")
+LOW_RANK = "low-rank"
+INPUTS = ("none", "views", LOW_RANK, "patches")
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "cifar10": {
+        "epochs": 10,
+        "batch_size": 32,
+        "weight_decay": 1e-5,
+        "finetune_epochs": 30,
+        "shots": (10, 30, 100),
+        "rank": 4,
+        "distortion_rank": 4,
+        "distortion_strength": 30.0,
+        "train_per_class": 450,
+        "held_out_per_class": 200,
+        "reptile_lr": 0.5,
+        "reptile_inner_lr": 1e-3,
+        "reptile_inner_steps": 10,
+        "seeds": 5,
+    },
+    "digits": {
+        "epochs": 10,
+        "batch_size": 24,
+        "weight_decay": 1e-5,
+        "finetune_epochs": 30,
+        "shots": (4, 10, 30),
+        "rank": 1,
+        "distortion_rank": 1,
+        "distortion_strength": 30.0,
+        "train_per_class": 72,
+        "held_out_per_class": 36,
+        "reptile_lr": 0.5,
+        "reptile_inner_lr": 3e-3,
+        "reptile_inner_steps": 6,
+        "seeds": 3,
+    },
+}
+# Retraining rates by method, chosen on validation tasks; see docs/conflict.md.
+RATES: Mapping[str, Mapping[str, float]] = {
+    "cifar10": {**dict.fromkeys(METHODS, 3e-3), "standard": 1e-3},
+    "digits": dict.fromkeys(METHODS, 3e-3),
+}
+SMOKE = {
+    "epochs": 1,
+    "finetune_epochs": 2,
+    "seeds": 2,
+    "shots": (4,),
+    "train_per_class": 8,
+    "held_out_per_class": 8,
+    "reptile_inner_steps": 1,
+}
+MODELS = {
+    "cifar10": MixerConfig(
+        image_size=16, width=192, token_hidden=64, channel_hidden=96, dropout=0.0
+    ),
+    "digits": MixerConfig(
+        image_size=8,
+        channels=1,
+        patch_size=2,
+        width=64,
+        token_hidden=64,
+        channel_hidden=32,
+        dropout=0.0,
+    ),
+}
+# Mirrored digits are no digits.
+AUGMENTATIONS = {"cifar10": Augmentation(2, flip=True), "digits": Augmentation(1, flip=False)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ConflictSettings(RetrainingSettings):
+    """Settings of one run; None stands for the data set's default."""
+
+    command: ClassVar[str] = "conflict"
+    methods: ClassVar[tuple[str, ...]] = tuple(METHODS)
+    zero: ClassVar[tuple[str, ...]] = (*RetrainingSettings.zero, "turned")
+
+    data: str = option("cifar10", help="the images", choices=tuple(DEFAULTS))
+    data_root: Path = option(Path("data"), help="where CIFAR-10 is", run_only=True)
+    download: bool = option(False, help="have torchvision download CIFAR-10", run_only=True)
+    retrain: tuple[str, ...] = option((ALL,), help="retraining methods", choices=(*METHODS, ALL))
+    inputs: tuple[str, ...] = option(
+        ("views", "none", LOW_RANK),
+        help="what changes the inputs of each task: nothing; quarter turns, order of channels and "
+        "inversion; a map of low rank of each patch; another order of the patches",
+        choices=INPUTS,
+    )
+    turned: tuple[float, ...] = option(
+        (0.5, 0.0, 0.25), help="share of the tasks whose two labels are turned round, 0 to 0.5"
+    )
+    distortion_rank: int = option(
+        None, help="of the map of low rank, I + strength U Uᵀ (cifar10: 4, digits: 1)"
+    )
+    distortion_strength: float = option(None, help="of the map of low rank (30)")
+    shots: tuple[int, ...] = option(
+        None, help="images of an unseen task to fine-tune on (cifar10: 10 30 100, digits: 4 10 30)"
+    )
+    draws: int = option(3, help="few-shot draws of each unseen task in a trial")
+    validation_draws: int = option(
+        1, help="few-shot draws of each validation task, by which fine-tuning rates are chosen"
+    )
+    tune: bool = option(
+        False, help="measure on validation tasks only, to choose rates of retraining by"
+    )
+    epochs: int = option(None, help="of retraining (10)")
+    batch_size: int = option(
+        None,
+        help="of a task's batch; standard: of all tasks together (cifar10: 32, digits: 24)",
+    )
+    lr: float | None = option(None, help="of retraining (default: that of the method)")
+    weight_decay: float = option(None, help="of all optimisers but inner ones (1e-5)")
+    finetune_epochs: int = option(None, help="of fine-tuning (30)")
+    finetune_batch_size: int = option(128, help="of a task's batch in fine-tuning")
+    lora_rates: tuple[float, ...] = option(
+        (1e-3, 3e-3, 1e-2), help="rates of fine-tuning with LoRA to choose from"
+    )
+    last_layer_rates: tuple[float, ...] = option(
+        (3e-3, 1e-2, 3e-2, 1e-1), help="rates of fine-tuning of the last layer to choose from"
+    )
+    rank: int = option(
+        None, help="of LoRA, on every linear layer, with scale 1 (cifar10: 4, digits: 1)"
+    )
+    reptile_lr: float = option(None, help="of Reptile's outer SGD (0.5)")
+    reptile_inner_lr: float = option(None, help="of its inner Adam")
+    reptile_inner_steps: int = option(None, help="")
+    train_per_class: int = option(None, help="images of each class that a retraining task has")
+    held_out_per_class: int = option(
+        None, help="held-out images of each class at most, for choices and for reports each"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("inputs", "turned", "shots", "lora_rates", "last_layer_rates"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, unique(getattr(self, name)))
+        super().__post_init__()
+        for share in self.turned:
+            if share > 0.5:
+                raise ValueError(
+                    f"argument --turned: must be from 0 to 0.5, got {share}; with more than half "
+                    f"of the tasks turned round, the others are the exception: use {1 - share:g}"
+                )
+        for shots in self.shots or ():
+            if shots < 2:
+                raise ValueError(
+                    f"argument --shots: must be at least 2, an image of each class, got {shots}"
+                )
+
+    def kinds(self) -> set[str]:
+        """Returns the methods, fine-tunings, data and changes of inputs of this run."""
+        return {*self.retrain, *self.finetune, self.data, *self.inputs}
+
+    def points(self) -> list[tuple[str, float]]:
+        """Returns the dial's settings: kind of input change and share of turned labels."""
+        return [(inputs, turned) for turned in self.turned for inputs in self.inputs]
+
+    def defaults(self, device_type: str) -> Mapping[str, Any]:
+        return {**DEFAULTS[self.data], **(SMOKE if self.smoke else {})}
+
+    def rate(self, method: str) -> float:
+        """Returns a method's rate of retraining."""
+        return RATES[self.data][method] if self.lr is None else self.lr
+
+
+# Settings that only some methods, fine-tunings, data or inputs have a use for.
+PART_OF = part_of(
+    ConflictSettings,
+    {
+        **dict.fromkeys(("data_root", "download"), ("cifar10",)),
+        **dict.fromkeys(("distortion_rank", "distortion_strength"), (LOW_RANK,)),
+        **dict.fromkeys(PER_TASK, WITH_TASKS),
+        "standard_order": ("standard",),
+        "lr": tuple(m for m in METHODS if m != "reptile"),
+        "shared_head": ("lora-ml-heads", "last-layer-ml"),
+        "rank": ("lora-ml", "lora-ml-heads", "lora"),
+        "lora_rates": ("lora",),
+        "last_layer_rates": ("last-layer",),
+    },
+)

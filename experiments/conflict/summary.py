@@ -1,0 +1,115 @@
+"""Summary of a conflict run, and its table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from experiments.lib.statistics import Line, summarize, with_error
+from experiments.lib.tables import Table, compared
+
+ACCURACY, VALIDATION, RATE = "accuracy", "validation", "learning_rate"
+RETRAINING = "validation_last"
+RETRAINING_TASKS = "retraining"  # the name of their table
+COLUMNS = (
+    "experiment",
+    "data",
+    "inputs",
+    "turned",
+    "method",
+    "finetune",
+    "shots",
+    "trial",
+    "metric",
+    "value",
+)
+KEY = ("inputs", "turned", "method", "finetune", "shots")
+TITLES = {
+    "inputs": "inputs  ",
+    "turned": "turned",
+    "method": "retraining          ",
+    "finetune": "fine-tuning",
+    "shots": "shots",
+    "trials": "trials",
+}
+
+
+def summary(rows: Iterable[Mapping[str, str]], metric: str = "") -> list[Line]:
+    """Returns a metric in percent for each line of the table, compared with standard retraining.
+
+    Args:
+        rows: of results.csv.
+        metric: its name; "" is the accuracy on test tasks or, in a run that measures none, on
+            validation tasks.
+    """
+    rows = list(rows)
+    if not metric:
+        metric = ACCURACY if any(r["metric"] == ACCURACY for r in rows) else VALIDATION
+    lines = summarize(rows, KEY, (metric,), baseline={"method": "standard"}, scale=100.0)
+    names = {metric: "value", f"{metric}_se": "value_se", f"{metric}_vs": "value_vs"}
+    return [{names.get(k, k): v for k, v in line.items()} | {"metric": metric} for line in lines]
+
+
+def best_finetuning(rows: Iterable[Mapping[str, str]]) -> list[Line]:
+    """Returns the lines of `summary` with the fine-tuning that does better on validation tasks.
+
+    One line for each setting of the dial, method and number of shots.
+    """
+    rows = list(rows)
+    found = {_of(line): line for line in summary(rows)}
+    best: dict[tuple[str, ...], Line] = {}
+    for line in summary(rows, VALIDATION):
+        key = tuple(line[name] for name in KEY if name != "finetune")
+        if _of(line) in found and (key not in best or line["value"] > best[key]["value"]):
+            best[key] = line
+    return [found[_of(line)] for line in best.values()]
+
+
+def table(rows: Iterable[Mapping[str, str]]) -> str:
+    """Returns the summary as text: first the retraining tasks, then the unseen ones."""
+    rows = list(rows)
+    parts = []
+    for metric, what in (
+        (RETRAINING, "retraining tasks"),
+        (VALIDATION, "validation tasks, by which fine-tuning rates were chosen"),
+        (ACCURACY, "test tasks"),
+    ):
+        lines = summary(rows, metric)
+        if lines and (metric != VALIDATION or lines[0]["metric"] == summary(rows)[0]["metric"]):
+            parts += _text(lines, what)
+    return "\n".join(parts)
+
+
+def results_tables(rows: Iterable[Mapping[str, str]]) -> dict[str, Table]:
+    """Returns the tables for the documentation: unseen tasks, and the retraining tasks."""
+    rows = list(rows)
+    what = "Held-out accuracy of {} in %, mean (standard error) over the trials"
+    dials = {"inputs": "inputs", "turned": "labels turned"}
+    few = {**dials, "finetune": "fine-tuning", "shots": "images", "method": "retraining"}
+    return {
+        "": compared(rows, few, ACCURACY, what.format("the unseen test tasks") + "."),
+        RETRAINING_TASKS: compared(
+            rows,
+            {**dials, "method": "retraining"},
+            RETRAINING,
+            what.format("the retraining tasks") + ", after the last epoch of retraining.",
+        ),
+    }
+
+
+def _of(line: Line) -> tuple[str, ...]:
+    return tuple(line[name] for name in KEY)
+
+
+def _text(lines: list[Line], what: str) -> list[str]:
+    text = [
+        f"held-out accuracy of {what} in %, mean (standard error); "
+        "difference to standard [95 % interval], trials ahead",
+        " ".join(TITLES.values()),
+    ]
+    for line in lines:
+        cells = [str(line[name] or "-").ljust(len(title)) for name, title in TITLES.items()]
+        cells.append(with_error(line["value"], line["value_se"], ".1f"))
+        if line["value_vs"] is not None:
+            cells.append(line["value_vs"].text(".1f"))
+        text.append(" ".join(cells))
+    return text
