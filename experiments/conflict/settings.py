@@ -53,13 +53,12 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "distortion_strength": 30.0,
         "train_per_class": 450,
         "held_out_per_class": 200,
-        "reptile_lr": 0.5,
         "reptile_inner_lr": 1e-3,
         "reptile_inner_steps": 10,
         "seeds": 5,
     },
     "digits": {
-        "epochs": 10,
+        "epochs": 20,
         "batch_size": 24,
         "weight_decay": 1e-5,
         "finetune_epochs": 30,
@@ -69,16 +68,15 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "distortion_strength": 30.0,
         "train_per_class": 72,
         "held_out_per_class": 36,
-        "reptile_lr": 0.5,
         "reptile_inner_lr": 3e-3,
         "reptile_inner_steps": 6,
         "seeds": 3,
     },
 }
-# Retraining rates by method, chosen on validation tasks; see docs/conflict.md.
+# Retraining rates, chosen on validation tasks (docs/conflict.md): Reptile's is the outer one.
 RATES: Mapping[str, Mapping[str, float]] = {
-    "cifar10": {**dict.fromkeys(METHODS, 3e-3), "standard": 1e-3},
-    "digits": dict.fromkeys(METHODS, 3e-3),
+    "cifar10": {**dict.fromkeys(METHODS, 3e-3), "reptile": 0.5},
+    "digits": {**dict.fromkeys(METHODS, 1e-2), "standard": 3e-3, "reptile": 0.5},
 }
 SMOKE = {
     "epochs": 1,
@@ -120,7 +118,7 @@ class ConflictSettings(RetrainingSettings):
     download: bool = option(False, help="have torchvision download CIFAR-10", run_only=True)
     retrain: tuple[str, ...] = option((ALL,), help="retraining methods", choices=(*METHODS, ALL))
     inputs: tuple[str, ...] = option(
-        ("views", "none", LOW_RANK),
+        ("none", "views", LOW_RANK),
         help="what changes the inputs of each task: nothing; quarter turns, order of channels and "
         "inversion; a map of low rank of each patch; another order of the patches",
         choices=INPUTS,
@@ -142,12 +140,16 @@ class ConflictSettings(RetrainingSettings):
     tune: bool = option(
         False, help="measure on validation tasks only, to choose rates of retraining by"
     )
-    epochs: int = option(None, help="of retraining (10)")
+    epochs: int = option(None, help="of retraining (cifar10: 10, digits: 20)")
     batch_size: int = option(
         None,
         help="of a task's batch; standard: of all tasks together (cifar10: 32, digits: 24)",
     )
-    lr: float | None = option(None, help="of retraining (default: that of the method)")
+    lr: tuple[float, ...] = option(
+        None,
+        help="of retraining, the outer one of Reptile: one for all methods, or one for each of "
+        "--retrain (cifar10: 3e-3, digits: 1e-2, standard 3e-3; reptile: 0.5)",
+    )
     weight_decay: float = option(None, help="of all optimisers but inner ones (1e-5)")
     finetune_epochs: int = option(None, help="of fine-tuning (30)")
     finetune_batch_size: int = option(128, help="of a task's batch in fine-tuning")
@@ -160,9 +162,10 @@ class ConflictSettings(RetrainingSettings):
     rank: int = option(
         None, help="of LoRA, on every linear layer, with scale 1 (cifar10: 4, digits: 1)"
     )
-    reptile_lr: float = option(None, help="of Reptile's outer SGD (0.5)")
-    reptile_inner_lr: float = option(None, help="of its inner Adam")
-    reptile_inner_steps: int = option(None, help="")
+    reptile_inner_lr: float = option(
+        None, help="of the inner Adam (cifar10: 1e-3, digits: 3e-3); the outer steps are SGD's"
+    )
+    reptile_inner_steps: int = option(None, help="(cifar10: 10, digits: 6)")
     train_per_class: int = option(None, help="images of each class that a retraining task has")
     held_out_per_class: int = option(
         None, help="held-out images of each class at most, for choices and for reports each"
@@ -194,11 +197,18 @@ class ConflictSettings(RetrainingSettings):
         return [(inputs, turned) for turned in self.turned for inputs in self.inputs]
 
     def defaults(self, device_type: str) -> Mapping[str, Any]:
-        return {**DEFAULTS[self.data], **(SMOKE if self.smoke else {})}
+        if self.lr is not None and len(self.lr) not in (1, len(self.retrain)):
+            raise ValueError(
+                f"argument --lr: must be one rate, or one for each of the {len(self.retrain)} "
+                f"methods of --retrain, got {len(self.lr)}"
+            )
+        rates = tuple(RATES[self.data][method] for method in self.retrain)
+        return {**DEFAULTS[self.data], "lr": rates, **(SMOKE if self.smoke else {})}
 
     def rate(self, method: str) -> float:
         """Returns a method's rate of retraining."""
-        return RATES[self.data][method] if self.lr is None else self.lr
+        rates = self.lr * len(self.retrain) if len(self.lr) == 1 else self.lr
+        return dict(zip(self.retrain, rates, strict=True))[method]
 
 
 # Settings that only some methods, fine-tunings, data or inputs have a use for.
@@ -209,7 +219,7 @@ PART_OF = part_of(
         **dict.fromkeys(("distortion_rank", "distortion_strength"), (LOW_RANK,)),
         **dict.fromkeys(PER_TASK, WITH_TASKS),
         "standard_order": ("standard",),
-        "lr": tuple(m for m in METHODS if m != "reptile"),
+        "lr": tuple(METHODS),
         "shared_head": ("lora-ml-heads", "last-layer-ml"),
         "rank": ("lora-ml", "lora-ml-heads", "lora"),
         "lora_rates": ("lora",),

@@ -318,6 +318,7 @@ def test_the_table_compares_trial_by_trial() -> None:
         (["--turned", "-0.1"], "--turned must be"),
         (["--shots", "1"], "argument --shots: must be at least 2, an image of each class, got 1"),
         (["--shots", "500"], "--shots 500: the test task has only"),
+        (["--lr", "0.1", "0.2"], "argument --lr: must be one rate, or one for each of the 6"),
         (["--inputs", "veiws"], "--inputs"),
         (["--retrain", "standard-steps"], "--retrain"),
         (["--inputs", "low-rank", "--distortion-rank", "5"], "--distortion-rank must be at most 4"),
