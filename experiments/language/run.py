@@ -8,13 +8,13 @@ place until it is finished, and the figures.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from experiments.language.data import Corpus, load, write_made_up
+from experiments.language.data import Corpus, data_folder, load
 from experiments.language.progress import Clock, EpochLine
 from experiments.language.settings import PART_OF, TINY, LanguageSettings
+from experiments.language.start import Start
 from experiments.language.summary import COLUMNS, results_tables, tables
 from experiments.language.trials import Trials
 from experiments.lib.experiment import Experiment, Report, Work, command
@@ -30,11 +30,16 @@ def prepare(given: LanguageSettings) -> Work:
     """Loads dialogues and a model; every retraining and every fine-tuning is a unit of work."""
     device = choose_device(given.device)
     settings = given.resolved(device.type)
+    start = None if settings.start is None else Start.read(settings.start, settings)
     corpus = load_corpus(settings)
-    trials = Trials(settings, corpus, device)
+    if start is not None:
+        start.check_unseen(corpus)
+    trials = Trials(settings, corpus, device, start=None if start is None else start.model)
     if device.type == "cpu":
         keep_freed_memory()
     data = {part: sha256 for file in corpus.files for part, sha256 in file.sha256.items()}
+    if start is not None:
+        data["start"] = start.sha256
     planned = [labels for phase, labels in plan(settings) if phase == "retrain"]
     retrainings = [labels for labels in planned if labels["method"] != "none"]
     source = open_retrained(settings, NAME, PART_OF, retrainings, data)
@@ -71,22 +76,14 @@ def load_corpus(settings: LanguageSettings) -> Corpus:
         RunError: the data are missing, damaged or too few.
         ValueError: no data were given.
     """
-    with tempfile.TemporaryDirectory() as made_up:
-        root = settings.data
-        if root is None:
-            if not settings.smoke:
-                raise ValueError(
-                    "argument --data: give the folder of the ConvAI2 dialogues; "
-                    "--smoke runs without"
-                )
-            root = Path(made_up)
-            write_made_up(root)
+    with data_folder(settings.data, settings.smoke) as root:
         return load(
             root,
             retrain_file=settings.retrain_file,
             test_file=settings.test_file,
             tasks=settings.tasks,
             test_tasks=settings.test_tasks,
+            first_test_task=settings.first_test_task,
             held_out=settings.validation_dialogues,
             test_held_out=settings.held_out_dialogues,
             strict=settings.strict,

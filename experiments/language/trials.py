@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.language.data import Corpus
-from experiments.language.dialogues import Dialogue
+from experiments.language.data import Corpus, Task
+from experiments.language.dialogues import Dialogue, Turn
 from experiments.language.encoders import Encoders, has_token_types, head_names, max_length
 from experiments.language.settings import PART_OF, LanguageSettings
 from experiments.language.summary import BEFORE, BEST, LAST
@@ -48,6 +50,13 @@ def choice_accuracy(logits: Tensor, batch: Batch) -> Tensor:
     return (chosen == batch.targets.to(chosen.device)).double()
 
 
+def fewer_candidates(turn: Turn, count: int) -> Turn:
+    """Returns a turn with its response and the first ``count - 1`` other candidates."""
+    others = [c for i, c in enumerate(turn.candidates) if i != turn.answer][: count - 1]
+    answer = turn.answer % count
+    return Turn(turn.utterance, (*others[:answer], turn.response, *others[answer:]), answer)
+
+
 class Trials(training.Trials[TokenizedTurns]):
     """The experiment on one device: its models, and the turns of all tasks as token sequences.
 
@@ -55,26 +64,39 @@ class Trials(training.Trials[TokenizedTurns]):
         settings: resolved settings.
         corpus: the dialogues.
         device: where to train.
+        start: folder of a model with its tokenizer, to begin with instead of the settings' model.
 
     Attributes:
-        test, test_held_out: turns of the test tasks, in the same order of tasks.
+        test, test_held_out: turns of the test tasks, in the same order of tasks; a corpus without
+            any has none.
         packed: whether sequences are run without padding.
 
     Raises:
         RunError: the model or its tokenizer is missing or damaged, or a rank too large for it.
     """
 
-    with_head = PART_OF["shared_head"]
     samples = "turns"
 
-    def __init__(self, settings: LanguageSettings, corpus: Corpus, device: torch.device):
+    def __init__(
+        self,
+        settings: LanguageSettings,
+        corpus: Corpus,
+        device: torch.device,
+        start: Path | None = None,
+    ):
         self.settings, self.corpus, self.device = settings, corpus, device
+        own = settings.lora_heads == "own"
+        self.with_head = [m for m in PART_OF["shared_head"] if own or m != "lora-ml"]
         self.fixed = {"optimizer": "adamw", "schedule": "linear", "schedule_unit": "step"}
         self.inner = {"inner_optimizer": "adamw"}
         self.loss = {"loss": choice_loss}
         every = [d for task in (*corpus.retraining, *corpus.testing) for d in task.train]
         texts = (c for d in every for turn in d.turns for c in (turn.utterance, *turn.candidates))
-        self.encoders = Encoders(settings.model, settings.tokenizer, settings.as_roberta, texts)
+        s = settings
+        if start is None:
+            self.encoders = Encoders(s.model, s.tokenizer, s.as_roberta, texts)
+        else:
+            self.encoders = Encoders(str(start), None, False, ())
         model = self.encoders.new(0)
         training.check_rank(model, max(settings.rank))
         self.heads = head_names(model)
@@ -89,15 +111,27 @@ class Trials(training.Trials[TokenizedTurns]):
                 history=settings.history,
             )
 
-        self.retraining = turns([t.train[: settings.dialogues] for t in corpus.retraining])
+        def train(tasks: Sequence[Task]) -> TokenizedTurns:
+            return turns([[self._fewer(d) for d in t.train[: s.dialogues]] for t in tasks])
+
+        self.retraining = train(corpus.retraining)
         self.validation = turns([t.held_out for t in corpus.retraining])
-        self.test = turns([t.train[: settings.dialogues] for t in corpus.testing])
-        self.test_held_out = turns([t.held_out for t in corpus.testing])
+        if corpus.testing:
+            self.test = train(corpus.testing)
+            self.test_held_out = turns([t.held_out for t in corpus.testing])
         problem = packing_problem(model) if settings.packed in (None, True) else None
         if problem is not None and settings.packed:
             raise RunError(f"--packed: {problem}; leave it out")
         self.packed = settings.packed is not False and problem is None
         self._position_offset = position_offset(model)
+
+    def _fewer(self, dialogue: Dialogue) -> Dialogue:
+        """Returns a dialogue to train on, with as many candidates as the settings say."""
+        count = self.settings.train_candidates
+        if count is None:
+            return dialogue
+        turns = tuple(fewer_candidates(turn, count) for turn in dialogue.turns)
+        return dataclasses.replace(dialogue, turns=turns)
 
     def work(self, kind: str) -> float:
         """Returns the cost of an epoch, in forward passes of a turn."""
@@ -157,12 +191,10 @@ class Trials(training.Trials[TokenizedTurns]):
         }
 
     def _parts(self) -> dict[str, TokenizedTurns]:
-        return {
-            "retraining": self.retraining,
-            "validation": self.validation,
-            "test": self.test,
-            "held_out": self.test_held_out,
-        }
+        parts = {"retraining": self.retraining, "validation": self.validation}
+        if self.corpus.testing:
+            parts |= {"test": self.test, "held_out": self.test_held_out}
+        return parts
 
     def new_model(self, seed: int) -> nn.Module:
         model = self.encoders.new(seed).to(self.device)
@@ -200,6 +232,12 @@ class Trials(training.Trials[TokenizedTurns]):
         assert rank is not None
         s = self.settings
         return LoRAConfig(rank=rank, alpha=s.alpha, dropout=s.dropout, heads=self.heads)
+
+    def retraining_lora(self, rank: int | None) -> LoRAConfig:
+        own = self.lora(rank)
+        if self.settings.lora_heads == "own":
+            return own
+        return dataclasses.replace(own, heads=(), exclude_modules=self.heads)
 
     def held_out(self, part: TokenizedTurns) -> Callable[[nn.Module], Evaluation]:
         loader = self.loader(part, len(part), shuffle=False)
