@@ -119,7 +119,6 @@ def load(
     strict: bool = True,
     per_turn: int = 20,
     seed: int = 0,
-    turns: int | None = None,
 ) -> Corpus:
     """Reads the dialogues and makes the largest persona clusters the tasks.
 
@@ -140,7 +139,6 @@ def load(
         strict: leave out personas that match their cluster only in part.
         per_turn: candidates of each turn; distractors are drawn where the file has no lists.
         seed: of the distractors and the order of the candidates.
-        turns: keep only the first so many of each dialogue.
 
     Raises:
         DataError: no data, damaged data (with file and line), fewer tasks, or smaller ones, than
@@ -167,8 +165,8 @@ def load(
         for end in [len(ds) - held_out]
     ]
     return Corpus(
-        tuple(retrain.task(c, ds, held_out, turns) for c, ds in kept),
-        tuple(test.task(c, ds, test_held_out, turns) for c, ds in test_chosen),
+        tuple(retrain.task(c, ds, held_out) for c, ds in kept),
+        tuple(test.task(c, ds, test_held_out) for c, ds in test_chosen),
         tuple(source.report(strict) for source in dict.fromkeys([retrain, test])),
         sum(len(ds) for _, ds in chosen) - sum(len(ds) for _, ds in kept),
     )
@@ -181,7 +179,6 @@ def load_pooled(
     held_out: int = 100,
     per_turn: int = 20,
     seed: int = 0,
-    turns: int | None = None,
 ) -> Corpus:
     """Reads all dialogues of a file as one task, whatever their personas; there is no test task.
 
@@ -191,7 +188,7 @@ def load_pooled(
     Args:
         root: a folder, in which the first of ``START_FILES`` is taken, or one file.
         file: name in ``root`` to take instead.
-        held_out, per_turn, turns: see `load`.
+        held_out, per_turn: see `load`.
         seed: also of the distractors and the order of the candidates.
 
     Raises:
@@ -208,7 +205,7 @@ def load_pooled(
             f"{source.path} has {len(drawn)} dialogues, {held_out} of them to hold out, which "
             "leaves none of other personas to train on; give more dialogues or hold out fewer"
         )
-    task = source.task(CATCH_ALL, [*train, *validated], held_out, turns)
+    task = source.task(CATCH_ALL, [*train, *validated], held_out)
     report = dataclasses.replace(source.report(strict=False), unmatched=())  # these are used too
     return Corpus((task,), (), (report,), len(kept) - len(train))
 
@@ -216,11 +213,15 @@ def load_pooled(
 def fingerprints(dialogues: Iterable[Dialogue]) -> set[str]:
     """Returns digests of what is said in each dialogue, the same from either side, and of personas.
 
-    Spelling, as far as `experiments.language.dialogues.plain` removes it, does not count.
+    Spelling, as far as `experiments.language.dialogues.plain` removes it, does not count. A
+    dialogue of one turn counts with its response, as its utterance alone says little.
     """
     found = set()
     for dialogue in dialogues:
-        found.add(_digest("said", _conversation(dialogue)))
+        said = _conversation(dialogue)
+        if len(said) < 3:
+            said = tuple(plain(t) for turn in dialogue.turns for t in (turn.utterance, turn.response))
+        found.add(_digest("said", said))
         if dialogue.persona:
             found.add(_digest("persona", sorted(map(plain, dialogue.persona))))
     return found
@@ -295,17 +296,14 @@ class _Source:
                 members[dialogue.cluster].append(dialogue)
         return sorted(members.items(), key=lambda item: (-len(item[1]), item[0]))
 
-    def task(
-        self, cluster: int, dialogues: Sequence[Dialogue], held_out: int, turns: int | None
-    ) -> Task:
+    def task(self, cluster: int, dialogues: Sequence[Dialogue], held_out: int) -> Task:
         if len(dialogues) <= held_out:
             raise DataError(
                 f"{self.path}: cluster {cluster} has {len(dialogues)} dialogues that can be used, "
                 f"{held_out} of them to hold out, which leaves none to train on; "
                 "ask for fewer tasks or hold out fewer"
             )
-        cut = [dataclasses.replace(d, turns=d.turns[:turns]) for d in dialogues]
-        completed = tuple(self.lists.complete(d) for d in cut)
+        completed = tuple(map(self.lists.complete, dialogues))
         kept = len(completed) - held_out
         return Task(cluster, completed[:kept], completed[kept:])
 

@@ -8,6 +8,7 @@ place until it is finished, and the figures.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,7 +66,12 @@ def prepare(given: LanguageSettings) -> Work:
         lambda folder: tables(folder.rows(), chance),
         figures,
         tag=model,
-        notes=[*unused(given, PART_OF, given.kinds()), *trials.notes()],
+        notes=[
+            *unused(given, PART_OF, given.kinds()),
+            *trials.notes(),
+            *(start.notes(settings) if start else ()),
+            *costs(trials),
+        ],
     )
 
 
@@ -89,7 +95,6 @@ def load_corpus(settings: LanguageSettings) -> Corpus:
             strict=settings.strict,
             per_turn=settings.candidates,
             seed=settings.data_seed,
-            turns=settings.turns,
         )
 
 
@@ -103,6 +108,23 @@ def plan(settings: LanguageSettings) -> Iterator[tuple[str, Labels]]:
                     for r in settings.ranks(kind) if rank is None else (rank,):
                         labels = {"method": method, "finetune": kind, "rank": r, "trial": trial}
                         yield "finetune", labels
+
+
+def costs(trials: Trials) -> list[str]:
+    """Returns lines that say how many tokens the trainings take."""
+    s = trials.settings
+    work = (phase for phase, of in plan(s) if phase == "finetune" or of["method"] != "none")
+    phases = Counter(work)
+    parts = {
+        "retrain": ("retrainings", s.epochs, trials.retraining, trials.validation),
+        "finetune": ("fine-tunings", s.finetune_epochs, trials.test, trials.test_held_out),
+    }
+    return [
+        f"plan: {phases[phase]} {name} of {epochs} epochs, each of {train.tokens:,} tokens to train "
+        f"on and {held_out.tokens:,} held out"
+        for phase, (name, epochs, train, held_out) in parts.items()
+        if phases[phase]
+    ]
 
 
 def _run(trainings: Trainings, trials: Trials) -> None:

@@ -259,10 +259,10 @@ class StartSettings(RunSettings):
     tokenizer: str | None = _same("tokenizer")
     dialogues: int | None = option(None, help="train on only so many dialogues")
     turns: int | None = _same("turns")
-    train_candidates: int | None = _same("train_candidates", 5)
+    train_candidates: int | None = _same("train_candidates", 4)
     history: int | None = _same("history", 2)
     max_length: int | None = _same("max_length")
-    epochs: int = option(None, help="passes over the dialogues (default: 4)")
+    epochs: int = option(None, help="passes over the dialogues (default: 3)")
     batch_size: int = option(16, help="turns of a batch")
     lr: float = option(2e-4, help="learning rate")
     warmup: float = option(0.1, help="part of the training in which the rate rises")
@@ -283,7 +283,7 @@ class StartSettings(RunSettings):
     def resolved(self, device_type: str) -> StartSettings:
         """Returns these settings with every default filled in."""
         defaults = {"epochs": 1, "held_out_dialogues": 8} if self.smoke else {}
-        defaults = {"epochs": 4, "held_out_dialogues": 100, **defaults}
+        defaults = {"epochs": 3, "held_out_dialogues": 100, **defaults}
         missing = {k: v for k, v in defaults.items() if getattr(self, k) is None}
         language = self.language().resolved(device_type)
         for name in ("model", "precision", "max_tokens"):

@@ -36,6 +36,7 @@ from metalora._files import replacing
 NAME = "language-start"
 MODEL, WEIGHTS, SEEN = "model", "model.safetensors", "seen.json"
 SAME = ("model", "tokenizer", "as_roberta")  # settings that a run and its start have in common
+ALIKE = ("history", "max_length")  # and settings that had better be the same
 SAVE = "save the model"  # the unit of work after the training
 
 
@@ -45,11 +46,13 @@ class Start:
 
     Attributes:
         folder: its run.
+        settings: those it was trained with.
         seen: `experiments.language.data.fingerprints` of the dialogues it was trained on.
         sha256: checksum of its weights.
     """
 
     folder: Path
+    settings: Mapping[str, Any]
     seen: frozenset[str]
     sha256: str
 
@@ -69,9 +72,10 @@ class Start:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             experiment, status, given = (manifest[n] for n in ("experiment", "status", "settings"))
             differ = [n for n in SAME if given[n] != getattr(settings, n)]
+            known = all(n in given for n in ALIKE)
         except (OSError, ValueError, KeyError, TypeError):
-            experiment = None
-        if experiment != NAME:
+            known = False
+        if not known or experiment != NAME:
             raise RunError(
                 f"--start {folder}: holds no common start; make one with python -m "
                 "experiments.language.start"
@@ -95,7 +99,16 @@ class Start:
                 f"--start {folder}: is damaged ({error}); make a new one with python -m "
                 "experiments.language.start"
             ) from None
-        return cls(folder, frozenset(seen), hashlib.sha256(weights).hexdigest())
+        return cls(folder, given, frozenset(seen), hashlib.sha256(weights).hexdigest())
+
+    def notes(self, settings: LanguageSettings) -> list[str]:
+        """Returns lines on settings that make the start's sequences unlike those of a run."""
+        given = {name: (self.settings[name], getattr(settings, name)) for name in ALIKE}
+        return [
+            f"note: {flag_of(name)} is {ours}, but {theirs} in the common start {self.folder}"
+            for name, (theirs, ours) in given.items()
+            if theirs != ours
+        ]
 
     def check_unseen(self, corpus: Corpus) -> None:
         """Refuses tasks that the start was trained on, from either side.
@@ -125,7 +138,6 @@ def prepare(given: StartSettings) -> Work:
             held_out=settings.held_out_dialogues,
             per_turn=settings.candidates,
             seed=settings.data_seed,
-            turns=settings.turns,
         )
     trials = Trials(settings.language().resolved(device.type), corpus, device)
     if device.type == "cpu":

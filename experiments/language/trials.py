@@ -30,7 +30,7 @@ from metalora.hf import (
 )
 from metalora.meta import Batch, Callback, Evaluation, RoundLoader, evaluate, matmul_precision
 
-# Of one turn and epoch, in forward passes: the gradients of all weights cost two more, those of
+# Of one token and epoch, in forward passes: the gradients of all weights cost two more, those of
 # LoRA about one, and those of a last layer next to nothing.
 EVALUATION, HEAD, LORA, FULL = 1.0, 1.0, 2.0, 3.0
 
@@ -91,8 +91,8 @@ class Trials(training.Trials[TokenizedTurns]):
         self.inner = {"inner_optimizer": "adamw"}
         self.loss = {"loss": choice_loss}
         every = [d for task in (*corpus.retraining, *corpus.testing) for d in task.train]
-        texts = (c for d in every for turn in d.turns for c in (turn.utterance, *turn.candidates))
         s = settings
+        texts = (c for d in every for turn in d.turns[: s.turns] for c in (turn.utterance, *turn.candidates))
         if start is None:
             self.encoders = Encoders(s.model, s.tokenizer, s.as_roberta, texts)
         else:
@@ -112,35 +112,36 @@ class Trials(training.Trials[TokenizedTurns]):
             )
 
         def train(tasks: Sequence[Task]) -> TokenizedTurns:
-            return turns([[self._fewer(d) for d in t.train[: s.dialogues]] for t in tasks])
+            few = s.train_candidates
+            return turns([[self._cut(d, few) for d in t.train[: s.dialogues]] for t in tasks])
 
-        self.retraining = train(corpus.retraining)
-        self.validation = turns([t.held_out for t in corpus.retraining])
+        def held_out(tasks: Sequence[Task]) -> TokenizedTurns:
+            return turns([list(map(self._cut, t.held_out)) for t in tasks])
+
+        self.retraining, self.validation = train(corpus.retraining), held_out(corpus.retraining)
         if corpus.testing:
-            self.test = train(corpus.testing)
-            self.test_held_out = turns([t.held_out for t in corpus.testing])
+            self.test, self.test_held_out = train(corpus.testing), held_out(corpus.testing)
         problem = packing_problem(model) if settings.packed in (None, True) else None
         if problem is not None and settings.packed:
             raise RunError(f"--packed: {problem}; leave it out")
         self.packed = settings.packed is not False and problem is None
         self._position_offset = position_offset(model)
 
-    def _fewer(self, dialogue: Dialogue) -> Dialogue:
-        """Returns a dialogue to train on, with as many candidates as the settings say."""
-        count = self.settings.train_candidates
-        if count is None:
-            return dialogue
-        turns = tuple(fewer_candidates(turn, count) for turn in dialogue.turns)
+    def _cut(self, dialogue: Dialogue, candidates: int | None = None) -> Dialogue:
+        """Returns a dialogue's first turns, as the settings say, with so many candidates each."""
+        turns = dialogue.turns[: self.settings.turns]
+        if candidates is not None:
+            turns = tuple(fewer_candidates(turn, candidates) for turn in turns)
         return dataclasses.replace(dialogue, turns=turns)
 
     def work(self, kind: str) -> float:
-        """Returns the cost of an epoch, in forward passes of a turn."""
+        """Returns the cost of an epoch, in forward passes of a token."""
         if kind in ("lora", "last-layer"):
             each = LORA if kind == "lora" else HEAD
-            return each * len(self.test) + EVALUATION * len(self.test_held_out)
+            return each * self.test.tokens + EVALUATION * self.test_held_out.tokens
         if kind == "none":
             return 0.0
-        return FULL * len(self.retraining) + EVALUATION * len(self.validation)
+        return FULL * self.retraining.tokens + EVALUATION * self.validation.tokens
 
     def notes(self) -> list[str]:
         """Returns lines on what is left out or cut, and on settings beyond what there is.
@@ -172,7 +173,12 @@ class Trials(training.Trials[TokenizedTurns]):
         return [
             *at_most("dialogues", s.dialogues, most, "the tasks have"),
             *at_most("turns", s.turns, turns, "the dialogues have"),
-            *at_most("history", s.history, 2 * turns - 1, "before a response there are"),
+            *at_most(
+                "history",
+                s.history,
+                2 * min(turns, s.turns or turns) - 1,
+                "before a response there are",
+            ),
             *at_most("max_length", s.max_length, self._longest, "the model takes"),
         ]
 
@@ -183,7 +189,7 @@ class Trials(training.Trials[TokenizedTurns]):
             "retraining_clusters": [task.cluster for task in corpus.retraining],
             "test_clusters": [task.cluster for task in corpus.testing],
             "turns": {name: torch.bincount(turns.task_ids) for name, turns in parts.items()},
-            "tokens": {name: int(turns.starts[-1]) for name, turns in parts.items()},
+            "tokens": {name: turns.tokens for name, turns in parts.items()},
             "turns_cut_short": {name: turns.truncated for name, turns in parts.items()},
             "dialogues": {file.path.name: file.counts for file in corpus.files},
             "other_sides_left_out": corpus.other_sides,
@@ -216,7 +222,8 @@ class Trials(training.Trials[TokenizedTurns]):
         """
         before = self.held_out(self.test_held_out)(model).per_task
         result = self._finetune(model, labels, self.test, self.test_held_out, *callbacks)
-        epochs = [record["validation_per_task"] for record in result.history]
+        key = "validation_per_task"
+        epochs = [record[key] for record in result.history if key in record]
         best = [max(of_task) for of_task in zip(*epochs, strict=True)]
         clusters = [str(task.cluster) for task in self.corpus.testing]
         return [
