@@ -125,9 +125,11 @@ def load(
     With two files, the retraining tasks are the largest of one, the test tasks the largest of the
     other. With one file they are disjoint clusters of it: the ``tasks`` largest for retraining,
     the ``test_tasks`` next ones for testing. Among clusters of one size the smaller number comes
-    first. ``first_test_task`` passes over more clusters than these. A file may have a dialogue twice, from both speakers' sides: what a test task has from
-    either side is left out of the retraining tasks, and what one of these holds out is not trained
-    on in another.
+    first. ``first_test_task`` passes over more clusters than these.
+
+    A file may have a dialogue twice, from both speakers' sides: what a test task has from either
+    side is left out of the retraining tasks, and what one of these holds out is not trained on in
+    another.
 
     Args:
         root: a folder, in which the first of ``RETRAIN_FILES`` and of ``TEST_FILES`` is taken (one
@@ -220,7 +222,9 @@ def fingerprints(dialogues: Iterable[Dialogue]) -> set[str]:
     for dialogue in dialogues:
         said = _conversation(dialogue)
         if len(said) < 3:
-            said = tuple(plain(t) for turn in dialogue.turns for t in (turn.utterance, turn.response))
+            said = tuple(
+                plain(t) for turn in dialogue.turns for t in (turn.utterance, turn.response)
+            )
         found.add(_digest("said", said))
         if dialogue.persona:
             found.add(_digest("persona", sorted(map(plain, dialogue.persona))))

@@ -120,8 +120,8 @@ def costs(trials: Trials) -> list[str]:
         "finetune": ("fine-tunings", s.finetune_epochs, trials.test, trials.test_held_out),
     }
     return [
-        f"plan: {phases[phase]} {name} of {epochs} epochs, each of {train.tokens:,} tokens to train "
-        f"on and {held_out.tokens:,} held out"
+        f"plan: {phases[phase]} {name} of {epochs} epochs, each of {train.tokens:,} tokens to "
+        f"train on and {held_out.tokens:,} held out"
         for phase, (name, epochs, train, held_out) in parts.items()
         if phases[phase]
     ]

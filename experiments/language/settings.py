@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from experiments.lib.cli import check_values, flag_of, option, unique
+from experiments.lib.cli import check_values, flag_of, option, option_of, unique
 from experiments.lib.experiment import RunSettings
 from experiments.lib.retraining_settings import (
     ALL,
@@ -114,8 +114,8 @@ class LanguageSettings(RetrainingSettings):
     dropout: float = option(0.1, help="dropout on the inputs of LoRA")
     lora_heads: str = option(
         "own",
-        help="lora-ml: a head per task, as in the authors' runs, or one for all tasks, trained with "
-        "the shared weights",
+        help="lora-ml: a head per task, as in the authors' runs, or one for all tasks, trained "
+        "with the shared weights",
         choices=("own", "shared"),
     )
     tasks: int = option(None, help="retraining tasks, the largest first (default: 10)")
@@ -234,14 +234,6 @@ PART_OF = part_of(
 )
 
 
-def _same(name: str, default: Any = dataclasses.MISSING) -> Any:
-    """Returns a field like that of `LanguageSettings`, with another default if one is given."""
-    field = LanguageSettings.__dataclass_fields__[name]
-    if default is dataclasses.MISSING:
-        default = field.default
-    return dataclasses.field(default=default, metadata=field.metadata)
-
-
 @dataclasses.dataclass(frozen=True)
 class StartSettings(RunSettings):
     """Settings of a common start.
@@ -250,18 +242,18 @@ class StartSettings(RunSettings):
     of an hour on one core in bf16.
     """
 
-    data: Path | None = _same("data")
+    data: Path | None = option_of(LanguageSettings, "data")
     file: str | None = option(None, help="in --data (default: the first that is known)")
-    candidates: int = _same("candidates")
-    data_seed: int = _same("data_seed")
-    model: str = _same("model")
-    as_roberta: bool = _same("as_roberta")
-    tokenizer: str | None = _same("tokenizer")
+    candidates: int = option_of(LanguageSettings, "candidates")
+    data_seed: int = option_of(LanguageSettings, "data_seed")
+    model: str = option_of(LanguageSettings, "model")
+    as_roberta: bool = option_of(LanguageSettings, "as_roberta")
+    tokenizer: str | None = option_of(LanguageSettings, "tokenizer")
     dialogues: int | None = option(None, help="train on only so many dialogues")
-    turns: int | None = _same("turns")
-    train_candidates: int | None = _same("train_candidates", 4)
-    history: int | None = _same("history", 2)
-    max_length: int | None = _same("max_length")
+    turns: int | None = option_of(LanguageSettings, "turns")
+    train_candidates: int | None = option_of(LanguageSettings, "train_candidates", 4)
+    history: int | None = option_of(LanguageSettings, "history", 2)
+    max_length: int | None = option_of(LanguageSettings, "max_length")
     epochs: int = option(None, help="passes over the dialogues (default: 3)")
     batch_size: int = option(16, help="turns of a batch")
     lr: float = option(2e-4, help="learning rate")
@@ -269,12 +261,12 @@ class StartSettings(RunSettings):
     weight_decay: float = option(0.01, help="of AdamW")
     held_out_dialogues: int = option(None, help="for the accuracy (default: 100)")
     seed: int = option(0, help="of the head and of the order of the turns")
-    device: str = _same("device")
-    precision: str = _same("precision")
-    matmul_precision: str = _same("matmul_precision")
-    compile: bool = _same("compile")
-    packed: bool | None = _same("packed")
-    max_tokens: int = _same("max_tokens")
+    device: str = option_of(LanguageSettings, "device")
+    precision: str = option_of(LanguageSettings, "precision")
+    matmul_precision: str = option_of(LanguageSettings, "matmul_precision")
+    compile: bool = option_of(LanguageSettings, "compile")
+    packed: bool | None = option_of(LanguageSettings, "packed")
+    max_tokens: int = option_of(LanguageSettings, "max_tokens")
 
     def __post_init__(self) -> None:
         check_values("language.start", self, zero=("data_seed", "seed", "warmup", "weight_decay"))

@@ -151,7 +151,7 @@ def prepare(given: StartSettings) -> Work:
         folder.note(**trials.facts())
         trainings = Trainings(folder, trials, COLUMNS, {"experiment": NAME, "model": model})
         each, unit = trials.work("standard"), unit_name("retrain", labels)
-        trained = trainings.retrained(labels, EpochLine(Clock(settings.epochs * each), unit, each))
+        trained: Any = trainings.retrained(labels, EpochLine(Clock(settings.epochs * each), unit, each))
         if not folder.done(SAVE):
             trained.save_pretrained(folder.path(MODEL))
             trials.encoders.tokenizer.save_pretrained(folder.path(MODEL))

@@ -92,7 +92,12 @@ class Trials(training.Trials[TokenizedTurns]):
         self.loss = {"loss": choice_loss}
         every = [d for task in (*corpus.retraining, *corpus.testing) for d in task.train]
         s = settings
-        texts = (c for d in every for turn in d.turns[: s.turns] for c in (turn.utterance, *turn.candidates))
+        texts = (
+            c
+            for d in every
+            for turn in d.turns[: s.turns]
+            for c in (turn.utterance, *turn.candidates)
+        )
         if start is None:
             self.encoders = Encoders(s.model, s.tokenizer, s.as_roberta, texts)
         else:
@@ -138,7 +143,8 @@ class Trials(training.Trials[TokenizedTurns]):
         """Returns the cost of an epoch, in forward passes of a token."""
         if kind in ("lora", "last-layer"):
             each = LORA if kind == "lora" else HEAD
-            return each * self.test.tokens + EVALUATION * self.test_held_out.tokens
+            evaluation = EVALUATION * self.test_held_out.tokens / self.settings.evaluate_every
+            return each * self.test.tokens + evaluation
         if kind == "none":
             return 0.0
         return FULL * self.retraining.tokens + EVALUATION * self.validation.tokens
@@ -218,17 +224,22 @@ class Trials(training.Trials[TokenizedTurns]):
         smaller task takes its steps at the beginning of each epoch.
 
         Returns:
-            held-out accuracies of each task: before, in the last epoch, and in its best one.
+            held-out accuracies of each task: before, in the last epoch and, if all were measured,
+            in its best one.
         """
+        every = self.settings.evaluate_every
         before = self.held_out(self.test_held_out)(model).per_task
-        result = self._finetune(model, labels, self.test, self.test_held_out, *callbacks)
-        key = "validation_per_task"
-        epochs = [record[key] for record in result.history if key in record]
-        best = [max(of_task) for of_task in zip(*epochs, strict=True)]
+        result = self._finetune(
+            model, labels, self.test, self.test_held_out, *callbacks, validate_every=every
+        )
+        measured = {BEFORE: before, LAST: result.history[-1]["validation_per_task"]}
+        if every == 1:
+            epochs = [record["validation_per_task"] for record in result.history]
+            measured[BEST] = [max(of_task) for of_task in zip(*epochs, strict=True)]
         clusters = [str(task.cluster) for task in self.corpus.testing]
         return [
             {"task": task, "metric": metric, "value": value}
-            for metric, values in ((BEFORE, before), (LAST, epochs[-1]), (BEST, best))
+            for metric, values in measured.items()
             for task, value in zip(clusters, values, strict=True)
         ]
 

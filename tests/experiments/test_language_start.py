@@ -16,8 +16,8 @@ from experiments.language.dialogues import Dialogue, Turn
 from experiments.language.run import LANGUAGE, load_corpus
 from experiments.language.settings import LanguageSettings, StartSettings
 from experiments.language.start import MODEL, SAVE, SEEN, START, Start, table
-from experiments.language.summary import BEFORE
-from experiments.language.trials import fewer_candidates
+from experiments.language.summary import BEFORE, BEST, METRICS, tables
+from experiments.language.trials import Trials, fewer_candidates
 from experiments.lib.errors import DataError, RunError
 from experiments.lib.manifest import MANIFEST
 from experiments.lib.runs import RunFolder
@@ -56,8 +56,6 @@ def test_every_method_of_every_trial_begins_with_the_start(
 
     trials = language(start=start)
     model = Start.read(start, trials.settings).model
-    from experiments.language.trials import Trials
-
     trials = Trials(trials.settings, trials.corpus, torch.device("cpu"), start=model)
     first, second = (trials.new_model(seed).state_dict() for seed in (0, 1))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
@@ -193,7 +191,7 @@ def test_test_tasks_that_do_not_depend_on_the_number_of_retraining_tasks() -> No
     assert clusters(tasks=2) == ([1, 2], [3, 4])
     assert clusters(tasks=2, first_test_task=4) == ([1, 2], [5, 6])
     assert clusters(tasks=4, first_test_task=4) == ([1, 2, 3, 4], [5, 6])
-    with pytest.raises(DataError, match="--first-test-task must be at least 4, .* got 3"):
+    with pytest.raises(DataError, match=r"--first-test-task must be at least 4, .* got 3"):
         clusters(tasks=4, first_test_task=3)
 
 
@@ -206,3 +204,20 @@ def test_bad_settings_of_a_start_are_one_clear_line() -> None:
     given = StartSettings().resolved("cpu")
     assert (given.model, given.epochs, given.held_out_dialogues) == ("minilm", 3, 100)
     assert given.language().validation_dialogues == 100
+
+
+def test_held_out_accuracy_may_be_measured_after_the_last_epoch_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = {"retrain": ("none",), "finetune": ("last-layer",)}
+    given |= {"finetune_epochs": 2, "finetune_lr": 1e-2}
+    values = {}
+    for every in (1, 2):
+        out = tmp_path / str(every)
+        folder = LANGUAGE.run(language_settings(**given, evaluate_every=every, out=out))
+        values[every] = {m: rows(folder, m) for m in METRICS}
+        measured = ["validation" in r for r in folder.records() if r["phase"] == "finetune"]
+        assert measured == [every == 1, True]
+    assert values[2] == {**values[1], BEST: []} and values[1][BEST]
+    assert "epoch 1 of 2, loss 0." in capsys.readouterr().err
+    assert "-" in tables(folder.rows(), 5.0)
