@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from experiments.lib.statistics import Comparison, summarize, with_error
 
@@ -52,7 +53,7 @@ def compared(
     metric: str,
     caption: str,
     *,
-    title: str = "",
+    title: str = "accuracy, %",
     scale: float = 100.0,
     digits: int = 1,
     lower_is_better: bool = False,
@@ -64,7 +65,7 @@ def compared(
         key: the title of each column that tells the lines apart; "method" is one of them.
         metric: its name in the rows.
         caption: see `Table`.
-        title: of the metric's column; by default the metric's name.
+        title: of the metric's column.
         scale: what to multiply the values by: 100 for percent.
         digits: after the decimal point.
         lower_is_better: for the trials ahead.
@@ -72,14 +73,21 @@ def compared(
     found = summarize(
         rows, list(key), [metric], baseline=STANDARD, lower_is_better=lower_is_better, scale=scale
     )
+    settings = [name for name in key if name not in STANDARD]
+    places = {line: place for place, line in enumerate(_values(found, settings))}
     lines = []
-    for line in found:
+    for line in sorted(found, key=lambda line: places[tuple(line[name] for name in settings)]):
         names = [NAMES.get(line[name], line[name] or "–") for name in key]
         mean = with_error(line[metric], line[f"{metric}_se"], f".{digits}f")
         cells = difference(line[f"{metric}_vs"], lambda value: f"{value:.{digits}f}")
         lines.append([*names, mean, *cells, str(line["trials"])])
-    header = [*key.values(), title or metric.replace("_", " "), DIFFERENCE, AHEAD, "trials"]
+    header = [*key.values(), title, DIFFERENCE, AHEAD, "trials"]
     return Table(header, lines, caption, left=len(key))
+
+
+def _values(lines: Iterable[Mapping[str, Any]], names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Returns the values of some columns, each once, in the order in which they come."""
+    return list(dict.fromkeys(tuple(line[name] for name in names) for line in lines))
 
 
 def difference(found: Comparison | None, form: Callable[[float], str]) -> tuple[str, str]:

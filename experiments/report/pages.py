@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -47,6 +47,7 @@ class Report:
         self._scratch = tempfile.TemporaryDirectory()
         self._tables: dict[str, Mapping[str, Table]] = {}
         self._drawn: dict[str, dict[str, Path]] = {}
+        self._commands: set[tuple[Path, str]] = set()
 
     def __enter__(self) -> Report:
         return self
@@ -126,31 +127,52 @@ class Report:
             lines[-1] += f" ([rows and command]({rows}))"
         else:
             lines[-1] += f" {'; '.join([run.manifest['machine'], *facts])}; [rows]({rows})."
-            lines += ["", _shown(run.manifest["command"])]
+            if (page, name) not in self._commands:  # once for each run
+                self._commands.add((page, name))
+                lines += ["", _shown(run.manifest["command"])]
         return "\n" + "\n".join(lines) + "\n\n"
 
     def _figure(self, name: str, part: str, found: list[str], write: bool) -> Path:
-        run = results.load(name, self._results)
-        path = self.root / FIGURES / name / f"{part}.png"
-        wanted = _digest(run)
+        if name == BENCHMARKS:
+            from benchmarks.lib import report
+
+            path = self.root / "docs" / f"{part}.png"
+            numbers = [report.numbers_of(part)]
+        else:
+            run = results.load(name, self._results)
+            path = self.root / FIGURES / name / f"{part}.png"
+            numbers = [file for file in run.folder.iterdir() if file.name != MANIFEST]
+        wanted = _digest(numbers)
         if path.is_file() and _drawn_from(path) == wanted and not self._redraw:
             return path
-        told = f"{FIGURES / name / path.name}: "
-        if not write:
-            line = told + ("is of other numbers than the results" if path.is_file() else "missing")
-            if line not in found:
-                found.append(line)
-            return path
+        state = "drawn"
+        if write:
+            drawn = self._draw_benchmark(part) if name == BENCHMARKS else self._draw(run, part)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _copy_with_digest(drawn, path, wanted)
+        else:
+            state = "is of other numbers than the results" if path.is_file() else "is missing"
+        line = f"{self._name(path)}: {state}"
+        if line not in found:
+            found.append(line)
+        return path
+
+    def _draw(self, run: RunFiles, part: str) -> Path:
+        name = run.folder.name
         if name not in self._drawn:
             copy = Path(self._scratch.name) / name
             shutil.copytree(run.folder, copy)
             drawn = _report(run).figures(RunFiles(copy, run.manifest))
             self._drawn[name] = {figure.stem: figure for figure in drawn}
-        drawn_figure = _chosen(self._drawn[name], part, "figure")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _copy_with_digest(drawn_figure, path, wanted)
-        found.append(told + "drawn")
+        path: Path = _chosen(self._drawn[name], part, "figure")
         return path
+
+    def _draw_benchmark(self, part: str) -> Path:
+        from benchmarks.lib.report import draw_figure
+
+        folder = Path(self._scratch.name) / BENCHMARKS
+        folder.mkdir(exist_ok=True)
+        return draw_figure(part, folder)
 
     def _name(self, page: Path) -> str:
         return str(page.relative_to(self.root))
@@ -186,7 +208,7 @@ def _status(run: RunFiles) -> str:
     if run.manifest["status"] == results.COMPLETED:
         return ""
     units = run.manifest["finished_units"]
-    return f"**Interim:** the run goes on; {units} units of its work are in these numbers."
+    return f"**Interim:** the run goes on; finished units of work so far: {units}."
 
 
 def _duration(run: RunFiles) -> str:
@@ -219,11 +241,10 @@ def _shown(command: str) -> str:
     return "\n".join("    " + each for each in [*lines, line])
 
 
-def _digest(run: RunFiles) -> str:
+def _digest(numbers: Sequence[Path]) -> str:
     found = hashlib.sha256()
-    for path in sorted(run.folder.iterdir()):
-        if path.name != MANIFEST:
-            found.update(path.read_bytes())
+    for path in sorted(numbers):
+        found.update(path.read_bytes())
     return found.hexdigest()[:16]
 
 

@@ -1,0 +1,285 @@
+"""The pages say what the committed results say, and a run is kept whole, or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.lib.errors import RunError
+from experiments.lib.tables import compared
+from experiments.report import __main__ as command
+from experiments.report import pages, registry, results
+from experiments.report.pages import Report
+
+ROWS = """experiment,data,method,finetune,shots,trial,metric,value
+vision,digits,lora-ml,lora,10,0,accuracy_last,0.9
+vision,digits,lora-ml,lora,10,1,accuracy_last,0.8
+vision,digits,standard,lora,10,0,accuracy_last,0.7
+vision,digits,standard,lora,10,1,accuracy_last,0.7
+"""
+TABLE = "<!-- table few -->\n<!-- end -->\n"
+
+
+def manifest(**changes: Any) -> dict[str, Any]:
+    return {
+        "experiment": "vision",
+        "status": "completed",
+        "started": "2026-11-29T16:21:05+00:00",
+        "command": ["/home/me/python", "/home/me/experiments/vision/__main__.py", "--shots", "10"],
+        "settings": {"data": "digits", "shots": ["10"], "data_root": "/home/me/data", "out": "x"},
+        "data": {},
+        "versions": {"python": "3.11.7", "native": {}},
+        "git": {"commit": "0123456789", "changed": False},
+        "machine": {"cpu": "A CPU", "cores": 2, "threads": 1, "memory_gib": 23.6, "gpus": []},
+        "wall_seconds": 600.0,
+    } | changes
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a run folder."""
+
+    def make(rows: str = ROWS, finished: int | None = None, **changes: Any) -> Path:
+        folder = tmp_path / "run"
+        folder.mkdir()
+        (folder / "manifest.json").write_text(json.dumps(manifest(**changes)))
+        (folder / "results.csv").write_text(rows)
+        length = len(rows) if finished is None else finished
+        lengths = {"metrics.jsonl": 0, "results.csv": length}
+        (folder / "units.jsonl").write_text(json.dumps({"unit": "a", "lengths": lengths}) + "\n")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A clone with a front page, a page and a folder for results."""
+    root = tmp_path / "clone"
+    (root / "docs").mkdir(parents=True)
+    (root / "experiments" / "results").mkdir(parents=True)
+    (root / "README.md").write_text(f"# Title\n\n{TABLE}\nText.\n")
+    (root / "docs" / "few.md").write_text(
+        TABLE + "\n<!-- figure few accuracy | Accuracies -->\n<!-- end -->\n"
+    )
+    return root
+
+
+def add(run: Path, root: Path, name: str = "few") -> Path:
+    return results.add(run, name, root / "experiments" / "results")
+
+
+def written(root: Path) -> list[str]:
+    with Report(root) as report:
+        return report.run(write=True)
+
+
+def differing(root: Path) -> list[str]:
+    with Report(root) as report:
+        return report.run(write=False)
+
+
+def test_the_pages_are_those_of_the_committed_results() -> None:
+    assert differing(pages.ROOT) == []
+
+
+def test_every_experiment_is_found_by_the_name_in_its_manifests() -> None:
+    for name in registry.MODULES:
+        assert registry.experiment(name).name == name
+
+
+def test_committed_results_name_no_place_of_a_machine() -> None:
+    for path in results.FOLDER.rglob("manifest.json"):
+        assert not results._PATH.search(path.read_text(encoding="utf-8")), path
+
+
+def test_tables_and_figures_are_written_once(clone: Path, run: Callable[..., Path]) -> None:
+    add(run(), clone)
+    assert len(written(clone)) == 4  # two tables, a figure, and the place where it is shown
+    page = (clone / "docs" / "few.md").read_text()
+    assert "| LoRA | 10 | LoRA-ML | 85.0 (5.0) | +15.0 [−48.5, +78.5] | 2 of 2 | 2 |" in page
+    assert "| LoRA | 10 | standard | 70.0 (0.0) |  |  | 2 |" in page
+    assert "A CPU, 1 of 2 cores, 24 GiB; 10 min; 2026-11-29; commit 0123456; [rows](../exp" in page
+    assert "\n    python -m experiments.vision --shots 10\n" in page
+    assert "![Accuracies](figures/few/accuracy.png)" in page
+    front = (clone / "README.md").read_text()
+    assert "([rows and command](experiments/results/few))" in front
+    assert front.startswith("# Title\n\n<!-- table few -->\n") and front.endswith("\nText.\n")
+    assert written(clone) == [] and differing(clone) == []
+
+
+def test_a_changed_digit_is_found_where_it_stands(clone: Path, run: Callable[..., Path]) -> None:
+    folder = add(run(), clone)
+    written(clone)
+    page = clone / "docs" / "few.md"
+    page.write_text(page.read_text().replace("85.0", "86.0"))
+    assert differing(clone) == ["docs/few.md: differs from the results: table few"]
+    written(clone)
+    path = folder / "results.csv"
+    path.write_text(path.read_text().replace("0.9", "0.8"))
+    found = differing(clone)
+    assert "README.md: differs from the results: table few" in found
+    assert "docs/figures/few/accuracy.png: is of other numbers than the results" in found
+    assert (clone / "docs" / "few.md").read_text() == page.read_text()
+
+
+def test_the_command_fails_if_a_page_differs(
+    clone: Path,
+    run: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(pages, "ROOT", clone)
+    monkeypatch.setattr(results, "FOLDER", clone / "experiments" / "results")
+    folder = run()
+    for argv, code in (
+        (["--check"], 1),
+        (["--add", str(folder), "few"], 0),
+        (["--check"], 1),
+        ([], 0),
+        (["--check"], 0),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            command.main(argv)
+        assert ended.value.code == code, argv
+    told = capsys.readouterr()
+    assert "README.md: differs from the results: table few" in told.out
+    assert "note: no results called few yet" in told.err
+
+
+def test_what_has_not_been_measured_says_so(clone: Path) -> None:
+    with Report(clone) as report:
+        report.run(write=True)
+        assert report.missing == ["few"]
+    assert (
+        "*Not measured yet: no run has been committed as `few`.*"
+        in (clone / "README.md").read_text()
+    )
+
+
+def test_an_unfinished_run_is_kept_as_far_as_its_units_are(
+    clone: Path, run: Callable[..., Path]
+) -> None:
+    finished = len("\n".join(ROWS.split("\n")[:4])) + 1
+    out = add(run(finished=finished, status="running"), clone)
+    assert (out / "results.csv").read_text() == ROWS[:finished]
+    written(clone)
+    assert (
+        "**Interim:** the run goes on; finished units of work so far: 1."
+        in (clone / "README.md").read_text()
+    )
+
+
+def test_a_manifest_is_trimmed(clone: Path, run: Callable[..., Path]) -> None:
+    kept = json.loads((add(run(), clone) / "manifest.json").read_text())
+    assert kept["command"] == "python -m experiments.vision --shots 10"
+    assert kept["machine"] == "A CPU, 1 of 2 cores, 24 GiB"
+    assert kept["settings"] == {"data": "digits", "shots": ["10"]}
+
+
+@pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        (["vision/__main__.py", "--data-root", "/a/b", "--seeds", "3"], "vision --data-root DIR"),
+        (["vision/__main__.py", "--data-root=/a/b"], "vision --data-root=DIR"),
+        (["vision/__main__.py", "--out", "x", "--resume", "--lr", "1e-3"], "vision --lr 1e-3"),
+        (["language/join.py", "../a"], "language.join DIR"),
+        (["synthetic/__main__.py", "linear"], "synthetic linear"),
+    ],
+)
+def test_commands_are_shown_as_one_types_them(argv: list[str], shown: str) -> None:
+    program, *rest = argv
+    found = results.command(["python", f"/home/me/experiments/{program}", *rest])
+    assert found.startswith(f"python -m experiments.{shown}")
+    assert "/" not in found and "--out" not in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"experiment": "visions"}, "no experiment is called 'visions'; there are language, "),
+        ({"status": "failed", "reason": "ValueError: no"}, "failed: ValueError: no"),
+        ({"notes": {"from": "/home/me/start"}}, "'notes' names a place on this machine"),
+        ({"rows": ""}, "has no finished unit yet"),
+        ({"rows": ROWS + "vision,digits\n"}, "line 6 of "),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_and_leaves_nothing(
+    clone: Path, run: Callable[..., Path], changes: dict[str, Any], said: str
+) -> None:
+    folder = run(**changes)
+    with pytest.raises(RunError, match="^[^\n]*$") as refused:
+        add(folder, clone)
+    assert said in str(refused.value)
+    assert list((clone / "experiments" / "results").iterdir()) == []
+
+
+def test_names_and_folders_are_checked(clone: Path, run: Callable[..., Path]) -> None:
+    folder = run()
+    with pytest.raises(RunError, match=r"small letters, digits and hyphens, got '\.\./x'"):
+        add(folder, clone, "../x")
+    with pytest.raises(RunError, match=r"holds no run \(manifest.json is missing"):
+        add(clone, clone)
+    out = add(folder, clone)
+    (out / "manifest.json").write_text(json.dumps(manifest(experiment="linear")))
+    with pytest.raises(RunError, match="holds results of another experiment"):
+        add(folder, clone)
+
+
+@pytest.mark.parametrize(
+    ("marker", "said"),
+    [
+        ("<!-- table few last -->\n<!-- end -->", "there is no table 'last'"),
+        ("<!-- table few a b -->\n<!-- end -->", r"a table is NAME \[TABLE\], got 'few a b'"),
+        ("<!-- figure few accuracy -->\n<!-- end -->", r"a figure is NAME FIGURE \| what it"),
+        ("<!-- figure few curve | A -->\n<!-- end -->", "there is no figure 'curve'"),
+        ("<!-- table few -->\n", "a marker has no <!-- end -->"),
+        ("<!-- table benchmarks no -->\n<!-- end -->", "there is no table 'no'"),
+        ("<!-- figure benchmarks no | A -->\n<!-- end -->", "there is no figure 'no'"),
+    ],
+)
+def test_markers_are_checked(clone: Path, run: Callable[..., Path], marker: str, said: str) -> None:
+    add(run(), clone)
+    (clone / "docs" / "few.md").write_text(marker + "\n")
+    with pytest.raises(RunError, match=said):
+        written(clone)
+
+
+def test_damaged_results_are_named(clone: Path, run: Callable[..., Path]) -> None:
+    out = add(run(), clone)
+    (out / "results.csv").unlink()
+    with pytest.raises(RunError, match="holds no results.csv"):
+        written(clone)
+    shutil.rmtree(out)
+    out.mkdir()
+    with pytest.raises(RunError, match="holds no run"):
+        written(clone)
+
+
+def test_a_method_is_compared_with_standard_retraining_of_the_same_setting() -> None:
+    rows = [
+        {"method": m, "shots": s, "trial": t, "metric": "rmse", "value": v}
+        for m, s, t, v in (
+            ("standard", "5", "0", "1.0"),
+            ("lora-ml", "5", "0", "0.9"),
+            ("standard", "10", "0", "0.8"),
+            ("standard", "10", "1", "0.8"),
+            ("lora-ml", "10", "0", "0.9"),
+            ("lora-ml", "10", "1", "0.6"),
+            ("reptile", "20", "0", "0.5"),
+        )
+    ]
+    key = {"shots": "shots", "method": "retraining"}
+    options = {"title": "RMSE", "scale": 1.0, "digits": 2, "lower_is_better": True}
+    table = compared(rows, key, "rmse", "", **options)
+    assert table.header[2] == "RMSE"
+    assert [row[:2] + row[3:] for row in table.rows if row[1] != "standard"] == [
+        ["5", "LoRA-ML", "−0.10", "1 of 1", "1"],
+        ["10", "LoRA-ML", "−0.05 [−1.96, +1.86]", "1 of 2", "2"],
+        ["20", "Reptile", "", "", "1"],
+    ]
