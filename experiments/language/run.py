@@ -113,8 +113,11 @@ def plan(settings: LanguageSettings) -> Iterator[tuple[str, Labels]]:
 def costs(trials: Trials) -> list[str]:
     """Returns lines that say how many tokens the trainings take."""
     s = trials.settings
-    work = (phase for phase, of in plan(s) if phase == "finetune" or of["method"] != "none")
-    phases = Counter(work)
+    phases = Counter(
+        phase
+        for phase, labels in plan(s)
+        if phase == "finetune" or (labels["method"] != "none" and s.retrained is None)
+    )
     parts = {
         "retrain": ("retrainings", s.epochs, trials.retraining, trials.validation),
         "finetune": ("fine-tunings", s.finetune_epochs, trials.test, trials.test_held_out),

@@ -238,8 +238,7 @@ PART_OF = part_of(
 class StartSettings(RunSettings):
     """Settings of a common start.
 
-    The defaults are what two CPU cores allow: one pass over 2,256 dialogues takes about a quarter
-    of an hour on one core in bf16.
+    The defaults are what one CPU core with bf16 dot products does in an hour, if it is idle.
     """
 
     data: Path | None = option_of(LanguageSettings, "data")

@@ -26,10 +26,11 @@ from experiments.language.summary import COLUMNS
 from experiments.language.trials import Trials
 from experiments.lib.cli import flag_of
 from experiments.lib.errors import RunError
-from experiments.lib.experiment import Experiment, Work, command
+from experiments.lib.experiment import Experiment, Report, Work, command
 from experiments.lib.machine import choose_device, keep_freed_memory
 from experiments.lib.manifest import MANIFEST
-from experiments.lib.runs import RunFolder
+from experiments.lib.runs import RunFiles, RunFolder
+from experiments.lib.tables import Table
 from experiments.lib.training import Trainings, unit_name
 from metalora._files import replacing
 
@@ -151,7 +152,9 @@ def prepare(given: StartSettings) -> Work:
         folder.note(**trials.facts())
         trainings = Trainings(folder, trials, COLUMNS, {"experiment": NAME, "model": model})
         each, unit = trials.work("standard"), unit_name("retrain", labels)
-        trained: Any = trainings.retrained(labels, EpochLine(Clock(settings.epochs * each), unit, each))
+        trained: Any = trainings.retrained(
+            labels, EpochLine(Clock(settings.epochs * each), unit, each)
+        )
         if not folder.done(SAVE):
             trained.save_pretrained(folder.path(MODEL))
             trials.encoders.tokenizer.save_pretrained(folder.path(MODEL))
@@ -185,14 +188,31 @@ def table(records: Sequence[Mapping[str, Any]], turns: int, chance: float) -> st
     return "\n".join([*lines, f"of {turns} held-out turns, of dialogues and personas not seen"])
 
 
-START = Experiment(
+def results_table(run: RunFiles) -> Table:
+    """Returns the table for the documentation: the accuracy that a start begins with."""
+    rows = {row["metric"]: row for row in run.rows()}
+    settings, turns = run.settings(StartSettings), run.manifest["notes"]["turns"]
+    measured = [rows[name]["value"] for name in ("validation_best", "validation_last")]
+    kept, last = (f"{100 * float(value):.1f}" for value in measured)
+    count, chance = sum(turns["validation"]), f"{100 / settings.candidates:.1f}"
+    cells = [rows["validation_last"]["model"], f"{sum(turns['retraining']):,}", kept, last, chance]
+    return Table(
+        ["model", "turns trained on", "best epoch (kept)", "last epoch", "chance"],
+        [cells],
+        f"Accuracy in % of the common start on {count} held-out turns of other personas. The best "
+        "epoch was chosen on these turns, so its accuracy is optimistic.",
+    )
+
+
+LANGUAGE_START = Experiment(
     NAME,
     "Trains an encoder with its head on the pooled dialogues of many personas, for the methods of "
     "python -m experiments.language to begin with.",
     StartSettings,
     prepare,
+    Report(lambda run: {"": results_table(run)}),
 )
-main = command("python -m experiments.language.start", START)
+main = command("python -m experiments.language.start", LANGUAGE_START)
 
 if __name__ == "__main__":
     main()

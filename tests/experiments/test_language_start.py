@@ -15,12 +15,20 @@ from experiments.language.data import data_folder, fingerprints, load, load_pool
 from experiments.language.dialogues import Dialogue, Turn
 from experiments.language.run import LANGUAGE, load_corpus
 from experiments.language.settings import LanguageSettings, StartSettings
-from experiments.language.start import MODEL, SAVE, SEEN, START, Start, table
+from experiments.language.start import (
+    LANGUAGE_START,
+    MODEL,
+    SAVE,
+    SEEN,
+    Start,
+    results_table,
+    table,
+)
 from experiments.language.summary import BEFORE, BEST, METRICS, tables
 from experiments.language.trials import Trials, fewer_candidates
 from experiments.lib.errors import DataError, RunError
 from experiments.lib.manifest import MANIFEST
-from experiments.lib.runs import RunFolder
+from experiments.lib.runs import RunFiles, RunFolder
 from experiments.lib.training import load_weights
 from experiments.lib.units import UNITS
 from tests.experiments.retraining import language, language_settings
@@ -34,7 +42,7 @@ def start_settings(**given: Any) -> StartSettings:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("start") / "run"
-    START.run(start_settings(out=folder, history=1))
+    LANGUAGE_START.run(start_settings(out=folder, history=1))
     return folder
 
 
@@ -78,13 +86,20 @@ def test_a_start_says_its_accuracy_and_goes_on_where_it_stopped(
     assert "1    0.5000           25.00 (kept)" in text and "20.00\n" in text
     assert "(chance)                   5.00" in text and "of 8 held-out turns" in text
 
+    run = RunFiles(start, json.loads((start / MANIFEST).read_text()))
+    run.manifest["notes"] = {"turns": {"retraining": [1200], "validation": [8]}}
+    made = results_table(run)
+    (cells,) = made.rows
+    assert (cells[0], cells[1], cells[-1]) == ("tiny", "1,200", "33.3")
+    assert cells[2] == cells[3] and "on 8 held-out turns" in made.caption
+
     again = tmp_path / "run"
     shutil.copytree(start, again)
     lines = (again / UNITS).read_text().splitlines(keepends=True)
     assert json.loads(lines[-1])["unit"] == SAVE
     (again / UNITS).write_text("".join(lines[:-1]))
     shutil.rmtree(again / MODEL)
-    START.run(start_settings(out=again, history=1, resume=True))
+    LANGUAGE_START.run(start_settings(out=again, history=1, resume=True))
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (again / MODEL / name).read_bytes() == (start / MODEL / name).read_bytes()
 
@@ -200,7 +215,7 @@ def test_bad_settings_of_a_start_are_one_clear_line() -> None:
         with pytest.raises(ValueError, match="--history must be an int >= 1, got 0"):
             kind(history=0)
     with pytest.raises(ValueError, match="argument --data: give the folder"):
-        START.prepare(StartSettings(device="cpu"))
+        LANGUAGE_START.prepare(StartSettings(device="cpu"))
     given = StartSettings().resolved("cpu")
     assert (given.model, given.epochs, given.held_out_dialogues) == ("minilm", 3, 100)
     assert given.language().validation_dialogues == 100

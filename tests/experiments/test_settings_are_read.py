@@ -43,7 +43,7 @@ EXPERIMENTS: dict[str, tuple[str, str, list[str]]] = {
     ),
     "language.start": (
         "experiments.language.start",
-        "START",
+        "LANGUAGE_START",
         ["--dialogues", "20", "--candidates", "4", "--turns", "1", "--no-packed"],
     ),
 }
