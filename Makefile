@@ -4,6 +4,7 @@
 # make exhaustive   set up, then the rest: builds from a copy, sanitizers, full disks
 # make test-latest  the test suite with the newest packages that pyproject.toml allows
 # make lint         format and type checks
+# make docs         the documentation site, in build/docs
 # make bench        every operator beside plain PyTorch
 # make lock         requirements.lock anew: the exact versions that the set-up installs
 PYTHON ?= python3
@@ -20,7 +21,7 @@ TORCH := torch==2.14.1 torchvision==0.29.1
 # A process per core; the tests of a file stay together, as do the fixtures that they share.
 PYTEST := -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo check test exhaustive test-latest lint format bench lock setup check-machine clean
+.PHONY: demo check test exhaustive test-latest lint format docs bench lock setup check-machine clean
 
 demo: setup
 	$(BIN)/python -m experiments.demo
@@ -51,6 +52,11 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
+
+docs: setup
+	$(BIN)/python -m experiments.report --check
+	$(BIN)/sphinx-build -q -W --keep-going docs build/docs
+	@echo "open build/docs/index.html"
 
 bench: setup
 	$(BIN)/python -m benchmarks.lora_linear

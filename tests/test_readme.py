@@ -14,8 +14,7 @@ from torch import nn
 
 import metalora
 from metalora import meta
-
-README = Path(__file__).resolve().parents[1] / "README.md"
+from tests.pages import README, blocks, of_this_machine, small_roberta
 
 
 class Model(nn.Module):
@@ -29,23 +28,7 @@ class Model(nn.Module):
 
 
 def snippets() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-
-
-def small_roberta() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = transformers.RobertaConfig(
-        **sizes, **none, num_attention_heads=2, max_position_embeddings=12
-    )
-    return transformers.RobertaForSequenceClassification(config)
-
-
-def of_this_machine(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
-    """Has the README's name of a model give this one: no test asks the network."""
-    auto = pytest.importorskip("transformers").AutoModelForSequenceClassification
-    monkeypatch.setattr(auto, "from_pretrained", {"roberta-base": model}.__getitem__)
+    return blocks(README)
 
 
 def test_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

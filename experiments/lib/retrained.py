@@ -1,9 +1,9 @@
-"""The retrained models of another run, for a run that only fine-tunes them."""
+"""The retrained models of other runs, for a run that only fine-tunes them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,72 +15,70 @@ FLAG = "--retrained"
 
 
 class RetrainedModels:
-    """The finished retrainings in a run folder, which another process may still be writing to.
+    """The finished retrainings in run folders, which other processes may still be writing to.
 
     Args:
-        folder: the run's.
-        experiment: the experiment that it must be of.
+        folders: the runs'.
+        experiment: the experiment that they must be of.
+        settings: resolved settings of the run that wants the models.
+        part_of: by field the methods and the like that read it; the others are for all.
+        data: checksums of its data.
 
     Raises:
-        RunError: there is no such run, or its files are damaged.
+        RunError: a folder has no such run, or its files are damaged.
     """
 
-    def __init__(self, folder: Path, experiment: str):
-        self.folder = folder
-        self._manifest = read_manifest(folder, FLAG, experiment)
-        self._done = units.finished(folder, FLAG)
-
-    def check(
+    def __init__(
         self,
+        folders: Sequence[Path],
+        experiment: str,
         settings: Any,
-        methods: Iterable[str],
         part_of: Mapping[str, Sequence[str]],
         data: Mapping[str, str],
-    ) -> None:
-        """Refuses models that were retrained otherwise than this run would retrain them.
+    ):
+        self._settings, self._part_of, self._data = settings, part_of, data
+        self._runs = [
+            (folder, read_manifest(folder, FLAG, experiment), units.finished(folder, FLAG))
+            for folder in folders
+        ]
+
+    def weights(self, method: str, unit: str, name: str) -> Path:
+        """Returns the file of a retrained model, from the first folder that has it.
 
         Args:
-            settings: resolved settings of this run.
-            methods: whose models are wanted.
-            part_of: by field the methods and the like that read it; the others are for all.
-            data: checksums of this run's data.
-
-        Raises:
-            RunError: a setting of one of the methods, or the data, differ.
-        """
-        before = self._manifest["settings"]
-        for method in methods:
-            readers = {method}
-            if settings.shared_head == "refit" and method in part_of["shared_head"]:
-                readers.add("last-layer")  # refitting is configured as this fine-tuning is
-            for field in dataclasses.fields(settings):
-                free = field.metadata.get("run_only") or field.metadata.get("extends")
-                if free or readers.isdisjoint(part_of.get(field.name, readers)):
-                    continue
-                was = before.get(field.name, plain(field.default))
-                wanted = plain(getattr(settings, field.name))
-                if was != wanted:
-                    raise RunError(
-                        f"{FLAG}: in {self.folder} {method} was retrained with {field.name} "
-                        f"{was!r}, here it is {wanted!r}; give the same or retrain anew"
-                    )
-        for name, sha256 in data.items():
-            if self._manifest["data"].get(name) != sha256:
-                raise RunError(f"{FLAG}: {self.folder} was retrained on other data ({name})")
-
-    def weights(self, unit: str, name: str) -> Path:
-        """Returns the file of a retrained model.
-
-        Args:
-            unit: the retraining's name among the run's units of work.
+            method: the retraining's.
+            unit: its name among the run's units of work.
             name: the file's name.
 
         Raises:
-            RunError: the retraining is not finished there.
+            RunError: no folder has this retraining, finished, as this run would do it.
         """
-        if unit not in self._done:
-            raise RunError(
-                f"{FLAG}: {self.folder} has not finished {unit!r}; leave it out by --retrain and "
-                "--seeds now, and add it later with --resume"
-            )
-        return self.folder / "weights" / name
+        problems = []
+        for folder, manifest, done in self._runs:
+            problem = next(self._differences(method, manifest), None)
+            if unit not in done:
+                problem = f"has not finished {unit!r}"
+            if problem is None:
+                return folder / "weights" / name
+            problems.append(f"{folder} {problem}")
+        raise RunError(
+            f"{FLAG}: {', '.join(problems)}; leave {method} out by --retrain, or trials by --seeds "
+            "(--resume adds them later), or retrain anew"
+        )
+
+    def _differences(self, method: str, manifest: Mapping[str, Any]) -> Iterator[str]:
+        """Yields what differs between a run's retraining by a method and this run's."""
+        readers = {method}
+        if self._settings.shared_head == "refit" and method in self._part_of["shared_head"]:
+            readers.add("last-layer")  # refitting is configured as this fine-tuning is
+        for field in dataclasses.fields(self._settings):
+            free = field.metadata.get("run_only") or field.metadata.get("extends")
+            if free or readers.isdisjoint(self._part_of.get(field.name, readers)):
+                continue
+            was = manifest["settings"].get(field.name, plain(field.default))
+            wanted = plain(getattr(self._settings, field.name))
+            if was != wanted:
+                yield f"retrained {method} with {field.name} {was!r}, not {wanted!r}"
+        for name, sha256 in self._data.items():
+            if manifest["data"].get(name) != sha256:
+                yield f"retrained {method} on other data ({name})"

@@ -82,10 +82,10 @@ class RetrainingSettings(RunSettings):
         help="standard: larger batches, so that it takes as many optimiser steps as lora-ml and "
         "last-layer-ml",
     )
-    retrained: Path | None = option(
-        None,
-        help="take the retrained models from the run in this folder, which must have the same "
-        "settings of retraining, and only fine-tune",
+    retrained: tuple[Path, ...] = option(
+        (),
+        help="only fine-tune: take the retrained models from the runs in these folders, each from "
+        "the first that has retrained it with the same settings",
         run_only=True,
     )
     shared_head: str = option(
@@ -129,7 +129,7 @@ class RetrainingSettings(RunSettings):
                 given = " ".join(self.finetune)
                 raise ValueError(f"argument --finetune: none stands alone, got {given}")
             object.__setattr__(self, "finetune", ())
-        if self.retrained is not None and not self.finetune:
+        if self.retrained and not self.finetune:
             raise ValueError("argument --retrained: with --finetune none there is nothing to do")
         check_values(self.command, self, zero=self.zero, most={"seeds": MOST_TRIALS})
 

@@ -43,6 +43,7 @@ from metalora.meta import (
     standard,
 )
 
+CHECKPOINT_SECONDS = 60.0  # between two checkpoints, at least
 Part = TypeVar("Part")  # of the data: samples with their tasks
 Labels = Mapping[str, Any]  # what tells one training from the others: method, trial and the like
 
@@ -210,6 +211,8 @@ class Trials(abc.ABC, Generic[Part]):
 class Trainings:
     """The trainings of a run, which are its units of work; finished ones are not repeated.
 
+    While a training of more than a minute runs, a checkpoint of it lies in ``checkpoints``.
+
     Attributes:
         folder: the run's.
         trials: does the trainings.
@@ -233,8 +236,6 @@ class Trainings:
     def retrained(self, labels: Labels, *callbacks: Callback) -> nn.Module:
         """Returns the model after a retraining, which goes on from the last epoch that was saved.
 
-        Until the retraining is finished, a checkpoint lies beside the place of its weights.
-
         Raises:
             RunError: the retraining diverged, or the checkpoint or the weights are damaged.
         """
@@ -242,15 +243,13 @@ class Trainings:
         if self.source is not None:
             return self._taken(labels, self.source)
         weights = self.folder.path("weights") / weights_name(labels)
-        checkpoint = Checkpoint(weights.with_suffix(".checkpoint"))
-        if self.folder.done(unit):
-            checkpoint.path.unlink(missing_ok=True)  # the process may have been killed before it
+        if self._done(unit):
             return self._loaded(trial, weights)
         log = EpochLog(self.folder, phase="retrain", **labels)
         rates = "--reptile-lr or --reptile-inner-lr" if method == "reptile" else "--lr"
         with divergence(unit, rates), _unusable_checkpoint(unit):
             model, result = self.trials.retrain(
-                method, trial, log, *callbacks, checkpoint, rank=labels.get("rank")
+                method, trial, log, *callbacks, self._checkpoint(unit), rank=labels.get("rank")
             )
         samples = self.trials.samples_per_epoch(method) * len(result.history)
         throughput = {f"{self.trials.samples}_per_second": round(samples / log.seconds, 2)}
@@ -259,22 +258,38 @@ class Trainings:
         self._add_rows(labels, [{"metric": m, "value": value} for m, value in measured.items()])
         save_weights(model, weights)
         self.folder.mark_done(unit)
-        checkpoint.path.unlink()
+        self._done(unit)
         return model
 
     def finetuned(self, labels: Labels, retrained: nn.Module, *callbacks: Callback) -> None:
-        """Fine-tunes a copy of a retrained model."""
+        """Fine-tunes a copy of a retrained model, and goes on as a retraining does."""
         unit = unit_name("finetune", labels)
-        if self.folder.done(unit):
+        if self._done(unit):
             return
         log = EpochLog(self.folder, phase="finetune", **labels)
-        with divergence(unit, "--finetune-lr"):
-            measured = self.trials.finetune(copy.deepcopy(retrained), labels, log, *callbacks)
+        with divergence(unit, "--finetune-lr"), _unusable_checkpoint(unit):
+            measured = self.trials.finetune(
+                copy.deepcopy(retrained), labels, log, *callbacks, self._checkpoint(unit)
+            )
         self._add_rows(labels, measured)
         self.folder.mark_done(unit)
+        self._done(unit)
+
+    def _checkpoint(self, unit: str) -> Checkpoint:
+        return Checkpoint(self._checkpoint_path(unit), min_seconds=CHECKPOINT_SECONDS)
+
+    def _checkpoint_path(self, unit: str) -> Path:
+        return self.folder.path("checkpoints") / f"{unit.replace(' ', '-')}.safetensors"
+
+    def _done(self, unit: str) -> bool:
+        """Returns whether a training is finished; if so, its checkpoint is removed."""
+        done = self.folder.done(unit)
+        if done:
+            self._checkpoint_path(unit).unlink(missing_ok=True)
+        return done
 
     def _taken(self, labels: Labels, source: RetrainedModels) -> nn.Module:
-        path = source.weights(unit_name("retrain", labels), weights_name(labels))
+        path = source.weights(*_place_of(labels))
         model = self._loaded(labels["trial"], path)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         self.folder.add_data(f"retrained model {path.stem}", sha256)
@@ -351,20 +366,24 @@ def open_retrained(
     """Returns where the retrained models come from; None if this run makes them.
 
     Args:
-        settings, part_of, data: see `RetrainedModels.check`.
+        settings, part_of, data: see `RetrainedModels`.
         experiment: the experiment's name.
         retrainings: labels of all that are wanted.
 
     Raises:
-        RunError: the run in ``settings.retrained`` does not have them all, or has others.
+        RunError: the runs in ``settings.retrained`` do not have them all.
     """
-    if settings.retrained is None:
+    if not settings.retrained:
         return None
-    source, wanted = RetrainedModels(settings.retrained, experiment), list(retrainings)
-    source.check(settings, dict.fromkeys(labels["method"] for labels in wanted), part_of, data)
-    for labels in wanted:
-        source.weights(unit_name("retrain", labels), weights_name(labels))
+    source = RetrainedModels(settings.retrained, experiment, settings, part_of, data)
+    for labels in retrainings:
+        source.weights(*_place_of(labels))
     return source
+
+
+def _place_of(retraining: Labels) -> tuple[str, str, str]:
+    """Returns the method, the unit's name and the weights' name of a retraining."""
+    return retraining["method"], unit_name("retrain", retraining), weights_name(retraining)
 
 
 def seed_of(purpose: str, labels: Labels) -> int:

@@ -120,12 +120,14 @@ def _trimmed(manifest: dict[str, Any], of: Experiment[Any], count: int) -> dict[
         for key, value in manifest["settings"].items()
         if key not in local
     }
+    # A run that was resumed with more is repeated by the command that asked for all of it.
+    asked = [manifest, *manifest.get("extended", [])][-1]["command"]
     git = manifest.get("git") or {}
     kept = {
         "experiment": of.name,
         "status": manifest["status"] if manifest["status"] == COMPLETED else INTERIM,
         "finished_units": count,
-        "command": command(manifest["command"]),
+        "command": command(asked),
         "commit": git.get("commit"),
         "uncommitted_changes": git.get("changed"),
         "machine": machine(manifest["machine"]),

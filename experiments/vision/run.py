@@ -1,7 +1,7 @@
 """The command: every method, fine-tuning, number of shots, draw and trial.
 
 A run folder holds, besides what every run folder holds: ``weights/<method>-<trial>.safetensors``
-with every retrained model, a ``.checkpoint`` in its place until it is finished, and the figures.
+with every retrained model, ``checkpoints/`` of trainings that are not finished, and the figures.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def summary(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
     each has a line of its own, compared with standard retraining at the same rate; otherwise every
     line has the rate that it was run with.
     """
-    rates = _rates(rows := list(rows))
+    rates = _rates(rows := complete(rows))
     key = KEY if all(len(of) == 1 for of in rates.values()) else (*KEY, "finetune_lr")
     lines = summarize(rows, key, (LAST, BEST), baseline=STANDARD, scale=100)
     for line in lines:
@@ -57,12 +57,30 @@ def summary(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
     return lines
 
 
+def complete(rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """Leaves out the trials whose draws are not all done yet: they would be compared with others.
+
+    Args:
+        rows: of a results.csv, perhaps of a run that goes on.
+    """
+    found: dict[tuple[str, ...], set[str]] = {}
+    draws: dict[str, set[str]] = {}
+    fine_tuned = [row for row in rows if row["finetune"]]
+    for row in fine_tuned:
+        found.setdefault(_trial(row), set()).add(row["draw"])
+        draws.setdefault(row["shots"], set()).add(row["draw"])
+    return [row for row in fine_tuned if found[_trial(row)] == draws[row["shots"]]]
+
+
+def _trial(row: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(row[k] for k in (*KEY, "finetune_lr", "trial"))
+
+
 def _rates(rows: Iterable[Mapping[str, str]]) -> dict[tuple[str, ...], list[str]]:
     """Returns the rates of fine-tuning by the key's columns."""
     rates: dict[tuple[str, ...], dict[str, None]] = {}
     for row in rows:
-        if row["metric"] in (LAST, BEST):
-            rates.setdefault(tuple(row[k] for k in KEY), {})[row["finetune_lr"]] = None
+        rates.setdefault(tuple(row[k] for k in KEY), {})[row["finetune_lr"]] = None
     return {of: list(found) for of, found in rates.items()}
 
 
@@ -83,7 +101,7 @@ def results_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, Table]:
     The main one has the last epoch's accuracy; "shots" has it with a column for each retraining;
     "best" has the best epoch's, where it was measured, and the paper's beside it.
     """
-    rows = sorted(rows, key=_place)
+    rows = sorted(complete(rows), key=_place)
     key = {"finetune": "fine-tuning", "shots": "images", "method": "retraining"}
     if any(len(of) > 1 for of in _rates(rows).values()):
         key["finetune_lr"] = "rate"
@@ -101,9 +119,7 @@ def number(shots: str) -> float:
 
 
 def _place(row: Mapping[str, str]) -> tuple[Any, ...]:
-    """Returns where a row belongs in the documentation's tables; one of a retraining anywhere."""
-    if not row["finetune"]:
-        return (-1, 0, 0)
+    """Returns where a row belongs in the documentation's tables."""
     return (FINETUNES.index(row["finetune"]), number(row["shots"]), METHODS.index(row["method"]))
 
 

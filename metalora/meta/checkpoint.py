@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import reprlib
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metalora._checks import check_nonnegative
 from metalora._files import read_tensors, remove_partials, replacing, safetensors_torch
 from metalora._warn import warn_user
 from metalora.adapters import adapted_layers, task_parameters
@@ -67,20 +69,27 @@ class Checkpoint(Callback):
     Args:
         path: the file.
         resume: whether to resume from it; if not, a file that exists is an error.
+        min_seconds: with short epochs, save only after one that ends so long after the start or the
+            last save. 0 saves at the start too, and after every epoch.
 
     Raises:
         ImportError: if safetensors is not installed.
+        ValueError: if ``min_seconds`` is negative.
         CheckpointError: at the start, if the file is damaged or of another training; or at the
             start or after an epoch, if the file could not be written. The file is then as before.
     """
 
-    def __init__(self, path: str | Path, *, resume: bool = True) -> None:
+    def __init__(
+        self, path: str | Path, *, resume: bool = True, min_seconds: float = 0.0
+    ) -> None:
         safetensors_torch("Checkpoint")
         self.path, self.resume = Path(path), resume
+        self.min_seconds = check_nonnegative("Checkpoint", "min_seconds", min_seconds)
         self._identity: dict[str, Any] = {}
 
     def on_start(self, training: Training) -> None:
         """Resumes from the file, or makes it."""
+        self._saved = time.monotonic()
         if training.callbacks[-1] is not self:
             raise ValueError(
                 "Checkpoint: must be the last of the callbacks, as it saves the others"
@@ -91,7 +100,8 @@ class Checkpoint(Callback):
             )
         self._identity = _identity(training)
         if not self.path.exists():
-            self._save(training)
+            if self.min_seconds == 0:
+                self._save(training)
             return
         remove_partials(self.path)
         try:
@@ -107,11 +117,13 @@ class Checkpoint(Callback):
             )
 
     def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
-        """Saves."""
-        self._save(training)
+        """Saves, unless that was less than ``min_seconds`` ago."""
+        if time.monotonic() - self._saved >= self.min_seconds:
+            self._save(training)
 
     def _save(self, training: Training) -> None:
         write(self.path, *_collect(training, self._identity))
+        self._saved = time.monotonic()
 
 
 def write(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:

@@ -12,9 +12,9 @@ from metalora.nn import TaskBatch
 def task_mean(losses: Tensor, task_ids: Tensor | TaskBatch) -> Tensor:
     """The mean, over the tasks present, of each task's mean over its samples (paper, eq. 5).
 
-    With S the tasks present and n_t the number of samples of task t: 1/|S| Σ_{t in S} 1/n_t Σ_i
-    losses[i] over the samples i of t. The plain mean over samples would weigh tasks by their
-    samples instead. Nothing waits for a GPU.
+    With S the tasks present and n_t the number of samples of task t:
+    ``1/|S| Σ_{t in S} 1/n_t Σ_i losses[i]`` over the samples i of t. The plain mean over samples
+    would weigh tasks by their samples instead. Nothing waits for a GPU.
 
     Example:
         ``loss = metalora.task_mean(F.cross_entropy(logits, targets, reduction="none"), task_ids)``

@@ -16,11 +16,11 @@ from experiments.report import __main__ as command
 from experiments.report import pages, registry, results
 from experiments.report.pages import Report
 
-ROWS = """experiment,data,method,finetune,shots,trial,metric,value
-vision,digits,lora-ml,lora,10,0,accuracy_last,0.9
-vision,digits,lora-ml,lora,10,1,accuracy_last,0.8
-vision,digits,standard,lora,10,0,accuracy_last,0.7
-vision,digits,standard,lora,10,1,accuracy_last,0.7
+ROWS = """experiment,data,method,finetune,shots,draw,finetune_lr,trial,metric,value
+vision,digits,lora-ml,lora,10,0,0.1,0,accuracy_last,0.9
+vision,digits,lora-ml,lora,10,0,0.1,1,accuracy_last,0.8
+vision,digits,standard,lora,10,0,0.1,0,accuracy_last,0.7
+vision,digits,standard,lora,10,0,0.1,1,accuracy_last,0.7
 """
 TABLE = "<!-- table few -->\n<!-- end -->\n"
 
@@ -96,6 +96,16 @@ def test_every_experiment_is_found_by_the_name_in_its_manifests() -> None:
 def test_committed_results_name_no_place_of_a_machine() -> None:
     for path in results.FOLDER.rglob("manifest.json"):
         assert not results._PATH.search(path.read_text(encoding="utf-8")), path
+
+
+def test_a_run_that_has_grown_is_repeated_by_its_last_command(
+    clone: Path, run: Callable[..., Path]
+) -> None:
+    more = [*manifest()["command"], "--seeds", "9", "--out", "runs/x", "--resume"]
+    add(run(extended=[{"command": more}]), clone)
+    written(clone)
+    page = (clone / "docs" / "few.md").read_text()
+    assert "\n    python -m experiments.vision --shots 10 --seeds 9\n" in page
 
 
 def test_tables_and_figures_are_written_once(clone: Path, run: Callable[..., Path]) -> None:
@@ -213,7 +223,7 @@ def test_what_cannot_be_kept_is_refused_and_leaves_nothing(
     clone: Path, run: Callable[..., Path], changes: dict[str, Any], said: str
 ) -> None:
     folder = run(**changes)
-    with pytest.raises(RunError, match="^[^\n]*$") as refused:
+    with pytest.raises(RunError, match=r"^[^\n]*$") as refused:
         add(folder, clone)
     assert said in str(refused.value)
     assert list((clone / "experiments" / "results").iterdir()) == []
@@ -253,7 +263,7 @@ def test_markers_are_checked(clone: Path, run: Callable[..., Path], marker: str,
 def test_damaged_results_are_named(clone: Path, run: Callable[..., Path]) -> None:
     out = add(run(), clone)
     (out / "results.csv").unlink()
-    with pytest.raises(RunError, match="holds no results.csv"):
+    with pytest.raises(RunError, match=r"holds no results\.csv"):
         written(clone)
     shutil.rmtree(out)
     out.mkdir()

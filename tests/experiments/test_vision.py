@@ -140,12 +140,23 @@ def test_defaults_are_the_papers_on_cifar10_and_what_is_given_wins() -> None:
 
 
 def rows_of(method: str, shots: str, rate: str, *values: float) -> list[dict[str, str]]:
-    same = {"data": "cifar10", "method": method, "finetune": "lora", "shots": shots}
+    same = {"data": "cifar10", "method": method, "finetune": "lora", "shots": shots, "draw": "0"}
     return [
         {**same, "finetune_lr": rate, "trial": str(t), "metric": metric, "value": str(value)}
         for t, value in enumerate(values)
-        for metric in ("accuracy_best", "accuracy_last", "validation_best")
+        for metric in ("accuracy_best", "accuracy_last")
     ]
+
+
+def test_a_trial_counts_once_all_its_draws_are_done() -> None:
+    rows = [
+        *rows_of("standard", "10", "0.1", 0.5, 0.6),
+        *({**row, "draw": "1"} for row in rows_of("standard", "10", "0.1", 0.7)),
+        *rows_of("standard", "all", "0.1", 0.9),
+    ]
+    few, every = summary([{**rows[0], "finetune": "", "metric": "validation_best"}, *rows])
+    assert (few["trials"], few["accuracy_last"]) == (1, pytest.approx(60))  # of 50 and 70
+    assert every["accuracy_last"] == pytest.approx(90)
 
 
 def test_summary_and_table() -> None:
@@ -272,19 +283,16 @@ def test_standard_retraining_may_take_as_many_steps_as_the_others() -> None:
 def test_models_retrained_in_another_run_are_taken_as_they_are(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", seeds=2)
     run(tmp_path / "retrained", finetune=("none",), seeds=1)
-    given: dict[str, Any] = {"retrained": tmp_path / "retrained"}
+    given: dict[str, Any] = {"retrained": (tmp_path / "retrained",)}
     taken = run(tmp_path / "taken", **given)
     assert accuracies(taken) == accuracies(whole, trial="0")
     assert not (tmp_path / "taken" / "weights").exists()
     assert {"retrained model lora-ml-0", "retrained model standard-0"} < set(taken.manifest["data"])
 
     for change, message in (
-        (
-            {"seeds": 2},
-            r"has not finished 'retrain lora-ml 1'; leave it out by --retrain and --see",
-        ),
-        ({"lr": 0.5}, "lora-ml was retrained with lr .*, here it is 0.5; give the same"),
-        ({"rank": 2}, "lora-ml was retrained with rank 1, here it is 2"),
+        ({"seeds": 2}, "retrained has not finished 'retrain lora-ml 1'; leave lora-ml out by --"),
+        ({"lr": 0.5}, "retrained lora-ml with lr .*, not 0.5; leave lora-ml out by --retrain"),
+        ({"rank": 2}, "retrained lora-ml with rank 1, not 2; leave"),
     ):
         with pytest.raises(RunError, match=message):
             run(tmp_path / "other", **given, **change)
@@ -292,6 +300,13 @@ def test_models_retrained_in_another_run_are_taken_as_they_are(tmp_path: Path) -
     rank_2 = run(tmp_path / "rank", **given, retrain=("standard",), rank=2)
     assert accuracies(rank_2, finetune="last-layer") == accuracies(
         whole, method="standard", finetune="last-layer", trial="0"
+    )
+    run(tmp_path / "lora-ml-2", retrain=("lora-ml",), finetune=("none",), rank=2)
+    both = (tmp_path / "retrained", tmp_path / "lora-ml-2")
+    joined = run(tmp_path / "joined", retrained=both, finetune=("lora",), rank=2)
+    assert accuracies(joined, method="standard") == accuracies(rank_2, finetune="lora")
+    assert accuracies(joined, method="lora-ml") == accuracies(
+        run(tmp_path / "rank-2", retrain=("lora-ml",), finetune=("lora",), rank=2)
     )
     # The other run has gone on meanwhile, with another version: its models are not these.
     weights = tmp_path / "retrained" / "weights" / "standard-0.safetensors"

@@ -239,36 +239,40 @@ def epochs_of(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k != "seconds"} for r in records if "epoch" in r]
 
 
-def test_a_retraining_goes_on_from_its_last_epoch(
+def test_trainings_go_on_from_their_last_epoch(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_figures(case, monkeypatch)
+    monkeypatch.setattr("experiments.lib.training.CHECKPOINT_SECONDS", 0.0)
     given: dict[str, Any] = {"retrain": ("lora-ml",), "finetune": ("lora",), "epochs": 3}
-    given |= {"seeds": 1, **({"shots": ("4",)} if case.experiment is VISION else {})}
+    given |= {"seeds": 1, "finetune_epochs": 2}
+    given |= {"shots": ("4",)} if case.experiment is VISION else {}
     run, cut = case.experiment.run, tmp_path / "cut"
     whole = run(case.settings(**given, out=tmp_path / "whole"))
 
     original, saved = Checkpoint.on_epoch, []
 
-    def stop_after_the_second(self: Checkpoint, training: Any, record: dict[str, Any]) -> None:
+    def stop_in_either(self: Checkpoint, training: Any, record: dict[str, Any]) -> None:
         original(self, training, record)
         saved.append(record["epoch"])
-        if len(saved) == 2:
+        if len(saved) in (2, 4):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Checkpoint, "on_epoch", stop_after_the_second)
+    monkeypatch.setattr(Checkpoint, "on_epoch", stop_in_either)
     with pytest.raises(SystemExit):
         run(case.settings(**given, out=cut))
-    (checkpoint,) = (cut / "weights").iterdir()
+    (checkpoint,) = (cut / "checkpoints").iterdir()
     before = [json.loads(line) for line in (cut / "metrics.jsonl").read_text().splitlines()]
     data = checkpoint.read_bytes()
     checkpoint.write_bytes(data[:1000])
     with pytest.raises(RunError, match=r"retrain lora-ml .*is damaged.*without that file it"):
         run(case.settings(**given, out=cut, resume=True))
     checkpoint.write_bytes(data)
+    with pytest.raises(SystemExit):
+        run(case.settings(**given, out=cut, resume=True))
     resumed = run(case.settings(**given, out=cut, resume=True))
-    assert saved == [0, 1, 2]
-    assert [path.suffix for path in (cut / "weights").iterdir()] == [".safetensors"]
+    assert saved == [0, 1, 2, 0, 1]
+    assert list((cut / "checkpoints").iterdir()) == []
     assert resumed.rows() == whole.rows()
     assert epochs_of(cut) == epochs_of(tmp_path / "whole")
     assert resumed.records()[:2] == before

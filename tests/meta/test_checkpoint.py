@@ -84,6 +84,23 @@ def run(method, config, path=None, interrupt=None, model=None):
     return model.state_dict(), result
 
 
+def test_short_epochs_are_saved_now_and_then(tmp_path, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr("metalora.meta.checkpoint.time.monotonic", lambda: next(clock))
+    saved, save = [], Checkpoint._save
+    monkeypatch.setattr(
+        Checkpoint, "_save", lambda self, t: (saved.append(t.next_epoch), save(self, t))
+    )
+    often, seldom = Checkpoint(tmp_path / "a"), Checkpoint(tmp_path / "b", min_seconds=3)
+    for checkpoint, epochs in ((often, [0, 1, 2, 3, 4, 5]), (seldom, [3])):
+        saved.clear()
+        config = TrainConfig(epochs=5, lr=0.1)
+        METHODS["standard"](network(), rounds(), config, callbacks=[checkpoint])
+        assert saved == epochs
+    with pytest.raises(ValueError, match="Checkpoint: min_seconds must be a finite number >= 0"):
+        Checkpoint(tmp_path / "c", min_seconds=-1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",

@@ -81,7 +81,7 @@ def many_task_loss_bound(
     """½ (d − k − r)⁺ (ρ k)²: no fine-tuning of rank r does better once T → ∞ (proposition 2).
 
     Â_SR → A* + ρ k I then, so the gap U Vᵀ − ρ k I of the test task has at most k singular values
-    below |ρ| k, and an adapter of rank r removes r others.
+    below ``|ρ| k``, and an adapter of rank r removes r others.
 
     Args:
         dim: d.
