@@ -156,8 +156,8 @@ def load(
         )
     retrain = _Source(retrain_path, per_turn, seed)
     test = retrain if one_file else _Source(test_path, per_turn, seed)
-    chosen = retrain.largest(tasks, strict)
     test_chosen = test.largest(first + test_tasks, strict)[first:]
+    chosen = retrain.largest(tasks, strict)
     tested = {_conversation(d) for _, dialogues in test_chosen for d in dialogues}
     kept = [(c, [d for d in ds if _conversation(d) not in tested]) for c, ds in chosen]
     validated = {_conversation(d) for _, ds in kept for d in ds[len(ds) - held_out :]}

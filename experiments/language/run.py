@@ -116,7 +116,7 @@ def costs(trials: Trials) -> list[str]:
     phases = Counter(
         phase
         for phase, labels in plan(s)
-        if phase == "finetune" or (labels["method"] != "none" and s.retrained is None)
+        if phase == "finetune" or (labels["method"] != "none" and not s.retrained)
     )
     parts = {
         "retrain": ("retrainings", s.epochs, trials.retraining, trials.validation),

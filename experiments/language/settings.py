@@ -275,7 +275,7 @@ class StartSettings(RunSettings):
         """Returns these settings with every default filled in."""
         defaults = {"epochs": 1, "held_out_dialogues": 8} if self.smoke else {}
         defaults = {"epochs": 3, "held_out_dialogues": 100, **defaults}
-        missing = {k: v for k, v in defaults.items() if getattr(self, k) is None}
+        missing: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(self, k) is None}
         language = self.language().resolved(device_type)
         for name in ("model", "precision", "max_tokens"):
             missing[name] = getattr(language, name)
