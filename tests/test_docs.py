@@ -128,7 +128,7 @@ def test_every_block_of_code_is_run() -> None:
 
 
 SETTINGS = {
-    f"experiments.{name}": experiment(name).settings
+    f"experiments.{name.replace('-', '.')}": experiment(name).settings
     for name in MODULES
     if not MODULES[name].startswith("experiments.synthetic")
 }

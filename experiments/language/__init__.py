@@ -13,6 +13,7 @@ parts together:
 7. ``run.py``: the order of the units;
 8. ``summary.py``: which columns and rows the table has.
 
+``start.py`` is a command of its own: it trains what all methods may begin with, the common start.
 ``settings.py`` names the options, ``figures.py`` draws the table, and ``experiments/lib`` keeps the
 run folder (``runs.py``) and prints the end (``experiment.py``), as in every experiment.
 ``progress.py`` estimates the time left, and ``join.py`` makes one table of several runs.

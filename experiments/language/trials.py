@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.language.data import Corpus
-from experiments.language.dialogues import Dialogue
+from experiments.language.data import Corpus, Task
+from experiments.language.dialogues import Dialogue, Turn
 from experiments.language.encoders import Encoders, has_token_types, head_names, max_length
 from experiments.language.settings import PART_OF, LanguageSettings
 from experiments.language.summary import BEFORE, BEST, LAST
@@ -28,7 +30,7 @@ from metalora.hf import (
 )
 from metalora.meta import Batch, Callback, Evaluation, RoundLoader, evaluate, matmul_precision
 
-# Of one turn and epoch, in forward passes: the gradients of all weights cost two more, those of
+# Of one token and epoch, in forward passes: the gradients of all weights cost two more, those of
 # LoRA about one, and those of a last layer next to nothing.
 EVALUATION, HEAD, LORA, FULL = 1.0, 1.0, 2.0, 3.0
 
@@ -48,6 +50,13 @@ def choice_accuracy(logits: Tensor, batch: Batch) -> Tensor:
     return (chosen == batch.targets.to(chosen.device)).double()
 
 
+def fewer_candidates(turn: Turn, count: int) -> Turn:
+    """Returns a turn with its response and the first ``count - 1`` other candidates."""
+    others = [c for i, c in enumerate(turn.candidates) if i != turn.answer][: count - 1]
+    answer = turn.answer % count
+    return Turn(turn.utterance, (*others[:answer], turn.response, *others[answer:]), answer)
+
+
 class Trials(training.Trials[TokenizedTurns]):
     """The experiment on one device: its models, and the turns of all tasks as token sequences.
 
@@ -55,26 +64,44 @@ class Trials(training.Trials[TokenizedTurns]):
         settings: resolved settings.
         corpus: the dialogues.
         device: where to train.
+        start: folder of a model with its tokenizer, to begin with instead of the settings' model.
 
     Attributes:
-        test, test_held_out: turns of the test tasks, in the same order of tasks.
+        test, test_held_out: turns of the test tasks, in the same order of tasks; a corpus without
+            any has none.
         packed: whether sequences are run without padding.
 
     Raises:
         RunError: the model or its tokenizer is missing or damaged, or a rank too large for it.
     """
 
-    with_head = PART_OF["shared_head"]
     samples = "turns"
 
-    def __init__(self, settings: LanguageSettings, corpus: Corpus, device: torch.device):
+    def __init__(
+        self,
+        settings: LanguageSettings,
+        corpus: Corpus,
+        device: torch.device,
+        start: Path | None = None,
+    ):
         self.settings, self.corpus, self.device = settings, corpus, device
+        own = settings.lora_heads == "own"
+        self.with_head = [m for m in PART_OF["shared_head"] if own or m != "lora-ml"]
         self.fixed = {"optimizer": "adamw", "schedule": "linear", "schedule_unit": "step"}
         self.inner = {"inner_optimizer": "adamw"}
         self.loss = {"loss": choice_loss}
         every = [d for task in (*corpus.retraining, *corpus.testing) for d in task.train]
-        texts = (c for d in every for turn in d.turns for c in (turn.utterance, *turn.candidates))
-        self.encoders = Encoders(settings.model, settings.tokenizer, settings.as_roberta, texts)
+        s = settings
+        texts = (
+            c
+            for d in every
+            for turn in d.turns[: s.turns]
+            for c in (turn.utterance, *turn.candidates)
+        )
+        if start is None:
+            self.encoders = Encoders(s.model, s.tokenizer, s.as_roberta, texts)
+        else:
+            self.encoders = Encoders(str(start), None, False, ())
         model = self.encoders.new(0)
         training.check_rank(model, max(settings.rank))
         self.heads = head_names(model)
@@ -89,24 +116,38 @@ class Trials(training.Trials[TokenizedTurns]):
                 history=settings.history,
             )
 
-        self.retraining = turns([t.train[: settings.dialogues] for t in corpus.retraining])
-        self.validation = turns([t.held_out for t in corpus.retraining])
-        self.test = turns([t.train[: settings.dialogues] for t in corpus.testing])
-        self.test_held_out = turns([t.held_out for t in corpus.testing])
+        def train(tasks: Sequence[Task]) -> TokenizedTurns:
+            few = s.train_candidates
+            return turns([[self._cut(d, few) for d in t.train[: s.dialogues]] for t in tasks])
+
+        def held_out(tasks: Sequence[Task]) -> TokenizedTurns:
+            return turns([list(map(self._cut, t.held_out)) for t in tasks])
+
+        self.retraining, self.validation = train(corpus.retraining), held_out(corpus.retraining)
+        if corpus.testing:
+            self.test, self.test_held_out = train(corpus.testing), held_out(corpus.testing)
         problem = packing_problem(model) if settings.packed in (None, True) else None
         if problem is not None and settings.packed:
             raise RunError(f"--packed: {problem}; leave it out")
         self.packed = settings.packed is not False and problem is None
         self._position_offset = position_offset(model)
 
+    def _cut(self, dialogue: Dialogue, candidates: int | None = None) -> Dialogue:
+        """Returns a dialogue's first turns, as the settings say, with so many candidates each."""
+        turns = dialogue.turns[: self.settings.turns]
+        if candidates is not None:
+            turns = tuple(fewer_candidates(turn, candidates) for turn in turns)
+        return dataclasses.replace(dialogue, turns=turns)
+
     def work(self, kind: str) -> float:
-        """Returns the cost of an epoch, in forward passes of a turn."""
+        """Returns the cost of an epoch, in forward passes of a token."""
         if kind in ("lora", "last-layer"):
             each = LORA if kind == "lora" else HEAD
-            return each * len(self.test) + EVALUATION * len(self.test_held_out)
+            evaluation = EVALUATION * self.test_held_out.tokens / self.settings.evaluate_every
+            return each * self.test.tokens + evaluation
         if kind == "none":
             return 0.0
-        return FULL * len(self.retraining) + EVALUATION * len(self.validation)
+        return FULL * self.retraining.tokens + EVALUATION * self.validation.tokens
 
     def notes(self) -> list[str]:
         """Returns lines on what is left out or cut, and on settings beyond what there is.
@@ -138,7 +179,12 @@ class Trials(training.Trials[TokenizedTurns]):
         return [
             *at_most("dialogues", s.dialogues, most, "the tasks have"),
             *at_most("turns", s.turns, turns, "the dialogues have"),
-            *at_most("history", s.history, 2 * turns - 1, "before a response there are"),
+            *at_most(
+                "history",
+                s.history,
+                2 * min(turns, s.turns or turns) - 1,
+                "before a response there are",
+            ),
             *at_most("max_length", s.max_length, self._longest, "the model takes"),
         ]
 
@@ -149,7 +195,7 @@ class Trials(training.Trials[TokenizedTurns]):
             "retraining_clusters": [task.cluster for task in corpus.retraining],
             "test_clusters": [task.cluster for task in corpus.testing],
             "turns": {name: torch.bincount(turns.task_ids) for name, turns in parts.items()},
-            "tokens": {name: int(turns.starts[-1]) for name, turns in parts.items()},
+            "tokens": {name: turns.tokens for name, turns in parts.items()},
             "turns_cut_short": {name: turns.truncated for name, turns in parts.items()},
             "dialogues": {file.path.name: file.counts for file in corpus.files},
             "other_sides_left_out": corpus.other_sides,
@@ -157,12 +203,10 @@ class Trials(training.Trials[TokenizedTurns]):
         }
 
     def _parts(self) -> dict[str, TokenizedTurns]:
-        return {
-            "retraining": self.retraining,
-            "validation": self.validation,
-            "test": self.test,
-            "held_out": self.test_held_out,
-        }
+        parts = {"retraining": self.retraining, "validation": self.validation}
+        if self.corpus.testing:
+            parts |= {"test": self.test, "held_out": self.test_held_out}
+        return parts
 
     def new_model(self, seed: int) -> nn.Module:
         model = self.encoders.new(seed).to(self.device)
@@ -180,16 +224,22 @@ class Trials(training.Trials[TokenizedTurns]):
         smaller task takes its steps at the beginning of each epoch.
 
         Returns:
-            held-out accuracies of each task: before, in the last epoch, and in its best one.
+            held-out accuracies of each task: before, in the last epoch and, if all were measured,
+            in its best one.
         """
+        every = self.settings.evaluate_every
         before = self.held_out(self.test_held_out)(model).per_task
-        result = self._finetune(model, labels, self.test, self.test_held_out, *callbacks)
-        epochs = [record["validation_per_task"] for record in result.history]
-        best = [max(of_task) for of_task in zip(*epochs, strict=True)]
+        result = self._finetune(
+            model, labels, self.test, self.test_held_out, *callbacks, validate_every=every
+        )
+        measured = {BEFORE: before, LAST: result.history[-1]["validation_per_task"]}
+        if every == 1:
+            epochs = [record["validation_per_task"] for record in result.history]
+            measured[BEST] = [max(of_task) for of_task in zip(*epochs, strict=True)]
         clusters = [str(task.cluster) for task in self.corpus.testing]
         return [
             {"task": task, "metric": metric, "value": value}
-            for metric, values in ((BEFORE, before), (LAST, epochs[-1]), (BEST, best))
+            for metric, values in measured.items()
             for task, value in zip(clusters, values, strict=True)
         ]
 
@@ -200,6 +250,12 @@ class Trials(training.Trials[TokenizedTurns]):
         assert rank is not None
         s = self.settings
         return LoRAConfig(rank=rank, alpha=s.alpha, dropout=s.dropout, heads=self.heads)
+
+    def retraining_lora(self, rank: int | None) -> LoRAConfig:
+        own = self.lora(rank)
+        if self.settings.lora_heads == "own":
+            return own
+        return dataclasses.replace(own, heads=(), exclude_modules=self.heads)
 
     def held_out(self, part: TokenizedTurns) -> Callable[[nn.Module], Evaluation]:
         loader = self.loader(part, len(part), shuffle=False)

@@ -62,6 +62,15 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def option_of(settings: type, name: str, default: Any = dataclasses.MISSING) -> Any:
+    """Makes a field like one of another settings dataclass, with another default if given one."""
+    fields: Mapping[str, dataclasses.Field[Any]] = settings.__dataclass_fields__  # type: ignore[attr-defined]
+    field = fields[name]
+    if default is dataclasses.MISSING:
+        default = field.default
+    return dataclasses.field(default=default, metadata=field.metadata)
+
+
 def parse(
     settings: type[Settings],
     argv: Sequence[str] | None = None,

@@ -24,6 +24,7 @@ PART_OF: Mapping[str, tuple[str, ...]] = {
     "lr": (*WITH_TASKS, "standard"),
     **dict.fromkeys(PER_TASK, WITH_TASKS),
     **dict.fromkeys(("standard_order", "equal_steps"), ("standard",)),
+    "evaluate_every": FINETUNES,
 }
 
 
@@ -99,6 +100,11 @@ class RetrainingSettings(RunSettings):
         help="where the test tasks' heads start: anew, or from the retrained head (--shared-head); "
         "a head that LoRA adapts is always the retrained one",
         choices=("fresh", "retrained"),
+    )
+    evaluate_every: int = option(
+        1,
+        help="measure held-out accuracy after every so many epochs of fine-tuning only, and after "
+        "the last; above 1 no best epoch is reported",
     )
     device: str = option("auto", help="auto, cpu, cuda, ...", run_only=True)
     precision: str = option(

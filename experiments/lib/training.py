@@ -88,7 +88,11 @@ class Trials(abc.ABC, Generic[Part]):
 
     @abc.abstractmethod
     def lora(self, rank: int | None) -> LoRAConfig:
-        """Returns the adapters of lora-ml and of fine-tuning with LoRA."""
+        """Returns the adapters of fine-tuning with LoRA."""
+
+    def retraining_lora(self, rank: int | None) -> LoRAConfig:
+        """Returns the adapters of lora-ml; those of fine-tuning, if not overridden."""
+        return self.lora(rank)
 
     @abc.abstractmethod
     def samples_per_epoch(self, method: str) -> int:
@@ -144,7 +148,7 @@ class Trials(abc.ABC, Generic[Part]):
             "callbacks": [Progress(f"{method}, trial {seed}"), KeepBest(), *callbacks],
         }
         if method == "lora-ml":
-            result = lora_ml(model, rounds, config, self.lora(rank), **common)
+            result = lora_ml(model, rounds, config, self.retraining_lora(rank), **common)
         elif method == "last-layer-ml":
             result = last_layer_ml(model, rounds, config, self.heads, **common)
         elif method == "standard":

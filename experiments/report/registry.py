@@ -8,10 +8,11 @@ from typing import Any
 from experiments.lib.errors import RunError
 from experiments.lib.experiment import Experiment
 
-# Each module has the `Experiment` in capitals; it is imported when it is needed.
+# Each module has the `Experiment` in capitals, with _ for -; it is imported when it is needed.
 MODULES = {
     "conflict": "experiments.conflict.run",
     "language": "experiments.language.run",
+    "language-start": "experiments.language.start",
     "linear": "experiments.synthetic.linear.run",
     "phase": "experiments.synthetic.phase.run",
     "shallow": "experiments.synthetic.shallow.run",
@@ -28,7 +29,8 @@ def experiment(name: str) -> Experiment[Any]:
     """
     if name not in MODULES:
         raise RunError(f"no experiment is called {name!r}; there are {', '.join(MODULES)}")
-    found: Experiment[Any] = getattr(importlib.import_module(MODULES[name]), name.upper())
+    module = importlib.import_module(MODULES[name])
+    found: Experiment[Any] = getattr(module, name.upper().replace("-", "_"))
     if found.report is None:
         raise RunError(f"the experiment {name!r} has no tables for the documentation")
     return found

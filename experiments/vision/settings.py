@@ -102,11 +102,6 @@ class VisionSettings(RetrainingSettings):
     draws: int = option(
         1, help="how often few images are drawn and fine-tuned on in each trial", extends=True
     )
-    evaluate_every: int = option(
-        1,
-        help="measure held-out accuracy after every so many epochs of fine-tuning only, and after "
-        "the last; above 1 no best epoch is reported",
-    )
     tasks: tuple[str, ...] = option(PAIRS, help="pairs of classes; the last is the test task")
     epochs: int = option(None, help="of retraining (cifar10: 100, digits: 20)")
     batch_size: int = option(
@@ -208,7 +203,7 @@ PART_OF = part_of(
     VisionSettings,
     {
         **dict.fromkeys(("data_root", "download"), ("cifar10",)),
-        **dict.fromkeys(("shots", "draws", "evaluate_every"), FINETUNES),
+        **dict.fromkeys(("shots", "draws"), FINETUNES),
         "shared_head": ("last-layer-ml",),
         "rank": ("lora-ml", "lora"),
         "finetune_head": ("last-layer",),

@@ -46,6 +46,11 @@ EXPERIMENTS: dict[str, tuple[str, str, list[str]]] = {
             *("--finetune-epochs", "1", "--seeds", "1", "--no-packed"),
         ],
     ),
+    "language.start": (
+        "experiments.language.start",
+        "LANGUAGE_START",
+        ["--dialogues", "20", "--candidates", "4", "--turns", "1", "--no-packed"],
+    ),
 }
 
 
