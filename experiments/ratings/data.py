@@ -20,9 +20,7 @@ INTER, DATA = "ml-100k.inter", "u.data"  # in the package recbole, and in GroupL
 COLUMNS = ("user_id:token", "item_id:token", "rating:float", "timestamp:float")
 LOWEST, HIGHEST = 1.0, 5.0
 # Of the published file's ratings, whatever the form they were read from.
-PUBLISHED = "MovieLens-100K"
-PUBLISHED_SHA256 = "?"
-PUBLISHED_RATINGS = 100_000
+PUBLISHED_SHA256 = "273f855410feb093231e19c35b690a9098bed32c77d1aa7b33d7cdcfec2d8b11"
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,15 @@ class Ratings:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def notes(self) -> list[str]:
+        """Returns a line if these are other ratings than MovieLens-100K's."""
+        if self.sha256 == PUBLISHED_SHA256:
+            return []
+        return [
+            f"note: {self.source} is not MovieLens-100K as published: {len(self)} ratings of "
+            f"{self.num_users} users for {self.num_items} items, of 100000, 943 and 1682"
+        ]
 
     @property
     def num_users(self) -> int:
@@ -87,51 +94,62 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Split:
-    """The users of a trial, and which of their ratings are for what.
+class Unseen:
+    """Users that no retraining has seen.
 
     Attributes:
-        retraining, validation: the retraining users' ratings to train on, and a few of each user
-            that are held out to choose the epoch by.
-        held_out: at least ``--held-out`` ratings of each unseen user.
-        users: int64, the numbers of the unseen users, in the order of their tasks in ``held_out``.
-        available: int64 [users], ratings of each that shots may be drawn from.
+        users: int64 [U], their numbers.
+        available: int64 [U], how many ratings of each are there for shots.
     """
 
-    retraining: Part
-    validation: Part
     users: Tensor
     available: Tensor
     _ratings: Ratings
     _places: Tensor
 
-    def eligible(self, shots: int) -> Tensor:
-        """Returns the numbers of the unseen users with enough ratings for so many shots."""
-        return self.users[self.available >= shots]
+    def too_few(self, shots: int) -> Tensor:
+        """Returns the numbers of the users with fewer ratings than so many shots need."""
+        return self.users[self.available < shots]
 
     def few(self, shots: int) -> tuple[Part, Part]:
-        """Returns the shots of each eligible user, and its held-out ratings.
+        """Returns the shots of each user who has as many, and the user's held-out ratings.
 
-        A smaller number of shots is part of a larger one. A user's held-out ratings are the same
-        for all numbers of shots.
+        A smaller number of shots is part of a larger one, and a user's held-out ratings are the
+        same for all numbers.
 
         Raises:
-            RunError: no user has enough ratings.
+            RunError: no user has as many.
         """
-        users = self.eligible(shots)
+        users = self.users[self.available >= shots]
         if len(users) == 0:
             raise RunError(
-                f"--shots {shots}: no user of this trial has as many beside the held-out ones; at "
+                f"--shots {shots}: no unseen user has as many ratings beside the held-out ones; at "
                 f"most {int(self.available.max())} can be drawn"
             )
         available = torch.zeros(self._ratings.num_users, dtype=torch.int64)
         available[self.users] = self.available
-        places = self._places
-        behind = places >= available[self._ratings.users]
+        held_out = self._places >= available[self._ratings.users]
         return (
-            _part(self._ratings, users, places < shots),
-            _part(self._ratings, users, behind),
+            _part(self._ratings, users, self._places < shots),
+            _part(self._ratings, users, held_out),
         )
+
+
+@dataclass(frozen=True)
+class Split:
+    """The users of a trial, and which of their ratings are for what.
+
+    Attributes:
+        retraining, validation: the retraining users' ratings to train on, and those of the same
+            users that the epoch is chosen by.
+        test: the users whom the results are about.
+        choosing: the users whom choices are made by.
+    """
+
+    retraining: Part
+    validation: Part
+    test: Unseen
+    choosing: Unseen
 
 
 def load(root: Path) -> Ratings:
@@ -165,6 +183,20 @@ def load(root: Path) -> Ratings:
     return _parsed(data, source)
 
 
+def made_up(users: int = 60, items: int = 40, factors: int = 2, seed: int = 0) -> Ratings:
+    """Draws ratings of users with tastes: mean, biases, a few factors and noise, rounded."""
+    random = np.random.default_rng(seed)
+    of_users, of_items = random.normal(size=(users, factors)), random.normal(size=(items, factors))
+    biases = 0.4 * random.normal(size=(users, 1)) + 0.4 * random.normal(size=items)
+    values = 3.4 + biases + 0.6 * of_users @ of_items.T + 0.5 * random.normal(size=(users, items))
+    values = values.round().clip(LOWEST, HIGHEST)
+    found = {}
+    for user in range(users):
+        rated = random.permutation(items)[: random.integers(items // 2, items)]
+        found.update({(str(user + 1), str(item + 1)): float(values[user, item]) for item in rated})
+    return _ratings("made-up ratings", found)
+
+
 def split(
     ratings: Ratings,
     seed: int,
@@ -172,7 +204,6 @@ def split(
     tasks: int,
     validation_users: int,
     test_users: int,
-    of: str,
     held_out: int,
     shot_pool: int,
     validation_share: float,
@@ -188,10 +219,10 @@ def split(
         seed: of the trial.
         tasks: number of retraining users.
         validation_users, test_users: how many of each.
-        of: "test" or "validation", the unseen users.
-        held_out: an unseen user's ratings held out, at least.
-        shot_pool: ratings of an unseen user that shots are drawn from, at most.
-        validation_share: part of each retraining user's ratings held out to choose the epoch by.
+        held_out: ratings of an unseen user that are held out, at least.
+        shot_pool: ratings of an unseen user that shots are drawn from, at most; the user's other
+            ratings are held out.
+        validation_share: part of each retraining user's ratings to choose the epoch by.
 
     Raises:
         RunError: there are not as many users.
@@ -204,20 +235,23 @@ def split(
             "Else lower --tasks, --validation-users or --test-users"
         )
     every = _shuffled(torch.arange(ratings.num_users), derive_seed("validation users", 0))
-    validation, others = every[:validation_users], every[validation_users:]
+    choosing, others = every[:validation_users], every[validation_users:]
     others = _shuffled(others, derive_seed("users", seed))
     test, retraining = others[:test_users], others[test_users : test_users + tasks]
-    unseen = (test if of == "test" else validation).sort().values
     places, counts = _places(ratings, derive_seed("ratings", seed))
-    train = counts - (counts * validation_share).round().long().clamp_min(1)
-    seen = places < train[ratings.users]
+    kept = counts - (counts * validation_share).round().long().clamp_min(1)
+    trained_on = places < kept[ratings.users]
+
+    def unseen(users: Tensor) -> Unseen:
+        users = users.sort().values
+        available = (counts[users] - held_out).clamp(0, shot_pool)
+        return Unseen(users, available, ratings, places)
+
     return Split(
-        _part(ratings, retraining, seen),
-        _part(ratings, retraining, ~seen),
-        unseen,
-        (counts[unseen] - held_out).clamp(0, shot_pool),
-        ratings,
-        places,
+        _part(ratings, retraining, trained_on),
+        _part(ratings, retraining, ~trained_on),
+        unseen(test),
+        unseen(choosing),
     )
 
 

@@ -1,0 +1,202 @@
+"""Retraining on the ratings of some users, and fine-tuning for others."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from experiments.lib import training
+from experiments.ratings import baselines
+from experiments.ratings.data import HIGHEST, LOWEST, Part, Ratings, split
+from experiments.ratings.model import ADAPTED, HEADS, RatingNet
+from experiments.ratings.settings import PART_OF, USER_BIAS, RatingsSettings
+from experiments.ratings.summary import OVER_RATINGS, RMSE
+from metalora.adapters import LoRAConfig
+from metalora.meta import Batch, Callback, Result, RoundLoader, derive_seed, evaluate
+
+Row = dict[str, Any]
+
+
+def squared_error(outputs: Tensor, batch: Batch) -> Tensor:
+    """Returns the squared error of each rating, [B]."""
+    return (outputs - batch.targets) ** 2
+
+
+def clipped_error(outputs: Tensor, batch: Batch) -> Tensor:
+    """Returns the squared error [B] of the nearest ratings that can be given."""
+    return squared_error(outputs.clamp(LOWEST, HIGHEST), batch)
+
+
+class Trials(training.Trials[Part]):
+    """A trial: its users and their ratings, with a number of retraining users.
+
+    Args:
+        settings: resolved settings.
+        ratings: all ratings.
+        tasks: number of retraining users.
+        seed: of the trial.
+        device: where to train.
+
+    Raises:
+        RunError: there are not as many users.
+    """
+
+    heads = HEADS
+    with_head = PART_OF["shared_head"]
+    fixed = {"schedule": "cosine"}
+    inner = {"inner_optimizer": "adam"}
+    loss = {"loss": squared_error}
+    samples = "ratings"
+
+    def __init__(
+        self,
+        settings: RatingsSettings,
+        ratings: Ratings,
+        tasks: int,
+        seed: int,
+        device: torch.device,
+    ):
+        self.settings, self.tasks, self.device = settings, tasks, device
+        self.num_items = ratings.num_items
+        self._balanced = False  # whether the loss is the mean over users for standard retraining too
+        s = settings
+        found = split(
+            ratings,
+            seed,
+            tasks=tasks,
+            validation_users=s.validation_users,
+            test_users=s.test_users,
+            held_out=s.held_out,
+            shot_pool=s.shot_pool,
+            validation_share=s.validation_share,
+        )
+        self.retraining, self.validation = found.retraining, found.validation
+        self.choosing = found.choosing
+        self.unseen = found.test if s.users == "test" else found.choosing
+
+    def new_model(self, seed: int) -> RatingNet:
+        torch.manual_seed(derive_seed("model", seed))
+        mean = float(self.retraining.values.double().mean())
+        s = self.settings
+        return RatingNet(self.num_items, mean, s.embedding, s.hidden).to(self.device)
+
+    def retrain(
+        self, method: str, seed: int, *callbacks: Callback, rank: int | None = None
+    ) -> tuple[nn.Module, Result]:
+        """Returns a plain model after a retraining, with its head in the middle of the users'.
+
+        LoRA-ML of rank 0 is the same objective, the mean over users of each user's mean loss,
+        without adapters.
+        """
+        own = copy.copy(self)
+        own.settings = self.settings.of_method(method, self.tasks)
+        if method == "lora-ml" and rank == 0 and not self.settings.lora_head:
+            method, own._balanced = "standard", True
+        model, result = training.Trials.retrain(own, method, seed, *callbacks, rank=rank)
+        assert isinstance(model, RatingNet)
+        model.recentre()
+        return model, result
+
+    def finetune(
+        self, model: nn.Module, labels: training.Labels, *callbacks: Callback
+    ) -> list[Row]:
+        """Adapts the model, in place, to some ratings of each unseen user, all side by side."""
+        kind, shots = labels["finetune"], labels["shots"]
+        few, held_out = self.unseen.few(shots)
+        if kind == USER_BIAS:
+            return self._with_biases(model, shots)
+        if kind != "lora" or labels["rank"] != 0 or self.settings.lora_head:
+            own = copy.copy(self)
+            users = few.num_tasks
+            own.settings = self.settings.of_finetune(labels["method"], kind, users, shots)
+            own._finetune(model, labels, few, held_out, *callbacks)
+        return _measured(self._predict(model, held_out), held_out)
+
+    def baseline(self, name: str, shots: tuple[int, ...], seed: int) -> Iterator[Row]:
+        """Fits a baseline, and yields what it measures for each number of shots.
+
+        For each the decays, and of the factors the number, are those best for the validation users.
+        """
+        fits = list(baselines.candidates(name, self.retraining, self.num_items, seed))
+        for number in shots:
+            fit, decays = baselines.choose(fits, self.choosing, number)
+            few, held_out = self.unseen.few(number)
+            predictions = fit.predict(fit.fold_in(few, *decays), held_out)
+            for row in _measured(predictions, held_out):
+                yield {"shots": number, **row}
+
+    def _with_biases(self, model: nn.Module, shots: int) -> list[Row]:
+        """Adds a bias per user to the model; its decay is the best for the validation users."""
+
+        def predicted(users: Any, decay: float) -> tuple[np.ndarray, Part]:
+            few, held_out = users.few(shots)
+            biases = baselines.fitted_biases(self._predict(model, few), few, decay)
+            own = self._predict(model, held_out) + biases[held_out.tasks.numpy()]
+            return own.clip(LOWEST, HIGHEST), held_out
+
+        def error(decay: float) -> float:
+            return float(baselines.user_errors(*predicted(self.choosing, decay)).mean())
+
+        best = min(baselines.FOLD_IN_BIAS_DECAYS, key=error)
+        return _measured(*predicted(self.unseen, best))
+
+    def _predict(self, model: nn.Module, part: Part) -> np.ndarray:
+        """Returns the model's predictions [N], with the adapters of each user if it has any."""
+        found: list[Tensor] = []
+
+        def keep(outputs: Tensor, batch: Batch) -> Tensor:
+            found.append(outputs)
+            return outputs
+
+        evaluate(model, self._whole(part), keep)
+        return torch.cat(found).double().cpu().numpy()
+
+    def samples_per_epoch(self, method: str) -> int:
+        return len(self.retraining)
+
+    def lora(self, rank: int | None) -> LoRAConfig:
+        heads = HEADS if self.settings.lora_head else ()
+        if rank == 0:
+            return LoRAConfig(target_modules=(), heads=heads)
+        assert rank is not None
+        return LoRAConfig(rank=rank, target_modules=ADAPTED, heads=heads)
+
+    def held_out(self, part: Part) -> Callable[[nn.Module], float]:
+        """Returns the root of the mean over users of their mean squared error, less than zero."""
+        loader = self._whole(part)
+        return lambda model: -(evaluate(model, loader, clipped_error).mean ** 0.5)
+
+    def loader(self, part: Part, batch_size: int, **keywords: Any) -> RoundLoader:
+        order = keywords.pop("order", "rounds")
+        if order == "pooled":
+            batch_size = self.settings.batch_size  # in refitting the head too
+        if part is self.retraining and (order == "rounds" or self._balanced):
+            order = self.settings.order
+        device = self.device
+        return RoundLoader(
+            part.items.to(device),
+            part.values.to(device),
+            part.tasks.to(device),
+            batch_size=batch_size,
+            order=order,
+            **keywords,
+        )
+
+    def _whole(self, part: Part) -> RoundLoader:
+        """Returns a loader with all of a part in one batch, in the part's order."""
+        return self.loader(part, len(part), shuffle=False)
+
+
+def _measured(predictions: np.ndarray, part: Part) -> list[Row]:
+    """Returns the two root mean squared errors, each with the number of users."""
+    errors, counts = baselines.user_errors(predictions.clip(LOWEST, HIGHEST), part), part.counts.numpy()
+    values = {RMSE: errors.mean() ** 0.5, OVER_RATINGS: ((errors @ counts) / counts.sum()) ** 0.5}
+    return [
+        {"users": len(counts), "metric": metric, "value": float(value)}
+        for metric, value in values.items()
+    ]
