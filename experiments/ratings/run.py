@@ -31,6 +31,8 @@ from experiments.ratings.summary import COLUMNS, tables
 from experiments.ratings.trials import Trials
 
 NAME = "ratings"
+# The last layer has one output, so that adapters of rank 1 are all it can use.
+RANK_WARNING = r".*rank \d+ is above min"
 
 
 def prepare(given: RatingsSettings) -> Work:
@@ -132,8 +134,7 @@ def run_trial(folder: RunFolder, trials: Trials, trial: int) -> None:
     settings, constant = trials.settings, {"experiment": NAME}
     trainings = Trainings(folder, trials, COLUMNS, constant)
     with one_thread(), warnings.catch_warnings():
-        # The last layer has one output, so that adapters of rank 1 are all it can use.
-        warnings.filterwarnings("ignore", message=r".*rank \d+ is above min")
+        warnings.filterwarnings("ignore", message=RANK_WARNING)
         for name in settings.baselines:
             unit = f"baseline {name} {trials.tasks} {trial}"
             if not folder.done(unit):

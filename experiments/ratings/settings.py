@@ -53,7 +53,7 @@ DEFAULTS: Mapping[str, Any] = {
     "shots": (1, 2, 5, 10, 20, 50),
     "epochs": 20,
     "finetune_epochs": 30,
-    "reptile_epochs": 20,
+    "reptile_epochs": 8,
 }
 SMOKE: Mapping[str, Any] = {
     "seeds": 2,
@@ -141,9 +141,10 @@ class RatingsSettings(RetrainingSettings):
         "user's own head is a deviation",
         choices=("fresh", "retrained"),
     )
-    reptile_epochs: int = option(None, help="(default: 20)")
+    reptile_epochs: int = option(None, help="(default: 8)")
     reptile_batch_size: int = option(16384, help="ratings of a batch, all users together")
-    reptile_lr: float = option(0.5, help="of the outer SGD")
+    reptile_optimizer: str = option("sgd", help="outer", choices=("adam", "sgd"))
+    reptile_lr: float = option(0.1, help="outer")
     reptile_inner_lr: float = option(1e-2, help="of the inner Adam")
     reptile_inner_steps: int = option(4, help="per user and outer step")
 
