@@ -183,17 +183,34 @@ def load(root: Path) -> Ratings:
     return _parsed(data, source)
 
 
-def made_up(users: int = 60, items: int = 40, factors: int = 2, seed: int = 0) -> Ratings:
-    """Draws ratings of users with tastes: mean, biases, a few factors and noise, rounded."""
+def made_up(
+    users: int = 60,
+    items: int = 40,
+    *,
+    biases: float = 0.4,
+    tastes: float = 0.6,
+    noise: float = 0.5,
+    seed: int = 0,
+) -> Ratings:
+    """Draws ratings 3 + b_u + b_i + p_u · q_i + noise with two factors, rounded; half are missing.
+
+    Args:
+        users, items: how many.
+        biases, tastes, noise: standard deviation of each b, of the factors' part per factor, and
+            of the noise.
+        seed: of all that is drawn.
+    """
     random = np.random.default_rng(seed)
-    of_users, of_items = random.normal(size=(users, factors)), random.normal(size=(items, factors))
-    biases = 0.4 * random.normal(size=(users, 1)) + 0.4 * random.normal(size=items)
-    values = 3.4 + biases + 0.6 * of_users @ of_items.T + 0.5 * random.normal(size=(users, items))
-    values = values.round().clip(LOWEST, HIGHEST)
-    found = {}
-    for user in range(users):
-        rated = random.permutation(items)[: random.integers(items // 2, items)]
-        found.update({(str(user + 1), str(item + 1)): float(values[user, item]) for item in rated})
+    of_users, of_items = random.normal(size=(users, 2)), random.normal(size=(items, 2))
+    every = biases * (random.normal(size=(users, 1)) + random.normal(size=items))
+    every += 3 + tastes * of_users @ of_items.T + noise * random.normal(size=(users, items))
+    values = every.round().clip(LOWEST, HIGHEST)
+    rated = random.random((users, items)).argsort(1)[:, : items // 2 + 1]
+    found = {
+        (str(user + 1), str(item + 1)): float(values[user, item])
+        for user in range(users)
+        for item in rated[user]
+    }
     return _ratings("made-up ratings", found)
 
 

@@ -85,7 +85,8 @@ def check(settings: RatingsSettings, ratings: Ratings, device: torch.device) -> 
     Raises:
         RunError: there are too few users or ratings, or a rank is too large for the model.
     """
-    lines, most = [] if settings.data_root is None else ratings.notes(), max(settings.tasks)
+    lines = [] if settings.data_root is None else ratings.notes()
+    most, every = max(settings.tasks), settings.list_users
     for trial in settings.trials:
         trials = Trials(settings, ratings, most, trial, device)
         if trial == settings.first_seed:
@@ -94,9 +95,9 @@ def check(settings: RatingsSettings, ratings: Ratings, device: torch.device) -> 
             trials.unseen.few(shots)
             trials.choosing.few(shots)
             left_out = [ratings.user_names[user] for user in trials.unseen.too_few(shots)]
-            if not left_out or not (settings.list_users or trial == settings.first_seed):
+            if not left_out or not (every or trial == settings.first_seed):
                 continue
-            listed = ": " + " ".join(left_out) if settings.list_users else "; --list-users lists them"
+            listed = ": " + " ".join(left_out) if every else "; --list-users lists them"
             lines.append(
                 f"note: trial {trial}, {shots} shots: {len(left_out)} of "
                 f"{len(trials.unseen.users)} users are left out, who have fewer than "

@@ -29,10 +29,10 @@ USER_BIAS = "user-bias"  # beside the fine-tunings, a bias per user in closed fo
 
 # What stands for None in the retrainings, by method.
 CHOSEN: Mapping[str, Mapping[str, Any]] = {
-    "standard": {"weight_decay": 1e-3},
-    "lora-ml": {"weight_decay": 1e-3, "adapter_weight_decay": 0.3},
-    "last-layer-ml": {"weight_decay": 1e-3, "adapter_weight_decay": 0.3},
-    "reptile": {"weight_decay": 1e-3},
+    "standard": {"weight_decay": 0.6},
+    "lora-ml": {"weight_decay": 0.2, "adapter_weight_decay": 0.03},
+    "last-layer-ml": {"weight_decay": 2.0, "adapter_weight_decay": 0.1},
+    "reptile": {"weight_decay": 0.6},
 }
 # What stands for None in the fine-tunings, by method and fine-tuning.
 FINETUNED: Mapping[tuple[str, str], float] = {
@@ -71,8 +71,13 @@ SMOKE: Mapping[str, Any] = {
 class RatingsSettings(RetrainingSettings):
     """Settings of one run; None stands for what was chosen for the method, or for ``--smoke``.
 
-    Decay of adapters and heads is that of the task's own loss, the mean over its ratings, whatever
-    the number of tasks that are trained side by side.
+    Retraining minimises, over T users with a mean squared error L_t over the ratings of each,
+
+        Σ_t L_t(W, θ_t) + weight_decay / 2 |W|² + adapter_weight_decay / 2 Σ_t |θ_t|²,
+
+    standard retraining without θ_t and with a mean over all ratings alike. Dividing by T gives the
+    mean that is trained, with decays of 1 / T of these: they mean the same for any T. The decay of
+    fine-tuning is that of the sum of a user's squared errors, whatever the number of shots.
     """
 
     command: ClassVar[str] = "ratings"
@@ -123,17 +128,19 @@ class RatingsSettings(RetrainingSettings):
     order: str = option(
         "proportional",
         help="lora-ml, last-layer-ml, reptile: batches of every user in proportion to the number "
-        "of ratings, or of --batch-size ratings of each user while there are any",
+        "of ratings, or of as many ratings of each user as there are left",
         choices=("proportional", "rounds"),
     )
     epochs: int = option(None, help="of retraining (default: 20)")
-    batch_size: int = option(4096, help="ratings of a batch, all users together")
+    batches: int = option(16, help="of an epoch, whatever the number of users")
     lr: float = option(1e-2, help="of retraining")
-    weight_decay: float | None = option(None, help="of the shared weights (default: see CHOSEN)")
+    weight_decay: float | None = option(
+        None, help="of the shared weights (default: chosen for each method)"
+    )
     finetune_epochs: int = option(None, help="steps of fine-tuning (default: 30)")
     finetune_lr: float = option(2e-2, help="of fine-tuning")
     finetune_weight_decay: float | None = option(
-        None, help="of fine-tuning on one rating; on n it is this / n (default: see FINETUNED)"
+        None, help="of a user's adapters or head (default: chosen for each method)"
     )
     finetune_head: str = option(
         "retrained",
@@ -142,7 +149,7 @@ class RatingsSettings(RetrainingSettings):
         choices=("fresh", "retrained"),
     )
     reptile_epochs: int = option(None, help="(default: 8)")
-    reptile_batch_size: int = option(16384, help="ratings of a batch, all users together")
+    reptile_batches: int = option(4, help="of an epoch")
     reptile_optimizer: str = option("sgd", help="outer", choices=("adam", "sgd"))
     reptile_lr: float = option(0.1, help="outer")
     reptile_inner_lr: float = option(1e-2, help="of the inner Adam")
@@ -169,6 +176,11 @@ class RatingsSettings(RetrainingSettings):
                 )
 
     @property
+    def batch_size(self) -> int:
+        """Returns a placeholder: `Trials.loader` counts the batches of a retraining instead."""
+        return 1
+
+    @property
     def finetune_batch_size(self) -> int:
         """Returns the ratings of a user in a step of fine-tuning: all that there are."""
         return self.shot_pool
@@ -188,13 +200,13 @@ class RatingsSettings(RetrainingSettings):
         """Returns these settings with what was chosen for a method, for so many users."""
         missing = {k: v for k, v in CHOSEN[method].items() if getattr(self, k) is None}
         if method == "reptile":
-            missing["batch_size"] = self.reptile_batch_size
+            missing["batches"] = self.reptile_batches
         filled = dataclasses.replace(self, **missing)
-        if filled.adapter_weight_decay is None:
-            return filled
-        # Each user's loss is 1 / tasks of the whole.
-        decay = filled.adapter_weight_decay / tasks
-        return dataclasses.replace(filled, adapter_weight_decay=decay)
+        decays = {"weight_decay": filled.weight_decay / tasks}
+        decays["finetune_weight_decay"] = decays["weight_decay"]  # of a shared head, to be refitted
+        if filled.adapter_weight_decay is not None:
+            decays["adapter_weight_decay"] = filled.adapter_weight_decay / tasks
+        return dataclasses.replace(filled, **decays)
 
     def of_finetune(self, method: str, kind: str, users: int, shots: int) -> RatingsSettings:
         """Returns these settings with what was chosen for a fine-tuning on some shots."""
@@ -214,6 +226,6 @@ PART_OF = part_of(
         "lora_head": ("lora-ml", "lora"),
         "finetune_head": FINETUNES,
         **dict.fromkeys(("finetune_epochs", "finetune_lr", "finetune_weight_decay"), FINETUNES),
-        **dict.fromkeys(("epochs", "batch_size", "weight_decay"), METHODS),
+        **dict.fromkeys(("epochs", "batches", "weight_decay"), METHODS),
     },
 )

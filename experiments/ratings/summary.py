@@ -58,7 +58,10 @@ def tables(rows: Sequence[Mapping[str, str]]) -> str:
     for tasks, shots in dict.fromkeys((line["tasks"], line["shots"]) for line in lines):
         block = [line for line in lines if (line["tasks"], line["shots"]) == (tasks, shots)]
         trials, users = block[0]["trials"], block[0]["users"]
-        text.append(f"{tasks} retraining users, {shots} shots ({users} users, {trials} trials)")
+        text.append(
+            f"{tasks} retraining users, {shots} shots ({users} users, "
+            f"{trials} trial{'s' if trials != 1 else ''})"
+        )
         text.append(
             f"{'retraining':<14} {'fine-tuning':<11} {'rank':>4} {'RMSE':>15} {'by ratings':>15}  "
             f"{'less standard before the same fine-tuning':<46}  less matrix factorisation"

@@ -173,10 +173,11 @@ class Trials(training.Trials[Part]):
 
     def loader(self, part: Part, batch_size: int, **keywords: Any) -> RoundLoader:
         order = keywords.pop("order", "rounds")
-        if order == "pooled":
-            batch_size = self.settings.batch_size  # in refitting the head too
-        if part is self.retraining and (order == "rounds" or self._balanced):
-            order = self.settings.order
+        if part is self.retraining:
+            if order == "rounds" or self._balanced:
+                order = self.settings.order
+            whole = len(part) if order in ("proportional", "pooled") else int(part.counts.max())
+            batch_size = -(-whole // self.settings.batches)
         device = self.device
         return RoundLoader(
             part.items.to(device),

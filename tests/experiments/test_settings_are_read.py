@@ -33,6 +33,11 @@ EXPERIMENTS: dict[str, tuple[str, str, list[str]]] = {
         "VISION",
         ["--data", "digits", "--shots", "4", "--seeds", "1"],
     ),
+    "ratings": (
+        "experiments.ratings.run",
+        "RATINGS",
+        ["--seeds", "1", "--tasks", "12", "--shots", "3"],
+    ),
     "language": (
         "experiments.language.run",
         "LANGUAGE",
