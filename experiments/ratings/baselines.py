@@ -58,6 +58,10 @@ class Factors:
         return np.clip(self.mean + self.biases[items] + own, LOWEST, HIGHEST)
 
 
+# A fit to choose, and the decays of its fold-in: bias_decay and decay.
+Candidate = tuple[Factors, Sequence[tuple[float, float]]]
+
+
 def factorize(
     part: Part, num_items: int, rank: int, bias_decay: float, decay: float, seed: int
 ) -> Factors:
@@ -74,9 +78,7 @@ def factorize(
     return Factors(mean, items[:, 0], items[:, 1:])
 
 
-def candidates(
-    name: str, part: Part, num_items: int, seed: int
-) -> Iterator[tuple[Factors, Sequence[tuple[float, float]]]]:
+def candidates(name: str, part: Part, num_items: int, seed: int) -> Iterator[Candidate]:
     """Yields the fits to choose from, each with the (bias_decay, decay) of the fold-in to try.
 
     Args:
@@ -96,7 +98,7 @@ def candidates(
 
 
 def choose(
-    fits: Sequence[tuple[Factors, Sequence[tuple[float, float]]]], users: Unseen, shots: int
+    fits: Sequence[Candidate], users: Unseen, shots: int
 ) -> tuple[Factors, tuple[float, float]]:
     """Returns the fit, and the decays of its fold-in, with the lowest error on some users."""
     few, held_out = users.few(shots)

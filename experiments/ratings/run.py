@@ -17,7 +17,15 @@ from tqdm import tqdm
 from experiments.lib.experiment import Experiment, Work, command
 from experiments.lib.machine import choose_device, one_thread
 from experiments.lib.runs import RunFolder
-from experiments.lib.training import Labels, Trainings, check_rank, row
+from experiments.lib.retrained import RetrainedModels
+from experiments.lib.training import (
+    Labels,
+    Trainings,
+    check_rank,
+    open_retrained,
+    row,
+    unit_name,
+)
 from experiments.lib.unused import unused
 from experiments.ratings.data import Ratings, load, made_up
 from experiments.ratings.settings import (
@@ -41,13 +49,23 @@ def prepare(given: RatingsSettings) -> Work:
     settings = given.resolved(device.type)
     ratings = load_ratings(settings)
     notes = [*unused(given, PART_OF, given.kinds()), *check(settings, ratings, device)]
+    retrainings = [
+        labels
+        for trial in settings.trials
+        for tasks in settings.tasks
+        for phase, labels in plan(settings, tasks, trial)
+        if phase == "retrain"
+    ]
+    data = {"ratings": ratings.sha256}
+    source = open_retrained(settings, NAME, PART_OF, retrainings, data)
 
     def run(folder: RunFolder) -> None:
         folder.add_data("ratings", ratings.sha256)
         folder.note(**facts(settings))
         for trial in tqdm(settings.trials, desc=NAME, unit="trial", disable=None):
             for tasks in settings.tasks:
-                run_trial(folder, Trials(settings, ratings, tasks, trial, device), trial)
+                trials = Trials(settings, ratings, tasks, trial, device)
+                run_trial(folder, trials, trial, source)
 
     def figures(folder: RunFolder) -> list[Path]:
         from experiments.ratings.figures import draw  # matplotlib takes a second to import
@@ -130,19 +148,22 @@ def plan(settings: RatingsSettings, tasks: int, trial: int) -> Iterator[tuple[st
                         yield "finetune", {**labels, "shots": shots, "trial": trial}
 
 
-def run_trial(folder: RunFolder, trials: Trials, trial: int) -> None:
+def run_trial(
+    folder: RunFolder, trials: Trials, trial: int, source: RetrainedModels | None
+) -> None:
     """Does what the folder does not hold yet of a trial with a number of retraining users."""
     settings, constant = trials.settings, {"experiment": NAME}
-    trainings = Trainings(folder, trials, COLUMNS, constant)
+    trainings = Trainings(folder, trials, COLUMNS, constant, source)
     with one_thread(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=RANK_WARNING)
         for name in settings.baselines:
-            unit = f"baseline {name} {trials.tasks} {trial}"
-            if not folder.done(unit):
-                same = {**constant, "method": name, "tasks": trials.tasks, "trial": trial}
-                found = trials.baseline(name, settings.shots, trial)
-                folder.add_rows([row(COLUMNS, {**same, **values}) for values in found])
-                folder.mark_done(unit)
+            for shots in settings.shots:
+                labels = {"method": name, "tasks": trials.tasks, "shots": shots, "trial": trial}
+                unit = unit_name("baseline", labels)
+                if not folder.done(unit):
+                    same, found = {**constant, **labels}, trials.baseline(name, shots, trial)
+                    folder.add_rows([row(COLUMNS, {**same, **values}) for values in found])
+                    folder.mark_done(unit)
         for phase, labels in plan(settings, trials.tasks, trial):
             if phase == "retrain":
                 model = trainings.retrained(labels)

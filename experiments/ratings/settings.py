@@ -95,15 +95,19 @@ class RatingsSettings(RetrainingSettings):
         choices=("test", "validation"),
     )
     baselines: tuple[str, ...] = option(
-        (ALL,), help="of recommender systems", choices=(*BASELINES, ALL, NONE)
+        (ALL,), help="of recommender systems", choices=(*BASELINES, ALL, NONE), extends=True
     )
     tasks: tuple[int, ...] = option(
-        None, help="retraining users; several numbers are run one by one (default: 640)"
+        None,
+        help="retraining users; several numbers are run one by one (default: 640)",
+        extends=True,
     )
     validation_users: int = option(None, help="the same in every trial (default: 100)")
     test_users: int = option(None, help="unseen users (default: 203)")
     shots: tuple[int, ...] = option(
-        None, help="ratings of an unseen user to fine-tune on (default: 1 2 5 10 20 50)"
+        None,
+        help="ratings of an unseen user to fine-tune on (default: 1 2 5 10 20 50)",
+        extends=True,
     )
     shot_pool: int = option(
         50, help="ratings of an unseen user that shots are drawn from, at most; the others are "
@@ -122,7 +126,9 @@ class RatingsSettings(RetrainingSettings):
     embedding: int = option(16, help="size of an item's embedding")
     hidden: int = option(32, help="size of the hidden layer")
     rank: tuple[int, ...] = option(
-        (2,), help="of LoRA, on both linear layers; several are run one by one; 0: no adapters"
+        (2,),
+        help="of LoRA, on both linear layers; several are run one by one; 0: no adapters",
+        extends=True,
     )
     lora_head: bool = option(False, help="beside LoRA, a last layer per user")
     order: str = option(
@@ -165,6 +171,11 @@ class RatingsSettings(RetrainingSettings):
         for name in ("tasks", "shots", "rank"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, unique(getattr(self, name)))
+        if self.equal_steps:
+            raise ValueError(
+                "argument --equal-steps: all methods take --batches steps an epoch here, except "
+                "reptile; leave it out"
+            )
         if self.validation_share >= 1:
             raise ValueError(
                 f"argument --validation-share: must be below 1, got {self.validation_share}"
@@ -224,8 +235,6 @@ PART_OF = part_of(
         "shared_head": ("last-layer-ml",),
         "rank": ("lora-ml", "lora"),
         "lora_head": ("lora-ml", "lora"),
-        "finetune_head": FINETUNES,
-        **dict.fromkeys(("finetune_epochs", "finetune_lr", "finetune_weight_decay"), FINETUNES),
         **dict.fromkeys(("epochs", "batches", "weight_decay"), METHODS),
     },
 )

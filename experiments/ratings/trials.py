@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,8 @@ class Trials(training.Trials[Part]):
     ):
         self.settings, self.tasks, self.device = settings, tasks, device
         self.num_items = ratings.num_items
-        self._balanced = False  # whether the loss is the mean over users for standard retraining too
+        self._balanced = False  # whether the loss is the mean over users in standard retraining too
+        self._fits: dict[str, list[baselines.Candidate]] = {}
         s = settings
         found = split(
             ratings,
@@ -114,21 +115,21 @@ class Trials(training.Trials[Part]):
             own = copy.copy(self)
             users = few.num_tasks
             own.settings = self.settings.of_finetune(labels["method"], kind, users, shots)
-            own._finetune(model, labels, few, held_out, *callbacks)
+            last = own.settings.finetune_epochs
+            own._finetune(model, labels, few, held_out, *callbacks, validate_every=last)
         return _measured(self._predict(model, held_out), held_out)
 
-    def baseline(self, name: str, shots: tuple[int, ...], seed: int) -> Iterator[Row]:
-        """Fits a baseline, and yields what it measures for each number of shots.
+    def baseline(self, name: str, shots: int, seed: int) -> list[Row]:
+        """Fits a baseline, and folds the unseen users in with some ratings of each.
 
-        For each the decays, and of the factors the number, are those best for the validation users.
+        The decays, and the number of factors, are those best for the validation users.
         """
-        fits = list(baselines.candidates(name, self.retraining, self.num_items, seed))
-        for number in shots:
-            fit, decays = baselines.choose(fits, self.choosing, number)
-            few, held_out = self.unseen.few(number)
-            predictions = fit.predict(fit.fold_in(few, *decays), held_out)
-            for row in _measured(predictions, held_out):
-                yield {"shots": number, **row}
+        if name not in self._fits:
+            fits = baselines.candidates(name, self.retraining, self.num_items, seed)
+            self._fits[name] = list(fits)
+        fit, decays = baselines.choose(self._fits[name], self.choosing, shots)
+        few, held_out = self.unseen.few(shots)
+        return _measured(fit.predict(fit.fold_in(few, *decays), held_out), held_out)
 
     def _with_biases(self, model: nn.Module, shots: int) -> list[Row]:
         """Adds a bias per user to the model; its decay is the best for the validation users."""

@@ -83,7 +83,7 @@ def test_factors_find_tastes_that_biases_cannot() -> None:
     errors = {}
     of = trials(made_up(80, 40, biases=0, tastes=1.0, noise=0.2), tasks=(60,), shots=(10,))
     for name in ("global-mean", "biases", "factors"):
-        rows = list(of.baseline(name, (10,), 0))
+        rows = of.baseline(name, 10, 0)
         errors[name] = next(r["value"] for r in rows if r["metric"] == RMSE)
     assert errors["factors"] < 0.8 * errors["biases"]
     values = of.unseen.few(10)[1].values.double()
