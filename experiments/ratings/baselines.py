@@ -28,7 +28,8 @@ START = 0.1  # standard deviation of the random start of the items' factors
 # What is tried on validation users.
 BIAS_DECAYS = (2.0, 5.0, 10.0)
 RANKS, DECAYS = (2, 4, 8, 16), (10.0, 20.0, 40.0)
-FOLD_IN_BIAS_DECAYS, FOLD_IN_DECAYS = (1.0, 2.0, 5.0, 10.0, 20.0), (2.0, 5.0, 10.0, 20.0, 40.0)
+FOLD_IN_BIAS_DECAYS, FOLD_IN_DECAYS = (1.0, 2.0, 5.0, 10.0, 20.0), (2.0, 5.0, 10.0, 20.0)
+Decays = Sequence[tuple[float, float]]  # bias_decay and decay
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,17 @@ class Factors:
 
     def fold_in(self, shots: Part, bias_decay: float, decay: float) -> np.ndarray:
         """Returns (b_u, p_u) [U, 1 + k] of the users whose ratings are given."""
+        return _solved(*self._normal(shots), bias_decay, decay)
+
+    def fold_ins(self, shots: Part, decays: Decays) -> Iterator[np.ndarray]:
+        """Yields what `fold_in` returns, for each pair of decays."""
+        normal = self._normal(shots)
+        for each in decays:
+            yield _solved(*normal, *each)
+
+    def _normal(self, shots: Part) -> tuple[np.ndarray, np.ndarray]:
         rated, targets = _matrices(shots, len(self.biases), self.mean)
-        targets -= rated * self.biases
-        return _ridge(rated, targets, _with_ones(self.factors), bias_decay, decay)
+        return _normal(rated, targets - rated * self.biases, _with_ones(self.factors))
 
     def predict(self, of_users: np.ndarray, part: Part) -> np.ndarray:
         """Returns the predictions [N] for the ratings of a part, with (b_u, p_u) of its users."""
@@ -58,8 +67,7 @@ class Factors:
         return np.clip(self.mean + self.biases[items] + own, LOWEST, HIGHEST)
 
 
-# A fit to choose, and the decays of its fold-in: bias_decay and decay.
-Candidate = tuple[Factors, Sequence[tuple[float, float]]]
+Candidate = tuple[Factors, Decays]  # a fit to choose, and the decays of its fold-in
 
 
 def factorize(
@@ -72,9 +80,11 @@ def factorize(
     items = np.concatenate([np.zeros((num_items, 1)), start], axis=1)  # (b_i, q_i)
     for _ in range(STEPS):
         targets = values - rated * items[:, 0]
-        users = _ridge(rated, targets, _with_ones(items[:, 1:]), bias_decay, decay)  # (b_u, p_u)
+        normal = _normal(rated, targets, _with_ones(items[:, 1:]))
+        users = _solved(*normal, bias_decay, decay)  # (b_u, p_u)
         targets = (values - rated * users[:, :1]).T
-        items = _ridge(rated.T, targets, _with_ones(users[:, 1:]), bias_decay, decay)
+        normal = _normal(rated.T, targets, _with_ones(users[:, 1:]))
+        items = _solved(*normal, bias_decay, decay)
     return Factors(mean, items[:, 0], items[:, 1:])
 
 
@@ -104,8 +114,9 @@ def choose(
     few, held_out = users.few(shots)
     tried = [(fit, decays) for fit, every in fits for decays in every]
     errors = [
-        user_errors(fit.predict(fit.fold_in(few, *decays), held_out), held_out).mean()
-        for fit, decays in tried
+        user_errors(fit.predict(of_users, held_out), held_out).mean()
+        for fit, every in fits
+        for of_users in fit.fold_ins(few, every)
     ]
     return tried[int(np.argmin(errors))]
 
@@ -116,9 +127,7 @@ def user_errors(predictions: np.ndarray, part: Part) -> np.ndarray:
     return np.bincount(part.tasks.numpy(), errors) / part.counts.numpy()
 
 
-def fitted_biases(
-    predictions: np.ndarray, few: Part, bias_decay: float
-) -> np.ndarray:
+def fitted_biases(predictions: np.ndarray, few: Part, bias_decay: float) -> np.ndarray:
     """Returns the users' biases [U] beside predictions [N]: Σ residuals / (n_u + bias_decay)."""
     residuals = few.values.numpy() - predictions
     return np.bincount(few.tasks.numpy(), residuals) / (few.counts.numpy() + bias_decay)
@@ -139,24 +148,29 @@ def _with_ones(factors: np.ndarray) -> np.ndarray:
     return np.concatenate([np.ones((len(factors), 1)), factors], axis=1)
 
 
-def _ridge(
-    rated: np.ndarray, targets: np.ndarray, features: np.ndarray, bias_decay: float, decay: float
-) -> np.ndarray:
-    """Solves a ridge regression for each row.
+def _normal(
+    rated: np.ndarray, targets: np.ndarray, features: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the normal equations of a regression for each row: [R, 1 + k, 1 + k], [R, 1 + k].
 
     Args:
         rated: [R, C], 1 where the row has a target for that column's features, else 0.
         targets: [R, C], 0 where there is none.
         features: [C, 1 + k], the first for the bias.
-        bias_decay, decay: of the first coefficient, and of each other.
-
-    Returns:
-        The coefficients [R, 1 + k]; 0 for a row without targets.
     """
     width = features.shape[1]
-    if np.isinf(bias_decay):
-        return np.zeros((len(rated), width))
     pairs = (features[:, :, None] * features[:, None, :]).reshape(len(features), -1)
-    gram = (rated @ pairs).reshape(-1, width, width)
-    penalty = np.diag([bias_decay] + [decay] * (width - 1))
-    return np.linalg.solve(gram + penalty, (targets @ features)[:, :, None])[:, :, 0]
+    return (rated @ pairs).reshape(-1, width, width), targets @ features
+
+
+def _solved(gram: np.ndarray, right: np.ndarray, bias_decay: float, decay: float) -> np.ndarray:
+    """Solves a ridge regression for each row; returns its coefficients [R, 1 + k].
+
+    Args:
+        gram, right: of `_normal`.
+        bias_decay, decay: of the first coefficient, and of each other; infinity leaves zeros.
+    """
+    if np.isinf(bias_decay):
+        return np.zeros_like(right)
+    penalty = np.diag([bias_decay] + [decay] * (right.shape[1] - 1))
+    return np.linalg.solve(gram + penalty, right[:, :, None])[:, :, 0]

@@ -14,7 +14,6 @@ import itertools
 import statistics
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -60,7 +59,7 @@ class ChooseSettings(RatingsSettings):
                 raise ValueError(f"argument --{flag}: the grid holds it; leave it out")
 
     def defaults(self, device_type: str) -> Mapping[str, Any]:
-        own = {"seeds": 2, "shots": (5, 20)}
+        own = {"seeds": 1, "shots": (5, 20)}
         return {**SMOKE, "seeds": 1} if self.smoke else {**DEFAULTS, **own}
 
 
@@ -132,10 +131,8 @@ class _Unit:
                 labels |= {"shots": shots, "trial": self.trial}
                 found = trials.finetune(copy.deepcopy(model), labels)
                 value = next(row["value"] for row in found if row["metric"] == RMSE)
-                row = {
-                    **{"experiment": NAME, "candidate": name(self.candidate), "metric": RMSE},
-                    **{"finetune_weight_decay": decay, "value": value, **labels},
-                }
+                row = {"experiment": NAME, "candidate": name(self.candidate), "metric": RMSE}
+                row |= {"finetune_weight_decay": decay, "value": value, **labels}
                 rows.append({column: row[column] for column in COLUMNS})
         self.folder.add_rows(rows)
         return {}
@@ -158,19 +155,20 @@ def best(
         of_candidate[line["finetune"]] = min(one, of_candidate.get(line["finetune"], one))
     chosen = {}
     for method, of_method in found.items():
-        kinds = [k for k in MADE_FOR.get(method, FINETUNES) if all(k in c for c in of_method.values())]
-
-        def error(
-            candidate: str,
-            of_method: Any = of_method,
-            kinds: Sequence[str] = kinds or FINETUNES,
-        ) -> float:
-            return statistics.fmean(of_method[candidate][k][0] for k in kinds if k in of_method[candidate])
-
-        winner = min(of_method, key=error)
+        errors = {
+            candidate: statistics.fmean(_of_its_own(method, of_candidate))
+            for candidate, of_candidate in of_method.items()
+        }
+        winner = min(errors, key=errors.__getitem__)
         decays = {kind: (decay, value) for kind, (value, decay) in of_method[winner].items()}
         chosen[method] = (winner, decays)
     return chosen
+
+
+def _of_its_own(method: str, errors: Mapping[str, tuple[float, str]]) -> list[float]:
+    """Returns the errors after the fine-tunings that a method is made for, if there are any."""
+    kinds = MADE_FOR.get(method, FINETUNES)
+    return [error for kind, (error, _) in errors.items() if kind in kinds or len(errors) == 1]
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from experiments.lib import plotting
-from experiments.lib.runs import RunFolder
+from experiments.lib.runs import RunFiles
 from experiments.lib.statistics import Comparison
 from experiments.ratings.summary import RMSE, summary
 
@@ -33,7 +33,7 @@ SHOWN = (
 )
 
 
-def draw(run: RunFolder) -> list[Path]:
+def draw(run: RunFiles) -> list[Path]:
     """Draws rmse.png (over shots), tasks.png and rank.png (over several), with their numbers."""
     lines = summary(run.rows())
     if not lines:
@@ -50,7 +50,7 @@ def draw(run: RunFolder) -> list[Path]:
     return paths
 
 
-def _over_shots(run: RunFolder, lines: Lines) -> Path:
+def _over_shots(run: RunFiles, lines: Lines) -> Path:
     """Draws the RMSE less that of matrix factorisation (or as it is, without), over shots."""
     fig, ax = plt.subplots(figsize=(9.5, 6.0))
     drawn: list[Mapping[str, Any]] = []
@@ -100,9 +100,7 @@ def _curve(ax: Axes, lines: Lines, relative: bool, shift: float, **look: Any) ->
     return shown
 
 
-def _with_intervals(
-    ax: Axes, x: Sequence[float], found: Sequence[Comparison], **look: Any
-) -> None:
+def _with_intervals(ax: Axes, x: Sequence[float], found: Sequence[Comparison], **look: Any) -> None:
     """Draws differences with their intervals."""
     low, high = ([0 if math.isnan(d) else d for d in of] for of in _sides(found))
     ax.errorbar(x, [f.difference for f in found], yerr=[low, high], capsize=4, **look)
@@ -112,16 +110,16 @@ def _sides(found: Sequence[Comparison]) -> tuple[list[float], list[float]]:
     return [f.difference - f.low for f in found], [f.high - f.difference for f in found]
 
 
-def _over_tasks(run: RunFolder, lines: Lines) -> Path:
+def _over_tasks(run: RunFiles, lines: Lines) -> Path:
     return _differences(run, lines, "tasks", "retraining users", "tasks")
 
 
-def _over_ranks(run: RunFolder, lines: Lines) -> Path:
+def _over_ranks(run: RunFiles, lines: Lines) -> Path:
     of_lora = [line for line in lines if line["finetune"] == "lora"]
     return _differences(run, of_lora, "rank", "rank of LoRA", "rank")
 
 
-def _differences(run: RunFolder, lines: Lines, name: str, label: str, file: str) -> Path:
+def _differences(run: RunFiles, lines: Lines, name: str, label: str, file: str) -> Path:
     """Draws RMSE less standard retraining's over a setting, a panel per number of shots."""
     reference = f"{RMSE}_vs_standard"
     pairs = [("lora-ml", "lora"), ("last-layer-ml", "last-layer")]
@@ -132,7 +130,10 @@ def _differences(run: RunFolder, lines: Lines, name: str, label: str, file: str)
     ]
     shots = list(dict.fromkeys(line["shots"] for line in shown))
     fig, axes = plt.subplots(
-        1, max(1, len(shots)), figsize=(1.5 + 4.2 * max(1, len(shots)), 4.8), sharey=True,
+        1,
+        max(1, len(shots)),
+        figsize=(1.5 + 4.2 * max(1, len(shots)), 4.8),
+        sharey=True,
         squeeze=False,
     )
     for ax, few in zip(axes[0], shots, strict=False):

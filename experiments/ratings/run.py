@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from experiments.lib.experiment import Experiment, Work, command
+from experiments.lib.experiment import Experiment, Report, Work, command
 from experiments.lib.machine import choose_device, one_thread
-from experiments.lib.runs import RunFolder
 from experiments.lib.retrained import RetrainedModels
+from experiments.lib.runs import RunFiles, RunFolder
 from experiments.lib.training import (
     Labels,
     Trainings,
@@ -35,7 +35,7 @@ from experiments.ratings.settings import (
     USER_BIAS,
     RatingsSettings,
 )
-from experiments.ratings.summary import COLUMNS, tables
+from experiments.ratings.summary import COLUMNS, results_tables, text
 from experiments.ratings.trials import Trials
 
 NAME = "ratings"
@@ -73,7 +73,7 @@ def prepare(given: RatingsSettings) -> Work:
         return draw(folder)
 
     return Work(
-        settings, run, lambda folder: tables(folder.rows()), figures, tag=settings.users, notes=notes
+        settings, run, lambda folder: text(folder.rows()), figures, tag=settings.users, notes=notes
     )
 
 
@@ -171,11 +171,18 @@ def run_trial(
                 trainings.finetuned(labels, model)
 
 
+def _figures_of_results(run: RunFiles) -> list[Path]:
+    from experiments.ratings.figures import draw
+
+    return draw(run)
+
+
 RATINGS = Experiment(
     NAME,
     "Retrains a network on the film ratings of some users, then fine-tunes it for others on few of "
     "theirs.",
     RatingsSettings,
     prepare,
+    Report(lambda run: results_tables(run.rows()), _figures_of_results),
 )
 main = command("python -m experiments.ratings", RATINGS)

@@ -1,7 +1,7 @@
 """Settings of the ratings experiment.
 
-What stands in `CHOSEN` and `FINETUNED` was found on the validation users, who are the same in every
-trial and no test users of any, by ``python -m experiments.ratings.choose``; its `Grid` says what was
+What stands in `CHOSEN` and `FINETUNED` was found by ``python -m experiments.ratings.choose`` on the
+validation users, who are the same in every trial and no test users of any. Its grids say what was
 tried. ``--users validation`` evaluates any other setting on them.
 """
 
@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 from experiments.lib.cli import option, unique
 from experiments.lib.retraining_settings import (
     ALL,
-    FINETUNES,
     METHODS,
     NONE,
     WITH_TASKS,
@@ -110,12 +109,14 @@ class RatingsSettings(RetrainingSettings):
         extends=True,
     )
     shot_pool: int = option(
-        50, help="ratings of an unseen user that shots are drawn from, at most; the others are "
-        "held out"
+        50,
+        help="ratings of an unseen user that shots are drawn from, at most; the others are "
+        "held out",
     )
     held_out: int = option(
-        10, help="ratings of an unseen user that are held out, at least; a user without so many "
-        "beside the shots is left out"
+        10,
+        help="ratings of an unseen user that are held out, at least; a user without so many "
+        "beside the shots is left out",
     )
     validation_share: float = option(
         0.1, help="part of a retraining user's ratings that the epoch is chosen by"

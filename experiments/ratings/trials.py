@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from experiments.lib import training
 from experiments.ratings import baselines
-from experiments.ratings.data import HIGHEST, LOWEST, Part, Ratings, split
+from experiments.ratings.data import HIGHEST, LOWEST, Part, Ratings, Unseen, split
 from experiments.ratings.model import ADAPTED, HEADS, RatingNet
 from experiments.ratings.settings import PART_OF, USER_BIAS, RatingsSettings
 from experiments.ratings.summary import OVER_RATINGS, RMSE
@@ -48,9 +48,6 @@ class Trials(training.Trials[Part]):
 
     heads = HEADS
     with_head = PART_OF["shared_head"]
-    fixed = {"schedule": "cosine"}
-    inner = {"inner_optimizer": "adam"}
-    loss = {"loss": squared_error}
     samples = "ratings"
 
     def __init__(
@@ -63,6 +60,9 @@ class Trials(training.Trials[Part]):
     ):
         self.settings, self.tasks, self.device = settings, tasks, device
         self.num_items = ratings.num_items
+        self.fixed = {"schedule": "cosine"}
+        self.inner = {"inner_optimizer": "adam"}
+        self.loss = {"loss": squared_error}
         self._balanced = False  # whether the loss is the mean over users in standard retraining too
         self._fits: dict[str, list[baselines.Candidate]] = {}
         s = settings
@@ -134,17 +134,23 @@ class Trials(training.Trials[Part]):
     def _with_biases(self, model: nn.Module, shots: int) -> list[Row]:
         """Adds a bias per user to the model; its decay is the best for the validation users."""
 
-        def predicted(users: Any, decay: float) -> tuple[np.ndarray, Part]:
+        def predicted(users: Unseen) -> tuple[Callable[[float], np.ndarray], Part]:
             few, held_out = users.few(shots)
-            biases = baselines.fitted_biases(self._predict(model, few), few, decay)
-            own = self._predict(model, held_out) + biases[held_out.tasks.numpy()]
-            return own.clip(LOWEST, HIGHEST), held_out
+            of_few, own = self._predict(model, few), self._predict(model, held_out)
 
-        def error(decay: float) -> float:
-            return float(baselines.user_errors(*predicted(self.choosing, decay)).mean())
+            def with_biases(decay: float) -> np.ndarray:
+                biases = baselines.fitted_biases(of_few, few, decay)
+                return (own + biases[held_out.tasks.numpy()]).clip(LOWEST, HIGHEST)
 
-        best = min(baselines.FOLD_IN_BIAS_DECAYS, key=error)
-        return _measured(*predicted(self.unseen, best))
+            return with_biases, held_out
+
+        of_choosing, part = predicted(self.choosing)
+        best = min(
+            baselines.FOLD_IN_BIAS_DECAYS,
+            key=lambda decay: baselines.user_errors(of_choosing(decay), part).mean(),
+        )
+        of_unseen, part = predicted(self.unseen)
+        return _measured(of_unseen(best), part)
 
     def _predict(self, model: nn.Module, part: Part) -> np.ndarray:
         """Returns the model's predictions [N], with the adapters of each user if it has any."""
@@ -196,7 +202,8 @@ class Trials(training.Trials[Part]):
 
 def _measured(predictions: np.ndarray, part: Part) -> list[Row]:
     """Returns the two root mean squared errors, each with the number of users."""
-    errors, counts = baselines.user_errors(predictions.clip(LOWEST, HIGHEST), part), part.counts.numpy()
+    errors = baselines.user_errors(predictions.clip(LOWEST, HIGHEST), part)
+    counts = part.counts.numpy()
     values = {RMSE: errors.mean() ** 0.5, OVER_RATINGS: ((errors @ counts) / counts.sum()) ** 0.5}
     return [
         {"users": len(counts), "metric": metric, "value": float(value)}

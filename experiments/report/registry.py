@@ -13,6 +13,7 @@ MODULES = {
     "language": "experiments.language.run",
     "linear": "experiments.synthetic.linear.run",
     "phase": "experiments.synthetic.phase.run",
+    "ratings": "experiments.ratings.run",
     "shallow": "experiments.synthetic.shallow.run",
     "theory": "experiments.theory.run",
     "vision": "experiments.vision.run",

@@ -159,7 +159,9 @@ def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
         *((m, "lora", rank) for m in ("lora-ml", "standard") for rank in ("0", "2")),
         *((m, kind, "") for m in ("lora-ml", "standard") for kind in ("last-layer", "user-bias")),
     }
-    assert {r["tasks"] for r in measured} == {"12", "24"} and {r["users"] for r in measured} == {"10"}
+    assert {r["tasks"] for r in measured} == {"12", "24"} and {r["users"] for r in measured} == {
+        "10"
+    }
     assert all(0 < float(r["value"]) < 4 for r in rows if r["metric"] in (RMSE, OVER_RATINGS))
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["data"] == {"ratings": made_up().sha256}
@@ -167,7 +169,7 @@ def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for name in ("rmse", "tasks", "rank"):
         assert (out / f"{name}.png").stat().st_size > 10_000
         assert (out / f"{name}.csv").read_text().count("\n") > 1
-    assert "24 retraining users, 3 shots (10 users, 1 trial)" in printed.out
+    assert "Unseen users: 10 at 3 shots" in printed.out
     assert printed.err == ""
 
 

@@ -45,7 +45,10 @@ def test_each_form_gives_the_same_ratings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (HEADER + LINES + "3\t4\t6\t1\n", r"line 5: the rating must be a number from 1 to 5, got '6'"),
+        (
+            HEADER + LINES + "3\t4\t6\t1\n",
+            r"line 5: .* must be a number from 1 to 5, got '6'",
+        ),
         (HEADER + LINES + "3\t4\t0.5\t1\n", r"line 5: the rating must be .*, got '0.5'"),
         (HEADER + LINES + "3\t4\tnan\t1\n", r"line 5: the rating must be .*, got 'nan'"),
         (HEADER + LINES + "3\t4\tgood\t1\n", r"line 5: the rating must be .*, got 'good'"),
@@ -71,9 +74,9 @@ def test_what_is_wrong_with_a_file_is_said_with_its_line(
 
 
 def test_what_cannot_be_read_at_all(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nowhere does not exist; give ml-100k.inter or u.data"):
+    with pytest.raises(DataError, match=r"nowhere does not exist; give ml-100k\.inter or u\.data"):
         load(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="neither ml-100k.inter nor u.data is there"):
+    with pytest.raises(DataError, match=r"neither ml-100k\.inter nor u\.data is there"):
         load(tmp_path)
     binary = tmp_path / "binary"
     binary.write_bytes(b"a\tb\n\xff\xfe\n")
@@ -131,9 +134,7 @@ def test_shots_grow_and_held_out_ratings_stay() -> None:
 
 def test_users_with_too_few_ratings_are_left_out(tmp_path: Path) -> None:
     lines = [
-        f"{user}\t{item}\t3\t0\n"
-        for user in range(90)
-        for item in range(31 if user < 30 else 16)
+        f"{user}\t{item}\t3\t0\n" for user in range(90) for item in range(31 if user < 30 else 16)
     ]
     ratings = load(written(tmp_path, "".join(lines), "u.data"))
     found = parts(ratings, tasks=60, test_users=20, held_out=10, shot_pool=20).test
@@ -148,7 +149,7 @@ def test_users_with_too_few_ratings_are_left_out(tmp_path: Path) -> None:
 
 
 def test_too_few_users() -> None:
-    with pytest.raises(RunError, match="118 users are needed .* but made-up ratings has 50"):
+    with pytest.raises(RunError, match=r"118 users are needed .* but made-up ratings has 50"):
         parts(made_up(50, 30), tasks=100)
 
 
