@@ -115,7 +115,7 @@ class _Unit:
     ratings: Ratings
     device: torch.device
     method: str
-    candidate: Mapping[str, float]
+    candidate: Mapping[str, Any]
     trial: int
 
     def __call__(self) -> dict[str, str]:
@@ -127,13 +127,17 @@ class _Unit:
         for kind in s.finetune:
             for decay, shots in itertools.product(FINETUNE_GRID[kind], s.shots):
                 trials.settings = dataclasses.replace(s, finetune_weight_decay=decay)
-                labels = {"method": self.method, "finetune": kind, "rank": rank}
+                labels: dict[str, Any] = {"method": self.method, "finetune": kind, "rank": rank}
                 labels |= {"shots": shots, "trial": self.trial}
                 found = trials.finetune(copy.deepcopy(model), labels)
                 value = next(row["value"] for row in found if row["metric"] == RMSE)
-                row = {"experiment": NAME, "candidate": name(self.candidate), "metric": RMSE}
-                row |= {"finetune_weight_decay": decay, "value": value, **labels}
-                rows.append({column: row[column] for column in COLUMNS})
+                labels |= {"experiment": NAME, "candidate": name(self.candidate), "metric": RMSE}
+                rows.append(
+                    {
+                        c: {**labels, "finetune_weight_decay": decay, "value": value}[c]
+                        for c in COLUMNS
+                    }
+                )
         self.folder.add_rows(rows)
         return {}
 

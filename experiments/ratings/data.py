@@ -320,16 +320,16 @@ def _parsed(data: bytes, source: str) -> Ratings:
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{source}, line {line}: is no text; give {INTER} or {DATA}") from None
+        number = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{source}, line {number}: is no text; give {INTER} or {DATA}") from None
     lines = text.split("\n")
     if lines.pop() != "":  # after the last line's end
         raise DataError(
             f"{source}, line {len(lines) + 1}: has no end, so the file is cut; fetch it again"
         )
-    columns, first = COLUMNS, 1
+    columns, first = list(COLUMNS), 1
     if lines and ":" in lines[0]:
-        columns, first = tuple(lines[0].rstrip("\r").split("\t")), 2
+        columns, first = lines[0].rstrip("\r").split("\t"), 2
         _check_header(columns, source)
     at = [columns.index(name) for name in COLUMNS[:3]]
     found: dict[tuple[str, str], float] = {}

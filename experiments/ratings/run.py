@@ -158,10 +158,10 @@ def run_trial(
         warnings.filterwarnings("ignore", message=RANK_WARNING)
         for name in settings.baselines:
             for shots in settings.shots:
-                labels = {"method": name, "tasks": trials.tasks, "shots": shots, "trial": trial}
-                unit = unit_name("baseline", labels)
+                own = {"method": name, "tasks": trials.tasks, "shots": shots, "trial": trial}
+                unit = unit_name("baseline", own)
                 if not folder.done(unit):
-                    same, found = {**constant, **labels}, trials.baseline(name, shots, trial)
+                    same, found = {**constant, **own}, trials.baseline(name, shots, trial)
                     folder.add_rows([row(COLUMNS, {**same, **values}) for values in found])
                     folder.mark_done(unit)
         for phase, labels in plan(settings, trials.tasks, trial):

@@ -210,15 +210,20 @@ class RatingsSettings(RetrainingSettings):
 
     def of_method(self, method: str, tasks: int) -> RatingsSettings:
         """Returns these settings with what was chosen for a method, for so many users."""
-        missing = {k: v for k, v in CHOSEN[method].items() if getattr(self, k) is None}
+        missing: dict[str, Any] = {
+            name: value for name, value in CHOSEN[method].items() if getattr(self, name) is None
+        }
         if method == "reptile":
             missing["batches"] = self.reptile_batches
         filled = dataclasses.replace(self, **missing)
-        decays = {"weight_decay": filled.weight_decay / tasks}
-        decays["finetune_weight_decay"] = decays["weight_decay"]  # of a shared head, to be refitted
-        if filled.adapter_weight_decay is not None:
-            decays["adapter_weight_decay"] = filled.adapter_weight_decay / tasks
-        return dataclasses.replace(filled, **decays)
+        assert filled.weight_decay is not None
+        shared, own = filled.weight_decay / tasks, filled.adapter_weight_decay
+        return dataclasses.replace(
+            filled,
+            weight_decay=shared,
+            adapter_weight_decay=None if own is None else own / tasks,
+            finetune_weight_decay=shared,  # of a shared head, where it is refitted
+        )
 
     def of_finetune(self, method: str, kind: str, users: int, shots: int) -> RatingsSettings:
         """Returns these settings with what was chosen for a fine-tuning on some shots."""
