@@ -18,15 +18,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from experiments.lib.experiment import Experiment, Work, command, each_unit
+from experiments.lib.experiment import Experiment, Report, Work, command, each_unit
 from experiments.lib.machine import choose_device, one_thread
 from experiments.lib.retraining_settings import FINETUNES
 from experiments.lib.runs import RunFolder
 from experiments.lib.statistics import summarize
+from experiments.lib.tables import NAMES, Table
 from experiments.ratings.data import Ratings
 from experiments.ratings.run import RANK_WARNING, check, load_ratings
 from experiments.ratings.settings import DEFAULTS, SMOKE, RatingsSettings
-from experiments.ratings.summary import RMSE
+from experiments.ratings.summary import RMSE, as_text
 from experiments.ratings.trials import Trials
 
 NAME = "ratings-choose"
@@ -88,7 +89,7 @@ def prepare(given: ChooseSettings) -> Work:
     return Work(
         settings,
         run,
-        lambda folder: table(folder.rows()),
+        lambda folder: as_text([table(folder.rows())]),
         lambda folder: [],
         notes=notes,
     )
@@ -146,59 +147,69 @@ def _fields(settings: RatingsSettings) -> dict[str, Any]:
     return {f.name: getattr(settings, f.name) for f in dataclasses.fields(RatingsSettings)}
 
 
-def best(
-    rows: Iterable[Mapping[str, str]],
-) -> dict[str, tuple[str, dict[str, tuple[str, float]]]]:
-    """Returns by method the best candidate and, by fine-tuning, the best decay and its RMSE."""
-    # A trial's mean over its rows is the mean over shots.
-    lines = summarize(rows, ("method", "candidate", "finetune", "finetune_weight_decay"), (RMSE,))
-    found: dict[str, dict[str, dict[str, tuple[float, str]]]] = {}
-    for line in lines:
+Tried = dict[str, dict[str, dict[str, tuple[float, str]]]]
+
+
+def tried(rows: Iterable[Mapping[str, str]]) -> Tried:
+    """Returns by method, candidate and fine-tuning the lowest RMSE, and with which decay.
+
+    The RMSE is the mean over shots and trials.
+    """
+    found: Tried = {}
+    key = ("method", "candidate", "finetune", "finetune_weight_decay")
+    for line in summarize(rows, key, (RMSE,)):
         of_candidate = found.setdefault(line["method"], {}).setdefault(line["candidate"], {})
         one = (line[RMSE], line["finetune_weight_decay"])
         of_candidate[line["finetune"]] = min(one, of_candidate.get(line["finetune"], one))
+    return found
+
+
+def best(found: Tried) -> dict[str, str]:
+    """Returns the candidate chosen for each method."""
     chosen = {}
-    for method, of_method in found.items():
-        errors = {
-            candidate: statistics.fmean(_of_its_own(method, of_candidate))
-            for candidate, of_candidate in of_method.items()
+    for method, candidates_of in found.items():
+        means = {
+            candidate: statistics.fmean(
+                value
+                for kind, (value, _) in errors.items()
+                if kind in MADE_FOR.get(method, FINETUNES) or len(errors) == 1
+            )
+            for candidate, errors in candidates_of.items()
         }
-        winner = min(errors, key=errors.__getitem__)
-        decays = {kind: (decay, value) for kind, (value, decay) in of_method[winner].items()}
-        chosen[method] = (winner, decays)
+        chosen[method] = min(means, key=means.__getitem__)
     return chosen
 
 
-def _of_its_own(method: str, errors: Mapping[str, tuple[float, str]]) -> list[float]:
-    """Returns the errors after the fine-tunings that a method is made for, if there are any."""
-    kinds = MADE_FOR.get(method, FINETUNES)
-    return [error for kind, (error, _) in errors.items() if kind in kinds or len(errors) == 1]
+def table(rows: Iterable[Mapping[str, str]]) -> Table:
+    """Returns a line for each candidate."""
+    found = tried(rows)
+    chosen = best(found)
+    kinds = list(
+        dict.fromkeys(k for of in found.values() for errors in of.values() for k in errors)
+    )
+    lines = []
+    for method, candidates_of in found.items():
+        for candidate, errors in candidates_of.items():
+            cells = [f"{errors[kind][0]:.4f} ({errors[kind][1]})" for kind in kinds]
+            mark = "chosen" if chosen[method] == candidate else ""
+            lines.append([NAMES[method], candidate, *cells, mark])
+    return Table(
+        ["retraining", "candidate", *(NAMES[kind] for kind in kinds), ""],
+        lines,
+        "RMSE of the validation users' held-out ratings, mean over numbers of shots and trials, "
+        "with the best decay of fine-tuning, --finetune-weight-decay, in brackets.",
+        left=2,
+    )
 
 
-def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Returns all that was tried, and what is chosen."""
-    key = ("method", "candidate", "finetune", "finetune_weight_decay")
-    text = [
-        f"{line['method']:<14} {line['candidate']:<52} {line['finetune']:<11} "
-        f"{line['finetune_weight_decay']:>5} {line[RMSE]:.4f}"
-        for line in summarize(rows, key, (RMSE,))
-    ]
-    for method, (candidate, decays) in best(rows).items():
-        text.append(f"chosen for {method}: {candidate}")
-        text += [
-            f"  before {kind}: --finetune-weight-decay {decay} (RMSE {value:.4f})"
-            for kind, (decay, value) in decays.items()
-        ]
-    return "\n".join(text)
-
-
-CHOOSE = Experiment(
+RATINGS_CHOOSE = Experiment(
     NAME,
     "Chooses the decays of experiments.ratings on its validation users.",
     ChooseSettings,
     prepare,
+    Report(lambda run: {"": table(run.rows())}),
 )
-main = command("python -m experiments.ratings.choose", CHOOSE)
+main = command("python -m experiments.ratings.choose", RATINGS_CHOOSE)
 
 if __name__ == "__main__":
     main()

@@ -35,7 +35,7 @@ from experiments.ratings.settings import (
     USER_BIAS,
     RatingsSettings,
 )
-from experiments.ratings.summary import COLUMNS, results_tables, text
+from experiments.ratings.summary import COLUMNS, as_text, results_tables
 from experiments.ratings.trials import Trials
 
 NAME = "ratings"
@@ -73,7 +73,12 @@ def prepare(given: RatingsSettings) -> Work:
         return draw(folder)
 
     return Work(
-        settings, run, lambda folder: text(folder.rows()), figures, tag=settings.users, notes=notes
+        settings,
+        run,
+        lambda folder: as_text(results_tables(folder.rows()).values()),
+        figures,
+        tag=settings.users,
+        notes=notes,
     )
 
 

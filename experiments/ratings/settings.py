@@ -28,20 +28,20 @@ USER_BIAS = "user-bias"  # beside the fine-tunings, a bias per user in closed fo
 
 # What stands for None in the retrainings, by method.
 CHOSEN: Mapping[str, Mapping[str, Any]] = {
-    "standard": {"weight_decay": 0.6},
+    "standard": {"weight_decay": 2.0},
     "lora-ml": {"weight_decay": 0.2, "adapter_weight_decay": 0.01},
     "last-layer-ml": {"weight_decay": 2.0, "adapter_weight_decay": 0.1},
     "reptile": {"weight_decay": 0.6},
 }
 # What stands for None in the fine-tunings, by method and fine-tuning.
 FINETUNED: Mapping[tuple[str, str], float] = {
-    ("standard", "lora"): 4.0,
+    ("standard", "lora"): 8.0,
     ("standard", "last-layer"): 10.0,
     ("lora-ml", "lora"): 4.0,
     ("lora-ml", "last-layer"): 20.0,
     ("last-layer-ml", "lora"): 4.0,
     ("last-layer-ml", "last-layer"): 20.0,
-    ("reptile", "lora"): 2.0,
+    ("reptile", "lora"): 4.0,
     ("reptile", "last-layer"): 20.0,
 }
 DEFAULTS: Mapping[str, Any] = {

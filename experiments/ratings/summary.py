@@ -88,10 +88,10 @@ def results_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, Table]:
     return {"" if name == RMSE else name: table for name, table in tables.items()}
 
 
-def text(rows: Sequence[Mapping[str, str]]) -> str:
-    """Returns the tables as text."""
+def as_text(tables: Iterable[Table]) -> str:
+    """Returns tables as text, each with its caption below."""
     parts = []
-    for table in results_tables(rows).values():
+    for table in tables:
         widths = [max(map(len, cells)) for cells in zip(table.header, *table.rows, strict=True)]
         for cells in (table.header, *table.rows):
             padded = [

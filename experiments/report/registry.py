@@ -14,6 +14,7 @@ MODULES = {
     "linear": "experiments.synthetic.linear.run",
     "phase": "experiments.synthetic.phase.run",
     "ratings": "experiments.ratings.run",
+    "ratings-choose": "experiments.ratings.choose",
     "shallow": "experiments.synthetic.shallow.run",
     "theory": "experiments.theory.run",
     "vision": "experiments.vision.run",
@@ -28,7 +29,9 @@ def experiment(name: str) -> Experiment[Any]:
     """
     if name not in MODULES:
         raise RunError(f"no experiment is called {name!r}; there are {', '.join(MODULES)}")
-    found: Experiment[Any] = getattr(importlib.import_module(MODULES[name]), name.upper())
+    found: Experiment[Any] = getattr(
+        importlib.import_module(MODULES[name]), name.upper().replace("-", "_")
+    )
     if found.report is None:
         raise RunError(f"the experiment {name!r} has no tables for the documentation")
     return found

@@ -15,7 +15,7 @@ from experiments.lib.errors import RunError
 from experiments.lib.experiment import command
 from experiments.lib.machine import one_thread
 from experiments.ratings import baselines, choose
-from experiments.ratings.choose import CHOOSE
+from experiments.ratings.choose import RATINGS_CHOOSE
 from experiments.ratings.data import Part, Ratings, made_up
 from experiments.ratings.model import RatingNet
 from experiments.ratings.run import RATINGS
@@ -302,11 +302,11 @@ def test_each_switch_of_retraining_does_something() -> None:
 
 def test_the_choice_is_the_lowest_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = "--smoke --retrain standard --finetune last-layer"
-    assert exit_code(CHOOSE, given, "--out", str(tmp_path / "run")) == 0
+    assert exit_code(RATINGS_CHOOSE, given, "--out", str(tmp_path / "run")) == 0
     printed = capsys.readouterr().out
     candidate = choose.name(choose.candidates("standard")[0])
-    assert f"chosen for standard: {candidate}\n" in printed
-    assert exit_code(CHOOSE, "--smoke --weight-decay 1") == 2
+    assert candidate in printed and " chosen\n" in printed
+    assert exit_code(RATINGS_CHOOSE, "--smoke --weight-decay 1") == 2
     assert "--weight-decay: the grid holds it" in capsys.readouterr().err
 
     def row(candidate: str, kind: str, decay: str, trial: int, value: float) -> dict[str, str]:
@@ -321,5 +321,6 @@ def test_the_choice_is_the_lowest_mean(tmp_path: Path, capsys: pytest.CaptureFix
         row("a", "last-layer", "1", 0, 2.0),
         row("b", "last-layer", "1", 0, 0.1),  # not what LoRA-ML is made for
     ]
-    winner, decays = choose.best(rows)["lora-ml"]
-    assert winner == "a" and decays["lora"] == ("1", pytest.approx(1.1))
+    found = choose.tried(rows)
+    assert choose.best(found) == {"lora-ml": "a"}
+    assert found["lora-ml"]["a"]["lora"] == (pytest.approx(1.1), "1")
