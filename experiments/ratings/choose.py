@@ -184,9 +184,7 @@ def table(rows: Iterable[Mapping[str, str]]) -> Table:
     """Returns a line for each candidate."""
     found = tried(rows)
     chosen = best(found)
-    kinds = list(
-        dict.fromkeys(k for of in found.values() for errors in of.values() for k in errors)
-    )
+    kinds = list(next(errors for of in found.values() for errors in of.values()))
     lines = []
     for method, candidates_of in found.items():
         for candidate, errors in candidates_of.items():

@@ -72,14 +72,10 @@ def prepare(given: RatingsSettings) -> Work:
 
         return draw(folder)
 
-    return Work(
-        settings,
-        run,
-        lambda folder: as_text(results_tables(folder.rows()).values()),
-        figures,
-        tag=settings.users,
-        notes=notes,
-    )
+    def table(folder: RunFolder) -> str:
+        return as_text(results_tables(folder.rows()).values())
+
+    return Work(settings, run, table, figures, tag=settings.users, notes=notes)
 
 
 def load_ratings(settings: RatingsSettings) -> Ratings:
