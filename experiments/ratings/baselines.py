@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from experiments.ratings.data import HIGHEST, LOWEST, Part, Unseen
 
@@ -57,8 +58,8 @@ class Factors:
             yield _solved(*normal, *each)
 
     def _normal(self, shots: Part) -> tuple[np.ndarray, np.ndarray]:
-        rated, targets = _matrices(shots, len(self.biases), self.mean)
-        return _normal(rated, targets - rated * self.biases, _with_ones(self.factors))
+        residuals = _residuals(shots, len(self.biases), self.mean)
+        return _normal(_less(residuals, self.biases), _with_ones(self.factors))
 
     def predict(self, of_users: np.ndarray, part: Part) -> np.ndarray:
         """Returns the predictions [N] for the ratings of a part, with (b_u, p_u) of its users."""
@@ -75,15 +76,14 @@ def factorize(
 ) -> Factors:
     """Fits the items' biases and factors to ratings, with ``rank`` factors; 0: biases alone."""
     mean = float(part.values.double().mean())
-    rated, values = _matrices(part, num_items, mean)  # [U, I]
+    by_user = _residuals(part, num_items, mean)
+    by_item = by_user.T.tocsr()
     start = np.random.default_rng(seed).normal(0, START, (num_items, rank))
     items = np.concatenate([np.zeros((num_items, 1)), start], axis=1)  # (b_i, q_i)
     for _ in range(STEPS):
-        targets = values - rated * items[:, 0]
-        normal = _normal(rated, targets, _with_ones(items[:, 1:]))
+        normal = _normal(_less(by_user, items[:, 0]), _with_ones(items[:, 1:]))
         users = _solved(*normal, bias_decay, decay)  # (b_u, p_u)
-        targets = (values - rated * users[:, :1]).T
-        normal = _normal(rated.T, targets, _with_ones(users[:, 1:]))
+        normal = _normal(_less(by_item, users[:, 0]), _with_ones(users[:, 1:]))
         items = _solved(*normal, bias_decay, decay)
     return Factors(mean, items[:, 0], items[:, 1:])
 
@@ -133,14 +133,17 @@ def fitted_biases(predictions: np.ndarray, few: Part, bias_decay: float) -> np.n
     return np.bincount(few.tasks.numpy(), residuals) / (few.counts.numpy() + bias_decay)
 
 
-def _matrices(part: Part, num_items: int, mean: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns [U, I]: 1 where a rating is given, and there the rating less the mean; else 0."""
-    rated = np.zeros((part.num_tasks, num_items))
-    values = np.zeros_like(rated)
+def _residuals(part: Part, num_items: int, mean: float) -> csr_array:
+    """Returns the ratings less the mean, [U, I]."""
+    values = part.values.numpy().astype(np.float64) - mean
     where = part.tasks.numpy(), part.items.numpy()
-    rated[where] = 1
-    values[where] = part.values.numpy() - mean
-    return rated, values
+    return csr_array((values, where), shape=(part.num_tasks, num_items))
+
+
+def _less(residuals: csr_array, biases: np.ndarray) -> csr_array:
+    """Returns residuals [R, C] less a bias of each column, where there are any."""
+    values = residuals.data - biases[residuals.indices]
+    return csr_array((values, residuals.indices, residuals.indptr), shape=residuals.shape)
 
 
 def _with_ones(factors: np.ndarray) -> np.ndarray:
@@ -148,19 +151,17 @@ def _with_ones(factors: np.ndarray) -> np.ndarray:
     return np.concatenate([np.ones((len(factors), 1)), factors], axis=1)
 
 
-def _normal(
-    rated: np.ndarray, targets: np.ndarray, features: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _normal(targets: csr_array, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the normal equations of a regression for each row: [R, 1 + k, 1 + k], [R, 1 + k].
 
     Args:
-        rated: [R, C], 1 where the row has a target for that column's features, else 0.
-        targets: [R, C], 0 where there is none.
-        features: [C, 1 + k], the first for the bias.
+        targets: [R, C], those that there are.
+        features: [C, 1 + k] of each column, the first for the bias.
     """
-    width = features.shape[1]
+    width, ones = features.shape[1], np.ones_like(targets.data)
+    there = csr_array((ones, targets.indices, targets.indptr), shape=targets.shape)
     pairs = (features[:, :, None] * features[:, None, :]).reshape(len(features), -1)
-    return (rated @ pairs).reshape(-1, width, width), targets @ features
+    return (there @ pairs).reshape(-1, width, width), targets @ features
 
 
 def _solved(gram: np.ndarray, right: np.ndarray, bias_decay: float, decay: float) -> np.ndarray:
