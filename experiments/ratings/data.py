@@ -242,7 +242,7 @@ def split(
         validation_share: part of each retraining user's ratings to choose the epoch by.
 
     Raises:
-        RunError: there are not as many users.
+        RunError: there are not as many users, or a retraining user has a single rating.
     """
     wanted = tasks + validation_users + test_users
     if wanted > ratings.num_users:
@@ -256,6 +256,12 @@ def split(
     others = _shuffled(others, derive_seed("users", seed))
     test, retraining = others[:test_users], others[test_users : test_users + tasks]
     places, counts = _places(ratings, derive_seed("ratings", seed))
+    if len(retraining) and int(counts[retraining].min()) < 2:
+        name = ratings.user_names[int(retraining[counts[retraining].argmin()])]
+        raise RunError(
+            f"user {name} of {ratings.source} has a single rating, but retraining needs two of "
+            "each user, one of them to choose the epoch by; take the user out"
+        )
     kept = counts - (counts * validation_share).round().long().clamp_min(1)
     trained_on = places < kept[ratings.users]
 
@@ -309,9 +315,7 @@ def _read(path: Path) -> tuple[bytes, str]:
                 for member in archive.namelist():
                     if Path(member).name == name:
                         return archive.read(member), f"{path}/{member}"
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError) as error:
-        raise DataError(f"{path} is a damaged archive ({error}); fetch it again") from None
-    except Exception as error:  # zlib's and zipfile's own, for a damaged member
+    except Exception as error:  # zipfile, zlib and struct raise many kinds for a damaged archive
         raise DataError(f"{path} is a damaged archive ({error}); fetch it again") from None
     raise DataError(f"{path} is an archive without {INTER} or {DATA}; give recbole's wheel 1.2.1")
 

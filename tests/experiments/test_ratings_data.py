@@ -153,6 +153,13 @@ def test_too_few_users() -> None:
         parts(made_up(50, 30), tasks=100)
 
 
+def test_a_retraining_user_needs_two_ratings(tmp_path: Path) -> None:
+    lines = "".join(f"{user}\t7\t3\t0\n" for user in range(38))
+    ratings = load(written(tmp_path, lines, "u.data"))
+    with pytest.raises(RunError, match=r"user \d+ of .*u\.data has a single rating, but"):
+        parts(ratings)
+
+
 def test_movielens_as_published() -> None:
     root = os.environ.get(REAL)
     if root is None:
