@@ -4,9 +4,9 @@ What stands in `CHOSEN` and `FINETUNED` was found by ``python -m experiments.rat
 validation users, who are the same in every trial and no test users of any. Its grids say what was
 tried. ``--users validation`` evaluates any other setting on them.
 
-Rates, epochs, batches and the network's size are not in the grids. They come from some thirty
+Rates, epochs, batches and the network's size are not in the grids. They come from some forty
 settings tried by hand on the validation users of trial 0: 60 epochs for 20, 100 and 200 steps of
-fine-tuning for 30, and embeddings of 8 and 32 for 16 were not better by more than 0.002.
+fine-tuning for 30, and embeddings of 8 and 32 for 16 were not better by more than about 0.002.
 """
 
 from __future__ import annotations
