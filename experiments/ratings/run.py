@@ -142,7 +142,9 @@ def plan(settings: RatingsSettings, tasks: int, trial: int) -> Iterator[tuple[st
         for rank in settings.ranks(method):
             own: Labels = {"method": method, "tasks": tasks, "rank": rank, "trial": trial}
             yield "retrain", own
-            for kind in (*settings.finetune, USER_BIAS):
+            # Labels of other fine-tunings do not tell several ranks of a retraining apart.
+            one = rank is None or len(settings.rank) == 1
+            for kind in (*settings.finetune, USER_BIAS) if one else ("lora",):
                 for r in settings.ranks(kind) if rank is None or kind != "lora" else (rank,):
                     for shots in settings.shots:
                         labels = {"method": method, "finetune": kind, "tasks": tasks, "rank": r}
