@@ -15,6 +15,8 @@ MODULES = {
     "language-start": "experiments.language.start",
     "linear": "experiments.synthetic.linear.run",
     "phase": "experiments.synthetic.phase.run",
+    "ratings": "experiments.ratings.run",
+    "ratings-choose": "experiments.ratings.choose",
     "shallow": "experiments.synthetic.shallow.run",
     "theory": "experiments.theory.run",
     "vision": "experiments.vision.run",

@@ -80,9 +80,7 @@ class Checkpoint(Callback):
             start or after an epoch, if the file could not be written. The file is then as before.
     """
 
-    def __init__(
-        self, path: str | Path, *, resume: bool = True, min_seconds: float = 0.0
-    ) -> None:
+    def __init__(self, path: str | Path, *, resume: bool = True, min_seconds: float = 0.0) -> None:
         safetensors_torch("Checkpoint")
         self.path, self.resume = Path(path), resume
         self.min_seconds = check_nonnegative("Checkpoint", "min_seconds", min_seconds)

@@ -14,7 +14,8 @@ from metalora._checks import check_choice, check_count, check_tensor
 from metalora.meta.identity import digest_of_data, identity_of
 from metalora.meta.seeds import generator
 
-ORDERS = ("rounds", "interleaved", "blocked", "pooled")
+ORDERS = ("rounds", "proportional", "interleaved", "blocked", "pooled")
+MIXED = ("proportional", "pooled")  # batches of one size, cut from the samples of all tasks
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,9 @@ class RoundLoader:
 
     - "rounds": up to ``batch_size`` samples of every task per batch. Tasks with fewer samples run
       out earlier and are absent from the last rounds.
+    - "proportional": rounds of equal size, of at most ``batch_size`` samples in all, and of each
+      task in proportion to how many it has, so that no task runs out: for many tasks of unequal
+      size. A task with fewer samples than there are rounds is absent from some of them.
     - "interleaved": a batch of task 0, a batch of task 1, and so on, then the next batch of each
       task that has samples left.
     - "blocked": all batches of task 0, then all of task 1, and so on.
@@ -181,10 +185,10 @@ class RoundLoader:
         inputs: [N, ...], or a mapping of such tensors, on the device of the batches.
         targets: [N, ...], on the same device.
         task_ids: int64 [N], tasks numbered 0..T-1 without gaps; -1 leaves a sample out.
-        batch_size: samples per task and batch; with "pooled", samples per batch.
+        batch_size: samples per task and batch; with "proportional" and "pooled", samples per batch.
         seed: of order and augmentation.
         shuffle: whether the order changes with each epoch; without, it is that of the tensors.
-        order: "rounds", "interleaved", "blocked" or "pooled", see above.
+        order: "rounds", "proportional", "interleaved", "blocked" or "pooled", see above.
         max_rounds: end the epoch after so many batches.
         transform: ``transform(inputs, generator) -> inputs``, applied to each batch.
         collate: see `Batch`. Where samples do not fit into tensors, ``inputs`` may be their
@@ -262,7 +266,7 @@ class RoundLoader:
         return self.order == "pooled"
 
     def __len__(self) -> int:
-        if self.pooled:
+        if self.order in MIXED:
             batches = self._batches(sum(map(len, self._of_task)))
         elif self.order == "rounds":
             batches = max(self._batches_per_task)
@@ -272,8 +276,11 @@ class RoundLoader:
 
     @property
     def rounds_per_task(self) -> list[int]:
-        """How many batches of an epoch have samples of each task; pooled: at most."""
-        if self.pooled:
+        """How many batches of an epoch have samples of each task.
+
+        With "pooled" and "proportional" it is the number of all batches, the most there can be.
+        """
+        if self.order in MIXED:
             return [len(self)] * self.num_tasks
         found = [0] * self.num_tasks
         for task in (task for visits in self._visits() for task, _ in visits):
@@ -300,9 +307,9 @@ class RoundLoader:
     def _rounds(self) -> list[tuple[Tensor, tuple[int, ...]]]:
         """Per batch the samples [B] in order, and how many each task has of them."""
         order = generator(torch.device("cpu"), "order", self.seed, self._epoch)
-        if self.pooled:
-            every = self._shuffled(torch.cat(self._of_task).sort().values, order)
-            batches = [self._by_task(b) for b in every.split(self.batch_size)[: len(self)]]
+        if self.order in MIXED:
+            cut = self._cut_pooled if self.order == "pooled" else self._cut_in_proportion
+            batches = [self._by_task(b) for b in cut(order)[: len(self)]]
             counts = [torch.bincount(self._ids[b], minlength=self.num_tasks) for b in batches]
             return [(b, tuple(c.tolist())) for b, c in zip(batches, counts, strict=True)]
         chunks = [self._shuffled(s, order).split(self.batch_size) for s in self._of_task]
@@ -312,6 +319,23 @@ class RoundLoader:
             sizes = tuple(len(parts.get(task, ())) for task in range(self.num_tasks))
             rounds.append((torch.cat(list(parts.values())), sizes))
         return rounds
+
+    def _cut_pooled(self, order: torch.Generator) -> Sequence[Tensor]:
+        every = self._shuffled(torch.cat(self._of_task).sort().values, order)
+        return every.split(self.batch_size)
+
+    def _cut_in_proportion(self, order: torch.Generator) -> Sequence[Tensor]:
+        """Cuts all samples where sample number j of a task's n stands at (j + u) / n.
+
+        The task's u is drawn from 0..1; without shuffling it is 1/2.
+        """
+        places = []
+        for samples in self._of_task:
+            shift = torch.rand(1, generator=order) if self.shuffle else 0.5
+            places.append((torch.arange(len(samples)) + shift) / len(samples))
+        every = torch.cat([self._shuffled(samples, order) for samples in self._of_task])
+        every = every[torch.cat(places).argsort(stable=True)]
+        return every.tensor_split(self._batches(len(every)))
 
     def _visits(self) -> list[list[tuple[int, int]]]:
         """Per batch of an epoch: its tasks, each with the number of that task's own batch."""

@@ -38,6 +38,11 @@ EXPERIMENTS: dict[str, tuple[str, str, list[str]]] = {
         "CONFLICT",
         ["--data", "digits", "--seeds", "1", "--turned", "0.5"],
     ),
+    "ratings": (
+        "experiments.ratings.run",
+        "RATINGS",
+        ["--seeds", "1", "--tasks", "12", "--shots", "3"],
+    ),
     "language": (
         "experiments.language.run",
         "LANGUAGE",

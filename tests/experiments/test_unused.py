@@ -12,6 +12,8 @@ from experiments.language import settings as language
 from experiments.language.settings import LanguageSettings
 from experiments.lib.retraining_settings import FINETUNES
 from experiments.lib.unused import at_most, cut, unused
+from experiments.ratings import settings as ratings
+from experiments.ratings.settings import RatingsSettings
 from experiments.synthetic.linear.settings import LinearSettings
 from experiments.synthetic.phase.settings import PhaseSettings
 from experiments.synthetic.shallow.settings import ShallowSettings
@@ -22,6 +24,7 @@ from experiments.vision.settings import VisionSettings
 MODULES: dict[str, tuple[Any, type]] = {
     "language": (language, LanguageSettings),
     "vision": (vision, VisionSettings),
+    "ratings": (ratings, RatingsSettings),
     "theory": (theory, theory.TheorySettings),
 }
 

@@ -74,6 +74,40 @@ def test_pooled_batches_ignore_tasks():
         assert torch.bincount(batch.task_ids, minlength=3).tolist() == list(batch.counts)
 
 
+def test_rounds_in_proportion_hold_every_task():
+    sizes = [40, 16, 8, 2]
+    ids = torch.repeat_interleave(torch.arange(4), torch.tensor(sizes))
+    samples = torch.arange(len(ids))
+    for shuffle in (True, False):
+        source = RoundLoader(
+            samples, samples, ids, batch_size=9, seed=3, order="proportional", shuffle=shuffle
+        )
+        batches = list(source)
+        assert len(batches) == len(source) == 8  # 66 samples, at most 9 a batch
+        assert {len(batch.targets) for batch in batches} == {8, 9}
+        assert sorted(int(i) for batch in batches for i in batch.inputs) == samples.tolist()
+        for task, size in enumerate(sizes):
+            counts = [batch.counts[task] for batch in batches]
+            # A batch's share of the epoch is an eighth, give or take what rounding moves.
+            assert sum(counts) == size and max(counts) - min(counts) <= 2
+            assert all(abs(count - size / 8) < 1.5 for count in counts)
+        for batch in batches:
+            assert batch.task_ids.tolist() == sorted(batch.task_ids.tolist())
+            assert torch.bincount(batch.task_ids, minlength=4).tolist() == list(batch.counts)
+    assert not source.pooled and source.rounds_per_task == [8] * 4
+
+
+def test_rounds_in_proportion_are_drawn_anew_each_epoch():
+    def order(seed, epoch):
+        source = loader(order="proportional", seed=seed)
+        source.set_epoch(epoch)
+        return seen(source)
+
+    assert order(5, 2) == order(5, 2)
+    assert order(5, 3) != order(5, 2) != order(6, 2)
+    assert sorted(order(5, 3)) == [i for i, t in enumerate(IDS) if t >= 0]
+
+
 SINGLE = {
     "interleaved": [0, 1, 2, 0, 0],
     "blocked": [0, 0, 0, 1, 2],
@@ -182,7 +216,7 @@ def test_taking_samples_keeps_what_belongs_to_them():
         (
             {"order": "block"},
             ValueError,
-            "order must be one of ['rounds', 'interleaved', 'blocked'",
+            "order must be one of ['rounds', 'proportional', 'interleaved'",
         ),
         ({"order": "block"}, ValueError, "got 'block'; did you mean 'blocked'?"),
         ({"max_rounds": 0}, ValueError, "max_rounds must be an int >= 1"),
