@@ -62,9 +62,10 @@ def _shots(run: RunFiles, lines: list[Line]) -> Path:
     accuracy_figures.over(ax, lines, "shots", shots, "value")
     ax.set_xlabel("images of an unseen task to fine-tune on")
     ax.set_ylabel("accuracy on unseen tasks (%)")
-    ax.set_title(
-        f"{CHANGES[inputs]};\nlabels turned round in {_percent(turned)} of the tasks; "
-        f"mean and standard error of {accuracy_figures.trials_of(lines)}"
+    fig.suptitle(
+        f"{CHANGES[inputs]}, labels turned round in {_percent(turned)} of the tasks\n"
+        f"(mean and standard error of {accuracy_figures.trials_of(lines)})",
+        fontsize=14,
     )
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
     return plotting.save(fig, run, "shots", _numbers(lines))
