@@ -161,7 +161,7 @@ class Trials(abc.ABC, Generic[Part]):
         model: nn.Module,
         labels: Labels,
         part: Part,
-        held_out: Part,
+        held_out: Part | None,
         *callbacks: Callback,
     ) -> Result:
         kind, seed = labels["finetune"], labels["trial"]
@@ -170,7 +170,7 @@ class Trials(abc.ABC, Generic[Part]):
         config = self.config(kind, own_seed)
         common: dict[str, Any] = {
             **self.loss,
-            "validation": self.held_out(held_out),
+            "validation": None if held_out is None else self.held_out(held_out),
             "callbacks": [Progress(f"{kind}, trial {seed}"), *callbacks],
         }
         fresh = s.finetune_head == "fresh"
