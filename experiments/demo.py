@@ -14,7 +14,8 @@ from experiments.lib.manifest import MANIFEST
 from experiments.lib.runs import RunFolder, default_folder
 from experiments.lib.statistics import with_error
 
-SEEDS = 3
+# Shorter than by default: the demo ends within two minutes.
+SEEDS, EPOCHS, FINETUNE_EPOCHS = 3, 10, 15
 METHODS = ("lora-ml", "last-layer-ml", "standard")
 
 
@@ -87,6 +88,8 @@ def run_conflict(demo: Path, smoke: bool = False) -> RunFolder:
         retrain=METHODS,
         inputs=("none",),
         turned=(0.5,),
+        epochs=EPOCHS,
+        finetune_epochs=FINETUNE_EPOCHS,
         seeds=SEEDS,
         device="cpu",
         smoke=smoke,
