@@ -128,6 +128,7 @@ class Trials(training.Trials[Part]):
         self, model: nn.Module, labels: training.Labels, *callbacks: Callback
     ) -> list[dict[str, Any]]:
         """Fine-tunes for all test tasks, at the rate that is best on the validation tasks."""
+        assert isinstance(model, Mixer)
         s, kind = self.settings, labels["finetune"]
         rates = s.lora_rates if kind == "lora" else s.last_layer_rates
         unseen = self._unseen(model, labels, "validation")
@@ -139,17 +140,17 @@ class Trials(training.Trials[Part]):
             measured[ACCURACY] = self._accuracy(unseen, labels, best, *callbacks)
         return [{"metric": metric, "value": value} for metric, value in measured.items()]
 
-    def _unseen(self, model: nn.Module, labels: training.Labels, group: str) -> Unseen:
+    def _unseen(self, model: Mixer, labels: training.Labels, group: str) -> Unseen:
         """Returns a group of unseen tasks, each as often as there are few-shot draws."""
         s = self.settings
         draws = s.validation_draws if group == "validation" else s.draws
         few = self.tasks.few(group, labels["shots"], draws).to(self.device)
         held_out = self.tasks.held_out(group).to(self.device)
-        if labels["finetune"] == "last-layer":
-            # Nothing below the last layer changes: what it is applied to is computed once.
-            few, held_out = self._features(model, few), self._features(model, held_out)
-            model = LastLayer(model.head)
-        return Unseen(model, few, held_out.repeated(draws))
+        if labels["finetune"] == "lora":
+            return Unseen(model, few, held_out.repeated(draws))
+        # Nothing below the last layer changes: what it is applied to is computed once.
+        few, held_out = self._features(model, few), self._features(model, held_out)
+        return Unseen(LastLayer(model.head), few, held_out.repeated(draws))
 
     def _accuracy(
         self, unseen: Unseen, labels: training.Labels, rate: float, *callbacks: Callback
@@ -161,7 +162,7 @@ class Trials(training.Trials[Part]):
         own._finetune(model, labels, unseen.few, None, *callbacks)
         return evaluate(model, own.held_out(unseen.held_out)).mean
 
-    def _features(self, model: nn.Module, part: Part) -> Part:
+    def _features(self, model: Mixer, part: Part) -> Part:
         with evaluation_mode(model):
             batches = self.held_out(dataclasses.replace(part, ids=torch.zeros_like(part.ids)))
             features = [model.features(batch.inputs) for batch in batches]
@@ -177,9 +178,7 @@ class Trials(training.Trials[Part]):
     def loader(self, part: Part, batch_size: int, **keywords: Any) -> RoundLoader:
         return self._batches(part, batch_size, self._augmentation, **keywords)
 
-    def held_out(self, part: Part | None) -> RoundLoader | None:
-        if part is None:
-            return None
+    def held_out(self, part: Part) -> RoundLoader:
         return self._batches(part, EVALUATION_BATCH, None, shuffle=False)
 
     def _batches(

@@ -185,7 +185,7 @@ class Trials(abc.ABC, Generic[Part]):
         model: nn.Module,
         labels: Labels,
         part: Part,
-        held_out: Part,
+        held_out: Part | None,
         *callbacks: Callback,
         validate_every: int = 1,
     ) -> Result:
@@ -197,10 +197,10 @@ class Trials(abc.ABC, Generic[Part]):
             config = dataclasses.replace(config, lr=labels["finetune_lr"])
         common: dict[str, Any] = {
             **self.loss,
-            "validation": self.held_out(held_out),
-            "validate_every": validate_every,
             "callbacks": [Progress(f"{kind}, trial {labels['trial']}"), *callbacks],
         }
+        if held_out is not None:
+            common |= {"validation": self.held_out(held_out), "validate_every": validate_every}
         fresh = s.finetune_head == "fresh"
         if kind == "last-layer":
             return finetune_last_layer(model, rounds, config, self.heads, fresh=fresh, **common)

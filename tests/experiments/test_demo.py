@@ -32,9 +32,14 @@ def test_the_table_holds_mean_and_standard_error() -> None:
         for trial, value in (("0", 0.8), ("1", 0.9))
         for metric in ("validation", "accuracy")
     ]
+    rows += [
+        {**row, "finetune": "", "shots": "", "metric": "validation_last", "value": "0.9"}
+        for row in rows
+        if (row["finetune"], row["shots"], row["metric"]) == ("lora", "4", "accuracy")
+    ]
     lines = demo.conflict_table(rows).splitlines()
-    assert [line.split() for line in lines[2:]] == [
-        [method, *["85.0", "(5.0)"] * 2] for method in demo.METHODS
+    assert [line.split() for line in lines[3:]] == [
+        [method, "90.0", "(0.0)", *["85.0", "(5.0)"] * 2] for method in demo.METHODS
     ]
 
 

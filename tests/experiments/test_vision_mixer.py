@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.vision.mixer import Dropout, Mixer, MixerConfig
+from experiments.vision.mixer import Dropout, Mixer, MixerConfig, patchify
 from experiments.vision.settings import MODELS
 
 
@@ -41,9 +41,8 @@ def test_the_papers_size() -> None:
 
 
 def test_patches_are_cut_row_by_row() -> None:
-    model = Mixer(MODELS["digits"])
     images = torch.randn(2, 1, 8, 8)
-    patches = model.patchify(images)
+    patches = patchify(images, 2)
     for row in range(4):
         for column in range(4):
             patch = images[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
@@ -54,7 +53,7 @@ def test_written_out() -> None:
     config = MixerConfig(8, 1, 4, 6, 2, 5, 3, 0.1)
     model = Mixer(config).double().eval()
     images = torch.randn(2, 1, 8, 8, dtype=torch.float64)
-    x = model.embed(model.patchify(images))
+    x = model.embed(patchify(images, config.patch_size))
     for block in model.blocks:
         mixed = torch.empty_like(x)
         for feature in range(config.width):
