@@ -119,19 +119,24 @@ class ConflictSettings(RetrainingSettings):
     retrain: tuple[str, ...] = option((ALL,), help="retraining methods", choices=(*METHODS, ALL))
     inputs: tuple[str, ...] = option(
         ("none", "views", LOW_RANK),
+        extends=True,
         help="what changes the inputs of each task: nothing; quarter turns, order of channels and "
         "inversion; a map of low rank of each patch; another order of the patches",
         choices=INPUTS,
     )
     turned: tuple[float, ...] = option(
-        (0.5, 0.0, 0.25), help="share of the tasks whose two labels are turned round, 0 to 0.5"
+        (0.5, 0.0, 0.25),
+        extends=True,
+        help="share of the tasks whose two labels are turned round, 0 to 0.5",
     )
     distortion_rank: int = option(
         None, help="of the map of low rank, I + strength U Uᵀ (cifar10: 4, digits: 1)"
     )
     distortion_strength: float = option(None, help="of the map of low rank (30)")
     shots: tuple[int, ...] = option(
-        None, help="images of an unseen task to fine-tune on (cifar10: 10 30 100, digits: 4 10 30)"
+        None,
+        extends=True,
+        help="images of an unseen task to fine-tune on (cifar10: 10 30 100, digits: 4 10 30)",
     )
     draws: int = option(3, help="few-shot draws of each unseen task in a trial")
     validation_draws: int = option(
