@@ -23,6 +23,7 @@ NAMES = {
     "lora": "LoRA",
     "last-layer": "last layer",
 }
+NAMED = ("method", "finetune")  # the columns that hold them
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def compared(
     places = {line: place for place, line in enumerate(_values(found, settings))}
     lines = []
     for line in sorted(found, key=lambda line: places[tuple(line[name] for name in settings)]):
-        names = [NAMES.get(line[name], line[name] or "–") for name in key]
+        names = [(NAMES.get(line[n], line[n]) if n in NAMED else line[n]) or "–" for n in key]
         mean = with_error(line[metric], line[f"{metric}_se"], f".{digits}f")
         cells = difference(line[f"{metric}_vs"], lambda value: f"{value:.{digits}f}")
         lines.append([*names, mean, *cells, str(line["trials"])])
