@@ -32,9 +32,9 @@ from experiments.ratings.trials import Trials
 
 NAME = "ratings-choose"
 GRID: Mapping[str, Mapping[str, Sequence[float]]] = {
-    "lora-ml": {"weight_decay": (0.06, 0.2, 0.6), "adapter_weight_decay": (0.01, 0.03, 0.1)},
-    "last-layer-ml": {"weight_decay": (0.6, 2.0), "adapter_weight_decay": (0.03, 0.1, 0.3)},
-    "standard": {"weight_decay": (0.06, 0.2, 0.6, 2.0)},
+    "lora-ml": {"weight_decay": (0.2, 0.4, 0.8), "adapter_weight_decay": (0.01, 0.03, 0.1)},
+    "last-layer-ml": {"weight_decay": (0.2, 0.4, 0.8), "adapter_weight_decay": (0.2, 0.4, 0.8)},
+    "standard": {"weight_decay": (0.06, 0.1, 0.2, 0.4, 0.6, 0.8, 1.2, 2.0, 4.0)},
     "reptile": {"reptile_inner_lr": (1e-2, 3e-2)},
 }
 FINETUNE_GRID = {"lora": (2.0, 4.0, 8.0), "last-layer": (10.0, 20.0, 40.0)}

@@ -142,6 +142,12 @@ class RatingsSettings(RetrainingSettings):
         "of ratings, or of as many ratings of each user as there are left",
         choices=("proportional", "rounds"),
     )
+    weighting: str = option(
+        "ratings",
+        help="lora-ml, last-layer-ml: a batch's loss is the mean over its ratings, or over its "
+        "users of the mean over each one's ratings (users)",
+        choices=("ratings", "users"),
+    )
     epochs: int = option(None, help="of retraining (default: 20)")
     batches: int = option(16, help="of an epoch, whatever the number of users")
     lr: float = option(1e-2, help="of retraining")
@@ -242,6 +248,7 @@ PART_OF = part_of(
     RatingsSettings,
     {
         "order": (*WITH_TASKS, "reptile"),
+        "weighting": WITH_TASKS,
         "shared_head": ("last-layer-ml",),
         "rank": ("lora-ml", "lora"),
         "lora_head": ("lora-ml", "lora"),
