@@ -32,9 +32,9 @@ USER_BIAS = "user-bias"  # beside the fine-tunings, a bias per user in closed fo
 
 # What stands for None in the retrainings, by method.
 CHOSEN: Mapping[str, Mapping[str, Any]] = {
-    "standard": {"weight_decay": 2.0},
-    "lora-ml": {"weight_decay": 0.2, "adapter_weight_decay": 0.01},
-    "last-layer-ml": {"weight_decay": 2.0, "adapter_weight_decay": 0.1},
+    "standard": {"weight_decay": 4.0},
+    "lora-ml": {"weight_decay": 0.2, "adapter_weight_decay": 0.03},
+    "last-layer-ml": {"weight_decay": 0.4, "adapter_weight_decay": 0.4},
     "reptile": {"weight_decay": 0.6},
 }
 # What stands for None in the fine-tunings, by method and fine-tuning.
@@ -43,8 +43,8 @@ FINETUNED: Mapping[tuple[str, str], float] = {
     ("standard", "last-layer"): 10.0,
     ("lora-ml", "lora"): 4.0,
     ("lora-ml", "last-layer"): 20.0,
-    ("last-layer-ml", "lora"): 4.0,
-    ("last-layer-ml", "last-layer"): 20.0,
+    ("last-layer-ml", "lora"): 8.0,
+    ("last-layer-ml", "last-layer"): 40.0,
     ("reptile", "lora"): 4.0,
     ("reptile", "last-layer"): 20.0,
 }
@@ -74,13 +74,14 @@ SMOKE: Mapping[str, Any] = {
 class RatingsSettings(RetrainingSettings):
     """Settings of one run; None stands for what was chosen for the method, or for ``--smoke``.
 
-    Retraining minimises, over T users with a mean squared error L_t over the ratings of each,
+    Retraining minimises, for T users with N ratings, and so with N / T of each on average,
 
-        Σ_t L_t(W, θ_t) + weight_decay / 2 |W|² + adapter_weight_decay / 2 Σ_t |θ_t|²,
+        T / N Σ_n error_n(W, θ)² + weight_decay / 2 |W|² + adapter_weight_decay / 2 Σ_t |θ_t|²,
 
-    standard retraining without θ_t and with a mean over all ratings alike. Dividing by T gives the
-    mean that is trained, with decays of 1 / T of these: they mean the same for any T. The decay of
-    fine-tuning is that of the sum of a user's squared errors, whatever the number of shots.
+    standard retraining without θ_t. Dividing by T gives the mean over ratings that is trained, with
+    decays of 1 / T of these: they mean the same for any T. With ``weighting="users"`` the first
+    term is Σ_t L_t, the sum of each user's mean squared error. The decay of fine-tuning is that of
+    the sum of a user's squared errors, whatever the number of shots.
     """
 
     command: ClassVar[str] = "ratings"
