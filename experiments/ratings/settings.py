@@ -32,7 +32,7 @@ USER_BIAS = "user-bias"  # beside the fine-tunings, a bias per user in closed fo
 
 # What stands for None in the retrainings, by method.
 CHOSEN: Mapping[str, Mapping[str, Any]] = {
-    "standard": {"weight_decay": 4.0},
+    "standard": {"weight_decay": 2.0},
     "lora-ml": {"weight_decay": 0.2, "adapter_weight_decay": 0.03},
     "last-layer-ml": {"weight_decay": 0.4, "adapter_weight_decay": 0.4},
     "reptile": {"weight_decay": 0.6},
