@@ -31,13 +31,14 @@ from experiments.ratings.summary import RMSE, as_text
 from experiments.ratings.trials import Trials
 
 NAME = "ratings-choose"
+# The grid of standard retraining ends at 2: at 4 it shrinks all embeddings to zero in trial 2.
 GRID: Mapping[str, Mapping[str, Sequence[float]]] = {
-    "lora-ml": {"weight_decay": (0.06, 0.2, 0.6), "adapter_weight_decay": (0.01, 0.03, 0.1)},
-    "last-layer-ml": {"weight_decay": (0.6, 2.0), "adapter_weight_decay": (0.03, 0.1, 0.3)},
-    "standard": {"weight_decay": (0.06, 0.2, 0.6, 2.0)},
+    "lora-ml": {"weight_decay": (0.1, 0.2, 0.4), "adapter_weight_decay": (0.01, 0.03, 0.1)},
+    "last-layer-ml": {"weight_decay": (0.2, 0.4, 0.8), "adapter_weight_decay": (0.2, 0.4, 0.8)},
+    "standard": {"weight_decay": (0.03, 0.06, 0.1, 0.2, 0.4, 0.6, 0.8, 1.2, 2.0)},
     "reptile": {"reptile_inner_lr": (1e-2, 3e-2)},
 }
-FINETUNE_GRID = {"lora": (2.0, 4.0, 8.0), "last-layer": (10.0, 20.0, 40.0)}
+FINETUNE_GRID = {"lora": (2.0, 4.0, 8.0, 16.0), "last-layer": (10.0, 20.0, 40.0, 80.0)}
 MADE_FOR = {"lora-ml": ("lora",), "last-layer-ml": ("last-layer",)}
 COLUMNS = (
     *("experiment", "method", "candidate", "finetune", "finetune_weight_decay", "shots"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.lib import training
+from experiments.lib.retraining_settings import WITH_TASKS
 from experiments.ratings import baselines
 from experiments.ratings.data import HIGHEST, LOWEST, Part, Ratings, Unseen, split
 from experiments.ratings.model import ADAPTED, HEADS, RatingNet
@@ -25,6 +26,12 @@ Row = dict[str, Any]
 def squared_error(outputs: Tensor, batch: Batch) -> Tensor:
     """Returns the squared error of each rating, [B]."""
     return (outputs - batch.targets) ** 2
+
+
+def error_over_ratings(outputs: Tensor, batch: Batch) -> Tensor:
+    """Returns squared errors [B] whose mean by the batch's weights is that over all its ratings."""
+    assert batch.weights is not None
+    return squared_error(outputs, batch) / (len(outputs) * batch.weights.to(outputs))
 
 
 def clipped_error(outputs: Tensor, batch: Batch) -> Tensor:
@@ -96,8 +103,11 @@ class Trials(training.Trials[Part]):
         """
         own = copy.copy(self)
         own.settings = self.settings.of_method(method, self.tasks)
+        over_ratings = self.settings.weighting == "ratings"
+        if method in WITH_TASKS and over_ratings:
+            own.loss = {"loss": error_over_ratings}
         if method == "lora-ml" and rank == 0 and not self.settings.lora_head:
-            method, own._balanced = "standard", True
+            method, own._balanced = "standard", not over_ratings
         model, result = training.Trials.retrain(own, method, seed, *callbacks, rank=rank)
         assert isinstance(model, RatingNet)
         model.recentre()

@@ -21,8 +21,10 @@ from experiments.ratings.model import RatingNet
 from experiments.ratings.run import RATINGS
 from experiments.ratings.settings import CHOSEN, FINETUNED, RatingsSettings
 from experiments.ratings.summary import OVER_RATINGS, RMSE, summary
-from experiments.ratings.trials import Trials
+from experiments.ratings.trials import Trials, error_over_ratings
 from metalora.adapters import adapted_layers
+from metalora.meta import Batch
+from metalora.meta.mean import sample_weights, weighted_mean
 
 CPU = torch.device("cpu")
 
@@ -111,6 +113,16 @@ def test_decay_is_that_of_a_users_own_loss() -> None:
         FINETUNED["lora-ml", "lora"] / 50
     )
     assert settings(weight_decay=0.8).of_method("standard", 20).weight_decay == 0.04
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_the_mean_over_ratings_counts_each_alike(pooled: bool) -> None:
+    """Whatever the weights: those of eq. 5, or the equal ones of pooled batches."""
+    own = torch.full((6,), 1 / 6) if pooled else sample_weights(SOME.tasks)
+    batch = Batch(SOME.items, SOME.values, SOME.tasks, weights=own)
+    outputs = torch.arange(6.0)
+    found = weighted_mean(error_over_ratings(outputs, batch), own)
+    assert float(found) == pytest.approx(float((outputs - SOME.values).square().mean()))
 
 
 @pytest.mark.slow
@@ -274,6 +286,8 @@ SWITCHES: list[tuple[str, dict[str, Any]]] = [
     ("lora-ml", {"adapter_steps": 2}),
     ("lora-ml", {"lora_head": True}),
     ("lora-ml", {"order": "rounds"}),
+    ("lora-ml", {"weighting": "users"}),
+    ("last-layer-ml", {"weighting": "users"}),
     ("last-layer-ml", {"shared_head": "refit"}),
     ("standard", {"standard_order": "blocked"}),
     ("standard", {"weight_decay": 50.0}),
