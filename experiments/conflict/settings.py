@@ -111,6 +111,7 @@ class ConflictSettings(RetrainingSettings):
 
     command: ClassVar[str] = "conflict"
     methods: ClassVar[tuple[str, ...]] = tuple(METHODS)
+    without: ClassVar[tuple[str, ...]] = ("retrained", "evaluate_every")
     zero: ClassVar[tuple[str, ...]] = (*RetrainingSettings.zero, "turned")
 
     data: str = option("cifar10", help="the images", choices=tuple(DEFAULTS))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from experiments.lib.cli import MOST_TRIALS, check_values, option, unique
+from experiments.lib.cli import MOST_TRIALS, check_values, flag_of, option, unique
 from experiments.lib.experiment import RunSettings
 from metalora.meta.precision import MATMUL_PRECISIONS
 
@@ -42,6 +42,7 @@ class RetrainingSettings(RunSettings):
     command: ClassVar[str]
     methods: ClassVar[tuple[str, ...]] = METHODS
     zero: ClassVar[tuple[str, ...]] = ZERO
+    without: ClassVar[tuple[str, ...]] = ()  # fields that the experiment has no use for
 
     retrain: tuple[str, ...] = option(
         (ALL,), help="retraining methods", choices=(*METHODS, ALL), extends=True
@@ -121,6 +122,12 @@ class RetrainingSettings(RunSettings):
     compile: bool = option(False, help="torch.compile the model; needs a C++ compiler")
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name in self.without and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"argument {flag_of(field.name)}: the {self.command} experiment has no use "
+                    "for it; leave it out"
+                )
         for name, every in (("retrain", self.methods), ("finetune", FINETUNES)):
             chosen = getattr(self, name)
             object.__setattr__(self, name, every if ALL in chosen else unique(chosen))

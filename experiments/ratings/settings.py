@@ -86,6 +86,7 @@ class RatingsSettings(RetrainingSettings):
     """
 
     command: ClassVar[str] = "ratings"
+    without: ClassVar[tuple[str, ...]] = ("evaluate_every",)
     zero: ClassVar[tuple[str, ...]] = (*ZERO, "rank", "finetune_weight_decay")
 
     data_root: Path | None = option(

@@ -105,7 +105,32 @@ def test_every_field_is_read(
     if name == "language":
         pytest.importorskip("transformers")
     # What ``smoke`` changes is filled in before; that it does so is tested where it is defined.
-    assert unread(name, None, tmp_path, monkeypatch) <= {"smoke"}
+    module, attribute, _ = EXPERIMENTS[name]
+    settings = getattr(importlib.import_module(module), attribute).settings
+    without = set(getattr(settings, "without", ()))  # refused if given: see the test below
+    assert unread(name, None, tmp_path, monkeypatch) <= {"smoke", *without}
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("conflict", "--evaluate-every"),
+        ("conflict", "--retrained"),
+        ("ratings", "--evaluate-every"),
+    ],
+)
+def test_a_setting_without_a_use_is_refused(
+    name: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module_name, attribute, arguments = EXPERIMENTS[name]
+    main = command(name, getattr(importlib.import_module(module_name), attribute))
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--smoke", "--out", str(tmp_path / "run"), option, "3"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: argument {option}: the {name} experiment has no use for it; leave it out\n"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
