@@ -200,5 +200,5 @@ def test_complete_rounds_are_stepped_as_whole_tensors(absent):
     stepped = [p for group in step.optimizer.inner.param_groups for p in group["params"]]
     every = list(net.parameters())
     assert sum(len(group["params"]) for group in step.optimizer.param_groups) == len(every)
-    own = 4  # lora_A and lora_B of two layers, which are stepped by task once a task is absent
-    assert len(stepped) == len(every) - own * absent
+    own = 4  # lora_A and lora_B of two layers, whose tasks are taken apart once one is absent
+    assert len(stepped) == len(every) + (T - 1) * own * absent
