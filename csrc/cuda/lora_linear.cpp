@@ -10,14 +10,17 @@
 #include "dropout.h"
 #include "library.h"
 #include "operators.h"
+#include "product_plan.h"
 #include "task_ends.h"
 #include "tensors.h"
 
 namespace metalora::cuda {
 namespace {
 
-// Rows of each task where they are equally many and not none, else 0.
+// Rows of each task where there are several with equally many and not none, else 0: products of all
+// tasks at once are then a batch.
 int64_t rows_each(const LoraLayer& p) {
+  if (p.tasks == 1) return 0;
   const int64_t rows = p.rows / p.tasks;
   for (int64_t t = 0; t <= p.tasks; ++t)
     if (p.task_ptr[t] != t * rows) return 0;
@@ -33,8 +36,8 @@ Tensor of_task(const Tensor& tensor, int64_t task) {
 bool is_grouped(const LoraLayer& p, const Tensor& x) {
   constexpr int64_t kMostGroups = 1023, kAlignment = 8;  // 16 bytes
   return x.scalar_type() == ScalarType::BFloat16 && p.in % kAlignment == 0 &&
-         p.out % kAlignment == 0 && p.tasks <= kMostGroups && p.rows <= INT32_MAX && p.rows > 0 &&
-         has_grouped_products(x);
+         p.out % kAlignment == 0 && p.tasks > 1 && p.tasks <= kMostGroups && p.rows <= INT32_MAX &&
+         p.rows > 0 && has_grouped_products(x);
 }
 
 Tensor task_ends(const LoraLayer& p, const Tensor& like) {
@@ -44,7 +47,8 @@ Tensor task_ends(const LoraLayer& p, const Tensor& like) {
 }
 
 // y [M, out] = x_t W_tᵀ + b with merged [T, out, in].
-Tensor weight_forward(const LoraLayer& p, const Tensor& merged, const std::optional<Tensor>& bias) {
+Tensor weight_forward(const LoraLayer& p, const Tensor& merged, const std::optional<Tensor>& bias,
+                      bool tf32) {
   const Tensor& x = p.x;
   const int64_t rows = rows_each(p);
   if (!rows && !bias && is_grouped(p, x))
@@ -53,25 +57,20 @@ Tensor weight_forward(const LoraLayer& p, const Tensor& merged, const std::optio
   if (rows) {
     const Tensor result = viewed(y, {p.tasks, rows, p.out});
     const Tensor batch = viewed(x, {p.tasks, rows, p.in});
-    if (bias)
-      baddbmm_out(result, *bias, batch, batch_transposed(merged), 1, 1);
-    else
+    if (!bias)
       product_out("aten::bmm", result, batch, batch_transposed(merged));
+    else if (!biased_products_out(result, batch, merged, *bias, tf32))
+      baddbmm_out(result, *bias, batch, batch_transposed(merged), 1, 1);
     return y;
   }
   for (int64_t t = 0; t < p.tasks; ++t)
-    if (p.rows_in(t)) linear_out(p.rows_of(y, t), p.rows_of(x, t), of_task(merged, t), bias);
+    if (p.rows_in(t)) dense_product(p.rows_of(x, t), of_task(merged, t), bias, p.rows_of(y, t));
   return y;
-}
-
-Tensor sum_of_rows(const Tensor& matrix) {
-  const std::vector<int64_t> rows{0};
-  return torch::stable::sum(matrix, rows);
 }
 
 // [T, out, in] in the dtype of x, made where it is not at hand.
 Tensor merged_of(const LoraLayer& p, const std::optional<Tensor>& merged, bool tf32) {
-  if (merged) return *merged;
+  if (merged) return as_contiguous(*merged);
   return MergeOnGpu::merge(p.weight, p.lora_A, p.lora_B, false, p.scaling, p.x.scalar_type(), tf32);
 }
 
@@ -99,15 +98,17 @@ Tensor weight_grad_x(const LoraLayer& p, const Tensor& grad_y, const Tensor& mer
   return grad_x;
 }
 
-// result [T, k, n] in this dtype: result_t = a_tᵀ b_t over the rows of each task. `multiply` is
-// called for all tasks at once (true) or for one.
+// result [T · chunks, k, n] in this dtype: a_tᵀ b_t over the rows of each chunk of a task, where
+// tasks have equally many; else [T, k, n]. `multiply` is called for all at once (true) or for one
+// task.
 template <typename Multiply>
-Tensor outer_products(const LoraLayer& p, const Tensor& a, const Tensor& b, ScalarType dtype,
-                      const Multiply& multiply) {
-  const Tensor result = empty(a, {p.tasks, a.size(1), b.size(1)}, dtype);
-  if (const int64_t rows = rows_each(p)) {
-    multiply(true, result, batch_transposed(viewed(a, {p.tasks, rows, a.size(1)})),
-             viewed(b, {p.tasks, rows, b.size(1)}));
+Tensor outer_products(const LoraLayer& p, const Tensor& a, const Tensor& b, int64_t chunks,
+                      ScalarType dtype, const Multiply& multiply) {
+  const int64_t rows = rows_each(p), batch = rows ? p.tasks * chunks : p.tasks;
+  const Tensor result = empty(a, {batch, a.size(1), b.size(1)}, dtype);
+  if (rows) {
+    multiply(true, result, batch_transposed(viewed(a, {batch, rows / chunks, a.size(1)})),
+             viewed(b, {batch, rows / chunks, b.size(1)}));
     return result;
   }
   for (int64_t t = 0; t < p.tasks; ++t) {
@@ -120,16 +121,20 @@ Tensor outer_products(const LoraLayer& p, const Tensor& a, const Tensor& b, Scal
   return result;
 }
 
-// P [T, out, in] = dY_tᵀ X_t, of at least float.
+// P_t = dY_tᵀ X_t, of at least float, [T, out, in] or [T · chunks, out, in], whose sum it is.
 Tensor weight_products(const LoraLayer& p, const Tensor& grad_y) {
-  return outer_products(p, grad_y, p.x, work_dtype(p.x), [](bool all, const auto&... tensors) {
-    product_out(all ? "aten::bmm" : "aten::mm", tensors...);
-  });
+  const int64_t rows = rows_each(p);
+  const int64_t bytes = static_cast<int64_t>(p.x.element_size());
+  const int64_t chunks = rows ? product_chunks(p.tasks, rows, p.out, p.in, bytes) : 1;
+  return outer_products(p, grad_y, p.x, chunks, work_dtype(p.x),
+                        [](bool all, const auto&... tensors) {
+                          product_out(all ? "aten::bmm" : "aten::mm", tensors...);
+                        });
 }
 
 // alpha · a_tᵀ b_t
 Tensor task_outer_products(const LoraLayer& p, const Tensor& a, const Tensor& b, double alpha) {
-  return outer_products(p, a, b, a.scalar_type(),
+  return outer_products(p, a, b, 1, a.scalar_type(),
                         [&](bool all, const Tensor& result, const Tensor& at, const Tensor& bt) {
                           (all ? baddbmm_out : addmm_out)(result, result, at, bt, 0, alpha);
                         });
@@ -156,7 +161,8 @@ struct Gpu {
 
   static Tensor weight(const LoraLayer& p, const std::optional<Tensor>& bias,
                        const std::optional<Tensor>& merged, bool tf32) {
-    return weight_forward(p, merged_of(p, merged, tf32), bias);
+    const Tensor W = merged_of(p, merged, tf32);
+    return weight_forward(p, W, bias, tf32);
   }
 
   static Gradients weight_backward(const LoraLayer& p, const Tensor& dy,
@@ -181,7 +187,7 @@ struct Gpu {
 
   static TokenResult token(const LoraLayer& p, const std::optional<Tensor>& bias,
                            const BranchDropout& dropout) {
-    const Tensor y = dense_layer(p.x, p.weight, bias);
+    const Tensor y = dense_product(p.x, p.weight, bias);
     const Tensor shrunk = empty(p.x, {p.rows, p.rank}, p.x.scalar_type());
     add_task_products(p, shrunk, branch_of(p.x, dropout), batch_transposed(p.lora_A), 0, 1);
     add_task_products(p, y, shrunk, batch_transposed(p.lora_B), 1, p.scaling);
@@ -194,8 +200,8 @@ struct Gpu {
     const Tensor& x = p.x;
     const ScalarType dtype = x.scalar_type();
     Gradients g{none(x, dtype), none(x, dtype), none(x, dtype), none(x, dtype), none(x, dtype)};
-    if (need.x) g.x = mm(dy, p.weight);
-    if (need.weight) g.weight = mm(transposed(dy), x);
+    if (need.x) g.x = product(dy, p.weight);
+    if (need.weight) g.weight = product(transposed(dy), x);
     if (need.bias) g.bias = sum_of_rows(dy);
     if (need.B) g.B = task_outer_products(p, dy, shrunk, p.scaling);
     if (!need.x && !need.A) return g;

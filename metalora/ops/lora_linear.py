@@ -20,7 +20,14 @@ from metalora.ops._native import (
     where_needed,
 )
 from metalora.ops.dropout import check_probability, seed_tensor
-from metalora.ops.route import ROUTE_OF, check_route, decide, memory_of, takes_small_kernels
+from metalora.ops.route import (
+    ROUTE_OF,
+    check_route,
+    decide,
+    keeps_merged,
+    memory_of,
+    takes_small_kernels,
+)
 
 # x, weight, bias, lora_A, lora_B, task_ptr
 _Layer = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]
@@ -64,7 +71,8 @@ def lora_linear(
         route: "weight" forms every W_t = W + s B_t A_t (no dropout), "token" adds the LoRA branch
             row by row, "reference" is plain PyTorch, "auto" chooses (see `lora_linear_route`).
         keep_merged: let the weight route keep every W_t for backward, [T, out, in] in the dtype of
-            x, rather than make it again.
+            x, rather than make it again. On a GPU those that take at most an eighth of x are kept
+            in any case.
 
     Returns:
         [M, out], in the dtype of x.
@@ -129,6 +137,8 @@ def _run(
         _check_values(task_ptr, x.shape[0])
         return reference.lora_linear(*layer, scaling, dropout_p, seed)
     if route == "weight":  # on the CPU the raw operators check their arguments
+        small = x.is_cuda and keeps_merged(x.shape[0], lora_A.shape[0], weight.shape[0])
+        keep_merged = keep_merged or small
         return _WeightRoute.apply(*layer, scaling, tf32_allowed(x.dtype, x.is_cuda), keep_merged)
     return _TokenRoute.apply(*layer, scaling, dropout_p, seed)
 

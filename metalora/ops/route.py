@@ -183,6 +183,14 @@ def _weight_route_bytes(
     return tasks * out_features * in_features * (dtype.itemsize + weight_dtype.itemsize)
 
 
+def keeps_merged(rows: int, tasks: int, out_features: int) -> bool:
+    """Whether a GPU keeps all W_t [T, out, in] for backward because they are small.
+
+    They take at most an eighth of x [M, in] then, which is kept anyway.
+    """
+    return 8 * tasks * out_features <= rows
+
+
 def memory_of(x: Tensor) -> int | None:
     return int(gpu_memory(x.get_device()) * _MEMORY_SHARE) if x.is_cuda else None
 

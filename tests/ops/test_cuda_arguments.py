@@ -88,11 +88,21 @@ def test_auto_takes_the_route_it_says(
 ) -> None:
     names, given = taken(monkeypatch), arguments()
     y = ops.lora_linear(**given)
-    assert names == [f"lora_linear_{route}"]
+    assert names[-1] == f"lora_linear_{route}"
     assert y.shape == (given["x"].shape[0], given["weight"].shape[0])
     assert y.device.type == "cuda" and y.dtype == given["x"].dtype
     choice = ops.lora_linear_route(given["x"], given["weight"], given["lora_A"])
     assert choice.route == route
+
+
+@pytest.mark.parametrize("rows", [3072, 3071])
+def test_merged_weights_that_are_small_beside_x_are_kept(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    names = taken(monkeypatch)
+    y = ops.lora_linear(**tensors(rows=rows), route="weight")
+    assert names == ["merge_lora"] * (rows >= 8 * 4 * 96) + ["lora_linear_weight"]
+    assert (y.grad_fn.saved_tensors[-1] is not None) == (rows >= 8 * 4 * 96)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
