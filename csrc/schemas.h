@@ -19,6 +19,15 @@ void define_operators(Library& m) {
       "Tensor lora_B, Tensor task_ptr, float scaling, Tensor? merged, bool tf32, "
       "bool need_x, bool need_weight, bool need_bias, bool need_A, bool need_B) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The same with A_tᵀ = B_t = U_t [T, d, k].
+  m.def(
+      "lora_linear_symmetric(Tensor x, Tensor weight, Tensor? bias, Tensor lora_U, "
+      "Tensor task_ptr, float scaling, Tensor? merged, bool tf32) -> Tensor");
+  m.def(
+      "lora_linear_symmetric_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor lora_U, "
+      "Tensor task_ptr, float scaling, Tensor? merged, bool tf32, "
+      "bool need_x, bool need_weight, bool need_bias, bool need_U) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "lora_linear_token(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
       "Tensor task_ptr, float scaling, float dropout_p, Tensor? seed) "

@@ -68,10 +68,14 @@ Tensor weight_forward(const LoraLayer& p, const Tensor& merged, const std::optio
   return y;
 }
 
+// What the kernels of merged weights take for A: U itself where A is its transpose.
+const Tensor& left_of(const LoraLayer& p) { return p.symmetric ? p.lora_B : p.lora_A; }
+
 // [T, out, in] in the dtype of x, made where it is not at hand.
 Tensor merged_of(const LoraLayer& p, const std::optional<Tensor>& merged, bool tf32) {
   if (merged) return as_contiguous(*merged);
-  return MergeOnGpu::merge(p.weight, p.lora_A, p.lora_B, false, p.scaling, p.x.scalar_type(), tf32);
+  return MergeOnGpu::merge(p.weight, left_of(p), p.lora_B, p.symmetric, p.scaling,
+                           p.x.scalar_type(), tf32);
 }
 
 // For every task: result_t = beta · result_t + alpha · a_t b_t, all [m_t, ·] rows times [k, n].
@@ -174,7 +178,7 @@ struct Gpu {
     if (need.x) g.x = weight_grad_x(p, dy, merged_of(p, merged, tf32));
     if (need.weight || need.A || need.B) {
       const auto [grad_weight, grad_A, grad_B] = MergeOnGpu::merge_backward(
-          weight_products(p, dy), p.lora_A, p.lora_B, false, p.scaling, tf32, need.weight);
+          weight_products(p, dy), left_of(p), p.lora_B, p.symmetric, p.scaling, tf32, need.weight);
       g.weight = grad_weight;
       if (need.A) g.A = grad_A;
       if (need.B) g.B = grad_B;
