@@ -8,7 +8,7 @@ template <typename Library>
 void define_operators(Library& m) {
   // The two routes of lora_linear. `merged` [T, out, in] are the W_t where they are at hand; with
   // `tf32` the GPU's products may round factors to TF32. `shrunk` [M, r] is what the token route
-  // keeps for backward and, on the CPU, `kept`: a bit for each element of x, rows padded to 64
+  // keeps for backward, with dropout also `kept`: a bit for each element of x, rows padded to 64
   // bits, set where dropout keeps the element. Gradients that are not needed come back as empty
   // tensors.
   m.def(

@@ -13,6 +13,7 @@
 #include "product_plan.h"
 #include "task_ends.h"
 #include "tensors.h"
+#include "token_rows.h"
 
 namespace metalora::cuda {
 namespace {
@@ -159,6 +160,88 @@ Tensor branch_of(const Tensor& x, const BranchDropout& dropout) {
   return dropped;
 }
 
+int64_t kept_bytes(const LoraLayer& p) { return (p.in + 63) / 64 * 8; }
+
+// A bit for each element of x, set where dropout keeps it; rows are padded to 64 bits.
+Tensor kept_of(const LoraLayer& p, double dropout_p) {
+  return dropout_p > 0 ? empty(p.x, {p.rows, kept_bytes(p)}, ScalarType::Byte)
+                       : none(p.x, ScalarType::Byte);
+}
+
+// Ranks beyond those of token_rows.cu: products of such a size belong to the BLAS.
+namespace large_ranks {
+
+TokenResult token(const LoraLayer& p, const std::optional<Tensor>& bias,
+                  const BranchDropout& dropout) {
+  const Tensor y = dense_product(p.x, p.weight, bias);
+  const Tensor shrunk = empty(p.x, {p.rows, p.rank}, p.x.scalar_type());
+  add_task_products(p, shrunk, branch_of(p.x, dropout), batch_transposed(p.lora_A), 0, 1);
+  add_task_products(p, y, shrunk, batch_transposed(p.lora_B), 1, p.scaling);
+  Tensor kept = kept_of(p, dropout.p);
+  torch::stable::zero_(kept);  // not read: backward draws the mask again
+  return {y, shrunk, kept};
+}
+
+Gradients token_backward(const LoraLayer& p, const Tensor& dy, const Tensor& shrunk,
+                         const BranchDropout& dropout, const Needs& need) {
+  const Tensor& x = p.x;
+  const ScalarType dtype = x.scalar_type();
+  Gradients g{none(x, dtype), none(x, dtype), none(x, dtype), none(x, dtype), none(x, dtype)};
+  if (need.x) g.x = product(dy, p.weight);
+  if (need.weight) g.weight = product(transposed(dy), x);
+  if (need.bias) g.bias = sum_of_rows(dy);
+  if (need.B) g.B = task_outer_products(p, dy, shrunk, p.scaling);
+  if (!need.x && !need.A) return g;
+  const Tensor grad_shrunk = empty(x, {p.rows, p.rank}, dtype);
+  add_task_products(p, grad_shrunk, dy, p.lora_B, 0, p.scaling);
+  if (need.A) g.A = task_outer_products(p, grad_shrunk, branch_of(x, dropout), 1);
+  if (need.x && dropout.p == 0) add_task_products(p, g.x, grad_shrunk, p.lora_A, 1, 1);
+  if (need.x && dropout.p > 0) {
+    const Tensor grad_branch = empty(x, {p.rows, p.in}, dtype);
+    add_task_products(p, grad_branch, grad_shrunk, p.lora_A, 0, 1);
+    drop(g.x, grad_branch, dropout.p, *dropout.seed, true);
+  }
+  return g;
+}
+
+}  // namespace large_ranks
+
+// The blocks that the token route's kernels go by, and what they take of torch.
+class TokenRows {
+ public:
+  explicit TokenRows(const LoraLayer& p)
+      : x_(p.x),
+        stream_(current_stream(p.x)),
+        type_(type_of(p.x.scalar_type())),
+        blocks_(plan_token_blocks(p.task_ptr, p.tasks, type_)) {
+    METALORA_CHECK(p.rows <= INT32_MAX, "lora_linear: on a GPU x may have at most ", INT32_MAX,
+                   " rows, got ", p.rows, "; give it fewer at a time");
+    if (blocks_.rows_each) return;
+    ends_ = empty(p.x, {2 * p.tasks}, ScalarType::Int);
+    const std::vector<int64_t> table = token_table(blocks_, p.task_ptr);
+    launch_task_ends(mutable_data<int32_t>(*ends_), table.data(), 2 * p.tasks, stream_);
+    blocks_.ends = data<int32_t>(*ends_);
+  }
+
+  // Of `elements` for each block.
+  Tensor addends(bool needed, int64_t elements) const {
+    return empty_if(needed, x_, {blocks_.blocks * elements}, work_dtype(x_));
+  }
+  void run(const TokenPass& pass) const { launch_token_pass(pass, blocks_, type_, stream_); }
+  void sum(const Tensor& result, const Tensor& addends, int64_t columns, int64_t rank, double scale,
+           bool transposed, bool over_tasks) const {
+    launch_token_sums(result.mutable_data_ptr(), addends.const_data_ptr(), type_, columns, rank,
+                      scale, transposed, over_tasks, blocks_, stream_);
+  }
+
+ private:
+  const Tensor& x_;
+  cudaStream_t stream_;
+  Type type_;
+  TokenBlocks blocks_;
+  std::optional<Tensor> ends_;
+};
+
 struct Gpu {
   using Guard = DeviceGuard;
   static ScalarType shrunk_dtype(const Tensor& x) { return x.scalar_type(); }
@@ -187,37 +270,89 @@ struct Gpu {
     return g;
   }
 
-  static void check_kept(const char*, const Tensor&, const LoraLayer&, double) {}
+  static void check_kept(const char* op, const Tensor& kept, const LoraLayer& p, double dropout_p) {
+    if (dropout_p > 0) check_shape(op, "kept", kept, {p.rows, kept_bytes(p)});
+  }
 
   static TokenResult token(const LoraLayer& p, const std::optional<Tensor>& bias,
-                           const BranchDropout& dropout) {
-    const Tensor y = dense_product(p.x, p.weight, bias);
-    const Tensor shrunk = empty(p.x, {p.rows, p.rank}, p.x.scalar_type());
-    add_task_products(p, shrunk, branch_of(p.x, dropout), batch_transposed(p.lora_A), 0, 1);
-    add_task_products(p, y, shrunk, batch_transposed(p.lora_B), 1, p.scaling);
-    return {y, shrunk, none(p.x, ScalarType::Byte)};
+                           const BranchDropout& branch) {
+    if (p.rank > kMostTokenRank) return large_ranks::token(p, bias, branch);
+    const ScalarType dtype = p.x.scalar_type();
+    const Tensor A = as_contiguous(p.lora_A), B = as_contiguous(p.lora_B);
+    const auto dense_bias = as_contiguous(bias);
+    const Tensor y = empty(p.x, {p.rows, p.out}, dtype), S = empty(p.x, {p.rows, p.rank}, dtype);
+    const Tensor kept = kept_of(p, branch.p);
+    if (p.rows == 0) return {y, S, kept};
+    const TokenRows rows(p);
+    TokenPass pass{p.x.const_data_ptr(), p.in, p.rank, p.out};
+    pass.shrink = A.const_data_ptr();
+    pass.expand = B.const_data_ptr();
+    pass.expand_by_columns = true;
+    pass.expand_scale = p.scaling;
+    pass.bias = data_or_null(dense_bias);
+    pass.shrunk = S.mutable_data_ptr();
+    pass.result = y.mutable_data_ptr();
+    std::optional<DropoutArguments> dropout;
+    if (branch.p > 0) {
+      pass.scale = 1 / (1 - branch.p);
+      dropout = {data<int64_t>(*branch.seed), dropout_threshold(branch.p), pass.scale};
+      pass.dropout = &*dropout;
+      pass.kept = mutable_data<uint8_t>(kept);
+    }
+    rows.run(pass);
+    addmm_out(y, y, p.x, transposed(p.weight), 1, 1);
+    return {y, S, kept};
   }
 
   static Gradients token_backward(const LoraLayer& p, const Tensor& dy, const Tensor& shrunk,
-                                  const Tensor& /*kept*/, const BranchDropout& dropout,
+                                  const Tensor& kept, const BranchDropout& branch,
                                   const Needs& need) {
-    const Tensor& x = p.x;
-    const ScalarType dtype = x.scalar_type();
-    Gradients g{none(x, dtype), none(x, dtype), none(x, dtype), none(x, dtype), none(x, dtype)};
-    if (need.x) g.x = product(dy, p.weight);
-    if (need.weight) g.weight = product(transposed(dy), x);
-    if (need.bias) g.bias = sum_of_rows(dy);
-    if (need.B) g.B = task_outer_products(p, dy, shrunk, p.scaling);
-    if (!need.x && !need.A) return g;
-    const Tensor grad_shrunk = empty(x, {p.rows, p.rank}, dtype);
-    add_task_products(p, grad_shrunk, dy, p.lora_B, 0, p.scaling);
-    if (need.A) g.A = task_outer_products(p, grad_shrunk, branch_of(x, dropout), 1);
-    if (need.x && dropout.p == 0) add_task_products(p, g.x, grad_shrunk, p.lora_A, 1, 1);
-    if (need.x && dropout.p > 0) {
-      const Tensor grad_branch = empty(x, {p.rows, p.in}, dtype);
-      add_task_products(p, grad_branch, grad_shrunk, p.lora_A, 0, 1);
-      drop(g.x, grad_branch, dropout.p, *dropout.seed, true);
+    if (p.rank > kMostTokenRank) return large_ranks::token_backward(p, dy, shrunk, branch, need);
+    const ScalarType dtype = p.x.scalar_type();
+    const Tensor A = as_contiguous(p.lora_A), B = as_contiguous(p.lora_B);
+    const Gradients g{empty_if(need.x, p.x, {p.rows, p.in}, dtype),
+                      need.weight ? product(transposed(dy), p.x) : none(p.x, dtype),
+                      empty_if(need.bias, p.x, {p.out}, dtype),
+                      empty_if(need.A, p.x, {p.tasks, p.rank, p.in}, dtype),
+                      empty_if(need.B, p.x, {p.tasks, p.out, p.rank}, dtype)};
+    const TokenRows rows(p);
+    const Tensor grad_S = empty_if(need.x || need.A, p.x, {p.rows, p.rank}, dtype);
+    const Tensor of_A = rows.addends(need.A, p.in * p.rank);
+    const Tensor of_B = rows.addends(need.B, p.out * p.rank);
+    const Tensor of_bias = rows.addends(need.bias, p.out);
+    uint8_t* bits = branch.p > 0 ? mutable_data<uint8_t>(kept) : nullptr;
+
+    TokenPass pass{dy.const_data_ptr(), p.out, p.rank, p.in};
+    pass.scale = p.scaling / (1 - branch.p);
+    pass.kept = bits;
+    pass.keeps_result = true;
+    if (need.x || need.A) {
+      pass.shrink = B.const_data_ptr();
+      pass.shrink_by_columns = true;
+      pass.shrunk = grad_S.mutable_data_ptr();
     }
+    if (need.x) {
+      pass.expand = A.const_data_ptr();
+      pass.result = g.x.mutable_data_ptr();
+    }
+    if (need.B) {
+      pass.left = shrunk.const_data_ptr();
+      pass.outer = of_B.mutable_data_ptr();
+    }
+    if (need.bias) pass.sums = of_bias.mutable_data_ptr();
+    if (pass.shrink || pass.outer || pass.sums) rows.run(pass);
+    if (need.x && p.rows) addmm_out(g.x, g.x, dy, p.weight, 1, 1);
+
+    if (need.A) {
+      TokenPass of_x{p.x.const_data_ptr(), p.in, p.rank, 0};
+      of_x.left = grad_S.const_data_ptr();
+      of_x.outer = of_A.mutable_data_ptr();
+      of_x.kept = bits;
+      rows.run(of_x);
+      rows.sum(g.A, of_A, p.in, p.rank, 1, true, false);
+    }
+    if (need.B) rows.sum(g.B, of_B, p.out, p.rank, p.scaling, false, false);
+    if (need.bias) rows.sum(g.bias, of_bias, p.out, 1, 1, false, true);
     return g;
   }
 };

@@ -334,7 +334,7 @@ def _token_fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     # On the CPU what is kept for backward is no shorter than a float; on a GPU it is as x is.
     dtype = torch.float32 if a.x.is_cpu and a.x.dtype in SHORT else a.x.dtype
     rows, in_features = a.x.shape
-    bits = (rows, (in_features + 63) // 64 * 8) if a.dropout_p > 0 and not a.x.is_cuda else (0,)
+    bits = (rows, (in_features + 63) // 64 * 8) if a.dropout_p > 0 else (0,)
     shrunk = a.x.new_empty((rows, a.lora_A.shape[1]), dtype=dtype)
     return _weight_fake(a), shrunk, a.x.new_empty(bits, dtype=torch.uint8)
 
