@@ -51,6 +51,7 @@ class Settings:
     measured: tuple[Path, ...] = option((), help=".json files of benchmarks.lora_linear to compare")
     copy: float = option(4300, help="GB/s read and written")
     short: float = option(790, help="TFLOP/s of products in 16 bits")
+    mma: float = option(200, help="TFLOP/s of the token route's kernels in 16 bits")
     tf32: float = option(395, help="TFLOP/s of products in TF32")
     fp32: float = option(50, help="TFLOP/s of products in float32")
     philox: float = option(1000, help="random numbers drawn, 10⁹ a second")
@@ -65,7 +66,8 @@ class Settings:
             raise ValueError(f"argument --precisions: there is no model of {unknown[0]!r}")
 
     def ceilings(self) -> Ceilings:
-        rates = {"short": 1e12 * self.short, "tf32": 1e12 * self.tf32, "fp32": 1e12 * self.fp32}
+        rates = {"short": self.short, "mma": self.mma, "tf32": self.tf32, "fp32": self.fp32}
+        rates = {unit: 1e12 * rate for unit, rate in rates.items()}
         return Ceilings(
             1e9 * self.copy, rates, 1e9 * self.philox, 1e-6 * self.launch, self.processors
         )
@@ -167,7 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("Predicted, not measured: forward and backward.\n")
     print(markdown(header, rows))
     print(
-        f"\nCeilings: {settings.copy:g} GB/s; TFLOP/s: {settings.short:g} in 16 bits, "
+        f"\nCeilings: {settings.copy:g} GB/s; TFLOP/s: {settings.short:g} in 16 bits and "
+        f"{settings.mma:g} in the token route's kernels, "
         f"{settings.tf32:g} in TF32, {settings.fp32:g} in float32; {settings.philox:g}e9 random "
         f"numbers a second; {settings.launch:g} µs a launch; {settings.processors} processors."
     )

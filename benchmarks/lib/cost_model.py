@@ -23,7 +23,8 @@ class Ceilings:
 
     Attributes:
         copy: bytes read and written a second.
-        rates: floating-point operations a second: "short" in 16 bits, "tf32", and "fp32".
+        rates: floating-point operations a second: "short" in 16 bits, "mma" the same in kernels
+            that use no more than a warp's instructions, "tf32", and "fp32".
         philox: random numbers a second.
         launch: seconds that every launch adds.
         processors: streaming multiprocessors; the last wave of a product's tiles leaves some idle.
@@ -194,30 +195,76 @@ def _weight_route(layer: Layer) -> Iterator[Call]:
 
 
 def _token_route(layer: Layer) -> Iterator[Call]:
-    rows, outer, inner, rank = layer.total, layer.out_features, layer.in_features, layer.rank
-    down = layer.weight + layer.factors
-    yield from _cast_down(layer, down)
-    yield _product(layer, "linear", "forward", (1, rows, outer, inner))
-    if layer.dropout:
-        yield _dropout(layer, "forward", 2)
-    yield from _task_products(layer, "forward", rank, inner)
-    yield from _task_products(layer, "forward", outer, rank, extra=1)
-    if layer.need_x:
-        yield _product(layer, "mm", "backward", (1, rows, inner, outer))
+    """csrc/cuda/token_rows.cu, between products of a weight's size."""
+    rows, outer, inner = layer.total, layer.out_features, layer.in_features
+    drawn = layer.dropout > 0
+    yield from _cast_down(layer, layer.weight + layer.factors)
+    yield from _token_table(layer, "forward")
+    yield _token_pass(layer, "forward", inner, outer, 2, drawn=drawn)
+    # What stands in y is added to.
+    yield _product(layer, "addmm", "forward", (1, rows, outer, inner), extra=rows * outer)
+    own_B = 8 * token_blocks(layer) * layer.rank <= layer.activation * rows
+    yield from _token_table(layer, "backward")
     if layer.need_weight:
         yield _product(layer, "mm", "backward", (1, outer, inner, rows))
-        yield from _bias_sum(layer)
-    yield from _outer_products(layer, outer, rank)
-    yield from _task_products(layer, "backward", rank, outer)
-    if layer.dropout:
-        yield _dropout(layer, "backward", 2)
-    yield from _outer_products(layer, rank, inner)
-    if layer.need_x and layer.dropout:
-        yield from _task_products(layer, "backward", inner, rank)
-        yield _dropout(layer, "backward", 3)
-    elif layer.need_x:
-        yield from _task_products(layer, "backward", inner, rank, extra=1)
+    written, products = inner * layer.need_x, 1 + layer.need_x + own_B
+    yield _token_pass(layer, "backward", outer, written, products, sums=own_B)
+    if layer.need_x:
+        yield _product(layer, "addmm", "backward", (1, rows, inner, outer), extra=rows * inner)
+    if own_B or drawn:
+        yield _token_pass(layer, "backward", inner, 0, 1, sums=True)
+        yield _token_sum(layer, inner * layer.rank, layer.tasks)
+    else:
+        yield from _outer_products(layer, layer.rank, inner)
+    if own_B:
+        yield _token_sum(layer, outer * layer.rank, layer.tasks)
+    else:
+        yield from _outer_products(layer, outer, layer.rank)
+    if layer.need_weight and layer.bias:
+        yield _token_sum(layer, outer, 1)
     yield from _cast_up(layer, layer.factors + layer.weight * layer.need_weight)
+
+
+def token_blocks(layer: Layer) -> int:
+    """How many blocks the rows are cut into: `plan_token_blocks` of token_rows.cu."""
+    tile = {2: 64, 4: 32, 8: 16}[layer.activation]
+    block = tile * max(layer.total // tile // 264, 1)
+    return sum(ceil(n / block) for n in layer.rows)
+
+
+def _token_table(layer: Layer, step: str) -> Iterator[Call]:
+    if len(set(layer.rows)) > 1:
+        yield Call("task_ends_kernel", step, 8 * layer.tasks)
+
+
+def _token_pass(
+    layer: Layer,
+    step: str,
+    columns: int,
+    results: int,
+    products: int,
+    *,
+    drawn: bool = False,
+    sums: bool = False,
+) -> Call:
+    """One read of [M, columns] and one write of [M, results]; ``sums``: with addends of blocks."""
+    rows, rank = layer.total, layer.rank
+    moved = rows * (columns + results + 2 * rank) * layer.activation
+    if layer.dropout:
+        moved += rows * layer.in_features / 8
+    if sums:
+        # Added to in the L2, as long as they fit there, and written once.
+        moved += FLOAT * token_blocks(layer) * columns * rank
+    # The tensor cores compute 8 ranks at least, and FFMA those that there are.
+    short = layer.activation == 2
+    flops = products * 2 * rows * max(columns, results) * (max(rank, 8) if short else rank)
+    randoms = rows * columns if drawn else 0
+    return Call("token_kernel", step, moved, flops, "mma" if short else "fp32", randoms=randoms)
+
+
+def _token_sum(layer: Layer, elements: int, results: int) -> Call:
+    moved = FLOAT * token_blocks(layer) * elements + results * elements * layer.activation
+    return Call("sum_token_kernel", "backward", moved)
 
 
 def product_chunks(
@@ -239,18 +286,6 @@ def product_chunks(
 
     offered = [c for c in range(2, 65) if rows // c >= 256 and not (divisors and rows % c)]
     return min([1, *offered], key=cost)
-
-
-def _task_products(
-    layer: Layer, step: str, columns: int, inner: int, extra: int = 0
-) -> Iterator[Call]:
-    """Of every task's rows with a matrix of its own; ``extra``: what stands there is added to."""
-    if layer.equal:
-        sizes = (layer.tasks, layer.equal, columns, inner)
-        yield _product(layer, "baddbmm", step, sizes, extra=extra * layer.total * columns)
-        return
-    for n in filter(None, layer.rows):
-        yield _product(layer, "addmm", step, (1, n, columns, inner), extra=extra * n * columns)
 
 
 def _outer_products(layer: Layer, left: int, right: int) -> Iterator[Call]:
@@ -307,11 +342,6 @@ def _bias_sum(layer: Layer) -> Iterator[Call]:
         size = layer.total, layer.out_features
         sizes = (1, *size, layer.out_features)
         yield Call("sum", "backward", prod(size) * layer.activation, sizes=sizes)
-
-
-def _dropout(layer: Layer, step: str, passes: int) -> Call:
-    elements = layer.total * layer.in_features
-    return Call("dropout_kernel", step, passes * elements * layer.activation, randoms=elements)
 
 
 def _merge(layer: Layer, step: str) -> Call:

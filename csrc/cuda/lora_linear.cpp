@@ -227,6 +227,7 @@ class TokenRows {
   Tensor addends(bool needed, int64_t elements) const {
     return empty_if(needed, x_, {blocks_.blocks * elements}, work_dtype(x_));
   }
+  bool addends_pay(int64_t rank) const { return token_addends_pay(blocks_, rank, type_); }
   void run(const TokenPass& pass) const { launch_token_pass(pass, blocks_, type_, stream_); }
   void sum(const Tensor& result, const Tensor& addends, int64_t columns, int64_t rank, double scale,
            bool transposed, bool over_tasks) const {
@@ -310,15 +311,17 @@ struct Gpu {
     if (p.rank > kMostTokenRank) return large_ranks::token_backward(p, dy, shrunk, branch, need);
     const ScalarType dtype = p.x.scalar_type();
     const Tensor A = as_contiguous(p.lora_A), B = as_contiguous(p.lora_B);
-    const Gradients g{empty_if(need.x, p.x, {p.rows, p.in}, dtype),
-                      need.weight ? product(transposed(dy), p.x) : none(p.x, dtype),
-                      empty_if(need.bias, p.x, {p.out}, dtype),
-                      empty_if(need.A, p.x, {p.tasks, p.rank, p.in}, dtype),
-                      empty_if(need.B, p.x, {p.tasks, p.out, p.rank}, dtype)};
     const TokenRows rows(p);
+    const bool own_A = need.A && (branch.p > 0 || rows.addends_pay(p.rank));
+    const bool own_B = need.B && rows.addends_pay(p.rank);
+    Gradients g{empty_if(need.x, p.x, {p.rows, p.in}, dtype),
+                need.weight ? product(transposed(dy), p.x) : none(p.x, dtype),
+                empty_if(need.bias, p.x, {p.out}, dtype),
+                empty_if(own_A, p.x, {p.tasks, p.rank, p.in}, dtype),
+                empty_if(own_B, p.x, {p.tasks, p.out, p.rank}, dtype)};
     const Tensor grad_S = empty_if(need.x || need.A, p.x, {p.rows, p.rank}, dtype);
-    const Tensor of_A = rows.addends(need.A, p.in * p.rank);
-    const Tensor of_B = rows.addends(need.B, p.out * p.rank);
+    const Tensor of_A = rows.addends(own_A, p.in * p.rank);
+    const Tensor of_B = rows.addends(own_B, p.out * p.rank);
     const Tensor of_bias = rows.addends(need.bias, p.out);
     uint8_t* bits = branch.p > 0 ? mutable_data<uint8_t>(kept) : nullptr;
 
@@ -335,7 +338,7 @@ struct Gpu {
       pass.expand = A.const_data_ptr();
       pass.result = g.x.mutable_data_ptr();
     }
-    if (need.B) {
+    if (own_B) {
       pass.left = shrunk.const_data_ptr();
       pass.outer = of_B.mutable_data_ptr();
     }
@@ -343,15 +346,20 @@ struct Gpu {
     if (pass.shrink || pass.outer || pass.sums) rows.run(pass);
     if (need.x && p.rows) addmm_out(g.x, g.x, dy, p.weight, 1, 1);
 
-    if (need.A) {
+    if (own_A) {
       TokenPass of_x{p.x.const_data_ptr(), p.in, p.rank, 0};
       of_x.left = grad_S.const_data_ptr();
       of_x.outer = of_A.mutable_data_ptr();
       of_x.kept = bits;
       rows.run(of_x);
       rows.sum(g.A, of_A, p.in, p.rank, 1, true, false);
+    } else if (need.A) {
+      g.A = task_outer_products(p, grad_S, p.x, 1);
     }
-    if (need.B) rows.sum(g.B, of_B, p.out, p.rank, p.scaling, false, false);
+    if (own_B)
+      rows.sum(g.B, of_B, p.out, p.rank, p.scaling, false, false);
+    else if (need.B)
+      g.B = task_outer_products(p, dy, shrunk, p.scaling);
     if (need.bias) rows.sum(g.bias, of_bias, p.out, 1, 1, false, true);
     return g;
   }

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -25,6 +26,14 @@ struct TokenBlocks {
 // launch_task_ends, where `rows_each` is 0.
 TokenBlocks plan_token_blocks(const int64_t* task_ptr, int64_t tasks, Type type);
 std::vector<int64_t> token_table(const TokenBlocks& plan, const int64_t* task_ptr);
+
+// Whether the addends of outer products, written and read, take no more than another pass over the
+// rows; otherwise the BLAS, which has tiles to keep its sums in, had better make that pass.
+inline bool token_addends_pay(const TokenBlocks& plan, int64_t rank, Type type) {
+  const int64_t element = type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2;
+  const int64_t addend = std::max<int64_t>(element, 4);
+  return 2 * addend * plan.blocks * rank <= element * plan.rows;
+}
 
 // One pass over `read` [M, columns], block by block. What is null is left out:
 //   shrunk [M, r] = scale · (read F_t),           F_t(column, j) of `shrink`

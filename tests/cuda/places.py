@@ -67,9 +67,8 @@ def calls_of_layer(operators: Any, layer: Layer, route: str, step: str) -> None:
     if step == "forward":
         operators.lora_linear_token(x, weight, bias, *adapters, *dropout)
     else:
-        shrunk, kept = (
-            torch.randn(layer.total, layer.rank, dtype=given),
-            torch.empty(0, dtype=torch.uint8),
-        )
+        shrunk = torch.randn(layer.total, layer.rank, dtype=given)
+        bits = (layer.total, (inner + 63) // 64 * 8) if layer.dropout else (0,)
+        kept = torch.randint(256, bits, dtype=torch.uint8)
         name = operators.lora_linear_token_backward
         name(grad, x, weight, *adapters, shrunk, kept, *dropout, *needed)

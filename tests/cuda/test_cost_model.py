@@ -37,7 +37,7 @@ def layer(rows: tuple[int, ...], precision: str, **changes: Any) -> Layer:
         ("token", {}),
         ("token", {"dropout": 0.1}),
         ("token", {"dropout": 0.1, "need_x": False}),
-        ("token", {"need_weight": False}),
+        ("token", {"need_weight": False, "rank": 20}),
     ],
 )
 def test_calls_are_those_of_the_code(
