@@ -277,7 +277,6 @@ struct Pass {
         store_row(static_cast<T*>(p.result) + (row0 + row) * p.results + column0 + column, values,
                   left, a.result_aligned);
       }
-      __syncthreads();
     }
   }
 };

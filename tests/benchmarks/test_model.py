@@ -33,7 +33,9 @@ def relative(case: str, precision: str = "autocast") -> float:
         ("a 768→768 L40 T10 r8", 1.08),
         ("a 768→3072 L40 T10 r8", 1.08),
         ("a 3072→768 L40 T10 r8", 1.08),
+        ("a 768→768 L40 T10 r8 p0.1", 1.35),
         *((case.name, 1.10) for case in BENCHMARK.select(["c"])),
+        *((case.name, 1.12) for case in BENCHMARK.select(["b"])),
     ],
 )
 def test_predictions_are_within_the_goals(case: str, limit: float) -> None:
