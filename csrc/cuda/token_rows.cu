@@ -248,6 +248,21 @@ struct Pass {
       shrunk[i] = shared.S()[i / rank * Shared::kRankPitch + i % rank];
   }
 
+  // Elements whose bit is not set are 0.
+  __device__ void store_kept(T* target, const T* source, unsigned bits, int left) const {
+    if constexpr (Products::kAsync)
+      if (a.result_aligned) {
+        const auto mask = [&](int i) {
+          return (bits >> (2 * i) & 1 ? 0xFFFFu : 0) | (bits >> (2 * i + 1) & 1 ? 0xFFFF0000u : 0);
+        };
+        uint4 words = *reinterpret_cast<const uint4*>(source);
+        words.x &= mask(0), words.y &= mask(1), words.z &= mask(2), words.w &= mask(3);
+        store_16(target, words);
+        return;
+      }
+    for (int e = 0; e < left; ++e) target[e] = bits >> e & 1 ? source[e] : T{};
+  }
+
   __device__ void write_result(const Products& products) const {
     const TokenPass& p = a.pass;
     const T* bias = static_cast<const T*>(p.bias);
@@ -266,16 +281,12 @@ struct Pass {
       for (int i = static_cast<int>(threadIdx.x); i < rows * kUnits; i += kThreads) {
         const int row = i / kUnits, column = i % kUnits * kUnit;
         const int left = left_of(p.results, column0 + column, kUnit);
-        auto values = load_pack<kUnit>(staged + row * Shared::kPitch + column);
-        if (p.keeps_result && p.kept && left > 0) {
-          const int64_t c = column0 + column;
-          const unsigned bits = p.kept[kept_at(p.results, row, c / 8)] >> (c % 8);
-#pragma unroll
-          for (int e = 0; e < kUnit; ++e)
-            if (!(bits >> e & 1)) values.lane[e] = T{};
-        }
-        store_row(static_cast<T*>(p.result) + (row0 + row) * p.results + column0 + column, values,
-                  left, a.result_aligned);
+        if (left <= 0) continue;
+        const int64_t c = column0 + column;
+        unsigned bits = 0xFF;
+        if (p.keeps_result && p.kept) bits = p.kept[kept_at(p.results, row, c / 8)] >> (c % 8);
+        store_kept(static_cast<T*>(p.result) + (row0 + row) * p.results + c,
+                   staged + row * Shared::kPitch + column, bits, left);
       }
     }
   }

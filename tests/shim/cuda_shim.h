@@ -191,6 +191,12 @@ inline void copy_async_16(void* shared, const void* global) {
   shim::async_copies().copies.push_back({shared, global});
 }
 
+inline void store_16(void* global, const uint4& words) {
+  if (reinterpret_cast<uintptr_t>(global) % 16)
+    throw std::runtime_error("store_16: the address must be a multiple of 16");
+  std::memcpy(global, &words, 16);
+}
+
 inline void copy_async_commit() {
   shim::AsyncCopies& pending = shim::async_copies();
   pending.group_ends.push_back(pending.copies.size());
