@@ -1,4 +1,4 @@
-"""What another run has chosen, on validation tasks, for a run that only uses it."""
+"""What is chosen for each part of a run, by another run on validation tasks for instance."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def keep_choices(folder: RunFolder, flag: str, name: str, chosen: Mapping[str, A
 
     Args:
         folder: of the run that begins, or goes on.
-        flag: the option that names where they come from.
+        flag: the option that gives the choices, or names where they come from.
         name: of the note.
         chosen: by a text that says what for.
 
@@ -52,7 +52,7 @@ def keep_choices(folder: RunFolder, flag: str, name: str, chosen: Mapping[str, A
     for what, value in before.items():
         if (now := chosen.get(what, value)) != value:
             raise RunError(
-                f"{flag}: {name} chosen for {what} was {value} when this run began, and is {now} "
-                "now; start a new run"
+                f"{flag}: the {name} of {what} was {value} when this run began, and is {now} now; "
+                "start a new run"
             )
     folder.note(**{name: {**before, **chosen}})

@@ -57,7 +57,7 @@ def prepare(given: RatingsSettings) -> Work:
 
     def run(folder: RunFolder) -> None:
         folder.add_data("ratings", ratings.sha256)
-        keep_choices(folder, FLAG, "decays", decays.described())
+        keep_choices(folder, FLAG, "decay", decays.described())
         for trial in tqdm(settings.trials, desc=NAME, unit="trial", disable=None):
             for tasks in settings.tasks:
                 trials = Trials(settings, ratings, tasks, trial, device, decays)

@@ -176,7 +176,7 @@ def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert all(0 < float(r["value"]) < 4 for r in rows if r["metric"] in (RMSE, OVER_RATINGS))
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["data"] == {"ratings": made_up().sha256}
-    of_standard = manifest["notes"]["decays"]["standard with 24 users"]
+    of_standard = manifest["notes"]["decay"]["standard with 24 users"]
     assert of_standard == CHOSEN["standard"]
     for name in ("rmse", "tasks", "rank"):
         assert (out / f"{name}.png").stat().st_size > 10_000
@@ -353,7 +353,7 @@ def test_decays_are_taken_for_each_number_of_users_and_rank(
     (source / "results.csv").write_text(rows)
     run = f"{sizes} --seeds 1 --baselines none --decays-from {source} --out {out}"
     assert exit_code(RATINGS, run) == 0
-    chosen = json.loads((out / "manifest.json").read_text())["notes"]["decays"]
+    chosen = json.loads((out / "manifest.json").read_text())["notes"]["decay"]
     of_lora_ml = {"weight_decay": 9.0, "adapter_weight_decay": 0.01}
     assert chosen["lora-ml with 12 users and rank 2"] == of_lora_ml
     assert chosen["lora-ml with 24 users and rank 0"]["weight_decay"] == 0.03  # standard's grid
