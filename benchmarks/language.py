@@ -15,6 +15,8 @@ round takes beside the weights, their gradients and AdamW's state.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from benchmarks.lib.cases import PRECISIONS, Benchmark, Options
 from benchmarks.lib.cli import BenchmarkSettings, program, repeat
 from benchmarks.lib.dialogues import CANDIDATES, Turns, drawn, read
 from benchmarks.lib.encoders import DECODERS, SIZES, new_decoder, new_model
+from benchmarks.lib.measure import CpuClock
 from benchmarks.lib.operators import measure
 from benchmarks.lib.step_case import StepCase
 from benchmarks.lib.step_versions import (
@@ -63,13 +66,16 @@ class Settings(BenchmarkSettings):
     turns: int = option(2, help="of each task in a round")
     rounds: int = option(3, help="to measure, each of them twice")
     precision: str = option("fp32", choices=("fp32", "bf16"), help="bf16 adds versions")
+    threads: int | None = option(
+        None, help="torch's threads (default: torch's choice); with 1, processor time is measured"
+    )
     max_tokens: int | None = option(
         None, help="in a pass of metalora's (default: 16384, with --device cuda 32768)"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_values("language", self)
+        check_values("language", self, most={"threads": os.cpu_count() or 1})
         if self.data is not None and self.model in SIZES and self.tokenizer is None:
             raise ValueError("argument --data: needs --tokenizer FOLDER with a model of a size")
         if self.data is not None and self.model in DECODERS:
@@ -134,6 +140,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = f"{settings.model}, {settings.tasks} tasks of {settings.turns} turns"
     found = benchmark(*make_setting(settings), name, settings.precision)
     options = Options(tuple(found.versions["all"]), settings.device)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    if settings.device == "cpu" and settings.threads == 1:
+        options = replace(options, timer=CpuClock(time.process_time))
     precisions = [PRECISIONS["fp32"]]
     measure(found, found.cases, precisions, options, settings, command=repeat("language", argv))
 
