@@ -129,19 +129,17 @@ def _is_causal(inner: nn.Module) -> bool:
     return any(getattr(module, "is_causal", False) is True for module in inner.modules())
 
 
-class _Registered:
-    """A hook: a model may be unpickled where transformers does not know `attention` yet."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        register()
-        self.__dict__.update(state)
-
-
-class _WithoutMask(_Registered):
+class _WithoutMask:
     """Has a causal model leave out the mask [N, N] and the cache of packed sequences.
 
     transformers makes no mask where it is given one of four dimensions; `attention` ignores it.
     """
+
+    def __init__(self) -> None:
+        register()  # a model may be unpickled where transformers does not know `attention` yet
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         packing = kwargs.get("packing")
@@ -151,7 +149,7 @@ class _WithoutMask(_Registered):
         return args, {**kwargs, "attention_mask": mask, "use_cache": False}
 
 
-class _FirstTokens(_Registered):
+class _FirstTokens:
     """Hooks that make an encoder give each packed sequence's first token alone, [S, 1, H].
 
     In a last layer like BERT's all other tokens are dropped right after attention, which saves
@@ -160,6 +158,10 @@ class _FirstTokens(_Registered):
 
     def __init__(self) -> None:
         self._packing: Packing | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        register()  # see `_WithoutMask`
+        self.__dict__.update(state)
 
     def hook(self, encoder: nn.Module) -> list[Any]:
         """Puts the hooks in place; their handles."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,6 +214,21 @@ def test_base_models_and_copies():
     packing, positions = Packing.of([2, 1], CPU), torch.tensor([[0, 1, 0]])
     output = base(input_ids=positions + 5, position_ids=positions, packing=packing)
     assert output.last_hidden_state.shape == (1, 3, 32)
+
+
+@pytest.mark.exhaustive
+def test_a_pickled_model_packs_in_a_process_of_its_own(tmp_path):
+    model = enable_packing(decoder("MistralForCausalLM"))
+    torch.save(model, tmp_path / "model.pt")
+    code = (
+        "import sys, torch; from tests.hf.test_causal import losses;"
+        "model = torch.load(sys.argv[1] + '/model.pt', weights_only=False);"
+        "torch.save(losses(model, True)[0], sys.argv[1] + '/losses.pt')"
+    )
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=root)
+    found = torch.load(tmp_path / "losses.pt")
+    torch.testing.assert_close(found, losses(model, True)[0], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "Qwen2MoeForCausalLM"])
