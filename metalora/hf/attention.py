@@ -121,6 +121,8 @@ def packed_attention(
         [1, N, heads, d].
     """
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [N, heads, d]
+    if window is not None and window >= packing.longest:
+        window = None  # nothing is hidden by it
     places = packing.places
     if places is None and not query.is_cuda:
         return ops.packed_attention(
