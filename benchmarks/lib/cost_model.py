@@ -251,7 +251,7 @@ def _token_pass(
     rows, rank = layer.total, layer.rank
     moved = rows * (columns + results + 2 * rank) * layer.activation
     if layer.dropout:
-        moved += rows * layer.in_features / 8
+        moved += rows * layer.in_features // 8
     if sums:
         # Added to in the L2, as long as they fit there, and written once.
         moved += FLOAT * token_blocks(layer) * columns * rank
