@@ -69,7 +69,7 @@ class SymmetricLoRALinear(LoRALayer):
     def _run(self, rows: Tensor, task_ptr: Tensor) -> Tensor:
         return ops.lora_linear_symmetric(
             rows,
-            self.weight,
+            self.dense(),
             self.bias,
             self.lora_U,
             task_ptr,

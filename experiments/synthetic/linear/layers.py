@@ -84,11 +84,16 @@ def _errors(weight: Tensor, trial: Trial, settings: LinearSettings) -> Tensor:
         layer.lora_B.copy_(trial.factor_u)
     layer.weight.requires_grad_(False)
     stats, truth = trial.test_stats.to(x.device), trial.test_truth.to(x.device)
-    errors = [prediction_error(stats, layer.to_linear(0).weight.detach(), truth)]
+
+    def error() -> Tensor:
+        adapted = layer.weight + layer.lora_B[0] @ layer.lora_A[0]
+        return prediction_error(stats, adapted.detach(), truth)
+
+    errors = [error()]
     for _ in range(point.finetune_steps):
         loss = (y - layer(x, batch)).square().sum() / (2 * len(x))
         _descend(loss, [layer.lora_A, layer.lora_B], settings.finetune_lr)
-        errors.append(prediction_error(stats, layer.to_linear(0).weight.detach(), truth))
+        errors.append(error())
     found = torch.stack(errors)
     if not bool(found.isfinite().all()):
         raise DivergedError("layers: fine-tuning diverged; lower finetune_lr")
