@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from experiments.synthetic.__main__ import main
+from experiments.synthetic.linear.draws import Trial
 from experiments.synthetic.linear.run import LINEAR
 from experiments.synthetic.linear.settings import LinearSettings
 from experiments.synthetic.linear.summary import METRIC, table
-from experiments.synthetic.linear.trials import Trial, run_point
+from experiments.synthetic.linear.trials import run_point
 from metalora._errors import DivergedError
 from tests.processes import start_interruptible
 

@@ -6,18 +6,15 @@ Shares no code with the native trainers, whose iterates it reproduces.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from experiments.synthetic.linear.draws import Trial
 from experiments.synthetic.linear.settings import LinearSettings
 from metalora._errors import DivergedError
 from metalora.linear import prediction_error
 from metalora.nn import MultiTaskLoRALinear, SymmetricLoRALinear, TaskBatch
-
-if TYPE_CHECKING:
-    from experiments.synthetic.linear.trials import Trial
 
 
 def retrained(method: str, drawn: Sequence[Trial], settings: LinearSettings) -> Tensor:

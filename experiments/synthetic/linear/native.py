@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from experiments.synthetic.linear.draws import Trial
 from experiments.synthetic.linear.settings import LinearSettings
 from metalora.linear import SufficientStatistics, finetune_lora, lora_ml, standard
-
-if TYPE_CHECKING:
-    from experiments.synthetic.linear.trials import Trial
 
 
 def retrained(method: str, drawn: Sequence[Trial], settings: LinearSettings) -> Tensor:
