@@ -174,13 +174,7 @@ class _Chunks:
         device: str,
     ) -> None:
         self.head, self.names, self.ids, self.size, self.softcap = head, names, ids, size, softcap
-        # Without its cache, which would add up the gradients of a weight in half precision.
-        self._autocast = {
-            "device_type": device,
-            "dtype": torch.get_autocast_dtype(device),
-            "enabled": torch.is_autocast_enabled(device),
-            "cache_enabled": False,
-        }
+        self._autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
     def __call__(
         self, rows: Tensor, labels: Tensor, parameters: Sequence[Tensor], place: slice
@@ -188,7 +182,8 @@ class _Chunks:
         """The losses of the rows [n, H] at ``place`` among all."""
         named = dict(zip(self.names, parameters, strict=True))
         with ExitStack() as around:
-            around.enter_context(torch.autocast(**self._autocast))
+            # Without its cache, which would add up a weight's gradients in half precision.
+            around.enter_context(torch.autocast(*self._autocast, cache_enabled=False))
             if self.ids is not None:
                 around.enter_context(tasks(TaskBatch(self.ids[place])))
             # Hooks on the parameters, such as those of SeenTasks, see the sum over chunks alone.
@@ -223,7 +218,7 @@ class _ChunkedLosses(torch.autograd.Function):
         return torch.cat(found)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         rows, labels, *parameters = ctx.saved_tensors
         needed = [ctx.needs_input_grad[1], *ctx.needs_input_grad[3:]]
