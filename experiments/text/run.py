@@ -103,7 +103,11 @@ def _watched(folder: RunFolder, trials: Trials, labels: Labels) -> list[WriteSam
     """Returns what has text written: of LoRA, in the first trial, with the most text."""
     s = trials.settings
     wanted = s.first_seed, max(s.amounts), "lora"
-    if not s.generate or (labels["trial"], labels["amount"], labels["finetune"]) != wanted:
+    if (
+        s.tune
+        or not s.generate
+        or (labels["trial"], labels["amount"], labels["finetune"]) != wanted
+    ):
         return []
     tokenizer = trials.decoders.tokenizer
     return [WriteSamples(folder, labels, trials.unseen["test"], tokenizer, s.generate)]

@@ -30,12 +30,12 @@ DEFAULTS: Mapping[str, Any] = {
     "test_tasks": (),
     "amounts": (1.0, 4.0, 16.0),
     "hidden": 256,
-    "layers": 4,
+    "layers": 3,
     "length": 256,
-    "train_kb": 128,
+    "train_kb": 64,
     "held_out_kb": 8,
-    "epochs": 3,
-    "finetune_steps": 40,
+    "epochs": 2,
+    "finetune_steps": 30,
     "generate": 160,
     "seeds": 3,
 }
@@ -77,7 +77,7 @@ class TextSettings(RetrainingSettings):
     )
     test_tasks: tuple[str, ...] = option(None, help="folders of the unseen tasks to report on")
     data_seed: int = option(0, help="seed of the order of files, which is that of all trials")
-    train_kb: int = option(None, help="kB of text of each retraining task at most (default: 128)")
+    train_kb: int = option(None, help="kB of text of each retraining task at most (default: 64)")
     held_out_kb: int = option(None, help="kB of text of each task for measurements (default: 8)")
     amounts: tuple[float, ...] = option(
         None, extends=True, help="kB of text of an unseen task to adapt to (default: 1 4 16)"
@@ -89,7 +89,7 @@ class TextSettings(RetrainingSettings):
         None, help="its name or folder, or bytes (default: the model's; scratch: bytes)"
     )
     hidden: int = option(None, help="scratch: features of a token, a multiple of 64 (default: 256)")
-    layers: int = option(None, help="scratch: number of layers (default: 4)")
+    layers: int = option(None, help="scratch: number of layers (default: 3)")
     length: int = option(None, help="tokens of a sequence at most (default: 256)")
     mean_over: str = option(
         "tokens",
@@ -113,20 +113,20 @@ class TextSettings(RetrainingSettings):
     rank: int = option(8, help="of LoRA, on every linear layer but the output layer")
     alpha: float = option(16.0, help="the scale of LoRA is alpha / rank")
     dropout: float = option(0.0, help="dropout on the inputs of LoRA")
-    epochs: int = option(None, help="of retraining (default: 3)")
-    batch_size: int = option(2, help="sequences of a task's batch; standard: of all tasks together")
+    epochs: int = option(None, help="of retraining (default: 2)")
+    batch_size: int = option(1, help="sequences of a task's batch; standard: of all tasks together")
     lr: float = option(2e-3, help="of retraining")
     warmup: float = option(0.05, help="part of a training in which the rate rises")
     weight_decay: float = option(0.01, help="of AdamW, inner steps of Reptile excepted")
     finetune_steps: int = option(
-        None, help="steps of an adaptation, whatever the amount of text (default: 40)"
+        None, help="steps of an adaptation, whatever the amount of text (default: 30)"
     )
     finetune_batch_size: int = option(4, help="sequences per task")
     lora_rates: tuple[float, ...] = option(
-        (1e-3, 3e-3, 1e-2), help="rates of adapting with LoRA to choose from"
+        (2e-3, 6e-3, 2e-2), help="rates of adapting with LoRA to choose from"
     )
     last_layer_rates: tuple[float, ...] = option(
-        (1e-3, 3e-3, 1e-2), help="rates of adapting the last layer to choose from"
+        (2e-3, 6e-3, 2e-2), help="rates of adapting the last layer to choose from"
     )
     reptile_lr: float = option(0.5, help="outer: how far the weights go to a task's solution")
     reptile_inner_lr: float = option(1e-3, help="of the inner AdamW")

@@ -179,7 +179,9 @@ def tokenize(tasks: Sequence[Sequence[Document]], tokenizer: Tokenizer, length: 
         for name, values in (("input_ids", ids), ("labels", labels))
     }
     starts = torch.tensor([0, *lengths]).cumsum(0)
-    ids_of, predicted_of, bytes_of = torch.tensor(counts, dtype=torch.int64).view(-1, 3).T.clone()
+    ids_of, predicted_of, bytes_of = (
+        torch.tensor(counts, dtype=torch.int64).view(-1, 3).T.contiguous()
+    )
     return Part(Sequences(fields, starts), ids_of, predicted_of, bytes_of, cut)
 
 

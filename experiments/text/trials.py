@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -179,7 +180,7 @@ class Trials(training.Trials[Part]):
         """
         s, kind = self.settings, labels["finetune"]
         rates = s.lora_rates if kind == "lora" else s.last_layer_rates
-        found = {r: self._adapted(model, labels, "validation", r)[0].mean for r in rates}
+        found = {r: self._adapted(model, labels, "validation", r).mean for r in rates}
         best = min(found, key=lambda rate: found[rate])
         measured = [
             {"metric": VALIDATION, "value": found[best]},
@@ -188,16 +189,16 @@ class Trials(training.Trials[Part]):
         if s.tune:
             return measured
         group = self.unseen["test"]
-        bits, perplexities = self._adapted(model, labels, "test", best, *callbacks)
+        bits = self._adapted(model, labels, "test", best, *callbacks).per_task
         of_tasks = {
-            BEFORE: self._bits(model, group.held_out),
+            BEFORE: self._bits(model, group.held_out).per_task,
             BITS: bits,
-            PERPLEXITY: perplexities,
+            PERPLEXITY: _perplexities(bits, group.held_out),
         }
         return measured + [
             {"task": task, "metric": metric, "value": value}
-            for metric, of in of_tasks.items()
-            for task, value in zip(group.names, of.per_task, strict=True)
+            for metric, values in of_tasks.items()
+            for task, value in zip(group.names, values, strict=True)
         ]
 
     def _adapted(
@@ -207,8 +208,8 @@ class Trials(training.Trials[Part]):
         group: str,
         rate: float,
         *callbacks: Callback,
-    ) -> tuple[Evaluation, Evaluation]:
-        """Adapts a copy of the model to a group; returns bits per byte and perplexities."""
+    ) -> Evaluation:
+        """Adapts a copy of the model to a group; returns the bits per byte of its tasks."""
         unseen = self.unseen[group]
         seed = training.seed_of(f"text of {group}", labels)
         part = few(
@@ -220,10 +221,7 @@ class Trials(training.Trials[Part]):
         own._steps_of = part
         model = copy.deepcopy(model)
         own._finetune(model, {**labels, "finetune_lr": rate}, part, None, *callbacks)
-        with self._precision():
-            by_token = self._evaluation_loader(unseen.held_out, unseen.held_out.tokens)
-            found = evaluate(model, by_token, mean_token_loss, forward=causal_lm_losses)
-        return self._bits(model, unseen.held_out), perplexity(found)
+        return self._bits(model, unseen.held_out)
 
     def held_out(self, part: Part) -> Callable[[nn.Module], Evaluation]:
         """Returns a validation: minus the bits per byte, so that the highest is the best."""
@@ -235,7 +233,7 @@ class Trials(training.Trials[Part]):
         return minus_bits
 
     def _bits(self, model: nn.Module, part: Part) -> Evaluation:
-        loader = self._evaluation_loader(part, part.bytes)
+        loader = self._batches(part, EVALUATION_BATCH, part.bytes, shuffle=False)
         with self._precision():
             return evaluate(model, loader, bits_per_byte, forward=causal_lm_losses)
 
@@ -251,9 +249,6 @@ class Trials(training.Trials[Part]):
     def loader(self, part: Part, batch_size: int, **keywords: Any) -> RoundLoader:
         sizes = part.tokens if self.settings.mean_over == "tokens" else None
         return self._batches(part, batch_size, sizes, **keywords)
-
-    def _evaluation_loader(self, part: Part, sizes: torch.Tensor) -> RoundLoader:
-        return self._batches(part, EVALUATION_BATCH, sizes, shuffle=False)
 
     def _batches(
         self, part: Part, batch_size: int, sizes: torch.Tensor | None, **keywords: Any
@@ -276,3 +271,11 @@ class Trials(training.Trials[Part]):
             sizes=sizes,
             **keywords,
         )
+
+
+def _perplexities(bits: Sequence[float], part: Part) -> tuple[float, ...]:
+    """Returns each task's perplexity, over its tokens, from its bits per byte."""
+    zeros = torch.zeros(len(bits), dtype=torch.int64)
+    in_bytes, in_tokens = (zeros.index_add(0, part.ids, n) for n in (part.bytes, part.tokens))
+    nats = math.log(2) * torch.tensor(bits, dtype=torch.float64) * in_bytes / in_tokens
+    return perplexity(Evaluation(tuple(nats.tolist()), float(nats.mean()))).per_task
