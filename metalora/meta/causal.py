@@ -21,7 +21,8 @@ from metalora.nn import TaskBatch, TaskLayer, current_tasks, tasks
 IGNORED = -100
 """The label of tokens that have no part in the loss, such as those of prompts and padding."""
 
-CHUNK_TOKENS = 512
+CHUNK_LOGITS = 2**25
+"""How many logits exist at a time, 128 MiB in float32, where ``chunk_tokens`` is not given."""
 
 
 class SampleLosses(NamedTuple):
@@ -37,14 +38,13 @@ class SampleLosses(NamedTuple):
 
 
 def causal_lm_losses(
-    model: nn.Module, inputs: Mapping[str, Any], *, chunk_tokens: int = CHUNK_TOKENS
+    model: nn.Module, inputs: Mapping[str, Any], *, chunk_tokens: int | None = None
 ) -> SampleLosses:
     """Cross-entropy of the next token, as means over samples; ``forward`` of a training.
 
-    The model's decoder runs on all tokens, its output layer on ``chunk_tokens`` at a time, see
-    `token_losses`. Labels stand where their tokens stand, as transformers has them: label i is
-    compared with what is predicted from the tokens before it, so the first of a sequence is never
-    used. Losses that a model adds to this one, such as those of routers, are left out.
+    The model's decoder runs on all tokens, its output layer on some at a time, see `token_losses`.
+    Labels stand where their tokens stand, as transformers has them: label i is compared with what
+    is predicted from the tokens before it, so the first of a sequence is never used. Losses that a model adds to this one, such as those of routers, are left out.
 
     Example:
         ``lora_ml(model, rounds, config, lora, forward=causal_lm_losses, loss=mean_token_loss)``
@@ -53,7 +53,7 @@ def causal_lm_losses(
         model: a causal language model of transformers, or one around it; plain or adapted.
         inputs: what its decoder takes, "input_ids" [S, L] and more, and "labels", int64 [S, L],
             with -100 for tokens that are not to be predicted; packed [1, N] with "packing".
-        chunk_tokens: tokens whose logits exist at a time.
+        chunk_tokens: see `token_losses`.
 
     Raises:
         ValueError: if there are no labels, or the logits of ``model`` are not its output layer
@@ -116,10 +116,10 @@ def token_losses(
     labels: Tensor,
     head: nn.Module,
     *,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Cross-entropy of each token; the logits of ``chunk_tokens`` tokens exist at a time.
+    """Cross-entropy of each token; the logits of some tokens exist at a time.
 
     Backward computes the logits of each chunk again, so that [tokens, vocabulary] never stands
     whole. Logits of half precision are reduced in float32, and the gradients of the head's
@@ -131,7 +131,8 @@ def token_losses(
         head: the output layer: any module [rows, H] → [rows, vocabulary] that treats each row by
             itself, with or without bias, its weight tied or not. An adapted one, such as
             `metalora.nn.MultiTaskLoRALinear`, takes the tasks of the `metalora.tasks` context.
-        chunk_tokens: tokens whose logits exist at a time.
+        chunk_tokens: tokens whose logits exist at a time; None: as many as have 2²⁵ logits, or 512
+            where ``head`` does not say how many a token has.
         softcap: c; logits z become c · tanh(z / c), as in Gemma.
 
     Returns:
@@ -140,6 +141,9 @@ def token_losses(
     Raises:
         ValueError: if shapes do not fit, or a label on the CPU is outside the vocabulary.
     """
+    if chunk_tokens is None:
+        vocabulary = getattr(head, "out_features", CHUNK_LOGITS // 512)
+        chunk_tokens = max(1, CHUNK_LOGITS // vocabulary)
     check_count("token_losses", "chunk_tokens", chunk_tokens)
     if labels.dtype != torch.int64 or hidden.shape[:-1] != labels.shape or hidden.dim() < 2:
         raise ValueError(
