@@ -48,7 +48,7 @@ class ManpagesSettings:
     """Where the pages are, and where their text goes."""
 
     source: Path = cli.option(help="folder of packages, or of a tree of pages", positional=True)
-    out: Path = cli.option(help="folder of the text, with a folder in it per language")
+    out: Path = cli.option(Path("manpages"), help="folder of the text: a folder per language")
 
 
 @cli.main_guard
