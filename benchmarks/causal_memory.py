@@ -112,8 +112,8 @@ def on_paper(shape: Shape, tasks: int, rank: int, tokens: int) -> dict[str, Any]
     """Bytes that a step needs, by part; and of one GPU, for some numbers of GPUs with FSDP2.
 
     Weights, gradients and AdamW's state are sharded over the GPUs, those of the adapters too. Each
-    GPU has its own tokens, checkpointed, and two layers gathered in bfloat16: one that computes,
-    and the next.
+    GPU has its own tokens, checkpointed, and the weights of two layers in bfloat16: of the one that
+    computes, and of the next, which is gathered meanwhile.
     """
     adapters = tasks * shape.adapters(rank)
     each = FLOAT32 + FLOAT32 + STATE
@@ -128,8 +128,8 @@ def on_paper(shape: Shape, tasks: int, rank: int, tokens: int) -> dict[str, Any]
     }
     sharded = parts["weights, gradients, AdamW"] + parts["the same of adapters"]
     for gpus in GPUS:
-        gathered = 2 * BFLOAT16 * shape.of_layer if gpus > 1 else 0
-        own = parts["activations, checkpointed"] + parts["logits"] + gathered
+        own = parts["activations, checkpointed"] + parts["logits"]
+        own += 2 * BFLOAT16 * shape.of_layer
         parts[f"a GPU of {gpus}"] = sharded // gpus + own
     return parts
 
