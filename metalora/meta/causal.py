@@ -44,7 +44,8 @@ def causal_lm_losses(
 
     The model's decoder runs on all tokens, its output layer on some at a time, see `token_losses`.
     Labels stand where their tokens stand, as transformers has them: label i is compared with what
-    is predicted from the tokens before it, so the first of a sequence is never used. Losses that a model adds to this one, such as those of routers, are left out.
+    is predicted from the tokens before it, so the first of a sequence is never used. Losses that
+    a model adds to this one, such as those of routers, are left out.
 
     Example:
         ``lora_ml(model, rounds, config, lora, forward=causal_lm_losses, loss=mean_token_loss)``
@@ -152,9 +153,8 @@ def token_losses(
         )
     ids = _tasks_of_rows(hidden) if any(isinstance(m, TaskLayer) for m in head.modules()) else None
     rows, wanted = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    places: Tensor | None = None
-    if wanted.device.type == "cpu":  # on a GPU the host would wait for the number of places
-        places = (wanted != IGNORED).nonzero()[:, 0]
+    places = _labelled(wanted)
+    if places is not None:
         rows, wanted = rows[places], wanted[places]
         ids = None if ids is None else ids[places]
     names, parameters = zip(*head.named_parameters(), strict=True)
@@ -294,6 +294,11 @@ def _try(inner: Any, head: nn.Module, softcap: float | None) -> None:
             "applied to what its decoder returns; use the model's own logits with "
             "torch.nn.functional.cross_entropy instead"
         )
+
+
+def _labelled(labels: Tensor) -> Tensor | None:
+    """int64: which of the rows have a label; None on a GPU, where the host would wait for it."""
+    return (labels != IGNORED).nonzero()[:, 0] if labels.device.type == "cpu" else None
 
 
 def _tasks_of_rows(hidden: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import nn
 import metalora
 from metalora import meta
 from metalora.hf import Packing, SequencePasses, Sequences, enable_packing, packing_problem
+from metalora.meta import causal
 from metalora.meta.causal import (
     IGNORED,
     SampleLosses,
@@ -77,6 +78,31 @@ def test_equals_the_logits_that_stand_whole(head, chunk_tokens, softcap):
         expected = gradients(wanted, hidden, layer)
     for one, other in zip(gradients(found, hidden, layer), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("head", heads())
+def test_all_rows_may_be_computed(head, monkeypatch):
+    """As on a GPU, where the host does not know which rows have a label."""
+    hidden, labels = case()
+    layer = heads()[head]
+    with metalora.tasks(IDS):
+        wanted = token_losses(hidden, labels, layer, chunk_tokens=5)
+        monkeypatch.setattr(causal, "_labelled", lambda labels: None)
+        found = token_losses(hidden, labels, layer, chunk_tokens=5)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    expected = gradients(wanted, hidden, layer)
+    for one, other in zip(gradients(found, hidden, layer), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [0, 3])
+def test_batches_without_a_label(size):
+    hidden = torch.randn(size, 4, H, dtype=torch.float64, requires_grad=True)
+    layer = heads()["bias"]
+    losses = token_losses(hidden, torch.full((size, 4), IGNORED), layer)
+    losses.sum().backward()
+    assert losses.shape == (size, 4) and float(losses.detach().sum()) == 0
+    assert float(layer.weight.grad.abs().sum()) == 0
 
 
 def test_gradients_are_exact():
