@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
 
-from metalora._checks import SHORT, check_count
+from metalora._checks import SHORT, check_count, first_line
 from metalora.meta.data import Batch
 from metalora.meta.evaluation import Evaluation, evaluation_mode
 from metalora.nn import TaskBatch, TaskLayer, current_tasks, tasks
@@ -107,7 +108,7 @@ def perplexity(evaluation: Evaluation) -> Evaluation:
 
     It is over a task's tokens if these are the loader's ``sizes``.
     """
-    per_task = tuple(math.exp(nats) for nats in evaluation.per_task)
+    per_task = tuple(torch.tensor(evaluation.per_task, dtype=torch.float64).exp().tolist())
     present = [value for value in per_task if not math.isnan(value)]
     return Evaluation(per_task, sum(present) / len(present))
 
@@ -217,6 +218,7 @@ class _ChunkedLosses(torch.autograd.Function):
         ctx: Any, chunks: _Chunks, rows: Tensor, labels: Tensor, *parameters: Tensor
     ) -> Tensor:
         ctx.chunks = chunks
+        ctx.random = torch.get_rng_state(), *get_device_states(rows)
         ctx.save_for_backward(rows, labels, *parameters)
         found = [chunks(rows[p], labels[p], parameters, p) for p in chunks.places(len(rows))]
         return torch.cat(found)
@@ -234,18 +236,21 @@ class _ChunkedLosses(torch.autograd.Function):
             for p, n in zip(parameters, needed[1:], strict=True)
         ]
         of_rows = torch.zeros_like(rows) if needed[0] else None
-        for place in ctx.chunks.places(len(rows)):
-            with torch.enable_grad():
+        of_cpu, devices, states = ctx.random
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            torch.set_rng_state(of_cpu)  # what adapters drop, they drop again
+            set_device_states(devices, states)
+            for place in ctx.chunks.places(len(rows)):
                 chunk = rows[place].detach().requires_grad_(needed[0])
                 losses = ctx.chunks(chunk, labels[place], leaves, place)
                 wanted = [part for part in (chunk, *leaves) if part.requires_grad]
                 found = iter(torch.autograd.grad(losses, wanted, grad[place], allow_unused=True))
-            del losses
-            if of_rows is not None:
-                of_rows[place] = next(found)
-            for total in sums:
-                if total is not None and (gradient := next(found)) is not None:
-                    total.add_(gradient)
+                del losses
+                if of_rows is not None:
+                    of_rows[place] = next(found)
+                for total in sums:
+                    if total is not None and (gradient := next(found)) is not None:
+                        total.add_(gradient)
         gradients = [
             None if total is None else total.to(p.dtype)
             for total, p in zip(sums, parameters, strict=True)
@@ -267,12 +272,12 @@ def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module, float | None]:
         (m for m in model.modules() if hasattr(type(m), "get_output_embeddings")), None
     )
     head = None if inner is None else inner.get_output_embeddings()
-    if head is None or inner.base_model is inner:
+    if head is None or inner.base_model is inner or inner.config.is_encoder_decoder:
         raise ValueError(
             "causal_lm_losses: model must be a causal language model of transformers with an "
             f"output layer, got {type(inner or model).__name__}"
         )
-    softcap = getattr(inner.config, "final_logit_softcapping", None)
+    softcap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
     if inner not in _tried:
         _try(inner, head, softcap)
         _tried.add(inner)
@@ -281,16 +286,22 @@ def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module, float | None]:
 
 def _try(inner: Any, head: nn.Module, softcap: float | None) -> None:
     """Compares the model's own logits of three tokens with those of its parts."""
-    device = next(head.parameters()).device
-    ids = torch.arange(3, device=device)[None] % inner.config.vocab_size
-    with evaluation_mode(inner), tasks(torch.zeros(1, dtype=torch.int64)):
-        wanted = inner(input_ids=ids, use_cache=False).logits
-        found = head(inner.base_model(input_ids=ids, use_cache=False)[0])
+    kind = type(inner).__name__
+    ids = torch.arange(3, device=next(head.parameters()).device)[None]
+    try:
+        with evaluation_mode(inner), tasks(torch.zeros(1, dtype=torch.int64)):
+            wanted = inner(input_ids=ids, use_cache=False).logits
+            found = head(inner.base_model(input_ids=ids, use_cache=False)[0])
+    except Exception as error:  # many kinds, of models that take more than tokens
+        raise ValueError(
+            f"causal_lm_losses: {kind} is no causal language model of tokens alone: "
+            f"{first_line(error)}"
+        ) from None
     found = found if softcap is None else softcap * torch.tanh(found / softcap)
     limit = (5e-2 if wanted.dtype in SHORT else 1e-3) * wanted.abs().max()
     if wanted.shape != found.shape or not bool(((wanted - found).abs() <= limit).all()):
         raise ValueError(
-            f"causal_lm_losses: the logits of {type(inner).__name__} are not its output layer "
+            f"causal_lm_losses: the logits of {kind} are not its output layer "
             "applied to what its decoder returns; use the model's own logits with "
             "torch.nn.functional.cross_entropy instead"
         )

@@ -198,6 +198,27 @@ def test_all_tasks_of_all_chunks_are_stepped():
     assert changed.tolist() == [True, False, True]
 
 
+def test_adapters_with_dropout_drop_the_same_in_backward():
+    torch.manual_seed(0)
+    hidden = torch.randn(4, 7, H, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(V, (4, 7))
+    layer = MultiTaskLoRALinear(H, V, T, 2, dropout=0.5, dtype=torch.float64)
+    nn.init.normal_(layer.lora_B)
+    found = {}
+    for name, function in {"whole": whole, "chunk": token_losses}.items():
+        torch.manual_seed(3)
+        with metalora.tasks(IDS):
+            losses = function(hidden, labels, layer)
+        torch.manual_seed(4)  # between forward and backward something else is drawn
+        before = torch.get_rng_state()
+        found[name] = losses, *gradients(losses, hidden, layer)
+        assert torch.equal(torch.get_rng_state(), before)
+    with metalora.tasks(IDS):
+        assert not torch.allclose(found["chunk"][0], whole(hidden, labels, layer.eval()))
+    for one, other in zip(found["chunk"], found["whole"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
 def test_shapes_and_labels_are_checked():
     hidden, labels = case()
     layer = heads()["plain"]
@@ -281,6 +302,17 @@ def test_other_logits_are_refused():
 
 
 def test_other_models_are_refused():
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        f"{part}_{name}": 1 for part in ("encoder", "decoder") for name in ("layers", "ffn_dim")
+    }
+    config = transformers.BartConfig(vocab_size=V, d_model=16, **sizes)
+    with pytest.raises(ValueError, match="got BartForConditionalGeneration"):
+        causal_lm_losses(transformers.BartForConditionalGeneration(config), padded(*sentences()))
+    model = llama()
+    model.model.forward = lambda **inputs: inputs["pixels"]
+    with pytest.raises(ValueError, match="LlamaForCausalLM is no causal language model of tokens"):
+        causal_lm_losses(model, padded(*sentences()))
     with pytest.raises(ValueError, match="must be a causal language model of transformers"):
         causal_lm_losses(nn.Linear(2, 2), padded(*sentences()))
     with pytest.raises(ValueError, match="inputs must have 'labels', got"):
