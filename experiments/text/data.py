@@ -191,8 +191,8 @@ def _task(folder: Path, least: int, most: int, held_out: int, seed: int) -> Task
         found = [first, *([rest] if rest.text else [])]
     measured = _taken(found, held_out)
     train = _taken(found[len(measured) :], most)
-    have, total = (sum(len(d.text) for d in part) for part in (train, found))
-    if sum(len(d.text) for d in measured) <= held_out - CHARACTER or have <= least - CHARACTER:
+    kept, have, total = (sum(len(d.text) for d in part) for part in (measured, train, found))
+    if kept <= held_out - CHARACTER or have <= max(0, least - CHARACTER):
         raise DataError(
             f"{folder}: too little text: {total / KB:.1f} kB in {len(found)} documents, wanted "
             f"{held_out / KB:g} kB to measure with (--held-out-kb) and {least / KB:g} kB in other "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -194,8 +194,3 @@ def few(part: Part, wanted: int, generator: torch.Generator) -> Part:
         before = part.bytes[own].cumsum(0) - part.bytes[own]
         chosen.append(own[before < wanted])
     return part.take(torch.cat(chosen))
-
-
-def longest(parts: Iterable[Part]) -> int:
-    """Returns the length of the longest sequence."""
-    return max(int(part.sequences.lengths.max()) for part in parts)

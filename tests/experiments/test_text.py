@@ -124,6 +124,7 @@ def test_bad_folders(data: Path) -> None:
     )
     assert "wanted 10 kB to measure with (--held-out-kb)" in told
     assert "c: too little text" in message(few=9000)
+    assert "a: too little text" in message(held_out=1300)  # nothing is left to learn from
     (data / "e").mkdir()
     assert "e: no text; wanted *.txt or *.jsonl" in message(tasks=("a", "e"))
     (data / "e" / "1.txt").write_bytes(b" \n")
