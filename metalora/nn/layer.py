@@ -34,7 +34,7 @@ class TaskLayer(nn.Module):
         """Draws the per-task parameters afresh."""
         raise NotImplementedError
 
-    def to_linear(self, task: int | None = None) -> nn.Linear:
+    def to_linear(self, task: int | None = None) -> nn.Module:
         """The plain layer of one task, or (None) without adapters, heads averaged over tasks."""
         raise NotImplementedError
 
@@ -132,14 +132,6 @@ def rows_per_sample(x: Tensor, batch: TaskBatch) -> int:
     inner = math.prod(x.shape[1:-1])
     # Not divided where nothing is to divide: torch.compile then has no quotient to reason about.
     return inner if x.shape[0] == batch.size else inner * (x.shape[0] // batch.size)
-
-
-def as_linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> nn.Linear:
-    """An nn.Linear made of these very parameters, [out, in] and [out]."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = weight
-    linear.register_parameter("bias", bias)
-    return linear.train(training)
 
 
 def new_parameter(like: Tensor, *shape: int) -> nn.Parameter:
