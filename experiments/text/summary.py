@@ -30,7 +30,7 @@ def summary(rows: Iterable[Mapping[str, str]], metric: str = "") -> list[Line]:
         metric: its name; "" is the bits of test tasks or, in a run that measures none, of
             validation tasks.
     """
-    rows = list(rows)
+    rows = _shown(rows)
     metric = metric or _main(rows)
     lines = summarize(rows, KEY, (metric,), baseline=STANDARD, lower_is_better=True)
     names = {metric: "value", f"{metric}_se": "value_se", f"{metric}_vs": "value_vs"}
@@ -39,7 +39,7 @@ def summary(rows: Iterable[Mapping[str, str]], metric: str = "") -> list[Line]:
 
 def by_task(rows: Iterable[Mapping[str, str]]) -> list[Line]:
     """Returns the bits of each test task by itself, with the most text."""
-    rows = list(rows)
+    rows = _shown(rows)
     most = max((row["amount"] for row in rows if row["metric"] == BITS), key=float, default="")
     found = [row for row in rows if row["amount"] == most]
     return summarize(found, (*KEY, "task"), (BITS,))
@@ -69,6 +69,7 @@ def results_tables(
         rows: of results.csv.
         samples: of samples.json.
     """
+    rows = _shown(rows)
     key = {"finetune": "fine-tuning", "amount": "kB of text", "method": "retraining"}
     form: dict[str, Any] = {"title": "bits per byte", "scale": 1.0, "digits": 3}
     form["lower_is_better"] = True
@@ -81,12 +82,17 @@ def results_tables(
             _retraining(rows),
             {"method": "retraining"},
             RETRAINING,
-            _WHAT.format("held-out text of the retraining tasks") + ", after the last epoch.",
+            _WHAT.format("held-out text of the retraining tasks, after the last epoch") + ".",
             **form,
         ),
         "languages": _languages(rows),
         "samples": _samples(samples),
     }
+
+
+def _shown(rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """Returns the rows with amounts as one types them: 4 instead of 4.0."""
+    return [{**row, "amount": f"{float(row['amount'] or 0):g}"} for row in rows]
 
 
 def _main(rows: Iterable[Mapping[str, str]]) -> str:
@@ -141,6 +147,5 @@ def _samples(samples: Iterable[Mapping[str, Any]]) -> Table:
 def _cell(text: str) -> str:
     """Returns a text that a cell of a table in Markdown can hold."""
     shown = "".join(c if c.isprintable() else " " for c in text)
-    for character in "\\`*_[]<>|#$~":
-        shown = shown.replace(character, f"&#{ord(character)};")
-    return " ".join(shown.split())
+    marks = {ord(c): f"&#{ord(c)};" for c in "\\`*_[]<>|#$~&"}
+    return " ".join(shown.translate(marks).split())

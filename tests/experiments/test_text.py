@@ -367,6 +367,17 @@ def test_a_run_is_told_apart_by_its_rows(data: Path, tmp_path: Path) -> None:
     assert (out / "results.csv").read_bytes() == before
 
 
+def test_written_text_fits_into_a_table() -> None:
+    one = {"task": "a", "method": "standard", "prompt": "x_y", "text": "|\n<b>&\x00`"}
+    row = {"method": "standard", "finetune": "lora", "amount": "4.0", "task": "a", "trial": "0"}
+    rows = [{**row, "metric": metric, "value": "2.5"} for metric in ("bits", "bits_before")]
+    found = results_tables(rows, [one])
+    assert found["samples"].rows == [
+        ["a", "standard", "x&#95;y", "&#124; &#60;b&#62;&#38; &#96;"],
+    ]
+    assert found[""].rows[0][:4] == ["LoRA", "4", "standard", "2.500 (n/a)"]
+
+
 def test_rates_of_retraining_are_tuned_without_the_test_tasks(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     given = settings(data=data, retrain=("standard",), finetune=("lora",), tune=True, **TASKS)
