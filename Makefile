@@ -65,6 +65,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.task_matvec
 	$(BIN)/python -m benchmarks.dropout_mask
 	$(BIN)/python -m benchmarks.packed_attention
+	$(BIN)/python -m benchmarks.token_losses
 	$(BIN)/python -m benchmarks.linear_training --threads 1
 	$(BIN)/python -m benchmarks.shallow_training --threads 1
 

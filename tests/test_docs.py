@@ -106,11 +106,13 @@ def test_the_tutorial_runs_on_real_digits(
     names["meta"].last_layer_ml(names["new_model"](), names["rounds"], names["config"], heads)
 
 
-HOW_TO = ("own-data", "hugging-face", "export", "resume", "routes")
+HOW_TO = ("own-data", "hugging-face", "causal-loss", "export", "resume", "routes")
 
 
 @pytest.mark.parametrize("page", HOW_TO)
 def test_how_to_pages_run(page: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page == "causal-loss":
+        pytest.importorskip("transformers")
     if page in ("hugging-face", "export"):
         pytest.importorskip("peft")
         of_this_machine(monkeypatch, small_roberta())

@@ -118,10 +118,31 @@ def test_the_hugging_face_snippet_runs(tmp_path: Path, monkeypatch: pytest.Monke
         "rounds": meta.RoundLoader({"input_ids": tokens}, labels, ids, batch_size=4, seed=0),
         "config": meta.TrainConfig(epochs=1, lr=1e-3),
     }
-    _, _, third = snippets()
+    _, _, third, _ = snippets()
     exec(third, names)
     assert len(names["result"].adapters) == 3
     assert names["served"].peft_config["default"].r == 8
+
+
+def test_the_decoder_snippet_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=12,
+    )  # fmt: skip
+    decoder = transformers.LlamaForCausalLM(config)
+    models = {"HuggingFaceTB/SmolLM2-135M": decoder}
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", models.__getitem__)
+    tokens = torch.randint(20, (5, 7))
+    labels = tokens.clone()
+    labels[:, :3] = -100
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+    ids = torch.tensor([2, 0, 0, 1, 2])
+    names: dict[str, Any] = {"metalora": metalora, "meta": meta, "inputs": inputs, "task_ids": ids}
+    *_, fourth = snippets()
+    exec(fourth, names)
+    assert names["tokens"].tolist() == [4] * 5
+    assert all(p.grad is not None for p in decoder.parameters())
 
 
 def test_commands_are_the_makefile_s() -> None:

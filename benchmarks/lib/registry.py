@@ -13,6 +13,7 @@ MODULES = (
     "task_matvec",
     "dropout_mask",
     "packed_attention",
+    "token_losses",
     "linear_training",
     "shallow_training",
 )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import curves
+from benchmarks import causal_memory, curves
 from benchmarks.lib.step_figures import draw_steps
 from benchmarks.lib.step_versions import (
     AT_ONCE,
@@ -147,6 +147,39 @@ def _steps(record: Record) -> Table:
     return Table(["step", "version", "rate", "× authors'", "time / plain"], rows, left=2)
 
 
+def _token_losses(record: Record) -> Table:
+    rows = []
+    for one in record["rows"]:
+        for name, row in one["rows"].items():
+            if "total" in row:
+                rows.append(
+                    [
+                        one["case"],
+                        one["precision"],
+                        "whole logits" if name == "plain" else "`token_losses`",
+                        f"{row['peak_bytes'] / 2**20:,.0f}",
+                        seconds(row["total"]["median"]),
+                    ]
+                )
+    return Table(
+        ["tokens, features, vocabulary", "precision", "", "peak, MiB", "time"], rows, left=3
+    )
+
+
+def _memory(record: Record) -> Table:
+    header, rows = causal_memory.paper_table(record["rows"]["paper"])
+    caption = (
+        f"{record['tasks']} tasks, rank {record['rank']}, {record['tokens']} tokens of a pass on "
+        "each GPU. On paper; no model of this size was run."
+    )
+    return Table(header, rows, caption)
+
+
+def _memory_measured(record: Record) -> Table:
+    header, rows = causal_memory.measured_table(record["rows"]["measured"])
+    return Table(header, rows, "In MiB.", left=1)
+
+
 def _curves(record: Record) -> Table:
     # Without the number of seeds and the loss that they start from.
     rows = [
@@ -184,6 +217,9 @@ _TABLES: Mapping[str, tuple[str, Callable[[Record], Table]]] = {
     "steps": ("steps_cpu_1", _steps),
     "steps-two-cores": ("steps_cpu_2", _steps),
     "curves": ("curves_cpu", _curves),
+    "token-losses": ("token_losses_cpu", _token_losses),
+    "memory": ("causal_memory_cpu", _memory),
+    "memory-measured": ("causal_memory_cpu", _memory_measured),
     "linear": ("linear_training_cpu", _trainings),
     "shallow": ("shallow_training_cpu", _trainings),
 }

@@ -199,16 +199,30 @@ def model_folder(name: str, flag: str = "--model") -> Path:
 
 
 def load_tokenizer(name: str, flag: str = "--model") -> Any:
-    """Loads the tokenizer in a model's folder, which was given with ``flag``.
+    """Loads the tokenizer of an encoder, in a model's folder that was given with ``flag``.
 
     Raises:
         DataError: there is none, it is damaged, not a fast one, or without cls and sep tokens.
+    """
+    tokenizer, folder = fast_tokenizer(name, flag)
+    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+        raise DataError(
+            f"{folder}: its tokenizer has no cls and sep tokens; wanted an encoder such as RoBERTa"
+        )
+    return tokenizer
+
+
+def fast_tokenizer(name: str, flag: str = "--model") -> tuple[Any, Path]:
+    """Loads the tokenizer in a model's folder that was given with ``flag``; returns both.
+
+    Raises:
+        DataError: there is none, it is damaged, or not a fast one.
     """
     from transformers import AutoTokenizer
 
     folder = model_folder(name, flag)
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # many kinds, for missing or damaged files
         raise DataError(
@@ -221,11 +235,7 @@ def load_tokenizer(name: str, flag: str = "--model") -> Any:
         raise DataError(f"{folder} has no tokenizer: wanted one of {wanted}; {OTHER_TOKENIZER}")
     if not tokenizer.is_fast:
         raise DataError(f"{folder} has a slow tokenizer; save a fast one (tokenizer.json) there")
-    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
-        raise DataError(
-            f"{folder}: its tokenizer has no cls and sep tokens; wanted an encoder such as RoBERTa"
-        )
-    return tokenizer
+    return tokenizer, folder
 
 
 def load_model(name: str, tokenizer: Any) -> nn.Module:
@@ -241,7 +251,7 @@ def load_model(name: str, tokenizer: Any) -> nn.Module:
 
     folder = model_folder(name)
     try:
-        with _quiet():
+        with quiet():
             model, found = AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 num_labels=2,
@@ -290,7 +300,7 @@ def has_token_types(model: Any, tokenizer: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps transformers from reporting, over many lines, that the head is a new one."""
     from transformers.utils import logging
 

@@ -457,7 +457,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
     """Writes the model's state as safetensors; if interrupted, no part of it is left."""
     from safetensors.torch import save
 
-    data = save(model.state_dict())
+    data = save(_each_once(model))
     with replacing(path) as file:
         file.write(data)
 
@@ -471,9 +471,22 @@ def load_weights(model: nn.Module, path: Path) -> None:
     from safetensors import SafetensorError
 
     try:
-        model.load_state_dict(read_tensors(path, "load_weights")[0])
+        found = read_tensors(path, "load_weights")[0]
+        if found.keys() != _each_once(model).keys():
+            raise RuntimeError("another model's")
+        model.load_state_dict(found, strict=False)  # a shared weight is there once
     except (OSError, SafetensorError, RuntimeError):
         raise RunError(f"{path} is missing or damaged; start a new run") from None
+
+
+def _each_once(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the model's state, a weight that stands in two places by its first name alone."""
+    names: dict[int, str] = {}
+    return {
+        name: value.detach()
+        for name, value in model.state_dict(keep_vars=True).items()
+        if names.setdefault(id(value), name) == name
+    }
 
 
 def _shown(label: Any) -> str:

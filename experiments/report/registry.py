@@ -18,6 +18,7 @@ MODULES = {
     "ratings": "experiments.ratings.run",
     "ratings-choose": "experiments.ratings.choose",
     "shallow": "experiments.synthetic.shallow.run",
+    "text": "experiments.text.run",
     "theory": "experiments.theory.run",
     "vision": "experiments.vision.run",
 }

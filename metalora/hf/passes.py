@@ -11,6 +11,7 @@ from torch import Tensor
 from metalora._checks import check_count
 from metalora.hf.attention import Packing, to_device
 from metalora.hf.sequences import Sequences
+from metalora.meta.causal import IGNORED
 from metalora.meta.data import Batch
 
 
@@ -75,6 +76,7 @@ class SequencePasses:
                 tuple(torch.bincount(ids[rows]).tolist()),
                 lengths=tuple(lengths[rows].sum(1).tolist()) if self.packed else None,
                 weights=None if weights is None else self._take(weights, rows),
+                sizes=None if batch.sizes is None else self._take(batch.sizes, rows),
             )
 
     def _take(self, values: Tensor, rows: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ class SequencePasses:
         place = torch.arange(longest, device=self.device)
         real = place < lengths  # [b·n, L]
         places = torch.where(real, first + place, 0)
-        pads = {"input_ids": self.pad_token_id}
+        pads = {"input_ids": self.pad_token_id, "labels": IGNORED}
         inputs = {
             name: torch.where(real, part[places].long(), pads.get(name, 0))
             for name, part in self._fields.items()

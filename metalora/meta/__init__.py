@@ -2,6 +2,14 @@
 
 from metalora._errors import DivergedError
 from metalora.meta.callbacks import KeepBest, MetricsLog, Progress
+from metalora.meta.causal import (
+    SampleLosses,
+    bits_per_byte,
+    causal_lm_losses,
+    mean_token_loss,
+    perplexity,
+    token_losses,
+)
 from metalora.meta.checkpoint import Checkpoint, CheckpointError
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Batch, RoundLoader, Rounds, by_task
@@ -41,11 +49,14 @@ __all__ = [
     "Result",
     "RoundLoader",
     "Rounds",
+    "SampleLosses",
     "TaskOptimizer",
     "TrainConfig",
     "Training",
     "accuracy",
+    "bits_per_byte",
     "by_task",
+    "causal_lm_losses",
     "cross_entropy",
     "derive_seed",
     "evaluate",
@@ -56,10 +67,13 @@ __all__ = [
     "learning_rate",
     "lora_ml",
     "matmul_precision",
+    "mean_token_loss",
     "peft_ml",
+    "perplexity",
     "refit_heads",
     "reptile",
     "standard",
     "task_mean",
+    "token_losses",
     "train",
 ]

@@ -34,6 +34,8 @@ class Batch:
         collate: turns this batch into one or more model inputs, in passes that each come
             with some of the samples and their weights (of `take`): for samples that have to be
             padded or packed first, or batches too large for memory. None: ``inputs`` are ready.
+        sizes: [B], what each sample counts in its task's mean, such as its number of tokens; None:
+            all the same.
     """
 
     inputs: Any
@@ -43,6 +45,7 @@ class Batch:
     lengths: tuple[int, ...] | None = None
     weights: Tensor | None = None
     collate: Collate | None = None
+    sizes: Tensor | None = None
 
     def tasks_present(self) -> list[int]:
         """The tasks with samples here, ascending; without ``counts`` it waits for the device."""
@@ -82,6 +85,7 @@ class Batch:
             task_ids=self.task_ids[rows],
             counts=counts,
             weights=None if self.weights is None else self.weights[rows],
+            sizes=None if self.sizes is None else self.sizes[rows],
         )
 
     def passes(self) -> Iterable[Batch]:
@@ -193,6 +197,10 @@ class RoundLoader:
         transform: ``transform(inputs, generator) -> inputs``, applied to each batch.
         collate: see `Batch`. Where samples do not fit into tensors, ``inputs`` may be their
             numbers, which it turns into the model's inputs.
+        sizes: [N], what each sample counts in its task's mean (pooled: in the mean of a batch),
+            on the same device, such as its number of tokens: a task's loss is then the mean over
+            its tokens where ``loss`` returns each sample's mean over tokens. None: a task's loss
+            is the mean over its samples.
 
     Raises:
         TypeError: if an argument has a wrong type.
@@ -213,13 +221,15 @@ class RoundLoader:
         max_rounds: int | None = None,
         transform: Callable[[Any, torch.Generator], Any] | None = None,
         collate: Collate | None = None,
+        sizes: Tensor | None = None,
     ) -> None:
         check_count("RoundLoader", "batch_size", batch_size)
         check_count("RoundLoader", "seed", seed, minimum=0)
         self.order = check_choice("RoundLoader", "order", order, ORDERS)
         if max_rounds is not None:
             check_count("RoundLoader", "max_rounds", max_rounds)
-        ids = _checked_ids(inputs, targets, task_ids)
+        ids = _checked_ids(inputs, targets, task_ids, sizes)
+        self.sizes = sizes
         self.inputs, self.targets, self.task_ids = inputs, targets, task_ids.to(targets.device)
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.transform, self.collate = transform, collate
@@ -253,6 +263,7 @@ class RoundLoader:
             "inputs": digest_of_data(self.inputs),
             "targets": digest_of_data(self.targets),
             "task_ids": digest_of_data(self.task_ids),
+            **({} if self.sizes is None else {"sizes": digest_of_data(self.sizes)}),
         }
 
     def set_epoch(self, epoch: int) -> None:
@@ -302,7 +313,8 @@ class RoundLoader:
             if self.transform is not None:
                 inputs = self.transform(inputs, augment)
             targets, task_ids = self.targets[chosen], self.task_ids[chosen]
-            yield Batch(inputs, targets, task_ids, counts, collate=self.collate)
+            sizes = None if self.sizes is None else self.sizes[chosen]
+            yield Batch(inputs, targets, task_ids, counts, collate=self.collate, sizes=sizes)
 
     def _rounds(self) -> list[tuple[Tensor, tuple[int, ...]]]:
         """Per batch the samples [B] in order, and how many each task has of them."""
@@ -363,10 +375,14 @@ class RoundLoader:
         return samples[torch.argsort(self._ids[samples], stable=True)]
 
 
-def _checked_ids(inputs: Any, targets: Tensor, task_ids: Tensor) -> Tensor:
+def _checked_ids(
+    inputs: Any, targets: Tensor, task_ids: Tensor, sizes: Tensor | None = None
+) -> Tensor:
     parts = {"inputs": inputs}
     if isinstance(inputs, Mapping):
         parts = {f"inputs[{name!r}]": value for name, value in inputs.items()}
+    if sizes is not None:
+        parts["sizes"] = sizes
     for name, value in {**parts, "targets": targets, "task_ids": task_ids}.items():
         check_tensor("RoundLoader", name, value)
     if task_ids.dtype != torch.int64 or task_ids.dim() != 1:

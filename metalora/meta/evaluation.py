@@ -22,7 +22,8 @@ Metric = Callable[[Any, Batch], Tensor]
 class Evaluation:
     """A metric's mean over the samples of each task, and the mean of these over tasks.
 
-    A task without samples has nan, and no part in the mean.
+    Samples count by their sizes, where the loader has these. A task without samples has nan, and no
+    part in the mean.
     """
 
     per_task: tuple[float, ...]
@@ -69,8 +70,9 @@ def evaluate(
                 values = metric(forward(model, batch.inputs), batch).double()
             zeros = values.new_zeros(loader.num_tasks)
             ids = batch.task_ids.to(values.device, non_blocking=True)
-            sums = sums.to(values.device) + zeros.index_add(0, ids, values)
-            counts = counts.to(values.device) + zeros.index_add(0, ids, torch.ones_like(values))
+            sizes = torch.ones_like(values) if batch.sizes is None else batch.sizes.to(values)
+            sums = sums.to(values.device) + zeros.index_add(0, ids, values * sizes)
+            counts = counts.to(values.device) + zeros.index_add(0, ids, sizes)
     per_task = (sums / counts).tolist()
     present = [mean for mean, count in zip(per_task, counts.tolist(), strict=True) if count]
     return Evaluation(tuple(per_task), sum(present) / len(present))

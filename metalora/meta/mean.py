@@ -9,12 +9,17 @@ from metalora._checks import SHORT
 from metalora.nn import TaskBatch
 
 
-def task_mean(losses: Tensor, task_ids: Tensor | TaskBatch) -> Tensor:
+def task_mean(
+    losses: Tensor, task_ids: Tensor | TaskBatch, *, sizes: Tensor | None = None
+) -> Tensor:
     """The mean, over the tasks present, of each task's mean over its samples (paper, eq. 5).
 
     With S the tasks present and n_t the number of samples of task t:
     ``1/|S| Σ_{t in S} 1/n_t Σ_i losses[i]`` over the samples i of t. The plain mean over samples
     would weigh tasks by their samples instead. Nothing waits for a GPU.
+
+    Samples of unequal length can count by their ``sizes``: where ``losses`` are means over the
+    tokens of each sample and ``sizes`` the numbers of these, a task's mean is that over its tokens.
 
     Example:
         ``loss = metalora.task_mean(F.cross_entropy(logits, targets, reduction="none"), task_ids)``
@@ -23,6 +28,8 @@ def task_mean(losses: Tensor, task_ids: Tensor | TaskBatch) -> Tensor:
         losses: [B], the loss of each sample, of any floating-point dtype.
         task_ids: int64 [B], the task of each sample, in any order, on the CPU or where the losses
             are; or a `TaskBatch`.
+        sizes: [B], what each sample counts in its task's mean, of any dtype and on the device of
+            the ids; None: all the same. A task whose sizes are all 0 adds nothing.
 
     Returns:
         A scalar, in float32 for losses in half precision. It is 0 for an empty batch, which adds
@@ -35,23 +42,35 @@ def task_mean(losses: Tensor, task_ids: Tensor | TaskBatch) -> Tensor:
     """
     ids = task_ids.task_ids if isinstance(task_ids, TaskBatch) else task_ids
     _check(losses, ids)
+    if sizes is not None and sizes.shape != ids.shape:
+        raise ValueError(
+            f"task_mean: sizes must be one per sample, [B={len(ids)}], got {list(sizes.shape)}"
+        )
     order = task_ids.sorted_ids if isinstance(task_ids, TaskBatch) else None
-    return weighted_mean(losses, sample_weights(ids, order))
+    return weighted_mean(losses, sample_weights(ids, order, sizes))
 
 
-def sample_weights(task_ids: Tensor, sorted_ids: Tensor | None = None) -> Tensor:
-    """float64 [B]: 1 / (number of tasks present · samples of the own task), as in eq. 5.
+def sample_weights(
+    task_ids: Tensor, sorted_ids: Tensor | None = None, sizes: Tensor | None = None
+) -> Tensor:
+    """float64 [B]: size / (number of tasks present · sum of the own task's sizes), as in eq. 5.
 
     Args:
         task_ids: int64 [B].
         sorted_ids: the same in ascending order, where they are at hand.
+        sizes: [B], what each sample counts in its task's mean; None: 1 each.
     """
     if sorted_ids is None:
         sorted_ids = task_ids.sort().values
     present = 1 + (sorted_ids[1:] != sorted_ids[:-1]).sum()
     first = torch.searchsorted(sorted_ids, task_ids)
-    counts = torch.searchsorted(sorted_ids, task_ids, right=True) - first
-    return 1 / (counts * present).double()
+    if sizes is None:
+        counts = torch.searchsorted(sorted_ids, task_ids, right=True) - first
+        return 1 / (counts * present).double()
+    # Each task has a place of its own, that of its first sample among the sorted ones.
+    sizes = sizes.to(task_ids.device).double()
+    totals = torch.zeros_like(sizes).index_add(0, first, sizes)[first]
+    return sizes / (totals * present).clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:

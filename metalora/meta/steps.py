@@ -127,9 +127,8 @@ class Objective:
 
     def _weights(self, batch: Batch) -> Tensor:
         if not self.pooled:
-            return sample_weights(batch.task_ids)
-        size = batch.task_ids.shape
-        return torch.full(size, 1 / size[0], dtype=torch.float64, device=batch.task_ids.device)
+            return sample_weights(batch.task_ids, sizes=batch.sizes)
+        return sample_weights(torch.zeros_like(batch.task_ids), sizes=batch.sizes)
 
 
 class Step(ABC):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks import dropout_mask, merge_lora, packed_attention, task_matvec
+from benchmarks import dropout_mask, merge_lora, packed_attention, task_matvec, token_losses
 from benchmarks.lib.cases import PRECISIONS, Case, Options
 from benchmarks.lib.gate import GateError
 from metalora import ops
@@ -22,7 +22,9 @@ def of(module: object, operator: str) -> Case:
 
 
 @pytest.mark.parametrize("precision", ["autocast", "tf32", "fp32", "fp64"])
-@pytest.mark.parametrize("module", [merge_lora, task_matvec, dropout_mask, packed_attention])
+@pytest.mark.parametrize(
+    "module", [merge_lora, task_matvec, dropout_mask, packed_attention, token_losses]
+)
 def test_every_version_passes_the_gate(module, precision: str) -> None:
     options = Options(tuple(module.BENCHMARK.versions["all"]))
     for case in module.BENCHMARK.cases:

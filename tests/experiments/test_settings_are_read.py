@@ -43,6 +43,7 @@ EXPERIMENTS: dict[str, tuple[str, str, list[str]]] = {
         "RATINGS",
         ["--seeds", "1", "--tasks", "12", "--shots", "3"],
     ),
+    "text": ("experiments.text.run", "TEXT", ["--seeds", "1"]),
     "language": (
         "experiments.language.run",
         "LANGUAGE",
@@ -102,7 +103,7 @@ def unread(name: str, extra: Any, folder: Path, monkeypatch: pytest.MonkeyPatch)
 def test_every_field_is_read(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if name == "language":
+    if name in ("language", "text"):
         pytest.importorskip("transformers")
     # What ``smoke`` changes is filled in before; that it does so is tested where it is defined.
     module, attribute, _ = EXPERIMENTS[name]

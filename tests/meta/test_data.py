@@ -239,3 +239,18 @@ def test_bad_arguments_are_refused(change, error, message):
             arguments.pop("task_ids"),
             **arguments,
         )
+
+
+def test_batches_have_the_sizes_of_their_samples():
+    ids = torch.arange(12) % 3
+    inputs, sizes = torch.arange(12), torch.arange(12) + 100
+    loader = RoundLoader(inputs, inputs, ids, batch_size=2, seed=1, sizes=sizes)
+    for batch in loader:
+        assert torch.equal(batch.sizes, batch.inputs + 100)
+        for part in batch.by_task():
+            assert torch.equal(part.sizes, part.inputs + 100)
+    without = RoundLoader(inputs, inputs, ids, batch_size=2, seed=1)
+    assert next(iter(without)).sizes is None
+    assert loader.identity() != without.identity()
+    with pytest.raises(ValueError, match="sizes, targets and task_ids must have the same length"):
+        RoundLoader(inputs, inputs, ids, batch_size=2, sizes=sizes[1:])

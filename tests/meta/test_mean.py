@@ -38,6 +38,26 @@ def test_equals_equation_5(ids):
     assert torch.equal(found, weighted_mean(losses, sample_weights(torch.tensor(ids))))
 
 
+@pytest.mark.parametrize("ids", IDS, ids=str)
+def test_samples_count_by_their_sizes(ids):
+    """A sample of size n is as n samples of size 1."""
+    torch.manual_seed(0)
+    losses, sizes = torch.rand(len(ids), dtype=torch.float64), torch.randint(1, 5, (len(ids),))
+    task_ids = torch.tensor(ids)
+    found = task_mean(losses, task_ids, sizes=sizes)
+    wanted = task_mean(losses.repeat_interleave(sizes), task_ids.repeat_interleave(sizes))
+    torch.testing.assert_close(found, wanted, rtol=1e-14, atol=0)
+    assert torch.equal(found, task_mean(losses, TaskBatch(task_ids), sizes=sizes))
+    equal = task_mean(losses, task_ids, sizes=torch.full_like(sizes, 3))
+    torch.testing.assert_close(equal, task_mean(losses, task_ids), rtol=1e-14, atol=0)
+
+
+def test_a_task_without_size_adds_nothing():
+    losses, ids = torch.tensor([2.0, 4.0, 6.0]), torch.tensor([0, 1, 1])
+    found = task_mean(losses, ids, sizes=torch.tensor([0, 1, 3]))
+    assert float(found) == pytest.approx((0 + 4 / 4 + 3 * 6 / 4) / 2)
+
+
 def test_tasks_count_the_same_whatever_their_samples():
     losses, ids = torch.tensor([0.0] * 9 + [1.0]), torch.tensor([0] * 9 + [1])
     assert losses.mean() == pytest.approx(0.1)
@@ -116,3 +136,8 @@ def test_wrong_arguments_are_named(losses, ids, error, message):
     with pytest.raises(error, match=re.escape(message)) as caught:
         task_mean(losses, ids)
     assert str(caught.value).startswith("task_mean: ") and "\n" not in str(caught.value)
+
+
+def test_sizes_are_one_per_sample():
+    with pytest.raises(ValueError, match=re.escape("sizes must be one per sample, [B=3], got [2]")):
+        task_mean(torch.ones(3), torch.tensor([0, 1, 1]), sizes=torch.ones(2))

@@ -1,0 +1,5 @@
+"""``python -m experiments.text``: see ``--help``."""
+
+from experiments.text.run import main
+
+main()
