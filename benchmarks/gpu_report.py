@@ -1,12 +1,15 @@
 """The whole first contact with a GPU: builds, tests, sanitizes, measures and draws.
 
-python -m benchmarks.gpu_report --out DIR                  # all parts, about an hour
-python -m benchmarks.gpu_report --part build test --out DIR
-python -m benchmarks.gpu_report --device cpu --smoke       # the same commands on tiny shapes
+python -m benchmarks.gpu_report --out DIR                    # all parts, about an hour
+python -m benchmarks.gpu_report --part build first --out DIR # what says most, in a few minutes
+python -m benchmarks.gpu_report --device cpu --smoke         # the same commands on tiny shapes
 
-Every part is a process of its own and ends within ten minutes on 16 cores and one GPU. It writes
-its tables to the folder, and its output to PART.log; gpu_report.md says how each part ended. With
---resume measurements of an earlier run are kept, and only those left out are made.
+Every part is a process of its own and ends within eight minutes on 16 cores and one GPU; `first`,
+the headlines of every route with their gradients checked, within three. Parts come in the order of
+what they are worth. Each writes its tables to the folder, and its output to PART.log;
+gpu_report.md says how each part ended, and `predicted` sets the measurements beside what
+benchmarks.model predicts. With --resume measurements of an earlier run are kept, and only those
+left out are made.
 """
 
 from __future__ import annotations
@@ -33,13 +36,22 @@ from experiments.synthetic.settings import DEVICES
 from metalora._checks import did_you_mean
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGET, LIMIT = 420, 570  # seconds that a part plans for, and after which it is ended
+BUDGET, LIMIT = 380, 480  # seconds that a part plans for, and after which it is ended
+FIRST_BUDGET, FIRST_LIMIT = 140, 180  # of the first measurements
 FOUND_ERRORS = 86  # the sanitizer's exit code, none of pytest's
 # Compiling takes a minute or more for every case, so only the headlines are compiled.
 HEADLINES = {
     "a": ("a 768→768 L40 T10 r8", "a 768→3072 L40 T10 r8"),
     "c": ("c 512→256 16384 rows/task T4 r1", "c 64→256 131072 rows/task T4 r1"),
 }
+# A case of each route, and what each was changed for.
+FIRST = (
+    "a 768→768 L40 T10 r8",
+    "c 64→256 131072 rows/task T4 r1",
+    "a 768→768 L40 T10 r8 p0.1",
+    "b 4096→4096 8k rows T4 r16",
+    "a 768→768 T10 r8 Zipf",
+)
 # Rounds at the size of the paper's: 10 tasks with 8 turns of 20 candidates.
 PAPER = ("--model", "roberta-base-size", "--tasks", "10", "--turns", "8", "--precision", "bf16")
 
@@ -53,6 +65,7 @@ class Part:
     environment: Mapping[str, str] = field(default_factory=dict)
     tests: bool = False
     missing: str = ""  # the reason if the part cannot run here
+    limit: float = LIMIT  # seconds
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,15 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
         what += ["--name", f"lora_linear_{device}_{name}", *(["--frozen"] * frozen)]
         return Part(name, _module("lora_linear", *what, *budget, *flags))
 
+    first = [
+        *("--cases", *FIRST),
+        *("--precisions", "autocast"),
+        *("--baselines", "merged", "loop"),
+    ]
+    first += ["metalora", "--name", f"lora_linear_{device}_first"]
+    first += ["--budget-seconds", str(FIRST_BUDGET), *(["--resume"] * resume), *flags]
+    layer_files = sorted(map(str, out.glob(f"lora_linear_{device}*.json")))
+    predicted = ("--cases", "goal", "b", "ragged", FIRST[2], "--precisions", *goals, *others)
     files = sorted(
         str(p) for name in (*MODULES, "steps") for p in out.glob(f"{name}_{device}*.json")
     )
@@ -95,6 +117,7 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
             _python("setup.py", "build_ext", "--inplace"),
             {"METALORA_BUILD": "none" if smoke else device},
         ),
+        Part("first", _module("lora_linear", *first), limit=FIRST_LIMIT),
         _test(device, smoke),
         *(_sanitize(tool, device) for tool in ("memcheck", "racecheck", "initcheck")),
         Part("ceilings", _module("ceilings", *flags)),
@@ -114,6 +137,11 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
             for p in goals
         ),
         Part("profile", _module("lora_linear", *profiled, *flags)),
+        Part(
+            "predicted",
+            _module("model", *predicted, "--measured", *layer_files),
+            missing=_unless(layer_files, "no results"),
+        ),
         Part("plot", _module("plot", *files), missing=missing or _unless(files, "no results")),
     ]
 
@@ -164,7 +192,7 @@ def _unless(there: object, missing: str) -> str:
     return "" if there else missing
 
 
-def run(part: Part, out: Path, limit: float = LIMIT) -> Outcome:
+def run(part: Part, out: Path) -> Outcome:
     """Runs one part with its output in PART.log; ends it and its children at the limit."""
     if part.missing:
         return Outcome(part.name, "not run", 0.0, part.missing)
@@ -182,10 +210,10 @@ def run(part: Part, out: Path, limit: float = LIMIT) -> Outcome:
             start_new_session=True,
         )
         try:
-            code = process.wait(limit)
+            code = process.wait(part.limit)
             note = f"exit code {code}" if code else ""
         except subprocess.TimeoutExpired:
-            note = f"ended after {limit:.0f} s"
+            note = f"ended after {part.limit:.0f} s"
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -8,7 +8,7 @@ template <typename Library>
 void define_operators(Library& m) {
   // The two routes of lora_linear. `merged` [T, out, in] are the W_t where they are at hand; with
   // `tf32` the GPU's products may round factors to TF32. `shrunk` [M, r] is what the token route
-  // keeps for backward and, on the CPU, `kept`: a bit for each element of x, rows padded to 64
+  // keeps for backward, with dropout also `kept`: a bit for each element of x, rows padded to 64
   // bits, set where dropout keeps the element. Gradients that are not needed come back as empty
   // tensors.
   m.def(
@@ -19,6 +19,15 @@ void define_operators(Library& m) {
       "Tensor lora_B, Tensor task_ptr, float scaling, Tensor? merged, bool tf32, "
       "bool need_x, bool need_weight, bool need_bias, bool need_A, bool need_B) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The same with A_tᵀ = B_t = U_t [T, d, k].
+  m.def(
+      "lora_linear_symmetric(Tensor x, Tensor weight, Tensor? bias, Tensor lora_U, "
+      "Tensor task_ptr, float scaling, Tensor? merged, bool tf32) -> Tensor");
+  m.def(
+      "lora_linear_symmetric_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor lora_U, "
+      "Tensor task_ptr, float scaling, Tensor? merged, bool tf32, "
+      "bool need_x, bool need_weight, bool need_bias, bool need_U) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "lora_linear_token(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
       "Tensor task_ptr, float scaling, float dropout_p, Tensor? seed) "

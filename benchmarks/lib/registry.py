@@ -8,6 +8,7 @@ from benchmarks.lib.cases import Benchmark
 
 MODULES = (
     "lora_linear",
+    "lora_linear_symmetric",
     "merge_lora",
     "task_matvec",
     "dropout_mask",

@@ -227,6 +227,14 @@ Gradients weight_backward(const LoraLayer& p, const Tensor& grad_y,
   return gradients;
 }
 
+// grad_U [T, d, k] += grad_A [T, k, d], transposed, where A = Uᵀ and grad_U is that of B = U.
+template <typename T>
+void add_transposed(T* grad_U, const T* grad_A, const LoraLayer& p) {
+  for (int64_t t = 0; t < p.tasks; ++t, grad_U += p.in * p.rank, grad_A += p.in * p.rank)
+    for (int64_t i = 0; i < p.in; ++i)
+      for (int64_t j = 0; j < p.rank; ++j) grad_U[i * p.rank + j] += grad_A[j * p.in + i];
+}
+
 // The weight route of small layers keeps W_t in registers instead of calling the BLAS.
 template <typename T>
 bool is_small(const LoraLayer& p) {
@@ -358,6 +366,9 @@ struct Cpu {
       return is_small<T>(p) ? small_backward<T>(p, grad_y, need)
                             : cpu::weight_backward<T>(p, grad_y, merged, need);
     });
+    if (p.symmetric && need.B)
+      with_type(work,
+                [&]<typename T>(T) { add_transposed(mutable_data<T>(g.B), data<T>(g.A), p); });
     return {g.x, cast(g.weight, dtype), g.bias, need.A ? cast(g.A, dtype) : none(dtype),
             need.B ? cast(g.B, dtype) : none(dtype)};
   }

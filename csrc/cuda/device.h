@@ -55,6 +55,13 @@ __device__ inline void copy_async_16(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 }
 
+// Stores 16 bytes, 16-byte aligned, by one access, which the compiler would take apart.
+__device__ inline void store_16(void* global, const uint4& words) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
 // Ends a group of copies.
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -89,6 +96,26 @@ __device__ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uin
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+
+// c [16, 8] += a [16, 16] b [16, 8] by one warp, of bf16 or f16 with float sums. A register has two
+// neighbouring k, the lower one in its lower half. With g = lane / 4 and q = lane % 4, a lane holds
+//   a: (g, 2q), (g + 8, 2q), (g, 2q + 8), (g + 8, 2q + 8) and the k after each
+//   b: (2q, g), (2q + 8, g) and the k after each
+//   c: as of mma_tf32
+template <typename T>
+__device__ inline void mma_16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+#define METALORA_MMA_16(type, name)                                                     \
+  template <>                                                                           \
+  __device__ inline void mma_16<type>(float (&c)[4], const uint32_t (&a)[4],            \
+                                      const uint32_t (&b)[2]) {                         \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                 \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));   \
+  }
+METALORA_MMA_16(bf16, "bf16")
+METALORA_MMA_16(f16, "f16")
+#undef METALORA_MMA_16
 
 // Optimisation barrier: prevents hoisting what depends on the value out of a loop, which would hold
 // registers.

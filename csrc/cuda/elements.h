@@ -54,10 +54,20 @@ __device__ inline Pack<T, kCount> load_row(const T* source, int left, bool align
   return pack;
 }
 
+// A pack to global memory, 16 bytes at a time where it has as many.
+template <typename T, int kCount>
+__device__ inline void store_global(T* target, const Pack<T, kCount>& pack) {
+  constexpr int kWhole = static_cast<int>(sizeof(pack) / 16);
+  if constexpr (kWhole == 0) store_pack(target, pack);
+#pragma unroll
+  for (int i = 0; i < kWhole; ++i)
+    store_16(target + i * kCount / kWhole, reinterpret_cast<const uint4*>(&pack)[i]);
+}
+
 template <typename T, int kCount>
 __device__ inline void store_row(T* target, const Pack<T, kCount>& pack, int left, bool aligned) {
   if (aligned) {
-    if (left > 0) store_pack(target, pack);
+    if (left > 0) store_global(target, pack);
   } else {
 #pragma unroll
     for (int e = 0; e < kCount; ++e)

@@ -39,20 +39,21 @@ std::tuple<Tensor, Tensor, Tensor> MergeOnGpu::merge_backward(const Tensor& P, c
                                                               const Tensor& B, bool symmetric,
                                                               double scaling, bool tf32,
                                                               bool need_weight) {
-  const MergeShape shape{P.size(0), P.size(1), P.size(2), B.size(2)};
+  const MergeShape shape{B.size(0), P.size(1), P.size(2), B.size(2)};
+  const int64_t chunks = shape.tasks ? P.size(0) / shape.tasks : 1;
   const ScalarType dtype = B.scalar_type();
   const Tensor p = as_contiguous(P), a = as_contiguous(A), b = as_contiguous(B);
   const Tensor grad_weight = empty_if(need_weight, P, {shape.out, shape.in}, dtype);
   const Tensor grad_A = empty_if(!symmetric, P, {shape.tasks, shape.rank, shape.in}, dtype);
   const Tensor grad_B = empty(P, {shape.tasks, shape.out, shape.rank}, dtype);
   const Tensor scratch =
-      empty(P, {merge_lora_backward_scratch(shape, type_of(dtype))}, ScalarType::Byte);
+      empty(P, {merge_lora_backward_scratch(shape, chunks, type_of(dtype))}, ScalarType::Byte);
   const MergeFactors factors{a.const_data_ptr(), b.const_data_ptr(), type_of(dtype), symmetric,
                              scaling};
   launch_merge_lora_backward(need_weight ? grad_weight.mutable_data_ptr() : nullptr,
                              symmetric ? nullptr : grad_A.mutable_data_ptr(),
                              grad_B.mutable_data_ptr(), p.const_data_ptr(),
-                             type_of(P.scalar_type()), factors, shape, tf32,
+                             type_of(P.scalar_type()), chunks, factors, shape, tf32,
                              scratch.mutable_data_ptr(), current_stream(P));
   return {grad_weight, grad_A, grad_B};
 }

@@ -10,14 +10,18 @@
 #include "dropout.h"
 #include "library.h"
 #include "operators.h"
+#include "product_plan.h"
 #include "task_ends.h"
 #include "tensors.h"
+#include "token_rows.h"
 
 namespace metalora::cuda {
 namespace {
 
-// Rows of each task where they are equally many and not none, else 0.
+// Rows of each task where there are several with equally many and not none, else 0: products of all
+// tasks at once are then a batch.
 int64_t rows_each(const LoraLayer& p) {
+  if (p.tasks == 1) return 0;
   const int64_t rows = p.rows / p.tasks;
   for (int64_t t = 0; t <= p.tasks; ++t)
     if (p.task_ptr[t] != t * rows) return 0;
@@ -33,8 +37,8 @@ Tensor of_task(const Tensor& tensor, int64_t task) {
 bool is_grouped(const LoraLayer& p, const Tensor& x) {
   constexpr int64_t kMostGroups = 1023, kAlignment = 8;  // 16 bytes
   return x.scalar_type() == ScalarType::BFloat16 && p.in % kAlignment == 0 &&
-         p.out % kAlignment == 0 && p.tasks <= kMostGroups && p.rows <= INT32_MAX && p.rows > 0 &&
-         has_grouped_products(x);
+         p.out % kAlignment == 0 && p.tasks > 1 && p.tasks <= kMostGroups && p.rows <= INT32_MAX &&
+         p.rows > 0 && has_grouped_products(x);
 }
 
 Tensor task_ends(const LoraLayer& p, const Tensor& like) {
@@ -44,7 +48,8 @@ Tensor task_ends(const LoraLayer& p, const Tensor& like) {
 }
 
 // y [M, out] = x_t W_tᵀ + b with merged [T, out, in].
-Tensor weight_forward(const LoraLayer& p, const Tensor& merged, const std::optional<Tensor>& bias) {
+Tensor weight_forward(const LoraLayer& p, const Tensor& merged, const std::optional<Tensor>& bias,
+                      bool tf32) {
   const Tensor& x = p.x;
   const int64_t rows = rows_each(p);
   if (!rows && !bias && is_grouped(p, x))
@@ -53,26 +58,25 @@ Tensor weight_forward(const LoraLayer& p, const Tensor& merged, const std::optio
   if (rows) {
     const Tensor result = viewed(y, {p.tasks, rows, p.out});
     const Tensor batch = viewed(x, {p.tasks, rows, p.in});
-    if (bias)
-      baddbmm_out(result, *bias, batch, batch_transposed(merged), 1, 1);
-    else
+    if (!bias)
       product_out("aten::bmm", result, batch, batch_transposed(merged));
+    else if (!biased_products_out(result, batch, merged, *bias, tf32))
+      baddbmm_out(result, *bias, batch, batch_transposed(merged), 1, 1);
     return y;
   }
   for (int64_t t = 0; t < p.tasks; ++t)
-    if (p.rows_in(t)) linear_out(p.rows_of(y, t), p.rows_of(x, t), of_task(merged, t), bias);
+    if (p.rows_in(t)) dense_product(p.rows_of(x, t), of_task(merged, t), bias, p.rows_of(y, t));
   return y;
 }
 
-Tensor sum_of_rows(const Tensor& matrix) {
-  const std::vector<int64_t> rows{0};
-  return torch::stable::sum(matrix, rows);
-}
+// What the kernels of merged weights take for A: U itself where A is its transpose.
+const Tensor& left_of(const LoraLayer& p) { return p.symmetric ? p.lora_B : p.lora_A; }
 
 // [T, out, in] in the dtype of x, made where it is not at hand.
 Tensor merged_of(const LoraLayer& p, const std::optional<Tensor>& merged, bool tf32) {
-  if (merged) return *merged;
-  return MergeOnGpu::merge(p.weight, p.lora_A, p.lora_B, false, p.scaling, p.x.scalar_type(), tf32);
+  if (merged) return as_contiguous(*merged);
+  return MergeOnGpu::merge(p.weight, left_of(p), p.lora_B, p.symmetric, p.scaling,
+                           p.x.scalar_type(), tf32);
 }
 
 // For every task: result_t = beta · result_t + alpha · a_t b_t, all [m_t, ·] rows times [k, n].
@@ -99,15 +103,17 @@ Tensor weight_grad_x(const LoraLayer& p, const Tensor& grad_y, const Tensor& mer
   return grad_x;
 }
 
-// result [T, k, n] in this dtype: result_t = a_tᵀ b_t over the rows of each task. `multiply` is
-// called for all tasks at once (true) or for one.
+// result [T · chunks, k, n] in this dtype: a_tᵀ b_t over the rows of each chunk of a task, where
+// tasks have equally many; else [T, k, n]. `multiply` is called for all at once (true) or for one
+// task.
 template <typename Multiply>
-Tensor outer_products(const LoraLayer& p, const Tensor& a, const Tensor& b, ScalarType dtype,
-                      const Multiply& multiply) {
-  const Tensor result = empty(a, {p.tasks, a.size(1), b.size(1)}, dtype);
-  if (const int64_t rows = rows_each(p)) {
-    multiply(true, result, batch_transposed(viewed(a, {p.tasks, rows, a.size(1)})),
-             viewed(b, {p.tasks, rows, b.size(1)}));
+Tensor outer_products(const LoraLayer& p, const Tensor& a, const Tensor& b, int64_t chunks,
+                      ScalarType dtype, const Multiply& multiply) {
+  const int64_t rows = rows_each(p), batch = rows ? p.tasks * chunks : p.tasks;
+  const Tensor result = empty(a, {batch, a.size(1), b.size(1)}, dtype);
+  if (rows) {
+    multiply(true, result, batch_transposed(viewed(a, {batch, rows / chunks, a.size(1)})),
+             viewed(b, {batch, rows / chunks, b.size(1)}));
     return result;
   }
   for (int64_t t = 0; t < p.tasks; ++t) {
@@ -120,16 +126,20 @@ Tensor outer_products(const LoraLayer& p, const Tensor& a, const Tensor& b, Scal
   return result;
 }
 
-// P [T, out, in] = dY_tᵀ X_t, of at least float.
+// P_t = dY_tᵀ X_t, of at least float, [T, out, in] or [T · chunks, out, in], whose sum it is.
 Tensor weight_products(const LoraLayer& p, const Tensor& grad_y) {
-  return outer_products(p, grad_y, p.x, work_dtype(p.x), [](bool all, const auto&... tensors) {
-    product_out(all ? "aten::bmm" : "aten::mm", tensors...);
-  });
+  const int64_t rows = rows_each(p);
+  const int64_t bytes = static_cast<int64_t>(p.x.element_size());
+  const int64_t chunks = rows ? product_chunks(p.tasks, rows, p.out, p.in, bytes) : 1;
+  return outer_products(p, grad_y, p.x, chunks, work_dtype(p.x),
+                        [](bool all, const auto&... tensors) {
+                          product_out(all ? "aten::bmm" : "aten::mm", tensors...);
+                        });
 }
 
 // alpha · a_tᵀ b_t
 Tensor task_outer_products(const LoraLayer& p, const Tensor& a, const Tensor& b, double alpha) {
-  return outer_products(p, a, b, a.scalar_type(),
+  return outer_products(p, a, b, 1, a.scalar_type(),
                         [&](bool all, const Tensor& result, const Tensor& at, const Tensor& bt) {
                           (all ? baddbmm_out : addmm_out)(result, result, at, bt, 0, alpha);
                         });
@@ -150,13 +160,97 @@ Tensor branch_of(const Tensor& x, const BranchDropout& dropout) {
   return dropped;
 }
 
+int64_t kept_bytes(const LoraLayer& p) { return (p.in + 63) / 64 * 8; }
+
+// A bit for each element of x, set where dropout keeps it; rows are padded to 64 bits.
+Tensor kept_of(const LoraLayer& p, double dropout_p) {
+  return dropout_p > 0 ? empty(p.x, {p.rows, kept_bytes(p)}, ScalarType::Byte)
+                       : none(p.x, ScalarType::Byte);
+}
+
+// Ranks beyond those of token_rows.cu: products of such a size belong to the BLAS.
+namespace large_ranks {
+
+TokenResult token(const LoraLayer& p, const std::optional<Tensor>& bias,
+                  const BranchDropout& dropout) {
+  const Tensor y = dense_product(p.x, p.weight, bias);
+  const Tensor shrunk = empty(p.x, {p.rows, p.rank}, p.x.scalar_type());
+  add_task_products(p, shrunk, branch_of(p.x, dropout), batch_transposed(p.lora_A), 0, 1);
+  add_task_products(p, y, shrunk, batch_transposed(p.lora_B), 1, p.scaling);
+  Tensor kept = kept_of(p, dropout.p);
+  torch::stable::zero_(kept);  // not read: backward draws the mask again
+  return {y, shrunk, kept};
+}
+
+Gradients token_backward(const LoraLayer& p, const Tensor& dy, const Tensor& shrunk,
+                         const BranchDropout& dropout, const Needs& need) {
+  const Tensor& x = p.x;
+  const ScalarType dtype = x.scalar_type();
+  Gradients g{none(x, dtype), none(x, dtype), none(x, dtype), none(x, dtype), none(x, dtype)};
+  if (need.x) g.x = product(dy, p.weight);
+  if (need.weight) g.weight = product(transposed(dy), x);
+  if (need.bias) g.bias = sum_of_rows(dy);
+  if (need.B) g.B = task_outer_products(p, dy, shrunk, p.scaling);
+  if (!need.x && !need.A) return g;
+  const Tensor grad_shrunk = empty(x, {p.rows, p.rank}, dtype);
+  add_task_products(p, grad_shrunk, dy, p.lora_B, 0, p.scaling);
+  if (need.A) g.A = task_outer_products(p, grad_shrunk, branch_of(x, dropout), 1);
+  if (need.x && dropout.p == 0) add_task_products(p, g.x, grad_shrunk, p.lora_A, 1, 1);
+  if (need.x && dropout.p > 0) {
+    const Tensor grad_branch = empty(x, {p.rows, p.in}, dtype);
+    add_task_products(p, grad_branch, grad_shrunk, p.lora_A, 0, 1);
+    drop(g.x, grad_branch, dropout.p, *dropout.seed, true);
+  }
+  return g;
+}
+
+}  // namespace large_ranks
+
+// The blocks that the token route's kernels go by, and what they take of torch.
+class TokenRows {
+ public:
+  explicit TokenRows(const LoraLayer& p)
+      : x_(p.x),
+        stream_(current_stream(p.x)),
+        type_(type_of(p.x.scalar_type())),
+        blocks_(plan_token_blocks(p.task_ptr, p.tasks, type_)) {
+    METALORA_CHECK(p.rows <= INT32_MAX, "lora_linear: on a GPU x may have at most ", INT32_MAX,
+                   " rows, got ", p.rows, "; give it fewer at a time");
+    if (blocks_.rows_each) return;
+    ends_ = empty(p.x, {2 * p.tasks}, ScalarType::Int);
+    const std::vector<int64_t> table = token_table(blocks_, p.task_ptr);
+    launch_task_ends(mutable_data<int32_t>(*ends_), table.data(), 2 * p.tasks, stream_);
+    blocks_.ends = data<int32_t>(*ends_);
+  }
+
+  // Of `elements` for each block.
+  Tensor addends(bool needed, int64_t elements) const {
+    return empty_if(needed, x_, {blocks_.blocks * elements}, work_dtype(x_));
+  }
+  bool addends_pay(int64_t rank) const { return token_addends_pay(blocks_, rank, type_); }
+  void run(const TokenPass& pass) const { launch_token_pass(pass, blocks_, type_, stream_); }
+  void sum(const Tensor& result, const Tensor& addends, int64_t columns, int64_t rank, double scale,
+           bool transposed, bool over_tasks) const {
+    launch_token_sums(result.mutable_data_ptr(), addends.const_data_ptr(), type_, columns, rank,
+                      scale, transposed, over_tasks, blocks_, stream_);
+  }
+
+ private:
+  const Tensor& x_;
+  cudaStream_t stream_;
+  Type type_;
+  TokenBlocks blocks_;
+  std::optional<Tensor> ends_;
+};
+
 struct Gpu {
   using Guard = DeviceGuard;
   static ScalarType shrunk_dtype(const Tensor& x) { return x.scalar_type(); }
 
   static Tensor weight(const LoraLayer& p, const std::optional<Tensor>& bias,
                        const std::optional<Tensor>& merged, bool tf32) {
-    return weight_forward(p, merged_of(p, merged, tf32), bias);
+    const Tensor W = merged_of(p, merged, tf32);
+    return weight_forward(p, W, bias, tf32);
   }
 
   static Gradients weight_backward(const LoraLayer& p, const Tensor& dy,
@@ -168,7 +262,7 @@ struct Gpu {
     if (need.x) g.x = weight_grad_x(p, dy, merged_of(p, merged, tf32));
     if (need.weight || need.A || need.B) {
       const auto [grad_weight, grad_A, grad_B] = MergeOnGpu::merge_backward(
-          weight_products(p, dy), p.lora_A, p.lora_B, false, p.scaling, tf32, need.weight);
+          weight_products(p, dy), left_of(p), p.lora_B, p.symmetric, p.scaling, tf32, need.weight);
       g.weight = grad_weight;
       if (need.A) g.A = grad_A;
       if (need.B) g.B = grad_B;
@@ -177,37 +271,96 @@ struct Gpu {
     return g;
   }
 
-  static void check_kept(const char*, const Tensor&, const LoraLayer&, double) {}
+  static void check_kept(const char* op, const Tensor& kept, const LoraLayer& p, double dropout_p) {
+    if (dropout_p > 0) check_shape(op, "kept", kept, {p.rows, kept_bytes(p)});
+  }
 
   static TokenResult token(const LoraLayer& p, const std::optional<Tensor>& bias,
-                           const BranchDropout& dropout) {
-    const Tensor y = dense_layer(p.x, p.weight, bias);
-    const Tensor shrunk = empty(p.x, {p.rows, p.rank}, p.x.scalar_type());
-    add_task_products(p, shrunk, branch_of(p.x, dropout), batch_transposed(p.lora_A), 0, 1);
-    add_task_products(p, y, shrunk, batch_transposed(p.lora_B), 1, p.scaling);
-    return {y, shrunk, none(p.x, ScalarType::Byte)};
+                           const BranchDropout& branch) {
+    if (p.rank > kMostTokenRank) return large_ranks::token(p, bias, branch);
+    const ScalarType dtype = p.x.scalar_type();
+    const Tensor A = as_contiguous(p.lora_A), B = as_contiguous(p.lora_B);
+    const auto dense_bias = as_contiguous(bias);
+    const Tensor y = empty(p.x, {p.rows, p.out}, dtype), S = empty(p.x, {p.rows, p.rank}, dtype);
+    const Tensor kept = kept_of(p, branch.p);
+    if (p.rows == 0) return {y, S, kept};
+    const TokenRows rows(p);
+    TokenPass pass{p.x.const_data_ptr(), p.in, p.rank, p.out};
+    pass.shrink = A.const_data_ptr();
+    pass.expand = B.const_data_ptr();
+    pass.expand_by_columns = true;
+    pass.expand_scale = p.scaling;
+    pass.bias = data_or_null(dense_bias);
+    pass.shrunk = S.mutable_data_ptr();
+    pass.result = y.mutable_data_ptr();
+    std::optional<DropoutArguments> dropout;
+    if (branch.p > 0) {
+      pass.scale = 1 / (1 - branch.p);
+      dropout = {data<int64_t>(*branch.seed), dropout_threshold(branch.p), pass.scale};
+      pass.dropout = &*dropout;
+      pass.kept = mutable_data<uint8_t>(kept);
+    }
+    rows.run(pass);
+    addmm_out(y, y, p.x, transposed(p.weight), 1, 1);
+    return {y, S, kept};
   }
 
   static Gradients token_backward(const LoraLayer& p, const Tensor& dy, const Tensor& shrunk,
-                                  const Tensor& /*kept*/, const BranchDropout& dropout,
+                                  const Tensor& kept, const BranchDropout& branch,
                                   const Needs& need) {
-    const Tensor& x = p.x;
-    const ScalarType dtype = x.scalar_type();
-    Gradients g{none(x, dtype), none(x, dtype), none(x, dtype), none(x, dtype), none(x, dtype)};
-    if (need.x) g.x = mm(dy, p.weight);
-    if (need.weight) g.weight = mm(transposed(dy), x);
-    if (need.bias) g.bias = sum_of_rows(dy);
-    if (need.B) g.B = task_outer_products(p, dy, shrunk, p.scaling);
-    if (!need.x && !need.A) return g;
-    const Tensor grad_shrunk = empty(x, {p.rows, p.rank}, dtype);
-    add_task_products(p, grad_shrunk, dy, p.lora_B, 0, p.scaling);
-    if (need.A) g.A = task_outer_products(p, grad_shrunk, branch_of(x, dropout), 1);
-    if (need.x && dropout.p == 0) add_task_products(p, g.x, grad_shrunk, p.lora_A, 1, 1);
-    if (need.x && dropout.p > 0) {
-      const Tensor grad_branch = empty(x, {p.rows, p.in}, dtype);
-      add_task_products(p, grad_branch, grad_shrunk, p.lora_A, 0, 1);
-      drop(g.x, grad_branch, dropout.p, *dropout.seed, true);
+    if (p.rank > kMostTokenRank) return large_ranks::token_backward(p, dy, shrunk, branch, need);
+    const ScalarType dtype = p.x.scalar_type();
+    const Tensor A = as_contiguous(p.lora_A), B = as_contiguous(p.lora_B);
+    const TokenRows rows(p);
+    const bool own_A = need.A && (branch.p > 0 || rows.addends_pay(p.rank));
+    const bool own_B = need.B && rows.addends_pay(p.rank);
+    Gradients g{empty_if(need.x, p.x, {p.rows, p.in}, dtype),
+                need.weight ? product(transposed(dy), p.x) : none(p.x, dtype),
+                empty_if(need.bias, p.x, {p.out}, dtype),
+                empty_if(own_A, p.x, {p.tasks, p.rank, p.in}, dtype),
+                empty_if(own_B, p.x, {p.tasks, p.out, p.rank}, dtype)};
+    const Tensor grad_S = empty_if(need.x || need.A, p.x, {p.rows, p.rank}, dtype);
+    const Tensor of_A = rows.addends(own_A, p.in * p.rank);
+    const Tensor of_B = rows.addends(own_B, p.out * p.rank);
+    const Tensor of_bias = rows.addends(need.bias, p.out);
+    uint8_t* bits = branch.p > 0 ? mutable_data<uint8_t>(kept) : nullptr;
+
+    TokenPass pass{dy.const_data_ptr(), p.out, p.rank, p.in};
+    pass.scale = p.scaling / (1 - branch.p);
+    pass.kept = bits;
+    pass.keeps_result = true;
+    if (need.x || need.A) {
+      pass.shrink = B.const_data_ptr();
+      pass.shrink_by_columns = true;
+      pass.shrunk = grad_S.mutable_data_ptr();
     }
+    if (need.x) {
+      pass.expand = A.const_data_ptr();
+      pass.result = g.x.mutable_data_ptr();
+    }
+    if (own_B) {
+      pass.left = shrunk.const_data_ptr();
+      pass.outer = of_B.mutable_data_ptr();
+    }
+    if (need.bias) pass.sums = of_bias.mutable_data_ptr();
+    if (pass.shrink || pass.outer || pass.sums) rows.run(pass);
+    if (need.x && p.rows) addmm_out(g.x, g.x, dy, p.weight, 1, 1);
+
+    if (own_A) {
+      TokenPass of_x{p.x.const_data_ptr(), p.in, p.rank, 0};
+      of_x.left = grad_S.const_data_ptr();
+      of_x.outer = of_A.mutable_data_ptr();
+      of_x.kept = bits;
+      rows.run(of_x);
+      rows.sum(g.A, of_A, p.in, p.rank, 1, true, false);
+    } else if (need.A) {
+      g.A = task_outer_products(p, grad_S, p.x, 1);
+    }
+    if (own_B)
+      rows.sum(g.B, of_B, p.out, p.rank, p.scaling, false, false);
+    else if (need.B)
+      g.B = task_outer_products(p, dy, shrunk, p.scaling);
+    if (need.bias) rows.sum(g.bias, of_bias, p.out, 1, 1, false, true);
     return g;
   }
 };

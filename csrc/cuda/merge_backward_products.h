@@ -239,7 +239,7 @@ struct MmaProducts {
                                 to_tf32(p(3, 1))};
 #pragma unroll
     for (int block = 0; block < kRankBlocks; ++block) {
-      if (kRankBlocks > 2 && block % 2 == 0) hold_loads();
+      if (block % 2 == 0) hold_loads();
       const auto four =
           load_pack<4>(reinterpret_cast<const uint32_t*>(factor) + 8 * block * kColumns);
       mma_tf32(sum[block], first, {four.lane[0], four.lane[1]});

@@ -20,17 +20,18 @@ constexpr int64_t kMostGroupTasks = 32;
 // in the scratch memory, counted in elements:
 //   from 0               A_t [T, r, column_tiles · 128], zero beyond `in`
 //   from B               B_tᵀ [T, r, row_tiles · tile_rows], zero beyond `out`
-//   from A_addends       of grad_A, [T, row_tiles, column_tiles, r, 128]
-//   from B_addends       of grad_Bᵀ, [T, strips, row_tiles, r, tile_rows]
+//   from A_addends       of grad_A, [T, chunks, row_tiles, column_tiles, r, 128]
+//   from B_addends       of grad_Bᵀ, [T, chunks, strips, row_tiles, r, tile_rows]
 //   from weight_addends  of grad_weight, [groups, out, in], where there are several groups of tasks
 struct Plan {
-  int64_t tile_rows, row_tiles, column_tiles, strip_tiles, strips, groups, group_tasks;
+  int64_t chunks, tile_rows, row_tiles, column_tiles, strip_tiles, strips, groups, group_tasks;
   int64_t B, A_addends, B_addends, weight_addends, total;
 };
 
-inline Plan make_plan(const MergeShape& shape, int tile_rows) {
+inline Plan make_plan(const MergeShape& shape, int64_t chunks, int tile_rows) {
   const auto [tasks, out, in, rank] = shape;
   Plan plan{};
+  plan.chunks = chunks;
   plan.tile_rows = tile_rows;
   plan.row_tiles = ceil_div(out, tile_rows);
   plan.column_tiles = ceil_div(in, kColumns);
@@ -38,14 +39,14 @@ inline Plan make_plan(const MergeShape& shape, int tile_rows) {
   plan.strip_tiles = std::clamp<int64_t>(tiles / kBlocks, 1, kMostStripTiles);
   plan.strips = ceil_div(plan.column_tiles, plan.strip_tiles);
   plan.group_tasks =
-      std::min(ceil_div(tasks, std::max<int64_t>(kBlocks / tiles, 1)), kMostGroupTasks);
-  plan.groups = tasks ? ceil_div(tasks, plan.group_tasks) : 0;
+      std::min(ceil_div(tasks * chunks, std::max<int64_t>(kBlocks / tiles, 1)), kMostGroupTasks);
+  plan.groups = tasks ? ceil_div(tasks * chunks, plan.group_tasks) : 0;
   const int64_t columns = tasks * rank * plan.column_tiles * kColumns;
   const int64_t rows = tasks * rank * plan.row_tiles * tile_rows;
   plan.B = columns;
   plan.A_addends = plan.B + rows;
-  plan.B_addends = plan.A_addends + columns * plan.row_tiles;
-  plan.weight_addends = plan.B_addends + rows * plan.strips;
+  plan.B_addends = plan.A_addends + columns * chunks * plan.row_tiles;
+  plan.weight_addends = plan.B_addends + rows * chunks * plan.strips;
   plan.total = plan.weight_addends + (plan.groups > 1 ? plan.groups * out * in : 0);
   return plan;
 }
@@ -53,14 +54,15 @@ inline Plan make_plan(const MergeShape& shape, int tile_rows) {
 struct Arguments {
   void* grad_weight;  // [out, in], or null
   void* scratch;      // see Plan
-  const void* P;      // [T, out, in]
+  const void* P;      // [T, chunks, out, in]
   Type type;          // of the factors and the gradients
   MergeShape shape;
   Plan plan;
   bool P_aligned, weight_aligned;
 };
 
-// What a block works on. It lies in shared memory, where it holds no registers.
+// What a block works on, a chunk counting as a task. It lies in shared memory, where it holds no
+// registers.
 struct Block {
   int row_tile, strip, group, first_tile, last_tile, first_task, last_task;
 
@@ -170,8 +172,10 @@ __device__ inline void start_factor(S* chunk, const S* factor, int64_t tiles, in
   const int rank = thread / kUnits, line = thread % kUnits * kSize;
   const int ranks = left_of(a.shape.rank, at.rank0 + rank, kRanks - rank);
   const int place = factor_place<kLines>(rank, line);
+  const auto chunks = static_cast<unsigned>(a.plan.chunks);
+  const int64_t task = static_cast<unsigned>(at.task) / chunks;
   const S* source =
-      factor + (at.task * a.shape.rank + at.rank0 + rank) * step + int64_t{tile} * kLines + line;
+      factor + (task * a.shape.rank + at.rank0 + rank) * step + int64_t{tile} * kLines + line;
 #pragma unroll 1
   for (int j = 0; j < kRanks; j += kStep, source += kStep * step)
     if (j < ranks) copy_async_16(chunk + (place ^ factor_swizzle(j) * 4) + j * kLines, source);

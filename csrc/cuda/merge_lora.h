@@ -27,14 +27,15 @@ void launch_merge_lora(void* merged, Type merged_type, const void* weight,
                        cudaStream_t stream);
 
 // Bytes of scratch that launch_merge_lora_backward wants.
-int64_t merge_lora_backward_scratch(const MergeShape& shape, Type type);
+int64_t merge_lora_backward_scratch(const MergeShape& shape, int64_t chunks, Type type);
 
-// From P [T, out, in] (of `P_type`: that of the weight or f32, or bf16 / f16 where that is f32),
-// read once: grad_weight [out, in] = Σ_t P_t (left out where null), grad_A [T, r, in] = s B_tᵀ P_t
-// and grad_B [T, out, r] = s P_t A_tᵀ; where symmetric, grad_A is null and grad_B is dU [T, d, r] =
-// (P_t + P_tᵀ) U_t. The gradients are of factors.type.
+// From P [T, chunks, out, in] (of `P_type`: that of the weight or f32, or bf16 / f16 where that is
+// f32), read once, with P_t the sum of its chunks: grad_weight [out, in] = Σ_t P_t (left out where
+// null), grad_A [T, r, in] = s B_tᵀ P_t and grad_B [T, out, r] = s P_t A_tᵀ; where symmetric,
+// grad_A is null and grad_B is dU [T, d, r] = (P_t + P_tᵀ) U_t. The gradients are of factors.type.
 void launch_merge_lora_backward(void* grad_weight, void* grad_A, void* grad_B, const void* P,
-                                Type P_type, const MergeFactors& factors, const MergeShape& shape,
-                                bool tf32, void* scratch, cudaStream_t stream);
+                                Type P_type, int64_t chunks, const MergeFactors& factors,
+                                const MergeShape& shape, bool tf32, void* scratch,
+                                cudaStream_t stream);
 
 }  // namespace metalora::cuda

@@ -1,14 +1,15 @@
-// From P [T, out, in], the gradient of every task's merged weight:
+// From P [T, out, in], the gradient of every task's merged weight, each given as the sum of so many
+// chunks:
 //   grad_weight = Σ_t P_t,  grad_B_t [out, r] = s P_t A_tᵀ,  grad_A_t [r, in] = s B_tᵀ P_t,
 // or symmetric, where A_tᵀ = B_t = U_t: grad_U_t = P_t U_t + P_tᵀ U_t.
 //
 // prepare_kernel puts the factors into float, rank by rank and padded to whole tiles, so that the
 // main kernel copies them without looking at types, sizes or alignment. backward_kernel's blocks
 // own a strip of tiles of the weight, one beside the other, and for each of them go through their
-// tasks. P_t's tile is copied into shared memory, and while one block multiplies, another on the
-// same processor waits for its copy. A tile gives one addend of Σ P, which stays in registers, one
-// of grad_B, summed over the strip, and one of grad_A. sum_kernel sums the addends of different
-// blocks in a fixed order.
+// tasks; below, a chunk counts as a task, with the factors of its own. P_t's tile is copied into
+// shared memory, and while one block multiplies, another on the same processor waits for its copy.
+// A tile gives one addend of Σ P, which stays in registers, one of grad_B, summed over the strip,
+// and one of grad_A. sum_kernel sums the addends of different blocks in a fixed order.
 //
 // Moved: P once, grad_weight once, and as addends r / tile rows of P for grad_A and
 // r / (128 · tiles of a strip) of P for grad_B, each written and read once. Where there are too few
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, Products::kBlocksPerSm)
   S* B = A + kRanks * kColumns;
   S* warp_sums = B + kRanks * kTileRows;
   auto& block = *reinterpret_cast<Block*>(warp_sums + Products::kWarpSums);
-  if (threadIdx.x == 0) block = Block(a.plan, a.shape.tasks, blockIdx.x);
+  if (threadIdx.x == 0) block = Block(a.plan, a.shape.tasks * a.plan.chunks, blockIdx.x);
   __syncthreads();
   Step at{block, 0, 0, 0};
   const auto start_factors = [&] {
@@ -153,14 +154,16 @@ __global__ void __launch_bounds__(kThreads)
     });
   };
   const auto A_sum = [&](int64_t task, int64_t j, int64_t i) {
-    const int64_t tile = task * plan.row_tiles * plan.column_tiles + i / kColumns;
-    return sum(addends + plan.A_addends + (tile * rank + j) * kColumns + i % kColumns,
-               plan.row_tiles, plan.column_tiles * rank * kColumns);
+    const int64_t tiles = plan.chunks * plan.row_tiles;
+    const int64_t tile = task * tiles * plan.column_tiles + i / kColumns;
+    return sum(addends + plan.A_addends + (tile * rank + j) * kColumns + i % kColumns, tiles,
+               plan.column_tiles * rank * kColumns);
   };
   const auto B_sum = [&](int64_t task, int64_t j, int64_t o) {
-    const int64_t tile = task * plan.strips * plan.row_tiles + o / plan.tile_rows;
+    const int64_t strips = plan.chunks * plan.strips;
+    const int64_t tile = task * strips * plan.row_tiles + o / plan.tile_rows;
     return sum(addends + plan.B_addends + (tile * rank + j) * plan.tile_rows + o % plan.tile_rows,
-               plan.strips, plan.row_tiles * rank * plan.tile_rows);
+               strips, plan.row_tiles * rank * plan.tile_rows);
   };
 
   int64_t element = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -187,41 +190,40 @@ void launch_kernels(void* grad_A, void* grad_B, const MergeFactors& factors, Arg
   using P = typename Products::P;
   using S = typename Products::S;
   const auto [tasks, out, in, rank] = a.shape;
-  a.plan = make_plan(a.shape, Products::kTileRows);
+  a.plan = make_plan(a.shape, a.plan.chunks, Products::kTileRows);
   a.P_aligned = in % kPack<P> == 0 && aligned_16(a.P);
   a.weight_aligned = in % 4 == 0 && aligned_16(a.grad_weight);
-  const auto launch = [&](auto* kernel, int64_t threads, auto... arguments) {
-    if (threads)
-      METALORA_LAUNCH(kernel, blocks_of(ceil_div(threads, kThreads)), kThreads, 0, stream,
-                      arguments...);
-  };
   const int64_t blocks = a.plan.groups * a.plan.row_tiles * a.plan.strips;
   if (blocks) {
-    launch(prepare_kernel<S>, a.plan.A_addends, a, factors.A, factors.B, factors.symmetric,
-           Products::kTf32);
+    if (a.plan.A_addends)
+      METALORA_LAUNCH(prepare_kernel<S>, blocks_of(ceil_div(a.plan.A_addends, kThreads)), kThreads,
+                      0, stream, a, factors.A, factors.B, factors.symmetric, Products::kTf32);
     METALORA_LAUNCH(backward_kernel<Products>, blocks_of(blocks), kThreads,
                     shared_bytes<Products>(), stream, a);
   }
-  launch(sum_kernel<S>,
-         tasks * out * rank + (grad_A ? tasks * rank * in : 0) +
-             (a.grad_weight && a.plan.groups != 1 ? out * in : 0),
-         grad_A, grad_B, a, static_cast<S>(factors.scaling));
+  const int64_t elements = tasks * out * rank + (grad_A ? tasks * rank * in : 0) +
+                           (a.grad_weight && a.plan.groups != 1 ? out * in : 0);
+  if (elements)
+    METALORA_LAUNCH(sum_kernel<S>, blocks_of(ceil_div(elements, kThreads)), kThreads, 0, stream,
+                    grad_A, grad_B, a, static_cast<S>(factors.scaling));
 }
 
 }  // namespace
 
-int64_t merge_lora_backward_scratch(const MergeShape& shape, Type type) {
+int64_t merge_lora_backward_scratch(const MergeShape& shape, int64_t chunks, Type type) {
   if (type == Type::f64)
-    return make_plan(shape, FmaProducts<double>::kTileRows).total * int64_t{sizeof(double)};
-  return std::max(make_plan(shape, FmaProducts<float>::kTileRows).total,
-                  make_plan(shape, MmaProducts<float, 2>::kTileRows).total) *
+    return make_plan(shape, chunks, FmaProducts<double>::kTileRows).total * int64_t{sizeof(double)};
+  return std::max(make_plan(shape, chunks, FmaProducts<float>::kTileRows).total,
+                  make_plan(shape, chunks, MmaProducts<float, 2>::kTileRows).total) *
          int64_t{sizeof(float)};
 }
 
 void launch_merge_lora_backward(void* grad_weight, void* grad_A, void* grad_B, const void* P,
-                                Type P_type, const MergeFactors& factors, const MergeShape& shape,
-                                bool tf32, void* scratch, cudaStream_t stream) {
-  const Arguments arguments{grad_weight, scratch, P, factors.type, shape, {}, false, false};
+                                Type P_type, int64_t chunks, const MergeFactors& factors,
+                                const MergeShape& shape, bool tf32, void* scratch,
+                                cudaStream_t stream) {
+  Arguments arguments{grad_weight, scratch, P, factors.type, shape, {}, false, false};
+  arguments.plan.chunks = chunks;
   const auto launch = [&](auto element) {
     using P = decltype(element);
     if constexpr (!std::is_same_v<P, double>) {

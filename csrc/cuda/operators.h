@@ -7,7 +7,8 @@
 namespace metalora::cuda {
 
 // The Device of operators/merge_lora.h. The gradient P [T, out, in] of merged weights is in the
-// dtype of the adapters or in float; gradients that are not needed are empty.
+// dtype of the adapters or in float, and may come as [T · chunks, out, in], of whose chunks it is
+// the sum; gradients that are not needed are empty.
 struct MergeOnGpu {
   using Guard = DeviceGuard;
   static Tensor merge(const Tensor& weight, const Tensor& A, const Tensor& B, bool symmetric,

@@ -139,7 +139,8 @@ __device__ inline void multiply(T* result, int64_t valid, int columns, const Mat
   Patch<T> patch;
   patch.add(rows.rows, columns, rows.columns, rows, right);
   patch.add(rows.rows, columns, w.rank, shrunk, w.U);
-  patch.each(valid, columns, [&](int i, int c, T sum) { result[i * columns + c] = sum; });
+  patch.each(min(valid, int64_t{kRows<T>}), columns,
+             [&](int i, int c, T sum) { result[i * columns + c] = sum; });
 }
 
 template <typename T>

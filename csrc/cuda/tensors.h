@@ -4,15 +4,21 @@
 
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/c/shim.h>
 
 #include <initializer_list>
 #include <optional>
+#include <sstream>
+#include <vector>
 
 #include "../aten.h"
+#include "blas.h"
 #include "types.h"
 
 #ifdef METALORA_SHIM
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include "scheduler.h"
 #define METALORA_ATEN(function) aoti_torch_cpu_##function
 #else
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
@@ -28,6 +34,7 @@ struct DeviceGuard {
 inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
 inline bool has_grouped_products(const Tensor&) { return true; }
 inline int64_t most_shared_bytes(const Tensor&) { return 99 * 1024; }  // as the shim's launches
+inline void* blas_handle() { return nullptr; }
 #else
 // Makes the tensor's GPU the current one.
 class DeviceGuard {
@@ -48,7 +55,14 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
 inline bool has_grouped_products(const Tensor& tensor) {
   int major = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, tensor.get_device_index());
-  return major >= 9;
+  return major == 9 || major == 10;
+}
+
+// torch's of cuBLAS for the current GPU and stream.
+inline void* blas_handle() {
+  void* handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
+  return handle;
 }
 
 // The most shared memory that a block of this GPU can have.
@@ -59,6 +73,22 @@ inline int64_t most_shared_bytes(const Tensor& tensor) {
   return bytes;
 }
 #endif
+
+// The shim writes down what torch is asked for: its name and [T, m, n, k] of a product, or the
+// sizes of what is summed.
+inline void note_product(const char* name, const Tensor& result, const Tensor& a) {
+#ifdef METALORA_SHIM
+  const bool batch = result.dim() == 3;
+  std::ostringstream line;
+  line << name;
+  for (int64_t size : {batch ? result.size(0) : 1, result.size(batch), result.size(batch + 1),
+                       a.size(a.dim() - 1)})
+    line << ' ' << size;
+  shim::note(line.str());
+#else
+  static_cast<void>(name), static_cast<void>(result), static_cast<void>(a);
+#endif
+}
 
 inline Type type_of(ScalarType dtype) {
   switch (dtype) {
@@ -91,13 +121,37 @@ inline Tensor batch_transposed(const Tensor& tensor) {
 // not read where beta is 0.
 inline void baddbmm_out(const Tensor& result, const Tensor& self, const Tensor& a, const Tensor& b,
                         double beta, double alpha) {
+  note_product("baddbmm", result, a);
   TORCH_ERROR_CODE_CHECK(
       METALORA_ATEN(baddbmm_out)(result.get(), self.get(), a.get(), b.get(), beta, alpha));
+}
+
+// result [T, m, out] = x [T, m, in] weight [T, out, in]ᵀ + bias [out], without a pass of its own
+// for the bias; false, and nothing done, where cuBLASLt has no such product.
+inline bool biased_products_out(const Tensor& result, const Tensor& x, const Tensor& weight,
+                                const Tensor& bias, bool tf32) {
+  const blas::Functions* functions = blas::functions();
+  if (!functions || x.scalar_type() == ScalarType::Double) return false;
+  if (result.numel() == 0 || x.numel() == 0) return false;
+  const auto type = x.scalar_type() == ScalarType::Float  ? blas::kFloat32
+                    : x.scalar_type() == ScalarType::Half ? blas::kFloat16
+                                                          : blas::kBfloat16;
+  const Tensor dense = as_contiguous(bias);
+  const blas::PlannedProducts plan(
+      *functions, blas_handle(),
+      {result.mutable_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
+       dense.const_data_ptr(), x.size(0), x.size(1), weight.size(1), x.size(2), type, tf32});
+  if (!plan.found()) return false;
+  const Tensor workspace = empty(x, {static_cast<int64_t>(plan.workspace())}, ScalarType::Byte);
+  note_product("biased", result, x);
+  plan.run(workspace.mutable_data_ptr(), current_stream(x));
+  return true;
 }
 
 // result = beta · self + alpha · a b for [m, n] = [m, k] [k, n].
 inline void addmm_out(const Tensor& result, const Tensor& self, const Tensor& a, const Tensor& b,
                       double beta, double alpha) {
+  note_product("addmm", result, a);
   TORCH_ERROR_CODE_CHECK(
       METALORA_ATEN(addmm_out)(result.get(), self.get(), a.get(), b.get(), beta, alpha));
 }
@@ -106,6 +160,7 @@ inline void addmm_out(const Tensor& result, const Tensor& self, const Tensor& a,
 // go into a float result as they are.
 inline void product_out(const char* op, const Tensor& result, const Tensor& a, const Tensor& b) {
   const ScalarType dtype = result.scalar_type();
+  note_product(op + 6, result, a);  // without "aten::"
   if (dtype == a.scalar_type())
     call_aten(op, "out", a, b, result);
   else
@@ -119,8 +174,34 @@ inline void product_out(const char* op, const Tensor& result, const Tensor& a, c
 // The rows of x [M, k] times each task's own b [T, k, n]: -> [M, n]; ends int32 [T] on the GPU says
 // where each task's rows end.
 inline Tensor grouped_product(const Tensor& x, const Tensor& b, const Tensor& ends) {
-  return call_aten("aten::_grouped_mm", "", x, b, std::optional<Tensor>(ends),
-                   std::optional<Tensor>(), std::optional<ScalarType>());
+  const Tensor result = call_aten("aten::_grouped_mm", "", x, b, std::optional<Tensor>(ends),
+                                  std::optional<Tensor>(), std::optional<ScalarType>());
+  note_product("grouped", result, x);
+  return result;
+}
+
+// a [m, k] b [k, n], of all rows at once.
+inline Tensor product(const Tensor& a, const Tensor& b) {
+  const Tensor result = mm(a, b);
+  note_product("mm", result, a);
+  return result;
+}
+
+// y [m, out] = x [m, in] weight [out, in]ᵀ + bias [out], into `result` where it is given.
+inline Tensor dense_product(const Tensor& x, const Tensor& weight,
+                            const std::optional<Tensor>& bias,
+                            const std::optional<Tensor>& result = std::nullopt) {
+  if (result) linear_out(*result, x, weight, bias);
+  const Tensor y = result ? *result : dense_layer(x, weight, bias);
+  note_product("linear", y, x);
+  return y;
+}
+
+// Σ over the rows of a matrix.
+inline Tensor sum_of_rows(const Tensor& matrix) {
+  note_product("sum", matrix, matrix);
+  const std::vector<int64_t> rows{0};
+  return torch::stable::sum(matrix, rows);
 }
 
 }  // namespace metalora::cuda

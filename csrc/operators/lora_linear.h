@@ -22,6 +22,9 @@ struct LoraLayer {
   int64_t rows, in, out, tasks, rank;
   Tensor pointers;
   const int64_t* task_ptr;  // [tasks + 1], the data of `pointers`
+  // Whether lora_A is that view of lora_B which makes B_t A_t = U_t U_tᵀ; of the gradients, B's is
+  // then U's, and A's is not looked at.
+  bool symmetric = false;
 
   int64_t rows_in(int64_t task) const { return task_ptr[task + 1] - task_ptr[task]; }
   // The rows of one task, a view.
@@ -81,6 +84,20 @@ inline LoraLayer check_lora_linear(const char* op, const Tensor& x, const Tensor
   return l;
 }
 
+// lora_U [T, d, k]
+inline LoraLayer check_symmetric(const char* op, const Tensor& x, const Tensor& weight,
+                                 const Tensor& lora_U, const Tensor& task_ptr, double scaling) {
+  check_dim(op, "lora_U", lora_U, 3);
+  const int64_t d = lora_U.size(1);
+  check_shape(op, "weight", weight, {d, d});
+  check_like(op, "lora_U", lora_U, weight);
+  METALORA_CHECK(lora_U.size(2) > 0, op, ": lora_U must have a rank of at least 1");
+  const Tensor transposed = torch::stable::transpose(lora_U, 1, 2);
+  LoraLayer l = check_lora_linear(op, x, weight, transposed, lora_U, task_ptr, scaling);
+  l.symmetric = true;
+  return l;
+}
+
 inline void check_bias(const char* op, const LoraLayer& l, const std::optional<Tensor>& bias) {
   if (bias) check_like(op, "bias", *bias, l.x, {l.out});
 }
@@ -135,6 +152,32 @@ struct LoraOperators {
     return {g.x, g.weight, g.bias, g.A, g.B};
   }
 
+  static Tensor lora_linear_symmetric(const Tensor& x, const Tensor& weight,
+                                      const std::optional<Tensor>& bias, const Tensor& lora_U,
+                                      const Tensor& task_ptr, double scaling,
+                                      const std::optional<Tensor>& merged, bool tf32) {
+    const char* op = "lora_linear_symmetric";
+    LoraLayer l = check_symmetric(op, x, weight, lora_U, task_ptr, scaling);
+    check_bias(op, l, bias);
+    check_weight_route(op, l, merged);
+    const typename Device::Guard guard(x);
+    return Device::weight(std::move(l), bias, merged, tf32);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear_symmetric_backward(
+      const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& lora_U,
+      const Tensor& task_ptr, double scaling, const std::optional<Tensor>& merged, bool tf32,
+      bool need_x, bool need_weight, bool need_bias, bool need_U) {
+    const char* op = "lora_linear_symmetric_backward";
+    LoraLayer l = check_symmetric(op, x, weight, lora_U, task_ptr, scaling);
+    check_like(op, "grad_y", grad_y, x, {l.rows, l.out});
+    check_weight_route(op, l, merged);
+    const typename Device::Guard guard(x);
+    const Gradients g = Device::weight_backward(std::move(l), as_contiguous(grad_y), merged, tf32,
+                                                {need_x, need_weight, need_bias, need_U, need_U});
+    return {g.x, g.weight, g.bias, g.B};
+  }
+
   static TokenResult lora_linear_token(const Tensor& x, const Tensor& weight,
                                        const std::optional<Tensor>& bias, const Tensor& lora_A,
                                        const Tensor& lora_B, const Tensor& task_ptr, double scaling,
@@ -173,6 +216,8 @@ struct LoraOperators {
   static void add_to(Library& m) {
     m.impl("lora_linear_weight", TORCH_BOX(&lora_linear_weight));
     m.impl("lora_linear_weight_backward", TORCH_BOX(&lora_linear_weight_backward));
+    m.impl("lora_linear_symmetric", TORCH_BOX(&lora_linear_symmetric));
+    m.impl("lora_linear_symmetric_backward", TORCH_BOX(&lora_linear_symmetric_backward));
     m.impl("lora_linear_token", TORCH_BOX(&lora_linear_token));
     m.impl("lora_linear_token_backward", TORCH_BOX(&lora_linear_token_backward));
   }

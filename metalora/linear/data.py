@@ -20,7 +20,7 @@ from metalora._checks import (
 from metalora._draws import Draws
 from metalora.linear.statistics import SufficientStatistics, sufficient_statistics
 
-_CHUNK = 8192  # samples drawn at a time; another value draws other samples from the same seed
+CHUNK = 8192  # samples drawn at a time; another value draws other samples from the same seed
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ def sample_statistics(
     """
     _check_sampling("sample_statistics", truth, count, noise, generator)
     total: SufficientStatistics | None = None
-    for begin in range(0, count, _CHUNK):
-        rows = min(_CHUNK, count - begin)
+    for begin in range(0, count, CHUNK):
+        rows = min(CHUNK, count - begin)
         x, y = sample_data(truth, rows, noise=noise, generator=generator)
         part = sufficient_statistics(x.double(), y.double())
         total = part if total is None else total + part

@@ -93,7 +93,7 @@ class MultiTaskHead(TaskLayer):
         if batch.packs(x):
             ids, rows = batch.packed_ids(x.device), 1
         else:
-            ids, rows = batch.task_ids.to(x.device, non_blocking=True), rows_per_sample(x, batch)
+            ids, rows = batch.ids_on(x.device), rows_per_sample(x, batch)
         every = every.reshape(ids.shape[0], rows, self.num_tasks, self.out_features)
         ids = ids.view(-1, 1, 1, 1)
         own = every.gather(2, ids.expand(-1, every.shape[1], 1, self.out_features))

@@ -110,8 +110,12 @@ class LoRALayer(TaskLayer):
         """
         batch = self.batch_of(x, tasks)
         rows, task_ptr = self.sort_rows(x, batch)
+        return self.restore_rows(self._run(rows, task_ptr), x, batch)
+
+    def _run(self, rows: Tensor, task_ptr: Tensor) -> Tensor:
+        """Rows [M, in] in task order → [M, out]."""
         lora_A, lora_B = self.factors()
-        y = ops.lora_linear(
+        return ops.lora_linear(
             rows,
             self.dense(),
             self.bias,
@@ -123,7 +127,6 @@ class LoRALayer(TaskLayer):
             route=self.route,
             keep_merged=self.keep_merged,
         )
-        return self.restore_rows(y, x, batch)
 
     def to_linear(self, task: int | None = None) -> nn.Module:
         """Task t's layer, W + s·B_t A_t merged into a new weight; None gives W's own Parameter.

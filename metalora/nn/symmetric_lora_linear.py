@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from metalora import ops
 from metalora._checks import check_count
 from metalora.nn.lora_layer import LoRALayer
 
@@ -64,6 +65,18 @@ class SymmetricLoRALinear(LoRALayer):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A = Uᵀ and B = U."""
         return self.lora_U.transpose(1, 2), self.lora_U
+
+    def _run(self, rows: Tensor, task_ptr: Tensor) -> Tensor:
+        return ops.lora_linear_symmetric(
+            rows,
+            self.dense(),
+            self.bias,
+            self.lora_U,
+            task_ptr,
+            scaling=self.scaling,
+            route=self.route,
+            keep_merged=self.keep_merged,
+        )
 
     def reset_task_parameters(self) -> None:
         """Draws every U_t afresh from N(0, 0.1 / d)."""

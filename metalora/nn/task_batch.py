@@ -92,6 +92,7 @@ class TaskBatch:
         self._pointers: dict[tuple[int, int | None], Tensor] = {}
         self._present: dict[int, frozenset[int]] = {}
         self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._ids: dict[torch.device, Tensor] = {}
         if num_tasks is not None:
             self.check_range(check_count("tasks", "num_tasks", num_tasks))
 
@@ -111,10 +112,21 @@ class TaskBatch:
             return False
         return x.shape[-2] == self.packed_rows and (x.dim() == 2 or x.shape[0] == 1)
 
+    def ids_on(self, device: torch.device) -> Tensor:
+        """``task_ids`` on ``device``, copied there once: a CUDA graph then captures no copy."""
+        if self.task_ids.device == device:
+            return self.task_ids
+        if torch.compiler.is_compiling() or transformed():
+            return self.task_ids.to(device, non_blocking=True)
+        if device not in self._ids:
+            with kept_tensors():
+                self._ids[device] = self.task_ids.to(device, non_blocking=True)
+        return self._ids[device]
+
     def packed_ids(self, device: torch.device) -> Tensor:
         """int64 [sum(lengths)] on ``device``: the task of each row of a packed x."""
         lengths = self._ends.diff().to(device, non_blocking=True)
-        ids = self.task_ids.to(device, non_blocking=True)
+        ids = self.ids_on(device)
         return torch.repeat_interleave(ids, lengths, output_size=self.packed_rows)
 
     def check_range(self, num_tasks: int) -> None:
@@ -198,6 +210,7 @@ class TaskBatch:
         """The batch of these samples after `sort`; it shares all that is known of them."""
         batch = copy(self)
         batch.task_ids, batch.order, batch.inverse = self.sorted_ids, None, None
+        batch._ids = {}
         return batch
 
     def _permutations(self, device: torch.device) -> tuple[Tensor, Tensor]:

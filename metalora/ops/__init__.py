@@ -5,7 +5,7 @@ the same results to rounding.
 """
 
 from metalora.ops.dropout import dropout_mask
-from metalora.ops.lora_linear import lora_linear
+from metalora.ops.lora_linear import lora_linear, lora_linear_symmetric
 from metalora.ops.merge_lora import merge_lora, merge_lora_symmetric
 from metalora.ops.packed_attention import packed_attention
 from metalora.ops.route import ROUTES, RouteChoice, choose_route, lora_linear_route
@@ -18,6 +18,7 @@ __all__ = [
     "dropout_mask",
     "lora_linear",
     "lora_linear_route",
+    "lora_linear_symmetric",
     "merge_lora",
     "merge_lora_symmetric",
     "packed_attention",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,16 @@ from metalora.ops._native import (
     where_needed,
 )
 from metalora.ops.dropout import check_probability, seed_tensor
-from metalora.ops.route import ROUTE_OF, check_route, decide, memory_of, takes_small_kernels
+from metalora.ops.route import (
+    ROUTE_OF,
+    check_route,
+    decide,
+    keeps_merged,
+    memory_of,
+    rows_each,
+    takes_small_kernels,
+)
+from metalora.ops.task_matvec import task_matvec
 
 # x, weight, bias, lora_A, lora_B, task_ptr
 _Layer = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]
@@ -64,7 +74,8 @@ def lora_linear(
         route: "weight" forms every W_t = W + s B_t A_t (no dropout), "token" adds the LoRA branch
             row by row, "reference" is plain PyTorch, "auto" chooses (see `lora_linear_route`).
         keep_merged: let the weight route keep every W_t for backward, [T, out, in] in the dtype of
-            x, rather than make it again.
+            x, rather than make it again. On a GPU those that take at most an eighth of x are kept
+            in any case.
 
     Returns:
         [M, out], in the dtype of x.
@@ -90,6 +101,58 @@ def lora_linear(
         raise
 
 
+def lora_linear_symmetric(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_U: Tensor,
+    task_ptr: Tensor,
+    *,
+    scaling: float = 1.0,
+    route: str = "auto",
+    keep_merged: bool = False,
+) -> Tensor:
+    """y_t = x_t (W + s · U_t U_tᵀ)ᵀ + b for the rows x_t of every task t (paper, eq. 14).
+
+    As `lora_linear` with A_tᵀ = B_t = U_t, of which its kernels make no copies; layers of at most
+    64 features with equally many rows for each task take `task_matvec` on a GPU.
+
+    Args:
+        x: [M, d], rows sorted by task.
+        weight: [d, d], shared by all tasks.
+        bias: [d] or None.
+        lora_U: [T, d, k].
+        task_ptr, scaling, route, keep_merged: see `lora_linear`; s must not be negative.
+
+    Returns:
+        [M, d], in the dtype of x.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `lora_linear`, where U_tᵀ is called lora_A and U_t
+            lora_B.
+    """
+    name = "lora_linear_symmetric"
+    check_float(name, "lora_U", lora_U)
+    check_shape(name, "lora_U", lora_U, ("T", "d", "k"), (None, None, None))
+    d = lora_U.shape[1]
+    check_shape(name, "weight", weight, ("d", "d"), (d, d))
+    if check_scaling(name, scaling) < 0:
+        raise ValueError(f"{name}: scaling must be >= 0, got {scaling}")
+    layer = (x, weight, bias, lora_U.mT, lora_U, task_ptr)
+    try:
+        rows = rows_each(x, weight, task_ptr) if route == "auto" else 0
+        if rows:
+            factor = lora_U if scaling == 1 else lora_U * math.sqrt(scaling)
+            y = task_matvec(weight, x.reshape(-1, rows, d), factor).reshape(-1, d)
+            return y if bias is None else y + bias
+        return _run(layer, scaling, 0.0, None, route, keep_merged, lora_U)
+    except Exception:
+        problem = _problem(layer)
+        if problem is not None:
+            raise problem from None
+        raise
+
+
 def _run(
     layer: _Layer,
     scaling: float,
@@ -97,7 +160,9 @@ def _run(
     seed: int | Tensor | None,
     route: str,
     keep_merged: bool,
+    lora_U: Tensor | None = None,
 ) -> Tensor:
+    """What `lora_linear` does; with ``lora_U``, lora_A and lora_B are its transpose and itself."""
     x, weight, bias, lora_A, lora_B, task_ptr = layer
     device_type = x.device.type
     if autocasting(device_type):
@@ -129,7 +194,11 @@ def _run(
         _check_values(task_ptr, x.shape[0])
         return reference.lora_linear(*layer, scaling, dropout_p, seed)
     if route == "weight":  # on the CPU the raw operators check their arguments
-        return _WeightRoute.apply(*layer, scaling, tf32_allowed(x.dtype, x.is_cuda), keep_merged)
+        small = x.is_cuda and keeps_merged(x.shape[0], lora_A.shape[0], weight.shape[0])
+        settings = scaling, tf32_allowed(x.dtype, x.is_cuda), keep_merged or small
+        if lora_U is not None:
+            return _SymmetricRoute.apply(x, weight, bias, lora_U, task_ptr, *settings)
+        return _WeightRoute.apply(*layer, *settings)
     return _TokenRoute.apply(*layer, scaling, dropout_p, seed)
 
 
@@ -183,6 +252,45 @@ class _WeightRoute(torch.autograd.Function):
         return *where_needed(needed, found), None, None, None, None
 
 
+class _SymmetricRoute(torch.autograd.Function):
+    """The weight route with A_tᵀ = B_t = U_t."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_U: Tensor,
+        task_ptr: Tensor,
+        scaling: float,
+        tf32: bool,
+        keep_merged: bool,
+    ) -> Any:
+        merged = None
+        if keep_merged and scaling == 1:
+            merged = call("merge_lora_symmetric", weight, lora_U, x.dtype, tf32)
+        elif keep_merged:
+            merged = call("merge_lora", weight, lora_U.mT, lora_U, scaling, x.dtype, tf32)
+        ctx.save_for_backward(x, weight, lora_U, task_ptr, merged)
+        ctx.settings = scaling, tf32
+        layer = x, weight, bias, lora_U, task_ptr
+        return call("lora_linear_symmetric", *layer, scaling, merged, tf32)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
+        x, weight, lora_U, task_ptr, merged = ctx.saved_tensors
+        scaling, tf32 = ctx.settings
+        layer, needed = (x, weight, lora_U, task_ptr), ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            whole = (x, weight, lora_U.mT, lora_U, task_ptr)
+            *others, grad_A, grad_B = _exact((True,) * 5, grad_y, whole, scaling)[:5]
+            return *where_needed(needed, (*others, grad_A.mT + grad_B)), None, None, None, None
+        name = "lora_linear_symmetric_backward"
+        found = call(name, grad_y, *layer, scaling, merged, tf32, *needed)
+        return *where_needed(needed, found), None, None, None, None
+
+
 class _TokenRoute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -204,7 +312,7 @@ class _TokenRoute(torch.autograd.Function):
 
 def _exact(
     needed: tuple[bool, ...], grad_y: Tensor, layer: Sequence[Tensor], *settings: Any
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:
     """What backward returns with create_graph=True: gradients that can be differentiated."""
     x, weight, lora_A, lora_B, task_ptr = layer
     wide = weight.dtype  # at least as wide as that of x
@@ -216,7 +324,7 @@ def _exact(
     return *where_needed(needed, gradients), None, None, None, None
 
 
-@register("lora_linear_weight")
+@register("lora_linear_weight", "lora_linear_symmetric")
 def _weight_fake(a: Any) -> Tensor:
     return a.x.new_empty((a.x.shape[0], a.weight.shape[0]))
 
@@ -226,7 +334,7 @@ def _token_fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     # On the CPU what is kept for backward is no shorter than a float; on a GPU it is as x is.
     dtype = torch.float32 if a.x.is_cpu and a.x.dtype in SHORT else a.x.dtype
     rows, in_features = a.x.shape
-    bits = (rows, (in_features + 63) // 64 * 8) if a.dropout_p > 0 and not a.x.is_cuda else (0,)
+    bits = (rows, (in_features + 63) // 64 * 8) if a.dropout_p > 0 else (0,)
     shrunk = a.x.new_empty((rows, a.lora_A.shape[1]), dtype=dtype)
     return _weight_fake(a), shrunk, a.x.new_empty(bits, dtype=torch.uint8)
 
@@ -239,6 +347,16 @@ def _backward_fake(a: Any) -> tuple[Tensor, ...]:
         a.x.new_empty(a.weight.shape[:1] if a.need_bias else (0,)),
         a.lora_A.new_empty(a.lora_A.shape if a.need_A else (0,)),
         a.lora_B.new_empty(a.lora_B.shape if a.need_B else (0,)),
+    )
+
+
+@register("lora_linear_symmetric_backward")
+def _symmetric_backward_fake(a: Any) -> tuple[Tensor, ...]:
+    return (
+        a.x.new_empty(a.x.shape if a.need_x else (0,)),
+        a.weight.new_empty(a.weight.shape if a.need_weight else (0,)),
+        a.x.new_empty(a.weight.shape[:1] if a.need_bias else (0,)),
+        a.lora_U.new_empty(a.lora_U.shape if a.need_U else (0,)),
     )
 
 

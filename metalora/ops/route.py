@@ -164,6 +164,23 @@ def takes_small_kernels(x: Tensor, weight: Tensor, task_ptr: Tensor) -> bool:
     return x.is_cpu and task_ptr.is_cpu and not torch.is_autocast_enabled("cpu")
 
 
+def rows_each(x: Tensor, weight: Tensor, task_ptr: Tensor) -> int:
+    """The rows of each task if a symmetric layer is one for `task_matvec`, else 0.
+
+    That is, on a GPU, small, with equally many rows for each task, and in full precision: it is
+    then one kernel, where the weight route takes several.
+    """
+    small = x.is_cuda and max(weight.shape) <= _SMALL.get(torch.float32, 0)
+    if not small or _SMALL.get(x.dtype, 0) == 0 or weight.dtype != x.dtype or not task_ptr.is_cpu:
+        return 0
+    if autocasting(x.device.type) or torch.compiler.is_compiling() or not usable(x):
+        return 0
+    tasks, total = task_ptr.shape[0] - 1, x.shape[0]
+    rows = total // max(tasks, 1)
+    equal = rows > 0 and task_ptr.tolist() == [t * rows for t in range(tasks + 1)]
+    return rows if equal and rows * tasks == total else 0
+
+
 def _weight_route_from(in_features: int, out_features: int, device_type: str) -> float:
     """Rows a task from which on forming W_t costs less than a LoRA branch for every row."""
     area = in_features * out_features
@@ -181,6 +198,14 @@ def _weight_route_bytes(
 ) -> int:
     """What the W_t, in the dtype of x, and their gradients, in that of W, take on a GPU."""
     return tasks * out_features * in_features * (dtype.itemsize + weight_dtype.itemsize)
+
+
+def keeps_merged(rows: int, tasks: int, out_features: int) -> bool:
+    """Whether a GPU keeps all W_t [T, out, in] for backward because they are small.
+
+    They take at most an eighth of x [M, in] then, which is kept anyway.
+    """
+    return 8 * tasks * out_features <= rows
 
 
 def memory_of(x: Tensor) -> int | None:

@@ -17,11 +17,12 @@ from benchmarks import (
     gpu_report,
     language,
     linear_training,
+    model,
     shallow_training,
     steps,
     task_matvec,
 )
-from benchmarks.gpu_report import LIMIT, Part, parts, run
+from benchmarks.gpu_report import Part, parts, run
 from benchmarks.lib.operators import Settings
 from benchmarks.lib.registry import benchmarks
 from benchmarks.lora_linear import BENCHMARK
@@ -46,7 +47,7 @@ def test_parts_one_after_the_other(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     call = ["--device", "cpu", "--smoke", "--out", str(tmp_path), "--part"]
-    assert exit_code(gpu_report, *call, "routes", "sanitize-memcheck") == 0
+    assert exit_code(gpu_report, *call, "first", "routes", "sanitize-memcheck") == 0
     table = tmp_path / "lora_linear_cpu_routes.json"
     record = json.loads(table.read_text())
     rows = [row for one in record["rows"] for row in one["rows"].values()]
@@ -56,8 +57,9 @@ def test_parts_one_after_the_other(
 
     # The profile's file is none of those that can be drawn.
     assert exit_code(task_matvec, "--smoke", "--profile", "--write", str(tmp_path)) == 0
-    assert exit_code(gpu_report, *call, "plot") == 0
-    assert len(list(tmp_path.glob("*.png"))) == 2
+    assert exit_code(gpu_report, *call, "plot", "predicted") == 0
+    assert len(list(tmp_path.glob("*.png"))) == 3
+    assert "Predicted, not measured" in (tmp_path / "predicted.log").read_text()
     summary = (tmp_path / "gpu_report.md").read_text()
     assert "| sanitize-memcheck | not run | 0 | there is nothing to sanitize on a CPU |" in summary
     assert "| routes | done |" in summary and "| plot | done |" in summary
@@ -78,7 +80,7 @@ def test_every_part_that_measures_takes_its_arguments(
             assert all(given.selected(benchmark))
             assert given.smoke and given.device == "cuda"
             if module != "ceilings" and not given.profile:
-                assert given.resume and given.budget_seconds < LIMIT < 600
+                assert given.resume and given.budget_seconds < part.limit <= 480
         elif module == "language":
             rounds = parse(language.Settings, part.command[3:], prog="")
             assert (rounds.tasks, rounds.turns, rounds.precision) == (10, 8, "bf16")
@@ -87,6 +89,14 @@ def test_every_part_that_measures_takes_its_arguments(
             continue
         found.append(part.name)
     assert len(found) >= 20 and set(benchmarks()) - {"lora_linear"} <= set(found)
+
+
+def test_the_first_part_is_short_and_has_a_case_of_each_route(tmp_path: Path) -> None:
+    part = parts("cuda", tmp_path)[1]
+    assert part.name == "first" and part.limit == 180
+    names = part.command[part.command.index("--cases") + 1 : part.command.index("--precisions")]
+    routes = {model.predict(case, "autocast").route for case in BENCHMARK.select(names)}
+    assert routes == {"weight", "token"}
 
 
 def test_max_autotune_is_measured_beside_metalora_where_there_is_a_goal(
@@ -135,7 +145,7 @@ def test_a_part_is_ended_with_its_children(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(mark)!r}).touch()"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    outcome = run(python(code), tmp_path, limit=1)
+    outcome = run(replace(python(code), limit=1), tmp_path)
     assert (outcome.status, outcome.note) == ("failed", "ended after 1 s")
     time.sleep(2)
     assert not mark.exists()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,32 @@ def shim_operators(cache: Path) -> Any:
     """torch.ops.metalora_shim: the CUDA operators for CPU tensors."""
     torch.ops.load_library(str(build.operators(cache)))
     return torch.ops.metalora_shim
+
+
+@pytest.fixture
+def asked(cache: Path, shim_operators: Any) -> Callable[[], list[tuple[str, tuple[int, ...]]]]:
+    """Returns what the operators asked of the GPU since the last call, in order.
+
+    The names of kernels, without template arguments, and of torch's products with their sizes.
+    """
+    library = ctypes.CDLL(str(build.operators(cache)))
+    library.metalora_shim_record.restype = ctypes.c_char_p
+    library.metalora_shim_clear_record()
+
+    def take() -> list[tuple[str, tuple[int, ...]]]:
+        lines = library.metalora_shim_record().decode().splitlines()
+        library.metalora_shim_clear_record()
+        return [_call(line) for line in lines]
+
+    return take
+
+
+def _call(line: str) -> tuple[str, tuple[int, ...]]:
+    kernel = re.fullmatch(r"\(?(\w+_kernel)(<.*>)?\)?", line)
+    if kernel:
+        return kernel[1], ()
+    name, *sizes = line.split()
+    return name, tuple(map(int, sizes))
 
 
 @pytest.fixture(params=["shim", pytest.param("cuda", marks=pytest.mark.gpu)])

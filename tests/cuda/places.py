@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.lib.cost_model import Layer
 from metalora.ops import _native
 
 
@@ -33,3 +34,41 @@ class Calls:
             return operator(*arguments)
 
         return call
+
+
+def calls_of_layer(operators: Any, layer: Layer, route: str, step: str) -> None:
+    """Runs one step of a layer by the raw operators of a route, on random numbers."""
+    tasks, outer, inner = layer.tasks, layer.out_features, layer.in_features
+    kinds = {8: torch.float64, 4: torch.float32, 2: torch.bfloat16}
+    given, own = (
+        kinds[layer.activation],
+        kinds[layer.parameter if route == "weight" else layer.activation],
+    )
+    x, grad = (torch.randn(layer.total, size, dtype=given) for size in (inner, outer))
+    weight = torch.randn(outer, inner, dtype=own)
+    lora_A, lora_B = (
+        torch.randn(tasks, *s, dtype=own) for s in ((layer.rank, inner), (outer, layer.rank))
+    )
+    bias = torch.randn(outer, dtype=given) if layer.bias else None
+    task_ptr = torch.tensor([0, *layer.rows]).cumsum(0)
+    needed = (layer.need_x, layer.need_weight, layer.need_weight and layer.bias, True, True)
+    adapters = (lora_A, lora_B, task_ptr)
+    if route == "weight":
+        merged = weight.expand(tasks, -1, -1).to(given) if layer.keep_merged else None
+        rest = (0.7, None if merged is None else merged.contiguous(), layer.tf32)
+        if step == "forward":
+            if layer.keep_merged:
+                operators.merge_lora(weight, lora_A, lora_B, 0.7, given, layer.tf32)
+            operators.lora_linear_weight(x, weight, bias, *adapters, *rest)
+        else:
+            operators.lora_linear_weight_backward(grad, x, weight, *adapters, *rest, *needed)
+        return
+    dropout = (0.7, layer.dropout, torch.tensor(3) if layer.dropout else None)
+    if step == "forward":
+        operators.lora_linear_token(x, weight, bias, *adapters, *dropout)
+    else:
+        shrunk = torch.randn(layer.total, layer.rank, dtype=given)
+        bits = (layer.total, (inner + 63) // 64 * 8) if layer.dropout else (0,)
+        kept = torch.randint(256, bits, dtype=torch.uint8)
+        name = operators.lora_linear_token_backward
+        name(grad, x, weight, *adapters, shrunk, kept, *dropout, *needed)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -283,6 +284,47 @@ def test_compiles_in_one_graph_for_all_row_counts(device: torch.device, route: s
     assert graphs["unique_graphs"] == before + 1
 
 
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("split", ["equal", "ragged"])
+@pytest.mark.parametrize("scaling", [1.0, 0.7])
+def test_symmetric_adapters(device: torch.device, split: str, scaling: float, keep: bool) -> None:
+    p = problem(SPLITS[split], (24, 24, 3))
+    grad_y = torch.randn(sum(p.rows), 24, dtype=torch.float64)
+    lora_U = p.lora_B.detach().requires_grad_()
+
+    def layer(*leaves: Tensor) -> Tensor:
+        return ops.lora_linear_symmetric(
+            *leaves, p.task_ptr, scaling=scaling, route="weight", keep_merged=keep
+        )
+
+    x, weight, bias, U = (t.detach().to(device).requires_grad_() for t in (*p.tensors[:3], lora_U))
+    y = layer(x, weight, bias, U)
+    got = [y, *torch.autograd.grad(y, (x, weight, bias, U), grad_y.to(device))]
+    plain = (*p.tensors[:3], lora_U)
+    y = ops.lora_linear(
+        *plain[:3], lora_U.mT, lora_U, p.task_ptr, scaling=scaling, route="reference"
+    )
+    wanted = [y, *torch.autograd.grad(y, plain, grad_y)]
+    for found, right in zip(got, wanted, strict=True):
+        assert relative_error(found.cpu(), right) < 1e-12
+
+
+def test_symmetric_adapters_are_not_copied(
+    shim_operators: Any, asked: Callable[[], list[tuple[str, tuple[int, ...]]]]
+) -> None:
+    x, grad = torch.randn(2, 40, 16)
+    weight, lora_U, task_ptr = torch.randn(16, 16), torch.randn(2, 16, 3), torch.tensor([0, 20, 40])
+    y = shim_operators.lora_linear_symmetric(x, weight, None, lora_U, task_ptr, 0.7, None, False)
+    assert [name for name, _ in asked()] == ["merge_kernel", "bmm"]
+    merged = weight + 0.7 * lora_U @ lora_U.mT
+    torch.testing.assert_close(y.view(2, 20, 16), x.view(2, 20, 16) @ merged.mT)
+    given = (grad, x, weight, lora_U, task_ptr, 0.7, None, False)
+    shim_operators.lora_linear_symmetric_backward(*given, *(True, True, False, True))
+    names = [name for name, _ in asked()]
+    assert names[:3] == ["merge_kernel", "baddbmm", "bmm"]
+    assert names[3:] == ["prepare_kernel", "backward_kernel", "sum_kernel"]
+
+
 def layers(device: torch.device) -> Iterator[torch.nn.Module]:
     for keep in (False, True):
         yield MultiTaskLoRALinear(24, 16, 3, 2, route="weight", keep_merged=keep, device=device)
@@ -302,9 +344,8 @@ def test_layers_run_on_these_operators(
         layer.eval()
         y = layer(x, batch)
         y.sum().backward()
-        assert {"lora_linear_" + layer.route, f"lora_linear_{layer.route}_backward"} <= {
-            *calls.names
-        }
+        name = "symmetric" if isinstance(layer, SymmetricLoRALinear) else layer.route
+        assert {f"lora_linear_{name}", f"lora_linear_{name}_backward"} <= {*calls.names}
         for sample, task in enumerate(batch.task_ids.tolist()):
             wanted = layer.to_linear(task)(x[sample])
             torch.testing.assert_close(y[sample], wanted, rtol=1e-4, atol=1e-4)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ import pytest
 import torch
 
 from experiments.synthetic.__main__ import main
+from experiments.synthetic.linear.draws import Trial
 from experiments.synthetic.linear.run import LINEAR
 from experiments.synthetic.linear.settings import LinearSettings
 from experiments.synthetic.linear.summary import METRIC, table
-from experiments.synthetic.linear.trials import Trial
+from experiments.synthetic.linear.trials import run_point
+from metalora._errors import DivergedError
 from tests.processes import start_interruptible
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +137,26 @@ def test_one_truth_leaves_the_data_of_each_trial_its_own() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("vary", ["T", "k"])
+def test_layers_and_autograd_reproduce_the_native_trainers(vary: str) -> None:
+    settings = LinearSettings(
+        vary=vary, trials=1, outer_steps=15, inner_steps=3, finetune_steps=20, smoke=False
+    )
+    point = settings.points()[-1]
+    native, layers = (
+        run_point(point, replace(settings, engine=engine)) for engine in ("native", "layers")
+    )
+    for method, wanted in native.items():
+        assert wanted[0, -1] != wanted[0, 0]
+        torch.testing.assert_close(layers[method], wanted, rtol=1e-9, atol=0)
+
+
+def test_layers_that_diverge_say_so() -> None:
+    settings = LinearSettings(vary="T", trials=1, outer_steps=300, outer_lr=1e9, engine="layers")
+    with pytest.raises(DivergedError, match="retraining diverged, not finite at step"):
+        run_point(settings.points()[0], settings)
+
+
 def test_an_existing_folder_is_refused_and_resumed(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     folder = tmp_path / "run"
     LINEAR.run(LinearSettings(vary="n", smoke=True, out=folder))

@@ -15,6 +15,14 @@ def test_pointer_counts_the_rows_of_each_task_and_knows_empty_ones():
     assert batch.task_ptr(5, 7).tolist() == [0, 21, 28, 28, 42, 42]
 
 
+def test_ids_are_copied_to_a_device_once():
+    batch, meta = TaskBatch(torch.tensor([1, 0])), torch.device("meta")
+    assert batch.ids_on(torch.device("cpu")) is batch.task_ids
+    assert batch.ids_on(meta).is_meta
+    assert batch.ids_on(meta) is batch.ids_on(meta)
+    assert batch.in_task_order().ids_on(torch.device("cpu")).tolist() == [0, 1]
+
+
 def test_sort_is_stable_and_unsort_undoes_it():
     ids = torch.tensor([2, 0, 2, 1, 0])
     batch = TaskBatch(ids)

@@ -24,6 +24,13 @@ def _lora_backward(*rest: Any) -> tuple[Any, ...]:
     return (torch.randn(7, 4, dtype=F64), x, weight, *others, *[True] * 5)
 
 
+def _symmetric(*first: Tensor) -> tuple[Any, ...]:
+    shapes = ((7, 4), (4, 4), (4,), (2, 4, 3))
+    x, weight, bias, lora_U = (torch.randn(shape, dtype=F64) for shape in shapes)
+    given = (x, weight, lora_U) if first else (x, weight, bias, lora_U)
+    return *first, *given, torch.tensor([0, 3, 7]), 0.5, None, False
+
+
 def _merge() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(4, 5), torch.randn(2, 3, 5), torch.randn(2, 4, 3)
 
@@ -58,6 +65,11 @@ _ADAMW = (2, 1e-3, 0.9, 0.999, 1e-8, 0.0)
 ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "lora_linear_weight": lambda: _lora(torch.randn(2, 4, 5, dtype=F64), False),
     "lora_linear_weight_backward": lambda: _lora_backward(torch.randn(2, 4, 5, dtype=F64), False),
+    "lora_linear_symmetric": lambda: _symmetric(),
+    "lora_linear_symmetric_backward": lambda: (
+        *_symmetric(torch.randn(7, 4, dtype=F64)),
+        *[True] * 4,
+    ),
     "lora_linear_token": lambda: _lora(0.3, _seed()),
     "lora_linear_token_backward": _token_backward,
     "merge_lora": lambda: (*_merge(), 0.5, None, False),

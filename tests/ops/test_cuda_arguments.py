@@ -22,7 +22,7 @@ LAYER = __import__("sys").modules["metalora.ops.lora_linear"]
 def fake() -> Iterator[None]:
     if torch.version.cuda is None:
         pytest.skip("this torch has no CUDA tensors, not even fake ones")
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
 
@@ -88,11 +88,21 @@ def test_auto_takes_the_route_it_says(
 ) -> None:
     names, given = taken(monkeypatch), arguments()
     y = ops.lora_linear(**given)
-    assert names == [f"lora_linear_{route}"]
+    assert names[-1] == f"lora_linear_{route}"
     assert y.shape == (given["x"].shape[0], given["weight"].shape[0])
     assert y.device.type == "cuda" and y.dtype == given["x"].dtype
     choice = ops.lora_linear_route(given["x"], given["weight"], given["lora_A"])
     assert choice.route == route
+
+
+@pytest.mark.parametrize("rows", [3072, 3071])
+def test_merged_weights_that_are_small_beside_x_are_kept(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    names = taken(monkeypatch)
+    y = ops.lora_linear(**tensors(rows=rows), route="weight")
+    assert names == ["merge_lora"] * (rows >= 8 * 4 * 96) + ["lora_linear_weight"]
+    assert (y.grad_fn.saved_tensors[-1] is not None) == (rows >= 8 * 4 * 96)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -108,6 +118,38 @@ def test_autocast_takes_the_weight_route(
     assert y.grad_fn.saved_tensors[-1].dtype == dtype
     assert names == ["merge_lora", "lora_linear_weight"]
     assert ops.lora_linear_route(given["x"], given["weight"], given["lora_A"]).route == "weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "taken_operator"),
+    [
+        ({}, "task_matvec"),
+        ({"task_ptr": [0, 10, 19, 3000], "rows": 3000}, "lora_linear_symmetric"),
+        ({"size": 65, "rows": 3000}, "lora_linear_symmetric"),
+        ({"dtype": torch.bfloat16}, "lora_linear_token"),
+    ],
+    ids=["small", "ragged", "large", "short"],
+)
+def test_small_symmetric_layers_take_task_matvec(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], taken_operator: str
+) -> None:
+    names: list[str] = []
+    for module in (LAYER, __import__("sys").modules["metalora.ops.task_matvec"]):
+        original = module.call
+        monkeypatch.setattr(
+            module,
+            "call",
+            lambda name, *a, original=original: (names.append(name), original(name, *a))[1],
+        )
+    size, rows = change.get("size", 64), change.get("rows", 30)
+    options = {"device": "cuda", "dtype": change.get("dtype", torch.float32)}
+    x, weight = torch.empty(rows, size, **options), torch.empty(size, size, **options)
+    lora_U = torch.empty(3, size, 2, **options)
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        task_ptr = torch.tensor(change.get("task_ptr", [0, rows // 3, rows // 3 * 2, rows]))
+    y = ops.lora_linear_symmetric(x, weight, None, lora_U, task_ptr, scaling=0.5)
+    assert names[-1] == taken_operator
+    assert y.shape == x.shape and y.dtype == x.dtype
 
 
 class Copies(TorchDispatchMode):

@@ -82,6 +82,7 @@ def operators(cache: Path) -> Path:
         *(f"-I{SHIM}", *(f"-isystem{path}" for path in cpp_extension.include_paths())),
     ]
     jobs = [(source, plain) for source in kernels()]
+    jobs += [(SHIM / "blas.cpp", plain)]
     jobs += [(source, bindings) for source in [SHIM / "library.cpp", *sorted(CUDA.rglob("*.cpp"))]]
     folders = cpp_extension.library_paths()
     link = ["-shared", *(f"-L{p}" for p in folders), *(f"-Wl,-rpath,{p}" for p in folders)]

@@ -191,6 +191,12 @@ inline void copy_async_16(void* shared, const void* global) {
   shim::async_copies().copies.push_back({shared, global});
 }
 
+inline void store_16(void* global, const uint4& words) {
+  if (reinterpret_cast<uintptr_t>(global) % 16)
+    throw std::runtime_error("store_16: the address must be a multiple of 16");
+  std::memcpy(global, &words, 16);
+}
+
 inline void copy_async_commit() {
   shim::AsyncCopies& pending = shim::async_copies();
   pending.group_ends.push_back(pending.copies.size());
@@ -242,6 +248,33 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   for (int i = 0; i < 4; ++i) {
     double sum = c[i];
     for (int k = 0; k < 8; ++k) sum += left[i / 2][k] * right[k][i % 2];
+    c[i] = static_cast<float>(sum);
+  }
+}
+
+// T is bf16 or f16. Sums are rounded once.
+template <typename T>
+void mma_16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+            Place where = Place::current()) {
+  struct Fragment {
+    uint32_t a[4], b[2];
+  };
+  Fragment fragment;
+  std::memcpy(fragment.a, a, sizeof(a));
+  std::memcpy(fragment.b, b, sizeof(b));
+  const shim::Exchanged all = shim::exchange(shim::kAllLanes, shim::to_slot(fragment), where);
+  if (all.lanes != shim::kAllLanes) throw std::runtime_error("mma_16 needs a whole warp");
+  const int g = shim::position().lane / 4, q = shim::position().lane % 4;
+  const auto half = [](uint32_t pair, int k) {
+    return double{to_float(T{static_cast<uint16_t>(k % 2 ? pair >> 16 : pair & 0xFFFF)})};
+  };
+  for (int i = 0; i < 4; ++i) {
+    double sum = c[i];
+    for (int k = 0; k < 16; ++k) {
+      const auto row = shim::from_slot<Fragment>(all[4 * g + k / 2 % 4]);
+      const auto column = shim::from_slot<Fragment>(all[4 * (2 * q + i % 2) + k / 2 % 4]);
+      sum += half(row.a[i / 2 + k / 8 * 2], k) * half(column.b[k / 8], k);
+    }
     c[i] = static_cast<float>(sum);
   }
 }

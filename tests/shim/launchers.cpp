@@ -93,6 +93,7 @@ const Launcher kLaunchers[] = {
     {"shallow_training", shallow_training},
     {"task_ends", task_ends},
     {"task_matvec", task_matvec},
+    {"token_rows", token_rows},
 };
 
 }  // namespace

@@ -112,5 +112,6 @@ void merge_lora();
 void merge_lora_backward();
 void shallow_training();
 void task_matvec();
+void token_rows();
 
 }  // namespace metalora::cuda

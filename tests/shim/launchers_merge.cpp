@@ -95,20 +95,23 @@ namespace {
 
 void check_merge_lora_backward(const MergeCase& c) {
   const auto [tasks, out, in, rank] = c.shape;
-  Array P = Array::random(c.other, tasks * out * in);
+  const int64_t chunks = c.tf32 ? 3 : 1;
+  Array P = Array::random(c.other, tasks * chunks * out * in);
   Adapters adapters(c);
   Array grad_weight(c.type, out * in), grad_A(c.type, c.symmetric ? 0 : tasks * rank * in);
   Array grad_B(c.type, tasks * out * rank);
   std::vector<unsigned char> scratch(
-      static_cast<size_t>(merge_lora_backward_scratch(c.shape, c.type)), 0xFF);
+      static_cast<size_t>(merge_lora_backward_scratch(c.shape, chunks, c.type)), 0xFF);
   launch_merge_lora_backward(grad_weight.data(), c.symmetric ? nullptr : grad_A.data(),
-                             grad_B.data(), P.data(), c.other, adapters.factors(), c.shape, c.tf32,
-                             scratch.data(), nullptr);
+                             grad_B.data(), P.data(), c.other, chunks, adapters.factors(), c.shape,
+                             c.tf32, scratch.data(), nullptr);
   std::vector<double> sum(out * in), of_A(tasks * rank * in), of_B(tasks * out * rank);
   for (int64_t t = 0; t < tasks; ++t)
     for (int64_t o = 0; o < out; ++o)
       for (int64_t i = 0; i < in; ++i) {
-        const double p = P[place(t, out, o, in, i)];
+        double p = 0;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk)
+          p += P[place(t * chunks + chunk, out, o, in, i)];
         sum[o * in + i] += p;
         for (int64_t j = 0; j < rank; ++j) {
           of_A[place(t, rank, j, in, i)] += adapters.scaling * adapters.B(t, o, j) * p;

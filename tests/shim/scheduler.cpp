@@ -345,6 +345,12 @@ Exchanged exchange(uint32_t mask, const Slot& value, std::source_location where)
   return {meeting.slots[side], meeting.lanes[side]};
 }
 
+namespace {
+std::string record;
+}
+
+void note(const std::string& line) { record += line + "\n"; }
+
 void launch(const char* kernel, dim3 blocks, dim3 threads, size_t shared_bytes,
             const std::function<void()>& body) {
   const std::lock_guard lock(scheduler.mutex);
@@ -359,6 +365,7 @@ void launch(const char* kernel, dim3 blocks, dim3 threads, size_t shared_bytes,
   if (std::max(blocks.y, blocks.z) > 65535)
     refuse(kernel, "blocks in y and z", 65535, std::max(blocks.y, blocks.z));
   if (blocks.x > 0x7FFFFFFF) refuse(kernel, "blocks in x", 0x7FFFFFFF, blocks.x);
+  note(kernel);
 
   const char* order = std::getenv("METALORA_SHIM_ORDER");
   const bool reverse = order && std::strcmp(order, "reverse") == 0;
@@ -395,3 +402,7 @@ void launch(const char* kernel, dim3 blocks, dim3 threads, size_t shared_bytes,
 }
 
 }  // namespace metalora::shim
+
+const char* metalora_shim_record() { return metalora::shim::record.c_str(); }
+
+void metalora_shim_clear_record() { metalora::shim::record.clear(); }

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <functional>
 #include <source_location>
+#include <string>
 #include <vector>
 
 struct uint3 {
@@ -75,4 +76,13 @@ Exchanged exchange(uint32_t mask, const Slot& value, std::source_location where)
 void launch(const char* kernel, dim3 blocks, dim3 threads, size_t shared_bytes,
             const std::function<void()>& body);
 
+// What the operators asked of the GPU since the record was last taken, in order: a line for every
+// launch, with the kernel's name, and for every product, with its sizes.
+void note(const std::string& line);
+
 }  // namespace metalora::shim
+
+extern "C" {
+const char* metalora_shim_record();
+void metalora_shim_clear_record();
+}

@@ -8,6 +8,7 @@ from experiments.lib.cli import option
 from experiments.synthetic.settings import DEVICES, SweepSettings, check_device
 from metalora._checks import check_count
 
+ENGINES = ("native", "layers")
 FINETUNE_STEPS = {"T": 10000, "n": 1000, "N": 1000, "k": 10000, "d": 1400}
 
 
@@ -32,6 +33,12 @@ class LinearSettings(SweepSettings):
         False,
         help="one random problem for all trials of a setting, as in the authors' runs: the band is "
         "then over data alone",
+    )
+    engine: str = option(
+        "native",
+        choices=ENGINES,
+        help="native trainers on sufficient statistics, or modules and autograd on the samples, "
+        "which give the same far more slowly",
     )
     device: str = option("cpu", choices=DEVICES, run_only=True, help="where to train")
 

@@ -1,0 +1,104 @@
+"""The token route's kernels through the shim: every dtype, ranks up to and beyond their limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from metalora import reference
+from metalora._library import native_available
+from tests.ops.problems import relative_error
+from tests.pairs import every_pair
+
+pytestmark = pytest.mark.slow
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def problem(
+    rows: tuple[int, ...], in_: int, out: int, rank: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    tasks, total = len(rows), sum(rows)
+    shapes = {"x": (total, in_), "weight": (out, in_), "bias": (out,)}
+    shapes |= {"lora_A": (tasks, rank, in_), "lora_B": (tasks, out, rank), "grad_y": (total, out)}
+    return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+
+
+@every_pair(
+    dtype=DTYPES,
+    rank=[1, 3, 8, 9, 16, 17, 64, 65, 128, 130],
+    rows=[(70, 70), (5, 0, 66, 1), (129,)],
+    sizes=[(24, 40), (33, 17), (8, 72)],
+    p=[0.0, 0.3],
+)
+def test_agrees_with_the_reference(
+    shim_operators: Any,
+    dtype: torch.dtype,
+    rank: int,
+    rows: tuple[int, ...],
+    sizes: tuple[int, int],
+    p: float,
+) -> None:
+    given = problem(rows, *sizes, rank, dtype)
+    task_ptr = torch.tensor([0, *rows]).cumsum(0)
+    grad_y = given.pop("grad_y")
+    seed = torch.tensor(11) if p else None
+    y, shrunk, kept = shim_operators.lora_linear_token(*given.values(), task_ptr, 0.7, p, seed)
+    given_backward = [t for name, t in given.items() if name != "bias"]
+    found = shim_operators.lora_linear_token_backward(
+        *(grad_y, *given_backward, task_ptr, shrunk, kept, 0.7, p, seed, *[True] * 5)
+    )
+
+    def plain(to: torch.dtype) -> list[Tensor]:
+        wide = [t.to(to) for t in given.values()]
+        wide_backward = [t.to(to) for t in (grad_y, *given_backward)]
+        settings = (task_ptr, 0.7, p, seed)
+        gradients = reference.lora_linear_backward(*wide_backward, *settings)
+        return [reference.lora_linear(*wide, *settings), *gradients]
+
+    exact, usual = plain(torch.float64), plain(dtype)
+    for got, other, right in zip((y, *found), usual, exact, strict=True):
+        assert got.dtype == dtype and got.shape == right.shape
+        assert relative_error(got, right) <= max(2 * relative_error(other, right), FLOOR[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("in_", [64, 33, 8, 130])
+def test_the_kept_bits_are_the_mask_of_the_reference_and_the_cpu(
+    shim_operators: Any, dtype: torch.dtype, in_: int
+) -> None:
+    given = problem((3, 70), in_, 5, 2, dtype)
+    arguments = [t for name, t in given.items() if name != "grad_y"]
+    rest = (torch.tensor([0, 3, 73]), 1.0, 0.3, torch.tensor(2**40 + 5))
+    kept = shim_operators.lora_linear_token(*arguments, *rest)[2]
+    bits = kept.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
+    mask = bits.flatten(1).bool()
+    assert kept.shape == (73, (in_ + 63) // 64 * 8)
+    assert torch.equal(mask[:, :in_], reference.dropout_mask(rest[-1], 0.3, 73, in_))
+    assert not mask[:, in_:].any()
+    if native_available():
+        on_cpu = torch.ops.metalora.lora_linear_token(*arguments, *rest)[2]
+        assert torch.equal(on_cpu.flatten(1)[:, : in_ // 8], kept[:, : in_ // 8])
+
+
+def test_what_is_launched_is_one_pass_forward_and_two_backward(
+    shim_operators: Any, asked: Callable[[], list[tuple[str, tuple[int, ...]]]]
+) -> None:
+    given = problem((256, 256), 16, 24, 2, torch.bfloat16)
+    grad_y, (x, weight, bias, *adapters) = given.pop("grad_y"), given.values()
+    task_ptr, settings = torch.tensor([0, 256, 512]), (1.0, 0.1, torch.tensor(3))
+    _, shrunk, kept = shim_operators.lora_linear_token(
+        x, weight, bias, *adapters, task_ptr, *settings
+    )
+    assert [name for name, _ in asked()] == ["token_kernel", "addmm"]
+    frozen = (True, False, False, True, True)
+    shim_operators.lora_linear_token_backward(
+        grad_y, x, weight, *adapters, task_ptr, shrunk, kept, *settings, *frozen
+    )
+    passes = ["token_kernel", "addmm", "token_kernel", "sum_token_kernel", "sum_token_kernel"]
+    assert [name for name, _ in asked()] == passes

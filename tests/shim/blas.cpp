@@ -1,0 +1,153 @@
+// Stands in for cuBLASLt on the CPU: takes the real calls' arguments, refuses what the library
+// would refuse, and computes what was described, column after column as cuBLAS does.
+#include "../../csrc/cuda/blas.h"
+
+#include <cstring>
+#include <map>
+#include <stdexcept>
+#include <vector>
+
+#include "../../csrc/cuda/device.h"
+
+namespace metalora::cuda::blas {
+namespace {
+
+constexpr int kInvalid = 7, kNotSupported = 15;  // of cublasStatus_t
+
+struct Product {
+  int compute;
+  std::map<int, std::vector<char>> said;
+
+  template <typename T>
+  T of(int attribute) const {
+    const auto& bytes = said.at(attribute);
+    if (bytes.size() != sizeof(T)) throw std::runtime_error("cublasLt: attribute of another size");
+    T value;
+    std::memcpy(&value, bytes.data(), sizeof(T));
+    return value;
+  }
+};
+
+struct Layout {
+  int type;
+  uint64_t rows, columns;
+  int64_t step;
+  int32_t count = 1;
+  int64_t stride = 0;
+};
+
+using Preference = std::map<int, std::vector<char>>;
+
+std::vector<char> bytes_at(const void* value, size_t bytes) {
+  const char* first = static_cast<const char*>(value);
+  return {first, first + bytes};
+}
+
+float read(const void* data, int type, int64_t i) {
+  if (type == kFloat32) return static_cast<const float*>(data)[i];
+  if (type == kBfloat16) return to_float(static_cast<const bf16*>(data)[i]);
+  return to_float(static_cast<const f16*>(data)[i]);
+}
+
+void write(void* data, int type, int64_t i, float value) {
+  if (type == kFloat32)
+    static_cast<float*>(data)[i] = value;
+  else if (type == kBfloat16)
+    static_cast<bf16*>(data)[i] = from_float<bf16>(value);
+  else
+    static_cast<f16*>(data)[i] = from_float<f16>(value);
+}
+
+const Functions kFunctions{
+    [](void** product, int compute, int scale) {
+      if (scale != kFloat32) return kNotSupported;
+      *product = new Product{compute, {}};
+      return 0;
+    },
+    [](void* product, int attribute, const void* value, size_t bytes) {
+      static_cast<Product*>(product)->said[attribute] = bytes_at(value, bytes);
+      return 0;
+    },
+    [](void* product) {
+      delete static_cast<Product*>(product);
+      return 0;
+    },
+    [](void** layout, int type, uint64_t rows, uint64_t columns, int64_t step) {
+      *layout = new Layout{type, rows, columns, step};
+      return step < static_cast<int64_t>(rows) ? kInvalid : 0;
+    },
+    [](void* layout, int attribute, const void* value, size_t bytes) {
+      auto& made = *static_cast<Layout*>(layout);
+      if (attribute == kBatchCount && bytes == sizeof(made.count))
+        std::memcpy(&made.count, value, bytes);
+      else if (attribute == kBatchStride && bytes == sizeof(made.stride))
+        std::memcpy(&made.stride, value, bytes);
+      else
+        return kInvalid;
+      return 0;
+    },
+    [](void* layout) {
+      delete static_cast<Layout*>(layout);
+      return 0;
+    },
+    [](void** preference) {
+      *preference = new Preference;
+      return 0;
+    },
+    [](void* preference, int attribute, const void* value, size_t bytes) {
+      (*static_cast<Preference*>(preference))[attribute] = bytes_at(value, bytes);
+      return bytes == (attribute == kMostWorkspace ? sizeof(size_t) : sizeof(uint32_t)) ? 0
+                                                                                        : kInvalid;
+    },
+    [](void* preference) {
+      delete static_cast<Preference*>(preference);
+      return 0;
+    },
+    [](void*, void* product, void* A, void* B, void* C, void* D, void* preference, int wanted,
+       HeuristicResult* results, int* found) {
+      const auto layout = [](void* one) { return *static_cast<Layout*>(one); };
+      const auto& p = *static_cast<Product*>(product);
+      const bool fits = layout(A).rows == layout(B).rows && layout(A).columns == layout(D).rows &&
+                        layout(B).columns == layout(D).columns && C == D && wanted == 1 &&
+                        p.of<int32_t>(kOperationA) == kTransposed &&
+                        p.of<int32_t>(kOperationB) == kPlain &&
+                        static_cast<Preference*>(preference)->size() == 5;
+      if (!fits) return kInvalid;
+      *found = 1;
+      results[0] = {{}, 48, 0, 1, {}};
+      return 0;
+    },
+    [](void*, void* product, const void* alpha, const void* A, void* A_layout, const void* B,
+       void* B_layout, const void* beta, const void*, void*, void* D, void* D_layout,
+       const Algorithm*, void* workspace, size_t bytes, cudaStream_t) {
+      const auto &a = *static_cast<Layout*>(A_layout), &b = *static_cast<Layout*>(B_layout),
+                 &d = *static_cast<Layout*>(D_layout);
+      const auto& p = *static_cast<Product*>(product);
+      if (*static_cast<const float*>(alpha) != 1 || *static_cast<const float*>(beta) != 0 ||
+          p.of<uint32_t>(kEpilogue) != kWithBias || bytes != 48)
+        return kInvalid;
+      std::memset(workspace, 0xFF, bytes);
+      const auto* bias = p.of<const void*>(kBiasPointer);
+      const int bias_type = p.of<int32_t>(kBiasDataType);
+      const bool rounds = p.compute == kComputeTf32;
+      const auto factor = [&](float value) {
+        return rounds ? bits_as<float>(to_tf32(value)) : value;
+      };
+      for (int64_t t = 0; t < d.count; ++t)
+        for (int64_t column = 0; column < static_cast<int64_t>(d.columns); ++column)
+          for (int64_t row = 0; row < static_cast<int64_t>(d.rows); ++row) {
+            double sum = read(bias, bias_type, row);
+            for (int64_t k = 0; k < static_cast<int64_t>(a.rows); ++k)
+              sum += double{factor(read(A, a.type, t * a.stride + row * a.step + k))} *
+                     factor(read(B, b.type, t * b.stride + column * b.step + k));
+            write(D, d.type, t * d.stride + column * d.step + row, static_cast<float>(sum));
+          }
+      return 0;
+    },
+};
+
+}  // namespace
+
+const Functions* functions() { return &kFunctions; }
+
+}  // namespace metalora::cuda::blas
