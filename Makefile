@@ -3,6 +3,9 @@
 # make test         set up, then the tests of every day
 # make exhaustive   set up, then the rest: builds from a copy, sanitizers, full disks
 # make test-latest  the test suite with the newest packages that pyproject.toml allows
+# make fuzz         new random cases for every operator: FUZZ_CASES of each test
+# make sanitize     the operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make wheel-test   source distribution and wheels, built and tested outside of the checkout
 # make lint         format and type checks
 # make docs         the documentation site, in build/docs
 # make bench        every operator beside plain PyTorch
@@ -11,6 +14,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LATEST := .venv-latest
+FUZZ_CASES ?= 15000
+# The interpreters to make wheels for, as in: make wheel-test PYTHONS="python3.10 python3.13"
+PYTHONS ?= $(PYTHON)
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 NATIVE := $(shell find csrc tests/shim -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 # What the build needs, as in pyproject.toml.
@@ -21,7 +27,7 @@ TORCH := torch==2.14.1 torchvision==0.29.1
 # A process per core; the tests of a file stay together, as do the fixtures that they share.
 PYTEST := -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo check test exhaustive test-latest lint format docs bench lock setup check-machine clean
+.PHONY: demo check test exhaustive test-latest fuzz sanitize wheel-test lint format docs bench lock setup check-machine clean
 
 demo: setup
 	$(BIN)/python -m experiments.demo
@@ -41,6 +47,16 @@ test-latest: check-machine
 	$(LATEST)/bin/pip install --quiet $(BUILD)
 	$(LATEST)/bin/pip install --quiet --no-build-isolation --editable ".[dev]"
 	$(LATEST)/bin/python $(PYTEST)
+
+fuzz: setup
+	FUZZ_CASES=$(FUZZ_CASES) $(BIN)/python -m pytest --numprocesses auto --hypothesis-show-statistics \
+		tests/ops/test_fuzz.py
+
+sanitize: setup
+	$(BIN)/python tests/sanitize.py
+
+wheel-test: setup
+	$(BIN)/python tests/wheels.py --pythons $(PYTHONS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ METALORA_BUILD chooses what is built:
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -110,6 +111,12 @@ def choose(mode: str) -> tuple[bool, bool, str]:
         sys.exit(f"METALORA_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
     if mode == "none":
         return False, False, "METALORA_BUILD=none"
+    missing = [name for name in ("torch", "pybind11") if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(
+            f"metalora needs {' and '.join(missing)} where it is built without isolation; install "
+            "them first, as the README says, or set METALORA_BUILD=none for pure Python"
+        )
     problem = compiler_problem()
     if problem:
         if mode != "auto":

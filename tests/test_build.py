@@ -175,6 +175,14 @@ def test_unknown_mode_is_refused(setup_module: ModuleType) -> None:
         setup_module.choose("gpu")
 
 
+def test_a_missing_torch_is_said_in_one_line(setup_module: ModuleType, monkeypatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "torch" else find(n))
+    with pytest.raises(SystemExit, match=r"^metalora needs torch where it is built .*[^\n]$"):
+        setup_module.choose("auto")
+    assert setup_module.choose("none")[:2] == (False, False)
+
+
 @pytest.mark.parametrize(
     ("requested", "kept"),
     [
