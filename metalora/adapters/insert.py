@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,9 @@ from metalora.adapters.state import adapted_layers
 from metalora.nn import MultiTaskHead, MultiTaskLoRALinear, SymmetricLoRALinear, TaskLayer
 
 
-def adapt(model: nn.Module, lora_config: Any, num_tasks: int) -> nn.Module:
+def adapt(
+    model: nn.Module, lora_config: Any, num_tasks: int, *, tasks: Sequence[int] | None = None
+) -> nn.Module:
     """Gives the linear layers of ``model`` one adapter per task, in place (paper, eq. 6).
 
     The layers keep their weights' own Parameter objects and names, so an optimiser, tied weights
@@ -25,6 +28,9 @@ def adapt(model: nn.Module, lora_config: Any, num_tasks: int) -> nn.Module:
         model: any module; not a bare nn.Linear.
         lora_config: a `LoRAConfig` or a ``peft.LoraConfig``.
         num_tasks: number of tasks T.
+        tasks: those of the T tasks that the model is to hold, which are 0, 1, ... to it: for task
+            parallelism, see `metalora.meta.Distribution`. They start as they do among all tasks.
+            None means all.
 
     Returns:
         ``model``.
@@ -37,8 +43,9 @@ def adapt(model: nn.Module, lora_config: Any, num_tasks: int) -> nn.Module:
     check_module("adapt", model)
     config = as_lora_config(lora_config)
     check_count("adapt", "num_tasks", num_tasks)
+    held = num_tasks if tasks is None else len(tasks)
     for name, layer in adapted_layers(model).items():
-        if layer.num_tasks != num_tasks:
+        if layer.num_tasks != held:
             raise ValueError(
                 f"adapt: num_tasks must be {layer.num_tasks}, as {name!r} has adapters for that "
                 f"many tasks already, got {num_tasks}"
@@ -50,10 +57,11 @@ def adapt(model: nn.Module, lora_config: Any, num_tasks: int) -> nn.Module:
     if num_tasks > 1:
         check_batch_first(model, [name for names in places for name in names])
     layers = [
-        _adapter_on(linear, names[0], config, num_tasks) for linear, names in selection.targets
+        _holding(tasks, _adapter_on(linear, names[0], config, num_tasks))
+        for linear, names in selection.targets
     ]
     layers += [
-        MultiTaskHead.from_linear(linear, num_tasks, name=names[0])
+        _holding(tasks, MultiTaskHead.from_linear(linear, num_tasks, name=names[0]))
         for linear, names in selection.heads
     ]
     for layer, names in zip(layers, places, strict=True):
@@ -61,6 +69,12 @@ def adapt(model: nn.Module, lora_config: Any, num_tasks: int) -> nn.Module:
             replace_module(model, name, layer)
     close_fused_paths(model)
     return model
+
+
+def _holding(tasks: Sequence[int] | None, layer: TaskLayer) -> TaskLayer:
+    if tasks is not None:
+        layer.hold_tasks(tasks)
+    return layer
 
 
 def _adapter_on(linear: nn.Linear, name: str, config: LoRAConfig, num_tasks: int) -> TaskLayer:

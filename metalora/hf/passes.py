@@ -75,6 +75,7 @@ class SequencePasses:
                 tuple(torch.bincount(ids[rows]).tolist()),
                 lengths=tuple(lengths[rows].sum(1).tolist()) if self.packed else None,
                 weights=None if weights is None else self._take(weights, rows),
+                places=None if batch.places is None else batch.places[rows],
             )
 
     def _take(self, values: Tensor, rows: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from metalora.meta.callbacks import KeepBest, MetricsLog, Progress
 from metalora.meta.checkpoint import Checkpoint, CheckpointError
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Batch, RoundLoader, Rounds, by_task
+from metalora.meta.distribution import Distribution, ProcessGroupError
 from metalora.meta.evaluation import Evaluation, accuracy, evaluate
 from metalora.meta.loop import Result, train
 from metalora.meta.mean import task_mean
@@ -30,12 +31,14 @@ __all__ = [
     "Callback",
     "Checkpoint",
     "CheckpointError",
+    "Distribution",
     "DivergedError",
     "Evaluation",
     "GradientStep",
     "KeepBest",
     "MetricsLog",
     "Options",
+    "ProcessGroupError",
     "Progress",
     "ReptileStep",
     "Result",

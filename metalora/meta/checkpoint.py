@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import reprlib
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,17 @@ from torch import Tensor
 from metalora._checks import check_nonnegative
 from metalora._files import read_tensors, remove_partials, replacing, safetensors_torch
 from metalora._warn import warn_user
-from metalora.adapters import adapted_layers, task_parameters
-from metalora.meta.identity import digest_of_tensors, identity_of, shapes_of
+from metalora.adapters import adapted_layers
+from metalora.meta.identity import (
+    ABSENT,
+    differences,
+    digest_of_tensors,
+    shapes_of,
+    short,
+)
 from metalora.meta.stacked_steps import TASKS_WITH_STATE
 from metalora.meta.task_optimizer import TaskOptimizer
-from metalora.meta.training import Callback, Training
+from metalora.meta.training import Callback, Training, described
 
 _FORMAT = "metalora training 2"
 _VALUES = {
@@ -43,7 +46,6 @@ _STATES: dict[type, tuple[str, ...]] = {
 }
 """The state that these optimisers, as metalora makes them, keep of each parameter."""
 
-_ABSENT = "absent"
 _WHAT_TO_DO = "name another path, or delete the file"
 
 
@@ -97,7 +99,7 @@ class Checkpoint(Callback):
             raise CheckpointError(
                 f"Checkpoint: {self.path} exists; go on with resume=True or name another file"
             )
-        self._identity = _identity(training)
+        self._identity = training.identity()
         if not self.path.exists():
             if self.min_seconds == 0:
                 self._save(training)
@@ -164,7 +166,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     got = values.get("format") if isinstance(values, dict) else values
     if got != _FORMAT:
         raise CheckpointError(
-            f"Checkpoint: {path} must have the format {_FORMAT!r}, got {_short(got)}; {_WHAT_TO_DO}"
+            f"Checkpoint: {path} must have the format {_FORMAT!r}, got {short(got)}; {_WHAT_TO_DO}"
         )
     return tensors, values
 
@@ -235,40 +237,9 @@ def _restore(path: Path, training: Training, identity: dict[str, Any]) -> None:
     training.history.extend(values["history"])
 
 
-def _identity(training: Training) -> dict[str, Any]:
-    """What must be equal for a training to resume where another stopped; taken at its start."""
-    model = training.model
-    own = {id(p) for p in task_parameters(model)}
-    per_task = {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in own}
-    weights: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
-    for name, tensor in model.state_dict().items():
-        weights[name in per_task][name] = tensor
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    found = {
-        **asdict(training.config),
-        "step": type(training.step).__name__,
-        **training.step.settings,
-        "rounds": identity_of(training.rounds),
-        "validation": identity_of(training.validation),
-        "steps_per_epoch": training.steps_per_epoch,
-        "modules": _digest({}, repr(model))[:16],
-        "trained": f"{len(trained)} parameters {_digest({}, json.dumps(trained))[:16]}",
-        "device": next(model.parameters()).device.type,
-        "initial_weights": digest_of_tensors(weights[False])[:16],
-        "initial_adapters": digest_of_tensors(weights[True])[:16],
-    }
-    try:
-        return dict(json.loads(json.dumps(found)))
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"Checkpoint: identity() must return what JSON can hold, got {_short(found['rounds'])} "
-            f"of the data and {_short(found['validation'])} of the validation ({error})"
-        ) from error
-
-
 def _layers(training: Training) -> dict[str, str]:
     """Of the adapted layers what the shapes do not tell, such as alpha and dropout."""
-    return {name: repr(layer) for name, layer in adapted_layers(training.model).items()}
+    return {name: described(layer) for name, layer in adapted_layers(training.model).items()}
 
 
 def _check_complete(path: Path, values: dict[str, Any]) -> None:
@@ -280,28 +251,17 @@ def _check_complete(path: Path, values: dict[str, Any]) -> None:
     for key, value, kind in wanted:
         if type(value) is not kind:  # an int that is no bool
             raise CheckpointError(
-                f"Checkpoint: {path} must hold {key!r}, a {kind.__name__}, got {_short(value)}"
+                f"Checkpoint: {path} must hold {key!r}, a {kind.__name__}, got {short(value)}"
             )
 
 
 def _check_same(path: Path, what: str, saved: Any, wanted: Any) -> None:
-    found = list(_differences("", saved, wanted))
+    found = list(differences("", saved, wanted))
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise CheckpointError(
             f"Checkpoint: {path} does not fit {what}: {', '.join(found[:3])}{more}; {_WHAT_TO_DO}"
         )
-
-
-def _differences(name: str, saved: Any, wanted: Any) -> Iterator[str]:
-    """``name saved, here wanted`` for each value that differs, however deeply nested."""
-    if isinstance(saved, dict) and isinstance(wanted, dict):
-        for key in {**wanted, **saved}:
-            own = _short(key)[1:-1]  # a file's keys may be anything
-            inner = f"{name}.{own}" if name else own
-            yield from _differences(inner, saved.get(key, _ABSENT), wanted.get(key, _ABSENT))
-    elif saved != wanted:
-        yield f"{name} {_short(saved)}, here {_short(wanted)}".lstrip()
 
 
 def _check_progress(path: Path, values: dict[str, Any], training: Training) -> None:
@@ -325,7 +285,7 @@ def _check_progress(path: Path, values: dict[str, Any], training: Training) -> N
             wrong = wrong or ("history", record)
     if wrong:
         raise CheckpointError(
-            f"Checkpoint: {path} is damaged: {wrong[0]} cannot be {_short(wrong[1])} in a training "
+            f"Checkpoint: {path} is damaged: {wrong[0]} cannot be {short(wrong[1])} in a training "
             f"of {training.config.epochs} epochs with {done} done"
         )
 
@@ -338,7 +298,7 @@ def _check_scaler(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> Non
     """Refuses the state of another gradient scaler; only the scale and its counter may differ."""
     largest = {"scale": 3e38, "_growth_tracker": own.get("growth_interval", 0)}
     for key in {**saved, **own}:
-        value: Any = saved.get(key, _ABSENT)
+        value: Any = saved.get(key, ABSENT)
         right = type(value) is type(own.get(key))
         if right and key in largest:
             right = 0 <= value <= largest[key]
@@ -346,8 +306,8 @@ def _check_scaler(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> Non
             right = value == own[key]
         if not right:
             raise CheckpointError(
-                f"Checkpoint: {path} does not fit the gradient scaler: {key} {_short(value)}, here "
-                f"{_short(own.get(key, _ABSENT))}"
+                f"Checkpoint: {path} does not fit the gradient scaler: {key} {short(value)}, here "
+                f"{short(own.get(key, ABSENT))}"
             )
 
 
@@ -376,7 +336,7 @@ def _optimizer_state(
             if not fits:
                 got = shapes_of(own).get(key, "nothing")
                 raise CheckpointError(
-                    f"Checkpoint: {path} has optimizer state {_short(f'{number}.{key}')}: {got}, "
+                    f"Checkpoint: {path} has optimizer state {short(f'{number}.{key}')}: {got}, "
                     f"wanted {', '.join(_STATES.get(kind, ())) or 'none'} of shape "
                     f"{list(parameter.shape)}"
                 )
@@ -384,7 +344,7 @@ def _optimizer_state(
             state[number] = own
     if by_number:
         prefix, own = next(iter(by_number.items()))
-        name = _short(f"{prefix}.{next(iter(own))}")
+        name = short(f"{prefix}.{next(iter(own))}")
         raise CheckpointError(
             f"Checkpoint: {path} has optimizer state {name}, but there are {len(parameters)} "
             "parameters"
@@ -411,14 +371,5 @@ def _digest(tensors: dict[str, Tensor], text: str) -> str:
     return hashlib.sha256((text + digest_of_tensors(tensors)).encode()).hexdigest()
 
 
-def _short(value: Any) -> str:
-    """``repr`` on one line, however long or deep the value is."""
-    return _REPR.repr(value)
-
-
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 200
