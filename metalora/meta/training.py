@@ -157,7 +157,7 @@ class Callback:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What must survive an interruption: tensors, and values that JSON can hold.
 
-        Called after `on_start`, before any epoch, and after every epoch.
+        Called after `on_start`, before any epoch, and after every epoch, or every few steps.
         """
         return {}, {}
 

@@ -274,7 +274,7 @@ def test_well_formed_files_with_senseless_parts_are_refused(saved):
 )
 def test_another_format_is_refused(saved, text):
     forge(saved, {}, text)
-    with pytest.raises(CheckpointError, match="must have the format 'metalora training 2', got"):
+    with pytest.raises(CheckpointError, match="must have the format 'metalora training 3', got"):
         read(saved)
 
 
