@@ -77,7 +77,7 @@ def end_of(folder: Path, world_size: int) -> list[dict[str, torch.Tensor]]:
 
 
 def is_saving(folder: Path) -> bool:
-    return any(name.endswith(".partial") for name in os.listdir(folder))
+    return any(found.name.endswith(".partial") for found in folder.iterdir())
 
 
 def await_save(folder: Path, seconds: float = 1.0) -> None:
