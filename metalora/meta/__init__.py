@@ -2,7 +2,7 @@
 
 from metalora._errors import DivergedError
 from metalora.meta.callbacks import KeepBest, MetricsLog, Progress
-from metalora.meta.checkpoint import Checkpoint, CheckpointError
+from metalora.meta.checkpoint import Checkpoint, CheckpointError, remove_checkpoint
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Batch, RoundLoader, Rounds, by_task
 from metalora.meta.distribution import Distribution, ProcessGroupError
@@ -61,6 +61,7 @@ __all__ = [
     "matmul_precision",
     "peft_ml",
     "refit_heads",
+    "remove_checkpoint",
     "reptile",
     "standard",
     "task_mean",

@@ -182,7 +182,7 @@ class Checkpoint(Callback):
         with _in_all_processes(training):
             if training.distribution.rank == 0:
                 write(self.path, tensors, values)
-                self._remove_shards(values["shards"])
+                _remove_shards(self.path, values["shards"])
         self._saved = time.monotonic()
 
     def _save_shards(self, training: Training, own: dict[str, Tensor]) -> list[dict[str, Any]]:
@@ -200,14 +200,23 @@ class Checkpoint(Callback):
         entries = map(json.loads, processes.gather_text(json.dumps(entry), training.device))
         return [found for found in entries if found["tasks"]]
 
-    def _remove_shards(self, kept: list[dict[str, Any]]) -> None:
-        """Removes those of earlier saves, and of saves that were interrupted."""
-        name = re.escape(self.path.name)
-        form = re.compile(rf"\.?{name}\.\d+\.\d+\.\d+-of-\d+(\..*\.partial)?")
-        names = {shard["file"] for shard in kept}
-        for found in self.path.parent.iterdir():
-            if form.fullmatch(found.name) and found.name not in names:
-                found.unlink(missing_ok=True)
+
+def remove_checkpoint(path: str | Path) -> None:
+    """Removes what a `Checkpoint` of this path wrote, if there is anything."""
+    path = Path(path)
+    path.unlink(missing_ok=True)
+    if path.parent.is_dir():
+        _remove_shards(path, [])
+
+
+def _remove_shards(path: Path, kept: list[dict[str, Any]]) -> None:
+    """Removes those of earlier saves, and of saves that were interrupted."""
+    name = re.escape(path.name)
+    form = re.compile(rf"\.?{name}\.\d+\.\d+\.\d+-of-\d+(\..*\.partial)?")
+    names = {shard["file"] for shard in kept}
+    for found in path.parent.iterdir():
+        if form.fullmatch(found.name) and found.name not in names:
+            found.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
