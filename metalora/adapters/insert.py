@@ -41,6 +41,11 @@ def adapt(
             is then as it was.
     """
     check_module("adapt", model)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "adapt: the model must not be wrapped in DistributedDataParallel, which would not know "
+            "the adapters; adapt the model first, then wrap it"
+        )
     config = as_lora_config(lora_config)
     check_count("adapt", "num_tasks", num_tasks)
     held = num_tasks if tasks is None else len(tasks)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from metalora._checks import check_choice, check_count
 from metalora.meta.data import Batch
 from metalora.meta.identity import differences
+from metalora.meta.mean import sample_weights
 
 PARALLEL = ("data", "tasks")
 
@@ -85,14 +86,19 @@ class Distribution:
     def part(self, batch: Batch) -> Batch:
         """The samples of ``batch`` that are this process's, which may be none.
 
-        Their weights, if the batch has any, are those in the whole batch. Task parallel, tasks are
-        numbered as the model here holds them.
+        Their weights are those in the whole batch: the batch's own, or else those of the mean over
+        tasks (paper, eq. 5). Task parallel, tasks are numbered as the model here holds them.
+
+        Example:
+            ``(losses * part.weights).sum().backward()``, then `sum_gradients`
 
         Raises:
             ValueError: if the samples are packed already.
         """
         if self.parallel is None:
             return batch
+        if batch.weights is None:
+            batch = replace(batch, weights=sample_weights(batch.task_ids))
         if not self.by_task:
             return self._strided(batch)
         ids = batch.task_ids
@@ -137,7 +143,8 @@ class Distribution:
         take an exchange for each.
 
         Args:
-            parameters: the same ones in all processes: task parallel, the shared ones.
+            parameters: the same ones in the same order in all processes: task parallel, the
+                shared ones.
             loss: a scalar of this process's part, of the same dtype in all processes.
 
         Returns:
@@ -236,11 +243,17 @@ class Distribution:
                 )
 
     def check_model(self, model: nn.Module) -> None:
-        """Refuses layers that compute with all samples of a batch.
+        """Refuses models that this would train otherwise than one process does.
 
         Raises:
-            ValueError: if there is a batch normalisation and more than one process.
+            ValueError: if gradients are exchanged already, or if there is a batch normalisation and
+                more than one process.
         """
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "train: the model must not be wrapped in DistributedDataParallel, for the training "
+                "itself sums gradients over processes; pass the model itself"
+            )
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and self.world_size > 1:
                 raise ValueError(

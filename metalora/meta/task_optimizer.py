@@ -89,7 +89,7 @@ class TaskOptimizer(Optimizer):
     ) -> None:
         _check_class(optimizer, options)
         self._task_parallel = task_parallel
-        self._seen = _watch(model, optimizer)
+        self._seen = _watch(model, optimizer, task_parallel)
         trainable = [p for p in model.parameters() if p.requires_grad]
         own = [p for p in trainable if p in self._seen]
         shared = [p for p in trainable if p not in self._seen]
@@ -431,8 +431,11 @@ def _check_settable(name: str, optimizer: type, inner: Optimizer, own: list[nn.P
         )
 
 
-def _watch(model: nn.Module, optimizer: type) -> dict[Tensor, list[SeenTasks]]:
-    """Per parameter with one slice per task, its recorders; none where there is only one task."""
+def _watch(model: nn.Module, optimizer: type, task_parallel: bool) -> dict[Tensor, list[SeenTasks]]:
+    """Per parameter with one slice per task, its recorders; none where there is only one task.
+
+    Task parallel, the only one here may be absent, while samples of others are in other processes.
+    """
     layers = list(adapted_layers(check_module("TaskOptimizer", model)).values())
     if not layers:
         raise ValueError(
@@ -447,7 +450,7 @@ def _watch(model: nn.Module, optimizer: type) -> dict[Tensor, list[SeenTasks]]:
                     "TaskOptimizer: adapters and heads must be plain parameters, got a DTensor; "
                     "what shards them, such as FSDP2, is not supported"
                 )
-            recorders = [layer.watch_tasks()] if layer.num_tasks > 1 else []
+            recorders = [layer.watch_tasks()] if layer.num_tasks > 1 or task_parallel else []
             found.setdefault(parameter, []).extend(recorders)
     return found
 
