@@ -95,7 +95,7 @@ def test_the_tutorial_runs_on_real_digits(
     names["meta"].last_layer_ml(names["new_model"](), names["rounds"], names["config"], heads)
 
 
-HOW_TO = ("own-data", "hugging-face", "export", "resume", "routes")
+HOW_TO = ("own-data", "hugging-face", "several-processes", "export", "resume", "routes")
 
 
 @pytest.mark.parametrize("page", HOW_TO)

@@ -1,6 +1,6 @@
 """Kills trainings at random moments, and compares how they end with one that was never stopped.
 
-    python -m tests.meta.kills --kills 50
+    python -m tests.meta.kills --kills 50 --write benchmarks/results
 
 does so on one process and on two, data and task parallel, and prints for each how many kills there
 were, how many of them while a file was written, and how many trainings ended in the same bits.
@@ -12,6 +12,7 @@ import argparse
 import multiprocessing
 import os
 import random
+import shlex
 import sys
 import tempfile
 import time
@@ -131,12 +132,14 @@ def killed_training(
 
 
 def main() -> int:
+    from benchmarks.lib.tables import write_table  # not in the children, which start often
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="of each kind of training")
     parser.add_argument("--each", type=int, default=10, help="of one training")
+    parser.add_argument("--write", type=Path, help="folder to write the table to")
     given = parser.parse_args()
-    right = True
-    print("processes  parallel  kills  in a save  trainings  equal endings", flush=True)
+    rows = []
     for world_size, parallel in KINDS:
         done = in_save = trainings = equal = 0
         while done < given.kills:
@@ -144,13 +147,13 @@ def main() -> int:
             found = killed_training(world_size, parallel, kills, seed=trainings)
             done, in_save = done + found[0], in_save + found[1]
             trainings, equal = trainings + 1, equal + found[2]
-        kind = parallel or "-"
-        print(
-            f"{world_size:9}  {kind:>8}  {done:5}  {in_save:9}  {trainings:9}  {equal:13}",
-            flush=True,
-        )
-        right &= equal == trainings
-    return 0 if right else 1
+        rows.append([world_size, parallel or "", done, in_save, trainings, equal])
+        print(*rows[-1], flush=True)
+    command = shlex.join(["python", "-m", "tests.meta.kills", *sys.argv[1:]])
+    header = ["processes", "parallel", "kills", "of these in a save", "trainings", "equal endings"]
+    shown = [[str(cell) for cell in row] for row in rows]
+    write_table("kills", "Trainings that were killed", command, header, shown, rows, given.write)
+    return 0 if all(row[-1] == row[-2] for row in rows) else 1
 
 
 if __name__ == "__main__":
