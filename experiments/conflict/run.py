@@ -12,6 +12,7 @@ from experiments.conflict.summary import COLUMNS, results_tables, table
 from experiments.conflict.trials import Trials
 from experiments.lib.experiment import Experiment, Report, Work, command
 from experiments.lib.machine import choose_device, keep_freed_memory
+from experiments.lib.processes import no_bar
 from experiments.lib.runs import RunFiles, RunFolder
 from experiments.lib.training import Trainings
 from experiments.lib.unused import unused
@@ -36,7 +37,7 @@ def prepare(given: ConflictSettings) -> Work:
     def run(folder: RunFolder) -> None:
         folder.add_data(settings.data, dataset.sha256)
         same = {"experiment": NAME, "data": settings.data}
-        for inputs, turned, trial in tqdm(points, desc=NAME, unit="point", disable=None):
+        for inputs, turned, trial in tqdm(points, desc=NAME, unit="point", disable=no_bar()):
             trials = Trials(settings, dataset, inputs, turned, trial, device)
             trainings = Trainings(folder, trials, COLUMNS, same)
             point = {"inputs": inputs, "turned": turned}

@@ -42,6 +42,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def no_bar() -> bool | None:
+    """Returns the ``disable`` of tqdm: only the first process shows a bar, in a terminal."""
+    return True if rank() > 0 else None
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """Joins the processes that torchrun started; without torchrun it does nothing.

@@ -49,6 +49,7 @@ class Training:
     steps_in_epoch: int = 0
     losses: list[Tensor] = field(default_factory=list)
     random_state: dict[str, Tensor] = field(default_factory=dict)
+    _identity: dict[str, Any] | None = None
 
     @property
     def distribution(self) -> Distribution:
@@ -61,13 +62,18 @@ class Training:
         return next(self.model.parameters()).device
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a training to resume where another stopped; taken at its start.
+        """What must be equal for a training to resume where another stopped, as it is at the start.
 
         It is the same in all processes, and for any number of them.
 
         Raises:
             TypeError: if the loader's ``identity()`` returns what JSON cannot hold.
         """
+        if self._identity is None:
+            self._identity = self._describe()
+        return self._identity
+
+    def _describe(self) -> dict[str, Any]:
         model = self.model
         own = {id(p) for p in task_parameters(model)}
         per_task = {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in own}

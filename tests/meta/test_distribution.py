@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from metalora.adapters import LoRAConfig
 from metalora.meta import (
@@ -17,6 +18,7 @@ from metalora.meta import (
     KeepBest,
     RoundLoader,
     TrainConfig,
+    by_task,
     finetune_last_layer,
     finetune_lora,
     last_layer_ml,
@@ -91,6 +93,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         {"collate": passes_of_two},
     ),
     "lora-ml per task": (lambda *a, **o: lora_ml(*a, LORA, **o), {"step_per": "task"}, {}),
+    "one task at a time": (
+        lambda model, loader, *a, **o: lora_ml(model, by_task(loader), *a, LORA, **o),
+        {"optimizer": "sgd"},
+        {},
+    ),
     "last-layer-ml": (lambda *a, **o: last_layer_ml(*a, ["5"], **o), {"grad_clip": 0.3}, {}),
     "standard": (standard, {}, {"order": "pooled", "batch_size": 7}),
     "standard in rounds": (standard, {"grad_clip": 0.3}, {"order": "proportional"}),
@@ -191,6 +198,31 @@ def test_without_dropout_one_process_trains_as_ever(one: dict[tuple[str, str], A
                 close(found[1:], wanted[1:], case)
         with_dropout = one[case, "data"]["steps"][-1][0]
         assert abs(float(with_dropout - theirs["steps"][-1][0])) > 1e-6, case
+
+
+class Checkpointed(nn.Module):
+    """Runs its layers again in the backward pass."""
+
+    def __init__(self, layers: nn.Sequential, reentrant: bool | None) -> None:
+        super().__init__()
+        self.layers, self.reentrant = layers, reentrant
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if self.reentrant is None:
+            return self.layers(x)
+        return checkpoint(self.layers, x.requires_grad_(), use_reentrant=self.reentrant)
+
+
+def test_layers_that_run_again_have_the_same_masks() -> None:
+    lora = LoRAConfig(rank=2, dropout=0.3, target_modules=["0", "5"])
+    found = []
+    for reentrant in (None, False, True):
+        model = Checkpointed(network(), reentrant)
+        config = TrainConfig(epochs=1, lr=0.02, parallel="data")
+        lora_ml(model, rounds(), config, lora)
+        found.append([p.detach() for p in model.parameters()])
+    for again in found[1:]:
+        assert all(map(torch.equal, again, found[0]))
 
 
 def test_tasks_are_spread_by_their_samples() -> None:

@@ -117,6 +117,10 @@ def mistakes(folder: Path) -> dict[str, str]:
     model = network()
     nn.init.normal_(model[0].weight, std=1 + rank)
     told["weights"] = message(ProcessGroupError, standard, model, rounds(), config)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank:
+            patch.setattr("metalora.meta.training._versions", lambda: {"code_of_metalora": "old"})
+        told["code"] = message(ProcessGroupError, standard, network(), rounds(), config)
     batch_norm = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
     told["batch norm"] = message(ValueError, standard, batch_norm, rounds(), config)
 
@@ -180,6 +184,7 @@ def test_mistakes_are_told_in_all_processes(tmp_path: Path) -> None:
     assert first["config"] == f"{differs}: lr 0.02, in process 1 0.03"
     assert first["data"].startswith(f"{differs}: rounds.seed 0, in process 1 1, rounds.inputs '")
     assert first["weights"].startswith(f"{differs}: initial_weights '")
+    assert first["code"].startswith(f"{differs}: code_of_metalora '")
     assert first["batch norm"].startswith("train: '1' normalises over the samples of a batch")
     for name, text in first.items():
         if name.startswith("NaN"):
