@@ -32,7 +32,7 @@ from metalora.meta.restore import as_before_on_error
 from metalora.meta.seeds import derive_seed, own_random_state
 from metalora.meta.steps import GradientStep, ReptileStep, distribution_of
 from metalora.meta.training import Options, check_options, split_options
-from metalora.nn import MultiTaskHead
+from metalora.nn.lora_layer import LoRALayer
 
 
 def standard(
@@ -268,11 +268,14 @@ def _with_adapters(result: Result, model: nn.Module, processes: Distribution) ->
 
 @torch.no_grad()
 def _average_heads(model: nn.Module, processes: Distribution) -> None:
-    """Gives the heads here the mean over all tasks, where others are in other processes."""
+    """Gives the heads here the mean over all tasks, where others are in other processes.
+
+    `unload` makes the model's head of it; adapters it drops.
+    """
     if not processes.by_task:
         return
     for layer in adapted_layers(model).values():
-        if not isinstance(layer, MultiTaskHead):
+        if isinstance(layer, LoRALayer):
             continue
         for heads in layer.own_task_parameters().values():
             zero = torch.zeros_like(heads[0])
