@@ -117,7 +117,9 @@ class ConflictSettings(RetrainingSettings):
     data: str = option("cifar10", help="the images", choices=tuple(DEFAULTS))
     data_root: Path = option(Path("data"), help="where CIFAR-10 is", run_only=True)
     download: bool = option(False, help="have torchvision download CIFAR-10", run_only=True)
-    retrain: tuple[str, ...] = option((ALL,), help="retraining methods", choices=(*METHODS, ALL))
+    retrain: tuple[str, ...] = option(
+        (ALL,), help="retraining methods", choices=(*METHODS, ALL), extends=True
+    )
     inputs: tuple[str, ...] = option(
         ("none", "views", LOW_RANK),
         extends=True,
@@ -153,6 +155,7 @@ class ConflictSettings(RetrainingSettings):
     )
     lr: tuple[float, ...] = option(
         None,
+        extends=True,
         help="of retraining, the outer one of Reptile: one for all methods, or one for each of "
         "--retrain (cifar10: 3e-3, digits: 1e-2, standard 3e-3; reptile: 0.5)",
     )

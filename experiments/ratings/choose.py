@@ -1,48 +1,45 @@
 """Chooses the decays on validation users: what stands in `experiments.ratings.settings`.
 
-``python -m experiments.ratings.choose --data-root DIR`` retrains with every candidate of `GRID`,
-fine-tunes for the validation users with every decay of `FINETUNE_GRID`, and prints the best. The
-candidate of a method is that with the lowest RMSE, mean over shots and trials, after the
-fine-tuning that the method is made for (standard, reptile: mean of both).
+``python -m experiments.ratings.choose --data-root DIR`` retrains with every candidate, fine-tunes
+for the validation users with every decay, and prints the best, see `experiments.ratings.decays`.
+With several ``--tasks`` or ``--rank`` it chooses for each; ``--decays-from`` of the main command
+takes what it has found.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
-import statistics
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 
+from experiments.lib.cli import flag_of
 from experiments.lib.experiment import Experiment, Report, Work, command, each_unit
 from experiments.lib.machine import choose_device, one_thread
-from experiments.lib.retraining_settings import FINETUNES
 from experiments.lib.runs import RunFolder
-from experiments.lib.statistics import summarize
 from experiments.lib.tables import NAMES, Table
+from experiments.lib.training import Labels
 from experiments.ratings.data import Ratings
-from experiments.ratings.run import RANK_WARNING, check, load_ratings
-from experiments.ratings.settings import DEFAULTS, SMOKE, RatingsSettings
-from experiments.ratings.summary import RMSE, as_text
+from experiments.ratings.decays import (
+    CHOICE,
+    FINETUNE_GRID,
+    GRID,
+    best,
+    candidates,
+    name,
+    tried,
+)
+from experiments.ratings.run import RANK_WARNING, check, load_ratings, trainings
+from experiments.ratings.settings import DEFAULTS, SMOKE, USER_BIAS, RatingsSettings
+from experiments.ratings.summary import RMSE, TITLES, as_text
 from experiments.ratings.trials import Trials
 
-NAME = "ratings-choose"
-# The grid of standard retraining ends at 2: at 4 it shrinks all embeddings to zero in trial 2.
-GRID: Mapping[str, Mapping[str, Sequence[float]]] = {
-    "lora-ml": {"weight_decay": (0.1, 0.2, 0.4), "adapter_weight_decay": (0.01, 0.03, 0.1)},
-    "last-layer-ml": {"weight_decay": (0.2, 0.4, 0.8), "adapter_weight_decay": (0.2, 0.4, 0.8)},
-    "standard": {"weight_decay": (0.03, 0.06, 0.1, 0.2, 0.4, 0.6, 0.8, 1.2, 2.0)},
-    "reptile": {"reptile_inner_lr": (1e-2, 3e-2)},
-}
-FINETUNE_GRID = {"lora": (2.0, 4.0, 8.0, 16.0), "last-layer": (10.0, 20.0, 40.0, 80.0)}
-MADE_FOR = {"lora-ml": ("lora",), "last-layer-ml": ("last-layer",)}
 COLUMNS = (
-    *("experiment", "method", "candidate", "finetune", "finetune_weight_decay", "shots"),
-    *("trial", "metric", "value"),
+    *("experiment", "method", "tasks", "rank", "candidate", "finetune", "finetune_rank"),
+    *("finetune_weight_decay", "shots", "trial", "metric", "value"),
 )
 
 
@@ -54,11 +51,11 @@ class ChooseSettings(RatingsSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in {name for grid in GRID.values() for name in grid} | {"finetune_weight_decay"}:
-            field = next(f for f in dataclasses.fields(self) if f.name == name)
-            if getattr(self, name) != field.default:
-                flag = name.replace("_", "-")
-                raise ValueError(f"argument --{flag}: the grid holds it; leave it out")
+        held = {setting for grid in GRID.values() for setting in grid}
+        for field in dataclasses.fields(self):
+            chosen = field.name in {*held, "finetune_weight_decay", "decays_from"}
+            if chosen and getattr(self, field.name) != field.default:
+                raise ValueError(f"argument {flag_of(field.name)}: the grid holds it; leave it out")
 
     def defaults(self, device_type: str) -> Mapping[str, Any]:
         own = {"seeds": 1, "shots": (5, 20)}
@@ -68,21 +65,13 @@ class ChooseSettings(RatingsSettings):
 def prepare(given: ChooseSettings) -> Work:
     """Loads the ratings; every candidate of every trial is a unit of work."""
     device = choose_device(given.device)
-    filled = given.resolved(device.type)
-    settings = dataclasses.replace(filled, users="validation", rank=filled.rank[:1])
+    settings = dataclasses.replace(given.resolved(device.type), users="validation")
     ratings = load_ratings(settings)
     notes = check(settings, ratings, device)
 
     def run(folder: RunFolder) -> None:
         folder.add_data("ratings", ratings.sha256)
-        units = {
-            f"{method} {name(candidate)} {trial}": _Unit(
-                folder, settings, ratings, device, method, candidate, trial
-            )
-            for trial in settings.trials
-            for method in settings.retrain
-            for candidate in candidates(method, settings.smoke)
-        }
+        units = {unit.name: unit for unit in _units(folder, settings, ratings, device)}
         with one_thread(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=RANK_WARNING)
             each_unit(folder, "candidate", units, "--lr or --finetune-lr")
@@ -96,16 +85,14 @@ def prepare(given: ChooseSettings) -> Work:
     )
 
 
-def candidates(method: str, smoke: bool = False) -> list[dict[str, float]]:
-    """Returns the settings to try for a method; for a smoke run the first alone."""
-    grid = GRID[method]
-    every = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    return every[:1] if smoke else every
-
-
-def name(candidate: Mapping[str, float]) -> str:
-    """Returns a candidate as one would type it on the command line."""
-    return " ".join(f"--{k.replace('_', '-')} {value:g}" for k, value in candidate.items())
+def _units(
+    folder: RunFolder, settings: ChooseSettings, ratings: Ratings, device: torch.device
+) -> Iterator[_Unit]:
+    for trial in settings.trials:
+        for tasks in settings.tasks:
+            for labels, after in trainings(settings, tasks, trial):
+                for candidate in candidates(labels["method"], labels["rank"], settings.smoke):
+                    yield _Unit(folder, settings, ratings, device, labels, after, candidate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,31 +103,43 @@ class _Unit:
     settings: ChooseSettings
     ratings: Ratings
     device: torch.device
-    method: str
+    labels: Labels
+    after: Sequence[Labels]
     candidate: Mapping[str, Any]
-    trial: int
+
+    @property
+    def name(self) -> str:
+        words = (str(v) for v in self.labels.values() if v is not None)
+        return f"{' '.join(words)} {name(self.candidate)}"
 
     def __call__(self) -> dict[str, str]:
         s = dataclasses.replace(RatingsSettings(**_fields(self.settings)), **self.candidate)
-        trials = Trials(s, self.ratings, s.tasks[0], self.trial, self.device)
-        rank = s.rank[0]
-        model, _ = trials.retrain(self.method, self.trial, rank=rank)
+        method, trial = self.labels["method"], self.labels["trial"]
+        trials = Trials(s, self.ratings, self.labels["tasks"], trial, self.device)
+        model, _ = trials.retrain(method, trial, rank=self.labels["rank"])
         rows = []
-        for kind in s.finetune:
-            for decay, shots in itertools.product(FINETUNE_GRID[kind], s.shots):
+        for labels in self.after:
+            kind, rank = labels["finetune"], labels["rank"]
+            if kind == USER_BIAS:
+                continue
+            decays = FINETUNE_GRID[kind] if rank != 0 or s.lora_head else FINETUNE_GRID[kind][:1]
+            for decay in decays:
                 trials.settings = dataclasses.replace(s, finetune_weight_decay=decay)
-                labels: dict[str, Any] = {"method": self.method, "finetune": kind, "rank": rank}
-                labels |= {"shots": shots, "trial": self.trial}
                 found = trials.finetune(copy.deepcopy(model), labels)
-                value = next(row["value"] for row in found if row["metric"] == RMSE)
-                labels |= {"experiment": NAME, "candidate": name(self.candidate), "metric": RMSE}
                 rows.append(
                     {
-                        c: {**labels, "finetune_weight_decay": decay, "value": value}[c]
-                        for c in COLUMNS
+                        "experiment": CHOICE,
+                        **{k: "" if v is None else v for k, v in self.labels.items()},
+                        "candidate": name(self.candidate),
+                        "finetune": kind,
+                        "finetune_rank": "" if rank is None else rank,
+                        "finetune_weight_decay": decay,
+                        "shots": labels["shots"],
+                        "metric": RMSE,
+                        "value": next(row["value"] for row in found if row["metric"] == RMSE),
                     }
                 )
-        self.folder.add_rows(rows)
+        self.folder.add_rows([{column: row[column] for column in COLUMNS} for row in rows])
         return {}
 
 
@@ -148,61 +147,49 @@ def _fields(settings: RatingsSettings) -> dict[str, Any]:
     return {f.name: getattr(settings, f.name) for f in dataclasses.fields(RatingsSettings)}
 
 
-Tried = dict[str, dict[str, dict[str, tuple[float, str]]]]
-
-
-def tried(rows: Iterable[Mapping[str, str]]) -> Tried:
-    """Returns by method, candidate and fine-tuning the lowest RMSE, and with which decay.
-
-    The RMSE is the mean over shots and trials.
-    """
-    found: Tried = {}
-    key = ("method", "candidate", "finetune", "finetune_weight_decay")
-    for line in summarize(rows, key, (RMSE,)):
-        of_candidate = found.setdefault(line["method"], {}).setdefault(line["candidate"], {})
-        one = (line[RMSE], line["finetune_weight_decay"])
-        of_candidate[line["finetune"]] = min(one, of_candidate.get(line["finetune"], one))
-    return found
-
-
-def best(found: Tried) -> dict[str, str]:
-    """Returns the candidate chosen for each method."""
-    chosen = {}
-    for method, candidates_of in found.items():
-        means = {
-            candidate: statistics.fmean(
-                value
-                for kind, (value, _) in errors.items()
-                if kind in MADE_FOR.get(method, FINETUNES) or len(errors) == 1
-            )
-            for candidate, errors in candidates_of.items()
-        }
-        chosen[method] = min(means, key=means.__getitem__)
-    return chosen
-
-
 def table(rows: Iterable[Mapping[str, str]]) -> Table:
     """Returns a line for each candidate."""
     found = tried(rows)
     chosen = best(found)
-    kinds = list(next(errors for of in found.values() for errors in of.values()))
+    kinds = list(
+        dict.fromkeys(
+            kind
+            for candidates_of in found.values()
+            for errors in candidates_of.values()
+            for kind, _ in errors
+        )
+    )
+    several = [
+        place for place in (1, 2) if len({retraining[place] for retraining in found} - {""}) > 1
+    ]
     lines = []
-    for method, candidates_of in found.items():
+    for retraining, candidates_of in found.items():
         for candidate, errors in candidates_of.items():
-            cells = [f"{errors[kind][0]:.4f} ({errors[kind][1]})" for kind in kinds]
-            mark = "chosen" if chosen[method] == candidate else ""
-            lines.append([NAMES[method], candidate, *cells, mark])
+            cells = []
+            for kind in kinds:
+                of_ranks = [(r, *values) for (k, r), values in errors.items() if k == kind]
+                ranked = len(of_ranks) > 1
+                cells.append(
+                    ", ".join(
+                        (f"rank {rank}: " if ranked else "") + f"{value:.4f} ({decay})"
+                        for rank, value, decay in of_ranks
+                    )
+                )
+            mark = "chosen" if chosen[retraining] == candidate else ""
+            own = [retraining[place] or "–" for place in several]
+            lines.append([NAMES[retraining[0]], *own, candidate, *cells, mark])
+    titles = [(TITLES["method"], TITLES["tasks"], TITLES["rank"])[place] for place in several]
     return Table(
-        ["retraining", "candidate", *(NAMES[kind] for kind in kinds), ""],
+        [TITLES["method"], *titles, "candidate", *(NAMES[kind] for kind in kinds), ""],
         lines,
         "RMSE of the validation users' held-out ratings, mean over numbers of shots and trials, "
         "with the best decay of fine-tuning, --finetune-weight-decay, in brackets.",
-        left=2,
+        left=2 + len(several),
     )
 
 
 RATINGS_CHOOSE = Experiment(
-    NAME,
+    CHOICE,
     "Chooses the decays of experiments.ratings on its validation users.",
     ChooseSettings,
     prepare,

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from experiments.lib.choices import keep_choices
 from experiments.lib.experiment import Experiment, Report, Work, command
 from experiments.lib.machine import choose_device, one_thread
 from experiments.lib.processes import no_bar
@@ -29,13 +30,8 @@ from experiments.lib.training import (
 )
 from experiments.lib.unused import unused
 from experiments.ratings.data import Ratings, load, made_up
-from experiments.ratings.settings import (
-    CHOSEN,
-    FINETUNED,
-    PART_OF,
-    USER_BIAS,
-    RatingsSettings,
-)
+from experiments.ratings.decays import FLAG, chosen_decays
+from experiments.ratings.settings import PART_OF, USER_BIAS, RatingsSettings
 from experiments.ratings.summary import COLUMNS, as_text, results_tables
 from experiments.ratings.trials import Trials
 
@@ -50,22 +46,22 @@ def prepare(given: RatingsSettings) -> Work:
     settings = given.resolved(device.type)
     ratings = load_ratings(settings)
     notes = [*unused(given, PART_OF, given.kinds()), *check(settings, ratings, device)]
-    retrainings = [
-        labels
+    planned = [
+        training
         for trial in settings.trials
         for tasks in settings.tasks
-        for phase, labels in plan(settings, tasks, trial)
-        if phase == "retrain"
+        for training in trainings(settings, tasks, trial)
     ]
+    decays = chosen_decays(settings, ratings.sha256, planned)
     data = {"ratings": ratings.sha256}
-    source = open_retrained(settings, NAME, PART_OF, retrainings, data)
+    source = open_retrained(settings, NAME, PART_OF, [labels for labels, _ in planned], data)
 
     def run(folder: RunFolder) -> None:
         folder.add_data("ratings", ratings.sha256)
-        folder.note(**facts(settings))
+        keep_choices(folder, FLAG, "decay", decays.described())
         for trial in tqdm(settings.trials, desc=NAME, unit="trial", disable=no_bar()):
             for tasks in settings.tasks:
-                trials = Trials(settings, ratings, tasks, trial, device)
+                trials = Trials(settings, ratings, tasks, trial, device, decays)
                 run_trial(folder, trials, trial, source)
 
     def figures(folder: RunFolder) -> list[Path]:
@@ -126,30 +122,20 @@ def check(settings: RatingsSettings, ratings: Ratings, device: torch.device) -> 
     return lines
 
 
-def facts(settings: RatingsSettings) -> dict[str, object]:
-    """Returns for the manifest what stands for settings that are chosen for each method."""
-    chosen = {method: dict(CHOSEN[method]) for method in settings.retrain}
-    finetuned = {
-        f"{method} {kind}": FINETUNED[method, kind]
-        for method in settings.retrain
-        for kind in settings.finetune
-    }
-    return {"chosen": chosen, "chosen_finetune_weight_decay": finetuned}
-
-
-def plan(settings: RatingsSettings, tasks: int, trial: int) -> Iterator[tuple[str, Labels]]:
-    """Yields the phase and labels of a trial's trainings: a retraining, then its fine-tunings."""
+def trainings(
+    settings: RatingsSettings, tasks: int, trial: int
+) -> Iterator[tuple[Labels, list[Labels]]]:
+    """Yields the labels of a trial's retrainings, and of the fine-tunings after each."""
     for method in settings.retrain:
         for rank in settings.ranks(method):
-            own: Labels = {"method": method, "tasks": tasks, "rank": rank, "trial": trial}
-            yield "retrain", own
             # Labels of other fine-tunings do not tell several ranks of a retraining apart.
             one = rank is None or len(settings.rank) == 1
+            after: list[Labels] = []
             for kind in (*settings.finetune, USER_BIAS) if one else ("lora",):
                 for r in settings.ranks(kind) if rank is None or kind != "lora" else (rank,):
-                    for shots in settings.shots:
-                        labels = {"method": method, "finetune": kind, "tasks": tasks, "rank": r}
-                        yield "finetune", {**labels, "shots": shots, "trial": trial}
+                    same: Labels = {"method": method, "finetune": kind, "tasks": tasks, "rank": r}
+                    after += [{**same, "shots": shots, "trial": trial} for shots in settings.shots]
+            yield {"method": method, "tasks": tasks, "rank": rank, "trial": trial}, after
 
 
 def run_trial(
@@ -157,7 +143,7 @@ def run_trial(
 ) -> None:
     """Does what the folder does not hold yet of a trial with a number of retraining users."""
     settings, constant = trials.settings, {"experiment": NAME}
-    trainings = Trainings(folder, trials, COLUMNS, constant, source)
+    units = Trainings(folder, trials, COLUMNS, constant, source)
     with one_thread(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=RANK_WARNING)
         for name in settings.baselines:
@@ -168,11 +154,10 @@ def run_trial(
                     same, found = {**constant, **own}, trials.baseline(name, shots, trial)
                     folder.add_rows([row(COLUMNS, {**same, **values}) for values in found])
                     folder.mark_done(unit)
-        for phase, labels in plan(settings, trials.tasks, trial):
-            if phase == "retrain":
-                model = trainings.retrained(labels)
-            else:
-                trainings.finetuned(labels, model)
+        for labels, after in trainings(settings, trials.tasks, trial):
+            model = units.retrained(labels)
+            for finetuning in after:
+                units.finetuned(finetuning, model)
 
 
 def _figures_of_results(run: RunFiles) -> list[Path]:

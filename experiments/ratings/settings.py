@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from experiments.lib.cli import option, unique
+from experiments.lib.cli import flag_of, option, unique
 from experiments.lib.retraining_settings import (
     ALL,
     METHODS,
@@ -86,7 +86,7 @@ class RatingsSettings(RetrainingSettings):
     """
 
     command: ClassVar[str] = "ratings"
-    without: ClassVar[tuple[str, ...]] = ("evaluate_every",)
+    without: ClassVar[tuple[str, ...]] = ("equal_steps", "evaluate_every")
     zero: ClassVar[tuple[str, ...]] = (*ZERO, "rank", "finetune_weight_decay")
 
     data_root: Path | None = option(
@@ -162,6 +162,11 @@ class RatingsSettings(RetrainingSettings):
     finetune_weight_decay: float | None = option(
         None, help="of a user's adapters or head (default: chosen for each method)"
     )
+    decays_from: Path | None = option(
+        None,
+        help="take the decays of each number of users and rank from this finished run of "
+        "experiments.ratings.choose, instead of those chosen for 640 users and rank 2",
+    )
     finetune_head: str = option(
         "retrained",
         help="where the test users' heads start: anew, or from the retrained head, of which a "
@@ -185,11 +190,6 @@ class RatingsSettings(RetrainingSettings):
         for name in ("tasks", "shots", "rank"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, unique(getattr(self, name)))
-        if self.equal_steps:
-            raise ValueError(
-                "argument --equal-steps: all methods take --batches steps an epoch here, except "
-                "reptile; leave it out"
-            )
         if self.validation_share >= 1:
             raise ValueError(
                 f"argument --validation-share: must be below 1, got {self.validation_share}"
@@ -211,6 +211,10 @@ class RatingsSettings(RetrainingSettings):
         return self.shot_pool
 
     def defaults(self, device_type: str) -> Mapping[str, Any]:
+        if self.decays_from is not None:
+            for name in ("weight_decay", "adapter_weight_decay", "finetune_weight_decay"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"argument {flag_of(name)}: contradicts --decays-from")
         return SMOKE if self.smoke else DEFAULTS
 
     def kinds(self) -> set[str]:
@@ -221,10 +225,15 @@ class RatingsSettings(RetrainingSettings):
         """Returns the ranks to run a method or fine-tuning with; None: it has no adapters."""
         return self.rank if kind in ("lora-ml", "lora") else (None,)
 
-    def of_method(self, method: str, tasks: int) -> RatingsSettings:
-        """Returns these settings with what was chosen for a method, for so many users."""
+    def of_method(self, method: str, tasks: int, chosen: Mapping[str, Any]) -> RatingsSettings:
+        """Returns these settings with what was chosen for a method, for so many users.
+
+        What is given stands before what was chosen.
+        """
         missing: dict[str, Any] = {
-            name: value for name, value in CHOSEN[method].items() if getattr(self, name) is None
+            name: value
+            for name, value in chosen.items()
+            if getattr(self, name) is None or self.decays_from is not None
         }
         if method == "reptile":
             missing["batches"] = self.reptile_batches
@@ -238,11 +247,11 @@ class RatingsSettings(RetrainingSettings):
             finetune_weight_decay=shared,  # of a shared head, where it is refitted
         )
 
-    def of_finetune(self, method: str, kind: str, users: int, shots: int) -> RatingsSettings:
-        """Returns these settings with what was chosen for a fine-tuning on some shots."""
+    def of_finetune(self, chosen: float, users: int, shots: int) -> RatingsSettings:
+        """Returns these settings with the decay chosen for a fine-tuning on some shots."""
         decay = self.finetune_weight_decay
         if decay is None:
-            decay = FINETUNED[method, kind]
+            decay = chosen
         return dataclasses.replace(self, finetune_weight_decay=decay / shots / users)
 
 

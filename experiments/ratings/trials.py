@@ -14,6 +14,7 @@ from experiments.lib import training
 from experiments.lib.retraining_settings import WITH_TASKS
 from experiments.ratings import baselines
 from experiments.ratings.data import HIGHEST, LOWEST, Part, Ratings, Unseen, split
+from experiments.ratings.decays import DEFAULT, Decays
 from experiments.ratings.model import ADAPTED, HEADS, RatingNet
 from experiments.ratings.settings import PART_OF, USER_BIAS, RatingsSettings
 from experiments.ratings.summary import OVER_RATINGS, RMSE
@@ -48,6 +49,7 @@ class Trials(training.Trials[Part]):
         tasks: number of retraining users.
         seed: of the trial.
         device: where to train.
+        decays: what is chosen for each training.
 
     Raises:
         RunError: there are not as many users.
@@ -64,9 +66,10 @@ class Trials(training.Trials[Part]):
         tasks: int,
         seed: int,
         device: torch.device,
+        decays: Decays = DEFAULT,
     ):
         self.settings, self.tasks, self.device = settings, tasks, device
-        self.num_items = ratings.num_items
+        self.num_items, self.decays = ratings.num_items, decays
         self.fixed = {"schedule": "cosine"}
         self.inner = {"inner_optimizer": "adam"}
         self.loss = {"loss": squared_error}
@@ -102,7 +105,8 @@ class Trials(training.Trials[Part]):
         without adapters.
         """
         own = copy.copy(self)
-        own.settings = self.settings.of_method(method, self.tasks)
+        chosen = self.decays.of_retraining(method, self.tasks, rank)
+        own.settings = self.settings.of_method(method, self.tasks, chosen)
         over_ratings = self.settings.weighting == "ratings"
         if method in WITH_TASKS and over_ratings:
             own.loss = {"loss": error_over_ratings}
@@ -123,11 +127,20 @@ class Trials(training.Trials[Part]):
             return self._with_biases(model, shots)
         if kind != "lora" or labels["rank"] != 0 or self.settings.lora_head:
             own = copy.copy(self)
-            users = few.num_tasks
-            own.settings = self.settings.of_finetune(labels["method"], kind, users, shots)
+            chosen = self.decays.of_finetuning(labels, self.tasks, self._retrained_rank(labels))
+            own.settings = self.settings.of_finetune(chosen, few.num_tasks, shots)
             last = own.settings.finetune_epochs
             own._finetune(model, labels, few, held_out, *callbacks, validate_every=last)
         return _measured(self._predict(model, held_out), held_out)
+
+    def _retrained_rank(self, labels: training.Labels) -> int | None:
+        """Returns the rank of the retraining before a fine-tuning."""
+        if labels["method"] != "lora-ml":
+            return None
+        if labels["finetune"] == "lora":
+            return labels["rank"]
+        (rank,) = self.settings.rank
+        return rank
 
     def baseline(self, name: str, shots: int, seed: int) -> list[Row]:
         """Fits a baseline, and folds the unseen users in with some ratings of each.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.lib.choices import finished_run
 from experiments.lib.errors import RunError
-from experiments.lib.manifest import read_manifest
 from experiments.lib.runs import read_rows
 from experiments.lib.statistics import best_choices
 from experiments.lib.units import RESULTS
@@ -33,11 +33,7 @@ def chosen_rates(settings: VisionSettings, experiment: str, sha256: str) -> Rate
     folder = settings.finetune_lr_from
     if folder is None:
         return None
-    manifest = read_manifest(folder, FLAG, experiment)
-    if manifest.get("status") != "completed":
-        raise RunError(f"{FLAG}: the run in {folder} is not finished; go on with it first")
-    if manifest["data"].get(settings.data) != sha256:
-        raise RunError(f"{FLAG}: the run in {folder} has other images than {settings.data} here")
+    manifest = finished_run(folder, FLAG, experiment, {settings.data: sha256})
     seen = {kind for pair in manifest["settings"]["tasks"] for kind in pair.split("-")}
     if not seen.isdisjoint(settings.tasks[-1].split("-")):
         raise RunError(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.lib.errors import RunError
+from experiments.lib.choices import keep_choices
 from experiments.lib.experiment import Experiment, Report, Work, command
 from experiments.lib.machine import choose_device, keep_freed_memory
 from experiments.lib.processes import no_bar
@@ -53,7 +53,7 @@ def prepare(given: VisionSettings) -> Work:
         same = {"experiment": NAME, "data": settings.data}
         trainings = Trainings(folder, trials, COLUMNS, same, source)
         if rates is not None:
-            _keep_rates(folder, rates)
+            keep_choices(folder, FLAG, "finetune_lr", described(rates))
         for labels in tqdm(retrainings, desc=NAME, unit="model", disable=no_bar()):
             model = trainings.retrained(labels)
             for finetuning in finetunings(settings, labels, rates):
@@ -92,19 +92,6 @@ def finetunings(
                 for rate in chosen:
                     labels = {"method": method, "finetune": kind, "shots": shots}
                     yield {**labels, "draw": draw, "finetune_lr": rate, "trial": trial}
-
-
-def _keep_rates(folder: RunFolder, rates: Rates) -> None:
-    """Writes the chosen rates into the manifest; refuses a resumed run that had others."""
-    now = described(rates)
-    before = folder.manifest.get("notes", {}).get("finetune_lr", {})
-    for name, rate in before.items():
-        if now.get(name, rate) != rate:
-            raise RunError(
-                f"{FLAG}: the rate chosen for {name} was {rate} when this run began, and is "
-                f"{now[name]} now; start a new run"
-            )
-    folder.note(finetune_lr={**before, **now})
 
 
 def _figures_of_results(run: RunFiles) -> list[Path]:

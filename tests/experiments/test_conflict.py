@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import dataclasses
 import itertools
 from pathlib import Path
@@ -15,6 +16,7 @@ from experiments.conflict.run import CONFLICT, main
 from experiments.conflict.settings import METHODS, MODELS, ConflictSettings
 from experiments.conflict.summary import ACCURACY, RATE, VALIDATION, best_finetuning, table
 from experiments.conflict.trials import Trials
+from experiments.lib.errors import RunError
 from experiments.vision.data import Dataset, Images, load_digits
 from experiments.vision.mixer import Mixer, MixerConfig, patchify, unpatchify
 
@@ -269,6 +271,14 @@ def test_a_resumed_run_ends_in_the_same_results(
     results = [(tmp_path / name / "results.csv").read_text() for name in ("whole", "run")]
     assert results[0] == results[1]
     assert len(calls) == 8 + 1
+
+    more = {**SMALL, "retrain": ("lora-ml", "standard", "reptile")}
+    mixed_up = {**more, "lr": (3e-3, 1e-2, 0.5)}
+    with pytest.raises(RunError, match=r"the rate of lora-ml was 0\.01 when this run began"):
+        CONFLICT.run(settings(**mixed_up, out=tmp_path / "run", resume=True))
+    CONFLICT.run(settings(**more, out=tmp_path / "run", resume=True))
+    with (tmp_path / "run" / "results.csv").open(newline="") as file:
+        assert {row["method"] for row in csv.DictReader(file)} == set(more["retrain"])
 
 
 @pytest.mark.slow

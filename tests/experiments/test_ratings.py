@@ -14,12 +14,12 @@ import torch
 from experiments.lib.errors import RunError
 from experiments.lib.experiment import command
 from experiments.lib.machine import one_thread
-from experiments.ratings import baselines, choose
+from experiments.ratings import baselines, decays
 from experiments.ratings.choose import RATINGS_CHOOSE
 from experiments.ratings.data import Part, Ratings, made_up
 from experiments.ratings.model import RatingNet
 from experiments.ratings.run import RATINGS
-from experiments.ratings.settings import CHOSEN, FINETUNED, RatingsSettings
+from experiments.ratings.settings import CHOSEN, RatingsSettings
 from experiments.ratings.summary import OVER_RATINGS, RMSE, summary
 from experiments.ratings.trials import Trials, error_over_ratings
 from metalora.adapters import adapted_layers
@@ -106,13 +106,12 @@ def test_recentring_leaves_the_predictions() -> None:
 
 def test_decay_is_that_of_a_users_own_loss() -> None:
     s = settings(adapter_weight_decay=0.5)
-    own = s.of_method("lora-ml", 20)
+    own = s.of_method("lora-ml", 20, CHOSEN["lora-ml"])
     assert own.adapter_weight_decay == 0.025
     assert own.weight_decay == CHOSEN["lora-ml"]["weight_decay"] / 20
-    assert s.of_finetune("lora-ml", "lora", 10, 5).finetune_weight_decay == pytest.approx(
-        FINETUNED["lora-ml", "lora"] / 50
-    )
-    assert settings(weight_decay=0.8).of_method("standard", 20).weight_decay == 0.04
+    assert s.of_finetune(4.0, 10, 5).finetune_weight_decay == pytest.approx(4.0 / 50)
+    given = settings(weight_decay=0.8).of_method("standard", 20, CHOSEN["standard"])
+    assert given.weight_decay == 0.04
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -177,7 +176,8 @@ def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert all(0 < float(r["value"]) < 4 for r in rows if r["metric"] in (RMSE, OVER_RATINGS))
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["data"] == {"ratings": made_up().sha256}
-    assert manifest["notes"]["chosen"].keys() == {"lora-ml", "standard"}
+    of_standard = manifest["notes"]["decay"]["standard with 24 users"]
+    assert of_standard == CHOSEN["standard"]
     for name in ("rmse", "tasks", "rank"):
         assert (out / f"{name}.png").stat().st_size > 10_000
         assert (out / f"{name}.csv").read_text().count("\n") > 1
@@ -318,14 +318,15 @@ def test_the_choice_is_the_lowest_mean(tmp_path: Path, capsys: pytest.CaptureFix
     given = "--smoke --retrain standard --finetune last-layer"
     assert exit_code(RATINGS_CHOOSE, given, "--out", str(tmp_path / "run")) == 0
     printed = capsys.readouterr().out
-    candidate = choose.name(choose.candidates("standard")[0])
+    candidate = decays.name(next(decays.candidates("standard", None)))
     assert candidate in printed and " chosen\n" in printed
     assert exit_code(RATINGS_CHOOSE, "--smoke --weight-decay 1") == 2
     assert "--weight-decay: the grid holds it" in capsys.readouterr().err
 
     def row(candidate: str, kind: str, decay: str, trial: int, value: float) -> dict[str, str]:
-        same = {"method": "lora-ml", "metric": RMSE, "trial": str(trial), "shots": "5"}
+        same = {"method": "lora-ml", "tasks": "9", "rank": "2", "metric": RMSE, "shots": "5"}
         own = {"candidate": candidate, "finetune": kind, "finetune_weight_decay": decay}
+        own |= {"finetune_rank": "2" if kind == "lora" else "", "trial": str(trial)}
         return {**same, **own, "value": str(value)}
 
     rows = [
@@ -335,6 +336,39 @@ def test_the_choice_is_the_lowest_mean(tmp_path: Path, capsys: pytest.CaptureFix
         row("a", "last-layer", "1", 0, 2.0),
         row("b", "last-layer", "1", 0, 0.1),  # not what LoRA-ML is made for
     ]
-    found = choose.tried(rows)
-    assert choose.best(found) == {"lora-ml": "a"}
-    assert found["lora-ml"]["a"]["lora"] == (pytest.approx(1.1), "1")
+    found = decays.tried(rows)
+    key = "lora-ml", "9", "2"
+    assert decays.best(found) == {key: "a"}
+    assert found[key]["a"]["lora", "2"] == (pytest.approx(1.1), "1")
+
+
+def test_decays_are_taken_for_each_number_of_users_and_rank(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "choice", tmp_path / "run"
+    sizes = "--smoke --retrain lora-ml standard --finetune lora --tasks 12 24 --rank 0 2"
+    assert exit_code(RATINGS_CHOOSE, sizes, "--out", str(source)) == 0
+    # The first candidate of the grid is all that a smoke run tries; another one wins here.
+    rows = (source / "results.csv").read_text().replace("--weight-decay 0.1 ", "--weight-decay 9 ")
+    (source / "results.csv").write_text(rows)
+    run = f"{sizes} --seeds 1 --baselines none --decays-from {source} --out {out}"
+    assert exit_code(RATINGS, run) == 0
+    chosen = json.loads((out / "manifest.json").read_text())["notes"]["decay"]
+    of_lora_ml = {"weight_decay": 9.0, "adapter_weight_decay": 0.01}
+    assert chosen["lora-ml with 12 users and rank 2"] == of_lora_ml
+    assert chosen["lora-ml with 24 users and rank 0"]["weight_decay"] == 0.03  # standard's grid
+    assert chosen["standard with 24 users: fine-tuning, lora, rank 2"] in (2.0, 4.0, 8.0, 16.0)
+
+    capsys.readouterr()
+    for change, message in (
+        ("--tasks 13", "has not tried lora-ml with 13 users and rank 0; resume it with that"),
+        ("--finetune all --rank 2", "has not tried last-layer after standard with 12 users"),
+        ("--epochs 3", "has epochs 2, not 3; choose anew"),
+        ("--weight-decay 1", "argument --weight-decay: contradicts --decays-from"),
+    ):
+        assert exit_code(RATINGS, f"{run}x {change}") == 2
+        assert message in capsys.readouterr().err
+    rows = rows.replace("--weight-decay 9 ", "--weight-decay 8 ")
+    (source / "results.csv").write_text(rows)
+    assert exit_code(RATINGS, f"{run} --resume") == 2
+    assert "was {'weight_decay': 9.0, 'adapter_weight_decay': 0.01}" in capsys.readouterr().err

@@ -1,0 +1,202 @@
+"""The decays of a run: those of the settings, or those that another run has chosen.
+
+A run of `experiments.ratings.choose` tries every candidate of `GRID` for a method. The chosen one
+has the lowest RMSE of the validation users, mean over shots and trials, after the fine-tuning that
+the method is made for (standard, reptile: mean of both). A fine-tuning's decay is the best with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.lib.choices import finished_run
+from experiments.lib.errors import RunError
+from experiments.lib.manifest import plain
+from experiments.lib.retraining_settings import FINETUNES
+from experiments.lib.runs import read_rows
+from experiments.lib.statistics import summarize
+from experiments.lib.training import Labels
+from experiments.lib.units import RESULTS
+from experiments.ratings.settings import CHOSEN, FINETUNED, USER_BIAS, RatingsSettings
+from experiments.ratings.summary import RMSE
+
+FLAG = "--decays-from"
+CHOICE = "ratings-choose"
+# The grid of standard retraining ends at 2: at 4 it shrinks all embeddings to zero in trial 2.
+GRID: Mapping[str, Mapping[str, Sequence[float]]] = {
+    "lora-ml": {"weight_decay": (0.1, 0.2, 0.4), "adapter_weight_decay": (0.01, 0.03, 0.1)},
+    "last-layer-ml": {"weight_decay": (0.2, 0.4, 0.8), "adapter_weight_decay": (0.2, 0.4, 0.8)},
+    "standard": {"weight_decay": (0.03, 0.06, 0.1, 0.2, 0.4, 0.6, 0.8, 1.2, 2.0)},
+    "reptile": {"reptile_inner_lr": (1e-2, 3e-2)},
+}
+FINETUNE_GRID = {"lora": (2.0, 4.0, 8.0, 16.0), "last-layer": (10.0, 20.0, 40.0, 80.0)}
+MADE_FOR = {"lora-ml": ("lora",), "last-layer-ml": ("last-layer",)}
+# Settings that a choice and the run that uses it may have apart.
+FREE = ("users", "baselines", "first_seed", "decays_from")
+
+Retraining = tuple[str, str, str]  # method, number of retraining users and rank
+Finetuning = tuple[str, str]  # kind and rank
+# By candidate and fine-tuning, the lowest RMSE and with which decay.
+Tried = dict[Retraining, dict[str, dict[Finetuning, tuple[float, str]]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decays:
+    """What is chosen for each training; `CHOSEN` and `FINETUNED` where nothing is."""
+
+    retrainings: Mapping[Retraining, Mapping[str, float]]
+    finetunings: Mapping[tuple[Retraining, Finetuning], float]
+
+    def of_retraining(self, method: str, tasks: int, rank: int | None) -> dict[str, float]:
+        """Returns the settings chosen for a retraining."""
+        return {**CHOSEN[method], **self.retrainings.get(_retraining(method, tasks, rank), {})}
+
+    def of_finetuning(self, labels: Labels, tasks: int, retrained_rank: int | None) -> float:
+        """Returns the decay chosen for a fine-tuning; the last two are of the retraining."""
+        method, kind = labels["method"], labels["finetune"]
+        key = _retraining(method, tasks, retrained_rank), (kind, _text(labels["rank"]))
+        return self.finetunings.get(key, FINETUNED[method, kind])
+
+    def described(self) -> dict[str, Any]:
+        """Returns the choices for a manifest, by a text that says what for."""
+        found: dict[str, Any] = {_named(key): dict(of) for key, of in self.retrainings.items()}
+        for (key, (kind, rank)), decay in self.finetunings.items():
+            ranked = f", rank {rank}" if rank else ""
+            found[f"{_named(key)}: fine-tuning, {kind}{ranked}"] = decay
+        return found
+
+
+DEFAULT = Decays({}, {})
+
+
+def chosen_decays(
+    settings: RatingsSettings,
+    sha256: str,
+    trainings: Iterable[tuple[Labels, Sequence[Labels]]],
+) -> Decays:
+    """Returns what is chosen for each training: by the run in ``settings.decays_from``, if any.
+
+    Args:
+        settings: resolved settings.
+        sha256: checksum of the ratings.
+        trainings: labels of the retrainings, and of the fine-tunings after each.
+
+    Raises:
+        RunError: the run is not finished, has other settings or ratings, or lacks a training.
+    """
+    folder, found = settings.decays_from, None
+    if folder is not None:
+        _check_same(settings, folder, finished_run(folder, FLAG, CHOICE, {"ratings": sha256}))
+        found = tried(read_rows(folder / RESULTS))
+    best_of = {} if found is None else best(found)
+    retrainings, finetunings = {}, {}
+    for labels, after in trainings:
+        method, tasks, rank = labels["method"], labels["tasks"], labels["rank"]
+        key = _retraining(method, tasks, rank)
+        retrainings[key] = DEFAULT.of_retraining(method, tasks, rank)
+        if found is not None:
+            if key not in found:
+                raise RunError(
+                    f"{FLAG}: the run in {folder} has not tried {_named(key)}; resume it with that"
+                )
+            retrainings[key] |= _values(best_of[key])
+        for one in after:
+            if one["finetune"] == USER_BIAS:
+                continue
+            kind = one["finetune"], _text(one["rank"])
+            finetunings[key, kind] = DEFAULT.of_finetuning(one, tasks, rank)
+            if found is not None:
+                errors = found[key][best_of[key]]
+                if kind not in errors:
+                    raise RunError(
+                        f"{FLAG}: the run in {folder} has not tried {' '.join(kind).rstrip()} "
+                        f"after {_named(key)}; resume it with that"
+                    )
+                finetunings[key, kind] = float(errors[kind][1])
+    return Decays(retrainings, finetunings)
+
+
+def _check_same(settings: RatingsSettings, folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuses a choice that was made with other settings."""
+    for field in dataclasses.fields(settings):
+        if any(field.metadata.get(key) for key in ("run_only", "extends")) or field.name in FREE:
+            continue
+        was, wanted = manifest["settings"].get(field.name), plain(getattr(settings, field.name))
+        if was != wanted:
+            raise RunError(
+                f"{FLAG}: the run in {folder} has {field.name} {was!r}, not {wanted!r}; "
+                "choose anew with the settings of this run"
+            )
+
+
+def candidates(method: str, rank: int | None, smoke: bool = False) -> Iterator[dict[str, float]]:
+    """Yields the settings to try for a method; for a smoke run the first alone."""
+    grid = GRID["standard" if method == "lora-ml" and rank == 0 else method]
+    every = (dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
+    return itertools.islice(every, 1 if smoke else None)
+
+
+def name(candidate: Mapping[str, float]) -> str:
+    """Returns a candidate as one would type it on the command line."""
+    return " ".join(f"--{k.replace('_', '-')} {value:g}" for k, value in candidate.items())
+
+
+def _values(candidate: str) -> dict[str, float]:
+    """Returns what `name` was made from."""
+    words = candidate.split()
+    return {
+        flag.removeprefix("--").replace("-", "_"): float(value)
+        for flag, value in zip(words[::2], words[1::2], strict=True)
+    }
+
+
+def tried(rows: Iterable[Mapping[str, str]]) -> Tried:
+    """Returns what each candidate of each retraining has reached.
+
+    The RMSE is the mean over shots and trials.
+    """
+    found: Tried = {}
+    retraining, finetuning = ("method", "tasks", "rank"), ("finetune", "finetune_rank")
+    key = (*retraining, "candidate", *finetuning, "finetune_weight_decay")
+    for line in summarize(rows, key, (RMSE,)):
+        of = found.setdefault(tuple(line[k] for k in retraining), {})
+        of_candidate = of.setdefault(line["candidate"], {})
+        kind = tuple(line[k] for k in finetuning)
+        one = (line[RMSE], line["finetune_weight_decay"])
+        of_candidate[kind] = min(one, of_candidate.get(kind, one))
+    return found
+
+
+def best(found: Tried) -> dict[Retraining, str]:
+    """Returns the candidate chosen for each retraining."""
+    chosen = {}
+    for retraining, candidates_of in found.items():
+        made_for = MADE_FOR.get(retraining[0], FINETUNES)
+        means = {
+            candidate: statistics.fmean(
+                value
+                for (kind, _), (value, _) in errors.items()
+                if kind in made_for or len(errors) == 1
+            )
+            for candidate, errors in candidates_of.items()
+        }
+        chosen[retraining] = min(means, key=means.__getitem__)
+    return chosen
+
+
+def _text(rank: int | None) -> str:
+    return "" if rank is None else str(rank)
+
+
+def _retraining(method: str, tasks: int, rank: int | None) -> Retraining:
+    return method, str(tasks), _text(rank)
+
+
+def _named(retraining: Retraining) -> str:
+    method, tasks, rank = retraining
+    return f"{method} with {tasks} users" + (f" and rank {rank}" if rank else "")
