@@ -109,7 +109,17 @@ def with_ddp() -> dict[str, Any]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
+def refuses_tensor_parallelism() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model = adapt(plain(), LORA, T)
+    with pytest.raises(NotImplementedError, match="only support"):
+        parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel()})
+
+
 def on_two() -> dict[str, Any]:
+    refuses_tensor_parallelism()
     found = {f"fsdp, {p}": sharded(p, (2,)) for p in ("data", "tasks")}
     return {**found, "ddp": with_ddp()}
 
