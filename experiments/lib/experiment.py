@@ -123,6 +123,8 @@ class Experiment(Generic[Settings]):
             writes = processes.rank() == 0
             if writes:
                 say(work.notes)
+            if processes.launched():
+                folder.note(processes=processes.count())
             work.trials(folder)
             return folder, work.figures(folder) if writes else []
 

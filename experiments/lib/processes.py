@@ -37,6 +37,11 @@ def rank() -> int:
     return int(os.environ["RANK"]) if launched() else 0
 
 
+def count() -> int:
+    """Returns how many processes there are."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
 def local_rank() -> int:
     """Returns the number of this process on its machine, which is that of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))

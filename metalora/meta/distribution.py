@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -52,7 +53,8 @@ class Distribution:
         held: those that its model holds: ``tasks``, or a spare.
 
     Raises:
-        ValueError: if ``parallel`` is unknown, or a number is negative.
+        ValueError: if ``parallel`` is unknown, a number is negative, or torchrun started several
+            processes and there is no process group.
     """
 
     def __init__(
@@ -68,6 +70,11 @@ class Distribution:
         self.rank, self.world_size = 0, 1
         if parallel is not None and dist.is_available() and dist.is_initialized():
             self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        elif parallel is not None and (started := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise ValueError(
+                f"Distribution: {started} processes were started, but they do not know each other; "
+                "call torch.distributed.init_process_group() first"
+            )
         for count in samples_per_task:
             check_count("Distribution", "samples_per_task", count, minimum=0)
         self.num_tasks = len(samples_per_task)

@@ -59,7 +59,7 @@ def test_a_run_whose_process_is_killed_goes_on_and_equals_that_of_one(tmp_path: 
     assert done.stdout.count("results: ") == 1  # only the first process prints
     manifest = json.loads((two / "manifest.json").read_text())
     assert (manifest["status"], len(manifest["resumed"])) == ("completed", 1)
-    assert manifest["settings"]["parallel"] == "tasks"
+    assert (manifest["settings"]["parallel"], manifest["notes"]["processes"]) == ("tasks", 2)
     assert not list((two / "checkpoints").iterdir())
     assert accuracies(two) == pytest.approx(accuracies(one), abs=3)
     (wanted,), (found,) = (list((f / "weights").iterdir()) for f in (one, two))

@@ -225,6 +225,25 @@ def test_layers_that_run_again_have_the_same_masks() -> None:
         assert all(map(torch.equal, again, found[0]))
 
 
+def test_processes_without_a_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started, but they do not know each"):
+        standard(network(), rounds(), TrainConfig(epochs=1, lr=0.1, parallel="data"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"parallel": "both"}, "parallel must be one of"),
+        ({"parallel": "data", "compile": True}, "compile must be False with parallel"),
+        ({"parallel": "tasks", "precision": "fp16"}, "precision must be 'fp32' or 'bf16' with"),
+    ],
+)
+def test_settings_that_do_not_go_together(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(epochs=1, lr=0.1, **fields)
+
+
 def test_tasks_are_spread_by_their_samples() -> None:
     found = Distribution("tasks", [5, 1, 1, 7, 2])
     assert (found.tasks, found.held, found.world_size) == ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], 1)
