@@ -45,13 +45,16 @@ void define_operators(Library& m) {
       "bool need_weight, bool need_x, bool need_U) -> (Tensor, Tensor, Tensor)");
 
   // Attention within each of several sequences, one behind the other, for CPUs alone; `normaliser`
-  // [N, heads] is what is kept for backward.
+  // [N, heads] is what is kept for backward. A token sees itself and those before it, `window` in
+  // all; with window 0 all of its sequence. softcap 0 leaves the scores as they are.
   m.def(
       "packed_attention(Tensor query, Tensor key, Tensor value, Tensor ends, float scale, "
-      "float dropout_p, Tensor? seed) -> (Tensor output, Tensor normaliser)");
+      "float dropout_p, Tensor? seed, int window, float softcap) -> (Tensor output, "
+      "Tensor normaliser)");
   m.def(
       "packed_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor ends, "
-      "Tensor normaliser, float scale, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)");
+      "Tensor normaliser, float scale, float dropout_p, Tensor? seed, int window, float softcap) "
+      "-> (Tensor, Tensor, Tensor)");
 
   m.def("dropout_mask(Tensor seed, float p, int rows, int columns) -> Tensor");
 

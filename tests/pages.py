@@ -50,7 +50,31 @@ def small_roberta() -> nn.Module:
     return transformers.RobertaForSequenceClassification(config)
 
 
+def small_decoder() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
 def of_this_machine(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
-    """Has the pages' name of a model give this one: no test asks the network."""
-    auto = pytest.importorskip("transformers").AutoModelForSequenceClassification
-    monkeypatch.setattr(auto, "from_pretrained", {"roberta-base": model}.__getitem__)
+    """Has the pages' name of an encoder give this one: no test asks the network."""
+    _have_named(monkeypatch, "AutoModelForSequenceClassification", "roberta-base", model)
+
+
+def decoder_of_this_machine(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
+    """The same for the name of a decoder."""
+    name = "HuggingFaceTB/SmolLM2-135M"
+    _have_named(monkeypatch, "AutoModelForCausalLM", name, model)
+
+
+def _have_named(monkeypatch: pytest.MonkeyPatch, kind: str, name: str, model: nn.Module) -> None:
+    auto = getattr(pytest.importorskip("transformers"), kind)
+    original = auto.from_pretrained
+
+    def from_pretrained(wanted: str) -> nn.Module:
+        return model if wanted == name else original(wanted)
+
+    monkeypatch.setattr(auto, "from_pretrained", from_pretrained)

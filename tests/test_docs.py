@@ -15,7 +15,18 @@ import torch
 from experiments.lib import cli
 from experiments.report.registry import MODULES, experiment
 from experiments.vision.run import main as vision
-from tests.pages import DOCS, ROOT, all_pages, blocks, commands, of_this_machine, run, small_roberta
+from tests.pages import (
+    DOCS,
+    ROOT,
+    all_pages,
+    blocks,
+    commands,
+    decoder_of_this_machine,
+    of_this_machine,
+    run,
+    small_decoder,
+    small_roberta,
+)
 
 PAGE = (DOCS / "theory.md").read_text(encoding="utf-8")
 NAMES = sorted(set(re.findall(r"`((?:metalora|experiments)\.[\w.]+)`", PAGE)))
@@ -103,6 +114,7 @@ def test_how_to_pages_run(page: str, elsewhere: Path, monkeypatch: pytest.Monkey
     if page in ("hugging-face", "export"):
         pytest.importorskip("peft")
         of_this_machine(monkeypatch, small_roberta())
+        decoder_of_this_machine(monkeypatch, small_decoder())
     run(DOCS / "how-to" / f"{page}.md")
 
 

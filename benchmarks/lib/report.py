@@ -192,6 +192,7 @@ _FIGURES = {"steps": "steps_cpu_1", "steps_parts": "steps_cpu_1", "precision": "
 _TABLES: Mapping[str, tuple[str, Callable[[Record], Table]]] = {
     "layers": ("lora_linear_cpu", _layers),
     "language": ("language_cpu", _language),
+    "decoder": ("decoder_cpu", _language),
     "steps": ("steps_cpu_1", _steps),
     "steps-two-cores": ("steps_cpu_2", _steps),
     "curves": ("curves_cpu", _curves),

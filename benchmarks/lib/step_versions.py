@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.lib.dialogues import Turns
@@ -93,6 +94,26 @@ def language_lora(dropout: float = DROPOUT) -> LoRAConfig:
     return LoRAConfig(RANK, ALPHA, dropout, TARGETS, heads=[HEAD])
 
 
+def decoder_lora() -> LoRAConfig:
+    """The same adapters on the linear layers of a Llama's decoder."""
+    return LoRAConfig(RANK, ALPHA, DROPOUT, r".*\.(q|k|v|o|gate|up|down)_proj")
+
+
+def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Each sample's mean over the next tokens of its one sequence, padded or packed: [B]."""
+    ids, packing = batch.inputs["input_ids"], batch.inputs.get("packing")
+    if packing is None:
+        following = F.pad(batch.inputs["attention_mask"][:, 1:].bool(), (0, 1))
+    else:
+        following = torch.ones_like(ids, dtype=torch.bool)
+        following[0, packing.ends[1:].long() - 1] = False
+    labels = torch.where(following, ids.roll(-1, 1), -100)
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    lengths = batch.lengths or [ids.shape[1]] * len(ids)
+    sums = torch.stack([part.sum() for part in losses.split(list(lengths))])
+    return sums / torch.stack([part.sum() for part in following.flatten().split(list(lengths))])
+
+
 def language_setting(
     model: Any,
     turns: Turns,
@@ -100,6 +121,7 @@ def language_setting(
     max_tokens: int,
     device: str,
     lora: LoRAConfig,
+    loss: Loss = choice_loss,
 ) -> Setting:
     """Training on turns of dialogues, with at most ``max_tokens`` in a pass of metalora's."""
     sequences, pad, batches = turns.sequences, model.config.pad_token_id, list(rounds)
@@ -139,7 +161,7 @@ def language_setting(
         shortest_turns(turns),
         lora,
         TrainConfig(1, RATE, 0.01, optimizer="adamw"),
-        choice_loss,
+        loss,
         {AUTHORS: partial(of_task, turns.longest), TO_THE_BATCH: partial(of_task, None)},
         {
             AT_ONCE: lambda: of_round,

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from experiments.lib.errors import RunError
 from experiments.lib.manifest import MANIFEST
@@ -40,6 +42,11 @@ def rank() -> int:
 def count() -> int:
     """Returns how many processes there are."""
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def restarts() -> int:
+    """Returns how often torchrun has started the processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def local_rank() -> int:
@@ -67,7 +74,11 @@ def together() -> Iterator[None]:
         torch.cuda.set_device(local_rank())
         backend = "cpu:gloo,cuda:nccl"
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        # Under a name of its own for every restart: torchrun keeps the store, and with it the
+        # addresses of processes that have ended.
+        store, number, size = next(rendezvous("env://", timeout=TIMEOUT))
+        store = PrefixStore(f"restart {restarts()}", store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).partition("\n")[0][:200]
@@ -112,8 +123,7 @@ def open_folder(create: Callable[..., RunFolder], out: Path | None, resume: bool
     """
     if not launched():
         return create(resume=resume)
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if again and out is not None and (out / MANIFEST).exists():
+    if restarts() > 0 and out is not None and (out / MANIFEST).exists():
         resume = True
     folder: RunFolder | None = None
     told = [""]

@@ -27,8 +27,8 @@ class LoRAConfig:
             "all-linear" leaves out the heads, and what ``model.get_output_embeddings()`` returns.
         exclude_modules: regular expression or names, in the same form: never with an adapter. They
             must match something too.
-        heads: names, in the same form, of the layers that exist once per task. Naming a module
-            that holds linear layers makes heads of them all.
+        heads: names, in the same form, of the layers that exist once per task: nn.Linear, or
+            nn.Embedding. Naming a module that holds linear layers makes heads of them all.
         symmetric: whether the adapters are U_t U_tᵀ instead of B_t A_t; for square layers.
         route, keep_merged: how the layers compute, see `metalora.ops.lora_linear`.
 
@@ -87,6 +87,7 @@ _CONVERTED = {
 _DESCRIPTIVE = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "megatron_core",
+    "fan_in_fan_out",  # which the layers themselves tell
 }  # fmt: skip
 # Layers that peft trains without being asked to.
 _HEADS = {"SEQ_CLS": "classifier", "TOKEN_CLS": "classifier", "QUESTION_ANS": "qa_outputs"}

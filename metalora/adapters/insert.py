@@ -10,15 +10,23 @@ from torch import nn
 from metalora._checks import check_count, check_module
 from metalora.adapters.config import LoRAConfig, as_lora_config
 from metalora.adapters.fused_paths import check_batch_first, close_fused_paths
-from metalora.adapters.select import check_linear_alone, select
+from metalora.adapters.select import check_fan_in_fan_out, check_linear_alone, select
 from metalora.adapters.state import adapted_layers
-from metalora.nn import MultiTaskHead, MultiTaskLoRALinear, SymmetricLoRALinear, TaskLayer
+from metalora.nn import (
+    MultiTaskEmbedding,
+    MultiTaskHead,
+    MultiTaskLoRALinear,
+    SymmetricLoRALinear,
+    TaskLayer,
+)
 
 
 def adapt(
     model: nn.Module, lora_config: Any, num_tasks: int, *, tasks: Sequence[int] | None = None
 ) -> nn.Module:
     """Gives the linear layers of ``model`` one adapter per task, in place (paper, eq. 6).
+
+    Linear layers are nn.Linear, and transformers' Conv1D as in GPT-2.
 
     The layers keep their weights' own Parameter objects and names, so an optimiser, tied weights
     and ``state_dict`` keys of the plain model stay valid. Run the model inside
@@ -58,6 +66,7 @@ def adapt(
     selection = select(model, config)
     if config is not lora_config:
         check_linear_alone(model, config)
+        check_fan_in_fan_out(lora_config, selection)
     places = [names for _, names in selection.targets + selection.heads]
     if num_tasks > 1:
         check_batch_first(model, [name for names in places for name in names])
@@ -66,8 +75,8 @@ def adapt(
         for linear, names in selection.targets
     ]
     layers += [
-        _holding(tasks, MultiTaskHead.from_linear(linear, num_tasks, name=names[0]))
-        for linear, names in selection.heads
+        _holding(tasks, _one_per_task(module, names[0], num_tasks))
+        for module, names in selection.heads
     ]
     for layer, names in zip(layers, places, strict=True):
         for name in names:
@@ -82,7 +91,14 @@ def _holding(tasks: Sequence[int] | None, layer: TaskLayer) -> TaskLayer:
     return layer
 
 
-def _adapter_on(linear: nn.Linear, name: str, config: LoRAConfig, num_tasks: int) -> TaskLayer:
+def _one_per_task(module: nn.Module, name: str, num_tasks: int) -> TaskLayer:
+    if isinstance(module, nn.Embedding):
+        return MultiTaskEmbedding.from_embedding(module, num_tasks, name=name)
+    assert isinstance(module, nn.Linear)
+    return MultiTaskHead.from_linear(module, num_tasks, name=name)
+
+
+def _adapter_on(linear: nn.Module, name: str, config: LoRAConfig, num_tasks: int) -> TaskLayer:
     kind = SymmetricLoRALinear if config.symmetric else MultiTaskLoRALinear
     return kind.from_linear(
         linear,

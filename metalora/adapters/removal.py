@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import nn
 
@@ -21,7 +22,7 @@ def unload(model: nn.Module) -> nn.Module:
         model: an adapted model.
 
     Returns:
-        ``model``, all of whose adapted layers are nn.Linear again.
+        ``model``, all of whose adapted layers are what they were before.
 
     Raises:
         ValueError: if ``model`` is not adapted, or is sharded. It is then as it was.
@@ -32,14 +33,15 @@ def unload(model: nn.Module) -> nn.Module:
 def merge_and_unload(model: nn.Module, task: int) -> nn.Module:
     """Makes ``model`` plain again, in place, with one task's adapters and head: W + s·B_t A_t.
 
-    A merged weight is a new Parameter; one that was tied to another layer's is then tied no longer.
+    A merged weight is a new Parameter; one that was tied to another layer's is then tied no longer,
+    which a model of transformers gets into its configuration too.
 
     Args:
         model: an adapted model.
         task: index of the task, in [0, T).
 
     Returns:
-        ``model``, all of whose adapted layers are nn.Linear again.
+        ``model``, all of whose adapted layers are what they were before.
 
     Raises:
         ValueError: if ``model`` is not adapted, has no such task, or is sharded. It is then as it
@@ -51,14 +53,30 @@ def merge_and_unload(model: nn.Module, task: int) -> nn.Module:
 def _make_plain(function: str, model: nn.Module, task: int | None) -> nn.Module:
     check_adapted(function, model)
     _check_whole(function, model)
-    plain: dict[TaskLayer, nn.Linear] = {}
+    plain: dict[TaskLayer, nn.Module] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, TaskLayer):
             if layer not in plain:
                 plain[layer] = layer.to_linear(task)
             replace_module(model, name, plain[layer])
     reopen_fused_paths(model)
+    _note_untied(model)
     return model
+
+
+def _note_untied(model: nn.Module) -> None:
+    """Says so in the configuration if the output embedding has got a weight of its own.
+
+    Or a model of transformers that is saved would tie it again when it is loaded.
+    """
+    for module in model.modules():
+        found: Any = module
+        tied = getattr(getattr(found, "config", None), "tie_word_embeddings", False)
+        if not tied or not hasattr(found, "get_output_embeddings"):
+            continue
+        output = found.get_output_embeddings()
+        if output is not None and output.weight is not found.get_input_embeddings().weight:
+            found.config.tie_word_embeddings = False
 
 
 def _check_whole(function: str, model: nn.Module) -> None:

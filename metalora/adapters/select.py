@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -12,14 +13,15 @@ from metalora._checks import did_you_mean
 from metalora._warn import warn_user
 from metalora.adapters.config import LoRAConfig
 from metalora.nn import TaskLayer
+from metalora.nn.plain import features_of, is_conv1d, is_linear
 
 
 @dataclass(frozen=True)
 class Selection:
     """The layers to replace, each with all its names: a module may stand in two places."""
 
-    targets: list[tuple[nn.Linear, list[str]]]
-    heads: list[tuple[nn.Linear, list[str]]]
+    targets: list[tuple[nn.Module, list[str]]]
+    heads: list[tuple[nn.Module, list[str]]]
 
 
 def select(model: nn.Module, config: LoRAConfig) -> Selection:
@@ -34,7 +36,7 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
     target_names = _find_targets(model, modules, config, head_names)
     if not target_names and not head_names:
         raise ValueError(
-            "adapt: nothing to adapt: target_modules and heads match no nn.Linear of the model"
+            "adapt: nothing to adapt: target_modules and heads match no linear layer of the model"
         )
     if "" in target_names or "" in head_names:
         raise ValueError(
@@ -64,12 +66,21 @@ def check_linear_alone(model: nn.Module, config: LoRAConfig) -> None:
     if not isinstance(pattern, str) or pattern == "all-linear":
         return
     for name, module in model.named_modules():
-        other = module._parameters and not isinstance(module, nn.Linear | TaskLayer)
+        other = module._parameters and not _is_layer(module)
         if other and re.fullmatch(pattern, name):
             raise ValueError(
                 f"adapt: target_modules: {pattern!r} also means {name!r}, a "
                 f"{type(module).__name__}, which cannot get an adapter; narrow the pattern"
             )
+
+
+def check_fan_in_fan_out(config: Any, selection: Selection) -> None:
+    """Raises ValueError if a ``peft.LoraConfig`` takes layers for Conv1D of which none is."""
+    if config.fan_in_fan_out and not any(is_conv1d(layer) for layer, _ in selection.targets):
+        raise ValueError(
+            "adapt: peft.LoraConfig field fan_in_fan_out=True is for the Conv1D of transformers, "
+            "but all target_modules are nn.Linear; leave it at False"
+        )
 
 
 def _find_heads(modules: dict[str, nn.Module], wanted: Sequence[str]) -> list[str]:
@@ -80,14 +91,29 @@ def _find_heads(modules: dict[str, nn.Module], wanted: Sequence[str]) -> list[st
             raise _unknown("heads", name, modules)
         for match in matches:
             inside = [full for full in modules if full == match or full.startswith(f"{match}.")]
-            linears = [full for full in inside if isinstance(modules[full], nn.Linear)]
-            _check_nothing_else(modules, match, linears)
-            found += linears
+            layers = [full for full in inside if isinstance(modules[full], nn.Linear)]
+            if isinstance(modules[match], nn.Embedding):
+                layers = [match]
+            _check_nothing_else(modules, match, layers)
+            found += layers
     for name in found:
-        obstacle = _obstacle(modules, name)
+        module = modules[name]
+        if isinstance(module, nn.Embedding):
+            obstacle = _obstacle_of_embedding(module)
+        else:
+            obstacle = _obstacle(modules, name)
         if obstacle:
             raise ValueError(f"adapt: heads: {name!r} cannot be a head: {obstacle}")
     return list(dict.fromkeys(found))
+
+
+def _obstacle_of_embedding(module: nn.Embedding) -> str:
+    """Why there cannot be one for each task; "" if there can."""
+    if type(module) is not nn.Embedding:
+        return f"it is a {type(module).__name__}, not an nn.Embedding"
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        return "its max_norm, scale_grad_by_freq and sparse must not be set"
+    return _hooks(module)
 
 
 def _check_nothing_else(modules: dict[str, nn.Module], head: str, linears: list[str]) -> None:
@@ -119,7 +145,7 @@ def _find_targets(
 
 
 def _all_linear(modules: dict[str, nn.Module], excluded: set[str], symmetric: bool) -> list[str]:
-    linears = [n for n, m in modules.items() if isinstance(m, nn.Linear | TaskLayer)]
+    linears = [n for n, m in modules.items() if _is_layer(m)]
     found, skipped = [], []
     for name in linears:
         if name in excluded:
@@ -151,29 +177,37 @@ def _obstacle(modules: dict[str, nn.Module], name: str, symmetric: bool = False)
         return "it has one already; metalora.unload(model) takes adapters out"
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight and never calls it"
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear and not is_conv1d(module):
         return f"it is a {type(module).__name__}, not an nn.Linear"
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         return "its size is not known yet; run the model once"
+    if hooks := _hooks(module):
+        return hooks
+    inner, outer = features_of(module)
+    if symmetric and inner != outer:
+        return f"a symmetric adapter needs a square layer, got [out={outer}, in={inner}]"
+    return ""
+
+
+def _hooks(module: nn.Module) -> str:
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     if any(hooks) or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks (weight_norm, offloading, ...), which would be lost"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance, which would be lost"
-    if symmetric and module.in_features != module.out_features:
-        return (
-            "a symmetric adapter needs a square layer, "
-            f"got [out={module.out_features}, in={module.in_features}]"
-        )
     return ""
 
 
-def _group(modules: dict[str, nn.Module], names: list[str]) -> list[tuple[nn.Linear, list[str]]]:
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a pattern may mean it: a linear layer, or one that has adapters already."""
+    return is_linear(module) or isinstance(module, TaskLayer)
+
+
+def _group(modules: dict[str, nn.Module], names: list[str]) -> list[tuple[nn.Module, list[str]]]:
     """Each module once, with all its names; all of which must have been selected."""
     groups = []
     for name in names:
         module = modules[name]
-        assert isinstance(module, nn.Linear)
         places = [n for n, m in modules.items() if m is module]
         missing = [n for n in places if n not in names]
         if missing:
@@ -187,7 +221,7 @@ def _group(modules: dict[str, nn.Module], names: list[str]) -> list[tuple[nn.Lin
 
 
 def _check_heads_untied(
-    modules: dict[str, nn.Module], heads: list[tuple[nn.Linear, list[str]]]
+    modules: dict[str, nn.Module], heads: list[tuple[nn.Module, list[str]]]
 ) -> None:
     for head, names in heads:
         for other, module in modules.items():
@@ -216,7 +250,7 @@ def _matches(field: str, wanted: str | Sequence[str], modules: dict[str, nn.Modu
                 f"adapt: {field}: {wanted!r} is no valid regular expression ({error}); "
                 "for names give a list"
             ) from None
-        linears = [n for n, m in modules.items() if isinstance(m, nn.Linear | TaskLayer)]
+        linears = [n for n, m in modules.items() if _is_layer(m)]
         found = [n for n in linears if pattern.fullmatch(n)]
         if not found:
             raise _unknown(field, wanted, modules, is_pattern=True)
@@ -235,7 +269,7 @@ def _unknown(
             f"adapt: {field}: no module of the model matches {name!r}: a string is a regular "
             f"expression for the whole module name; for names give a list, as in [{name!r}]"
         )
-    linears = [n for n, m in modules.items() if n and isinstance(m, nn.Linear)]
+    linears = [n for n, m in modules.items() if n and is_linear(m)]
     suffixes = [n.rpartition(".")[2] for n in linears]
     hint = did_you_mean(name, dict.fromkeys(suffixes + linears))
     if not hint and linears:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from metalora._checks import did_you_mean
-from metalora.nn import MultiTaskHead, TaskLayer
+from metalora.nn import TaskLayer
 from metalora.nn.head import mean_over_tasks
+from metalora.nn.lora_layer import LoRALayer
 
 
 def adapted_layers(model: nn.Module) -> dict[str, TaskLayer]:
@@ -29,10 +30,10 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
             continue
         for name, parameter in layer.own_task_parameters().items():
             key = f"{prefix}.{name}"
-            if isinstance(layer, MultiTaskHead):
-                state[key] = mean_over_tasks(parameter.detach())
-            else:
+            if isinstance(layer, LoRALayer):
                 del state[key]
+            else:
+                state[key] = mean_over_tasks(parameter.detach())
     return state
 
 

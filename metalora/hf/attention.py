@@ -1,4 +1,4 @@
-"""Attention in packed sequences: every token sees its own sequence, and no other."""
+"""Attention in packed sequences: a token sees those of its own sequence, and no other."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from metalora import ops
 from metalora._checks import SHORT
+from metalora.reference.packed_attention import seen_keys
 
 NAME = "metalora"
 """What transformers calls `attention`."""
@@ -99,38 +100,88 @@ def packed_attention(
     *,
     dropout: float = 0.0,
     scale: float | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """softmax(s · q kᵀ) v within each sequence.
 
-    On a CPU `metalora.ops.packed_attention`. On a GPU in bf16 or fp16 without dropout, torch's
-    kernel for packed sequences; otherwise torch's attention, block by block.
+    On a CPU `metalora.ops.packed_attention`. On a GPU in bf16 or fp16 without dropout and softcap,
+    torch's kernel for packed sequences; otherwise torch's attention, block by block.
 
     Args:
-        query, key, value: [1, heads, N, d].
+        query: [1, heads, N, d].
+        key, value: [1, key_heads, N, d], of which heads is a multiple.
         packing: of the N tokens.
         dropout: probability to drop an attention weight.
         scale: s; None means 1 / sqrt(d).
+        causal, window, softcap: see `metalora.ops.packed_attention`.
 
     Returns:
         [1, N, heads, d].
     """
-    q, k, v = rows = [part[0].transpose(0, 1) for part in (query, key, value)]  # [N, heads, d]
-    if dropout == 0 and _has_kernel(query):
-        ends, longest = packing.ends, packing.longest
-        output: Any = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale)
-        return output[None]
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [N, heads, d]
+    if window is not None and window >= packing.longest:
+        window = None  # nothing is hidden by it
     places = packing.places
-    if places is None:
-        return ops.packed_attention(q, k, v, packing.ends, scale=scale, dropout_p=dropout)[None]
+    if places is None and not query.is_cuda:
+        return ops.packed_attention(
+            q, k, v, packing.ends, scale=scale, dropout_p=dropout, causal=causal, window=window,
+            softcap=softcap,
+        )[None]  # fmt: skip
+    k, v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
+    if dropout == 0 and softcap is None and _has_kernel(query):
+        ends, longest = packing.ends, packing.longest
+        before = -1 if window is None else window - 1
+        sides: dict[str, Any] = {"window_size": (before, 0)} if causal else {}
+        output: Any = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, **sides)
+        return output[None]
+    assert places is not None
+    rows = [q, k, v]
     sizes = [size * length for size, length, _ in packing.blocks]
     rows = [p.new_zeros(sum(sizes), *p.shape[1:]).index_copy(0, places, p) for p in rows]
     parts = zip(*(part.split(sizes) for part in rows), strict=True)
     outputs = []
     for (size, length, mask), of_block in zip(packing.blocks, parts, strict=True):
         q, k, v = (part.unflatten(0, (size, length)).transpose(1, 2) for part in of_block)
-        output = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scale)
+        if causal:  # padding stands behind all tokens, which do not see it
+            mask = None if window is None else seen_keys(length, window, query.device)
+        if softcap is None:
+            first = causal and window is None
+            output = F.scaled_dot_product_attention(
+                q, k, v, mask, dropout_p=dropout, scale=scale, is_causal=first
+            )
+        else:
+            if causal and mask is None:
+                mask = seen_keys(length, length, query.device)
+            output = _capped_attention(q, k, v, mask, dropout, scale, softcap)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return _Pick.apply(torch.cat(outputs), places)[None]
+
+
+def _repeated(part: Tensor, heads: int) -> Tensor:
+    """[_, key_heads, ...] → [_, heads, ...]: each head several times, one beside the other."""
+    group = heads // part.shape[1]
+    return part if group == 1 else part.repeat_interleave(group, 1)
+
+
+def _capped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scale: float | None,
+    softcap: float,
+) -> Tensor:
+    """torch's scaled_dot_product_attention of [b, heads, L, d] with scores c · tanh(x / c)."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = softcap * torch.tanh(scale * query @ key.mT / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    long = torch.float32 if scores.dtype in SHORT else scores.dtype
+    weights = F.dropout(torch.softmax(scores, -1, dtype=long).to(value.dtype), dropout)
+    return weights @ value
 
 
 def _has_kernel(query: Tensor) -> bool:
@@ -167,34 +218,71 @@ def attention(
     packing: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' "sdpa" attention, or with ``packing`` that of packed sequences."""
-    if packing is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    """transformers' "sdpa" attention, or with ``packing`` that of packed sequences.
 
+    Unlike "sdpa" it has a softcap too.
+    """
+    if packing is None:
+        return _padded_attention(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    window, causal = kwargs.get("sliding_window"), kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    special = [name for name in _NOT_PACKED if kwargs.get(name) is not None]
+    if window is not None and not causal:
+        special.append("sliding_window in both directions")
+    if special:
+        raise ValueError(
+            f"attention: packed sequences have none with {' and '.join(special)}, which "
+            f"{type(module).__name__} asks for"
+        )
+    output = packed_attention(
+        query, key, value, packing, dropout=dropout, scale=scaling, causal=causal, window=window,
+        softcap=kwargs.get("softcap"),
+    )  # fmt: skip
+    return output, None
+
+
+_NOT_PACKED = ("position_bias", "s_aux")  # biases of the scores, and attention sinks
+
+
+def _padded_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' "sdpa" attention, with a softcap where the model has one."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if softcap is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    special = [
-        name
-        for name in ("sliding_window", "softcap", "position_bias")
-        if kwargs.get(name) is not None
-    ]
-    if kwargs.get("is_causal", getattr(module, "is_causal", True)):
-        special.append("is_causal")
-    if special:
-        raise ValueError(
-            f"attention: packed sequences are for full attention alone, but "
-            f"{type(module).__name__} asks for {', '.join(special)}"
-        )
-    return packed_attention(query, key, value, packing, dropout=dropout, scale=scaling), None
+    length, heads = query.shape[2], query.shape[1]
+    key, value = _repeated(key, heads), _repeated(value, heads)
+    if attention_mask is None and length > 1:  # what "sdpa" takes for a causal mask
+        attention_mask = seen_keys(length, length, query.device)
+        key, value = key[:, :, :length], value[:, :, :length]
+    output = _capped_attention(query, key, value, attention_mask, dropout, scaling, softcap)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """transformers' "sdpa" mask. Skips the all-true mask check, which synchronises the device."""
     from transformers.masking_utils import sdpa_mask
 
-    if kwargs.get("attention_mask") is not None:
+    mask = kwargs.get("attention_mask")
+    if mask is not None:
         kwargs["allow_is_bidirectional_skip"] = False
+        if mask.is_cuda:
+            kwargs["allow_is_causal_skip"] = False
     return sdpa_mask(*args, **kwargs)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +25,15 @@ def enable_packing(model: nn.Module) -> nn.Module:
     """Makes a model of transformers take packed sequences too, in place.
 
     Packed inputs are "input_ids" and "position_ids" [1, N] of concatenated sequences, and their
-    `Packing` as "packing", as `SequencePasses` makes them. After the encoder only the first token
-    of each sequence is used, so the logits are [S, classes]. The model is tried at once: two packed
-    sequences must give the same outputs as padded ones.
+    `Packing` as "packing", as `SequencePasses` makes them. Attention may be full or causal, with a
+    sliding window, fewer heads of keys than of queries and softcapped scores.
+
+    After an encoder only the first token of each sequence is used, so the logits are [S, classes].
+    A causal model gives its outputs of every token, logits [1, N, vocabulary]; packed, it neither
+    makes masks nor fills a cache.
+
+    The model is tried at once: two packed sequences must give the same outputs as padded ones, with
+    sliding windows shorter than they are, and neither may change with the other's tokens.
 
     Works before and after `metalora.adapt`, and saves as the plain model does.
 
@@ -107,10 +116,37 @@ def _enable(model: nn.Module) -> None:
         )
     register()
     base = inner.base_model
-    encoder = getattr(base, "encoder", None) or getattr(base, "transformer", None) or base
-    handles = _FirstTokens().hook(encoder)
+    if _is_causal(inner):
+        handles = [base.register_forward_pre_hook(_WithoutMask(), with_kwargs=True)]
+    else:
+        encoder = getattr(base, "encoder", None) or getattr(base, "transformer", None) or base
+        handles = _FirstTokens().hook(encoder)
     inner.__dict__[_HANDLES] = inner.config._attn_implementation, handles
     inner.set_attn_implementation(NAME)
+
+
+def _is_causal(inner: nn.Module) -> bool:
+    return any(getattr(module, "is_causal", False) is True for module in inner.modules())
+
+
+class _WithoutMask:
+    """Has a causal model leave out the mask [N, N] and the cache of packed sequences.
+
+    transformers makes no mask where it is given one of four dimensions; `attention` ignores it.
+    """
+
+    def __init__(self) -> None:
+        register()  # a model may be unpickled where transformers does not know `attention` yet
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        packing = kwargs.get("packing")
+        if packing is None:
+            return None
+        mask = packing.ends.new_ones(1, 1, 1, 1, dtype=torch.bool)
+        return args, {**kwargs, "attention_mask": mask, "use_cache": False}
 
 
 class _FirstTokens:
@@ -124,7 +160,7 @@ class _FirstTokens:
         self._packing: Packing | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        register()  # a model may be unpickled where transformers does not know `attention` yet
+        register()  # see `_WithoutMask`
         self.__dict__.update(state)
 
     def hook(self, encoder: nn.Module) -> list[Any]:
@@ -166,48 +202,115 @@ def _difference(model: nn.Module) -> str | None:
     inner = _transformer("enable_packing", model)
     kind = type(inner).__name__
     try:
-        with evaluation_mode(model):
+        with evaluation_mode(model), _short_windows(model):
             for part in dict.fromkeys((inner.base_model, model)):
-                packed, padded, changed = _outputs(part, inner)
-                if packed.shape != padded.shape:
-                    shapes = f"{list(packed.shape)} instead of {list(padded.shape)}"
-                    return f"{kind} gives {shapes} for packed sequences"
-                if not torch.equal(packed[0], changed[0]):
-                    return f"{kind} lets packed sequences see each other"
-                limit = (5e-2 if padded.dtype in SHORT else 5e-3) * padded.abs().max()
-                if not bool(((packed - padded).abs() <= limit).all()):
-                    return f"{kind} gives other outputs for packed sequences"
+                problem = _trial(part, inner).problem()
+                if problem is not None:
+                    return f"{kind} {problem}"
     except Exception as problem:
         return f"{kind} does not take packed sequences: {first_line(problem)}"
     return None
 
 
-def _outputs(model: nn.Module, inner: Any) -> list[Tensor]:
-    """The logits, or each first token's last hidden state, of two sequences.
+@contextmanager
+def _short_windows(model: nn.Module) -> Iterator[None]:
+    """Makes sliding windows and chunks shorter than the sequences that a model is tried with."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    found = [
+        (owner, name, value)
+        for owner in (*model.modules(), *configs.values())
+        for name in ("sliding_window", "attention_chunk_size")
+        if type(value := vars(owner).get(name)) is int
+    ]
+    try:
+        for owner, name, value in found:
+            setattr(owner, name, min(value, 2))
+        yield
+    finally:
+        for owner, name, value in found:
+            setattr(owner, name, value)
 
-    Packed, padded, and packed with other tokens in the second.
+
+@dataclass(frozen=True)
+class _Trial:
+    """Outputs of a model for two sequences.
+
+    Attributes:
+        packed, padded: [S, ...] of the first tokens, or [N, ...] of all tokens of a causal model.
+        changed: those of packed sequences, with other tokens in the first, and in the second.
+        first: how many outputs are of the first sequence.
+        rounding: how far the outputs of a sequence may change with the other's tokens, relative to
+            the largest: not at all but in mixtures of experts, where a token is multiplied in one
+            product with whatever others its expert gets.
     """
+
+    packed: Tensor
+    padded: Tensor
+    changed: tuple[Tensor, Tensor]
+    first: int
+    rounding: float
+
+    def problem(self) -> str | None:
+        """What is wrong with the packed outputs, after the model's name; None if they are right."""
+        packed, padded, first = self.packed, self.padded, self.first
+        if packed.shape != padded.shape:
+            return (
+                f"gives {list(packed.shape)} instead of {list(padded.shape)} for packed sequences"
+            )
+        largest = padded.abs().max()
+        after, before = self.changed
+        changes = torch.cat([before[:first] - packed[:first], after[first:] - packed[first:]])
+        if not bool((changes.abs() <= self.rounding * largest).all()):
+            return "lets packed sequences see each other"
+        limit = (5e-2 if padded.dtype in SHORT else 5e-3) * largest
+        if not bool(((packed - padded).abs() <= limit).all()):
+            return "gives other outputs for packed sequences"
+        return None
+
+
+def _trial(model: nn.Module, inner: Any) -> _Trial:
     device = next(model.parameters()).device
     pad = getattr(inner.config, "pad_token_id", None) or 0
     tokens = torch.arange(sum(_LENGTHS)) % (inner.config.vocab_size - 1)
     ids = (tokens + (tokens >= pad)).to(device)
     start = position_offset(inner)
     positions = torch.cat([torch.arange(n) for n in _LENGTHS]).to(device) + start
-    packed = {
-        "input_ids": ids[None],
-        "position_ids": positions[None],
-        "packing": Packing.of(_LENGTHS, device),
-    }
-    others = torch.arange(_LENGTHS[0], len(ids), device=device)
+    packed = {"position_ids": positions[None], "packing": Packing.of(_LENGTHS, device)}
     parts = ids.split(_LENGTHS)
     padded = {
         "input_ids": nn.utils.rnn.pad_sequence(parts, True, pad),
         "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(p) for p in parts], True),
     }
-    changed = {**packed, "input_ids": ids.index_fill(0, others, int(ids[0]))[None]}
-    results = []
-    for inputs in (packed, padded, changed):
+    real = padded["attention_mask"].bool()
+    causal = _is_causal(inner)
+
+    def outputs(inputs: dict[str, Any]) -> Tensor:
         with tasks(torch.tensor([0, 0]), lengths=_LENGTHS):
-            output = call_model(model, inputs)
-        results.append(output if isinstance(output, Tensor) else output.last_hidden_state[:, 0])
-    return results
+            found = call_model(model, inputs)
+        every = found if isinstance(found, Tensor) else found.last_hidden_state
+        if causal:
+            size = inputs["input_ids"].shape
+            if every.shape[:2] != size:
+                raise ValueError(
+                    f"a causal model must give outputs of every token, {list(size)} of them, got "
+                    f"{list(every.shape)}"
+                )
+            return every[real] if inputs is padded else every.flatten(0, 1)
+        return every if isinstance(found, Tensor) else every[:, 0]
+
+    def of_packed(*of_each: Tensor) -> Tensor:
+        return outputs({**packed, "input_ids": torch.cat(of_each)[None]})
+
+    one, two = parts
+    ours = of_packed(one, two)
+    experts = any(name.endswith("experts") for name, _ in inner.named_modules())
+    return _Trial(
+        ours,
+        outputs(padded),
+        (
+            of_packed(torch.full_like(one, int(two[0])), two),
+            of_packed(one, torch.full_like(two, int(one[0]))),
+        ),
+        _LENGTHS[0] if causal else 1,
+        16 * torch.finfo(ours.dtype).eps if experts else 0.0,
+    )

@@ -16,6 +16,7 @@ from metalora._files import read_tensors
 from metalora.adapters.config import shown
 from metalora.io.config_file import read_settings
 from metalora.io.folder import CONFIG, PREFIX, WEIGHTS, PeftFolderError, restore
+from metalora.nn.plain import is_conv1d, is_linear
 
 _DTYPES = (
     torch.float64,
@@ -66,6 +67,11 @@ def read_adapter(peft: Any, folder: Path, model: nn.Module, base: str | Path | N
             ranks[module] = tensor.shape[0]
     heads = list(dict.fromkeys(heads))
     _check_names(folder, model, [*ranks], heads)
+    if settings.fan_in_fan_out and not any(is_conv1d(model.get_submodule(n)) for n in ranks):
+        raise PeftFolderError(
+            f"import_peft: {settings.path}: field fan_in_fan_out=True is for the Conv1D of "
+            "transformers, but its layers are nn.Linear"
+        )
     wanted, alphas = settings.ranks(ranks), settings.alphas(ranks)
     layers = {}
     for layer, rank in ranks.items():
@@ -126,8 +132,8 @@ def _check_base(folder: Path, named: str | None, wanted: str | Path | None) -> N
 
 def _check_names(folder: Path, model: nn.Module, layers: list[str], heads: list[str]) -> None:
     modules = dict(model.named_modules())
-    linears = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
-    for names, known, what in ((layers, linears, "nn.Linear"), (heads, modules, "module")):
+    linears = {name for name, module in modules.items() if is_linear(module)}
+    for names, known, what in ((layers, linears, "linear layer"), (heads, modules, "module")):
         for name in names:
             if name not in known:
                 raise PeftFolderError(

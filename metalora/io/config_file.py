@@ -29,6 +29,7 @@ class Settings:
     alpha: float
     dropout: float
     use_rslora: bool
+    fan_in_fan_out: bool
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
 
@@ -114,6 +115,7 @@ def _parse(path: Path, kind: Any, values: dict[str, Any]) -> Settings:
         alpha=check_positive(where, "lora_alpha", given["lora_alpha"]),
         dropout=dropout,
         use_rslora=given["use_rslora"],
+        fan_in_fan_out=given["fan_in_fan_out"],
         rank_pattern=_patterns(where, "rank_pattern", values, _INTEGER, check_count),
         alpha_pattern=_patterns(where, "alpha_pattern", values, _NUMBER, check_positive),
     )
@@ -171,6 +173,7 @@ _TYPES = {
     "base_model_name_or_path": _TEXT,
     "revision": _TEXT,
     "inference_mode": _FLAG,
+    "fan_in_fan_out": _FLAG,
     "r": _INTEGER,
     "lora_alpha": _NUMBER,
     "lora_dropout": _NUMBER,

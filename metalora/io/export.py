@@ -30,11 +30,14 @@ from metalora.io.twin import twin_of
 from metalora.nn import TaskLayer
 from metalora.nn.lora_layer import LoRALayer
 
-# For these PEFT saves further modules whole, such as the classifier. Others need no task type.
+# For the first three PEFT saves further modules whole, such as the classifier; causal models it
+# lets generate. Others need no task type.
 _TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
 }
 _HUB_NAME = r"[\w.-]+(/[\w.-]+)?"
 
@@ -78,7 +81,7 @@ def export_peft(
         base: folder or hub name of a model that has the shared weights already, as after
             fine-tuning; it is then referred to, and no base is written.
         task_type: PEFT's; "auto" takes it from the model's class (sequence and token
-            classification, question answering), None writes none.
+            classification, question answering, causal language models), None writes none.
         tokenizer: saved with the base, by its ``save_pretrained``.
         metrics: for the model cards: a number goes into every card, a list gives one per task.
         overwrite: whether an earlier export in ``folder`` is replaced.

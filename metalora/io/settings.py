@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from metalora.io.folder import PREFIX
 from metalora.io.twin import twin_of
-from metalora.nn import MultiTaskHead, TaskLayer
+from metalora.nn import TaskLayer
+from metalora.nn.lora_layer import LoRALayer
 
 _NO_TARGETS = "dummy-target-modules"  # PEFT's own word for an adapter of modules_to_save alone
 
@@ -21,7 +22,7 @@ def peft_lora_config(
     peft: Any, model: nn.Module, layers: dict[str, TaskLayer], task_type: str | None, base: str
 ) -> Any:
     """The ``peft.LoraConfig`` that says what the layers are."""
-    targets: dict[str, Any] = {n: m for n, m in layers.items() if not isinstance(m, MultiTaskHead)}
+    targets = {n: m for n, m in layers.items() if isinstance(m, LoRALayer)}
     dropouts = {layer.dropout for layer in targets.values()}
     if len(dropouts) > 1:
         raise ValueError(
@@ -37,6 +38,7 @@ def peft_lora_config(
         rank_pattern={f"^{re.escape(n)}": r for n, r in ranks.items() if r != rank},
         alpha_pattern={f"^{re.escape(n)}": a for n, a in alphas.items() if a != alpha},
         lora_dropout=max(dropouts, default=0.0),
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in targets.values()),
         target_modules=_target_modules(model, list(targets)),
         modules_to_save=_heads_as_modules(model, layers),
         task_type=task_type,
@@ -62,7 +64,7 @@ def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
 
 def _heads_as_modules(model: nn.Module, layers: dict[str, TaskLayer]) -> list[str]:
     """The heads; instead of all there is in a module, that module."""
-    heads = [layer for layer in layers.values() if isinstance(layer, MultiTaskHead)]
+    heads = [layer for layer in layers.values() if not isinstance(layer, LoRALayer)]
     own = {id(p) for head in heads for p in head.parameters()}
     found: list[str] = []
     for name, module in model.named_modules():
@@ -102,12 +104,12 @@ def check_complete(
     for name, layer in layers.items():
         whole = f"{PREFIX}{name}.weight"
         parts = {f"{PREFIX}{name}.{factor}.weight" for factor in ("lora_A", "lora_B")}
-        if whole not in wanted and (isinstance(layer, MultiTaskHead) or not parts <= wanted):
+        if whole not in wanted and not (isinstance(layer, LoRALayer) and parts <= wanted):
             raise ValueError(
                 f"export_peft: peft would leave out {name!r}: its own rules for names do not find "
                 "it, or find it in another module"
             )
-        if not isinstance(layer, MultiTaskHead):
+        if isinstance(layer, LoRALayer):
             have |= parts
     if not wanted <= have:
         raise ValueError(

@@ -3,6 +3,7 @@
 from metalora.nn.call_sorted import call_sorted
 from metalora.nn.checkpointing import keep_tasks_in_checkpoints
 from metalora.nn.context import current_tasks, keep_tasks, tasks
+from metalora.nn.embedding import MultiTaskEmbedding
 from metalora.nn.head import MultiTaskHead
 from metalora.nn.layer import TaskLayer
 from metalora.nn.lora_linear import MultiTaskLoRALinear
@@ -12,6 +13,7 @@ from metalora.nn.symmetric_lora_linear import SymmetricLoRALinear
 from metalora.nn.task_batch import TaskBatch
 
 __all__ = [
+    "MultiTaskEmbedding",
     "MultiTaskHead",
     "MultiTaskLoRALinear",
     "SeenTasks",

@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metalora._checks import check_count
-from metalora.nn.layer import TaskLayer, as_linear, new_parameter, rows_per_sample
+from metalora.nn.layer import TaskLayer, new_parameter, rows_per_sample
+from metalora.nn.plain import as_linear
 from metalora.nn.task_batch import TaskBatch
+
+_FEW = 8192  # outputs of a head; above, those of all other tasks would cost too much
 
 
 class MultiTaskHead(TaskLayer):
@@ -19,7 +22,8 @@ class MultiTaskHead(TaskLayer):
 
     ``weight`` is [T, out, in] and ``bias`` [T, out], each task initialised as nn.Linear does.
     Every row is multiplied by all T heads, and its own result is kept: one product, without sorting
-    or waiting for a device. Meant for last layers, which have few outputs.
+    or waiting for a device. With as many outputs as a vocabulary has tokens, rows are sorted by
+    task, and each is multiplied by its own head alone.
 
     Args:
         in_features: size of the inputs.
@@ -80,6 +84,8 @@ class MultiTaskHead(TaskLayer):
             return F.linear(x, self.weight[0], None if self.bias is None else self.bias[0])
         if not torch.compiler.is_compiling():
             batch.check_range(self.num_tasks)
+        if self.out_features > _FEW and not torch.compiler.is_compiling():
+            return self._task_by_task(x, batch)
         bias = None if self.bias is None else self.bias.flatten()
         every = F.linear(x, self.weight.flatten(0, 1), bias)  # [B, ..., T * out]
         if batch.size == 0:
@@ -92,6 +98,12 @@ class MultiTaskHead(TaskLayer):
         ids = ids.view(-1, 1, 1, 1)
         own = every.gather(2, ids.expand(-1, every.shape[1], 1, self.out_features))
         return own.reshape(*x.shape[:-1], self.out_features)
+
+    def _task_by_task(self, x: Tensor, batch: TaskBatch) -> Tensor:
+        rows, task_ptr = self.sort_rows(x, batch)
+        biases = [None] * self.num_tasks if self.bias is None else self.bias.unbind()
+        parts = zip(rows.split(task_ptr.diff().tolist()), self.weight, biases, strict=True)
+        return self.restore_rows(torch.cat([F.linear(*part) for part in parts]), x, batch)
 
     def to_linear(self, task: int | None = None) -> nn.Linear:
         """Task t's head, or (None) the mean of all heads, as new parameters."""

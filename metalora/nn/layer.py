@@ -37,7 +37,7 @@ class TaskLayer(nn.Module):
         """Draws the per-task parameters afresh."""
         raise NotImplementedError
 
-    def to_linear(self, task: int | None = None) -> nn.Linear:
+    def to_linear(self, task: int | None = None) -> nn.Module:
         """The plain layer of one task, or (None) without adapters, heads averaged over tasks."""
         raise NotImplementedError
 
@@ -152,9 +152,11 @@ class TaskLayer(nn.Module):
     def _where(self) -> str:
         return f"{type(self).__name__} {self.name!r}" if self.name else type(self).__name__
 
+    def _number(self) -> str:
+        return f"tasks={self.num_tasks}" + (f" of {self._held[0]}" if self._held else "")
+
     def extra_repr(self) -> str:
-        tasks = f"{self.num_tasks}" + (f" of {self._held[0]}" if self._held else "")
-        return f"in={self.in_features}, out={self.out_features}, tasks={tasks}"
+        return f"in={self.in_features}, out={self.out_features}, {self._number()}"
 
 
 def rows_per_sample(x: Tensor, batch: TaskBatch) -> int:
@@ -162,14 +164,6 @@ def rows_per_sample(x: Tensor, batch: TaskBatch) -> int:
     inner = math.prod(x.shape[1:-1])
     # Not divided where nothing is to divide: torch.compile then has no quotient to reason about.
     return inner if x.shape[0] == batch.size else inner * (x.shape[0] // batch.size)
-
-
-def as_linear(weight: nn.Parameter, bias: nn.Parameter | None, training: bool) -> nn.Linear:
-    """An nn.Linear made of these very parameters, [out, in] and [out]."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = weight
-    linear.register_parameter("bias", bias)
-    return linear.train(training)
 
 
 def new_parameter(like: Tensor, *shape: int) -> nn.Parameter:

@@ -12,7 +12,8 @@ from typing_extensions import Self
 from metalora import ops
 from metalora._checks import check_choice, check_count, check_nonnegative, check_positive
 from metalora._warn import warn_user
-from metalora.nn.layer import TaskLayer, as_linear, new_parameter
+from metalora.nn.layer import TaskLayer, new_parameter
+from metalora.nn.plain import as_conv1d, as_linear, features_of, is_conv1d
 from metalora.nn.sample_dropout import drops_by_sample
 from metalora.nn.task_batch import TaskBatch
 
@@ -25,11 +26,13 @@ class LoRALayer(TaskLayer):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    fan_in_fan_out: bool = False
+    """Whether ``weight`` is Wᵀ [in, out], as in the Conv1D of transformers."""
 
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         num_tasks: int,
         rank: int,
         *,
@@ -39,7 +42,12 @@ class LoRALayer(TaskLayer):
         keep_merged: bool = False,
         name: str = "",
     ) -> Self:
-        """Adapters on ``linear``, whose own Parameter objects become ``weight`` and ``bias``."""
+        """Adapters on ``linear``, whose own Parameter objects become ``weight`` and ``bias``.
+
+        Args:
+            linear: an nn.Linear, or a Conv1D of transformers.
+            num_tasks, rank, alpha, dropout, route, keep_merged, name: see `MultiTaskLoRALinear`.
+        """
         layer = cls.__new__(cls)
         TaskLayer.__init__(layer, num_tasks, name)
         layer._build(linear, rank, alpha, dropout, route, keep_merged)
@@ -47,7 +55,7 @@ class LoRALayer(TaskLayer):
 
     def _build(
         self,
-        linear: nn.Linear,
+        linear: nn.Module,
         rank: int,
         alpha: float | None,
         dropout: float,
@@ -55,7 +63,8 @@ class LoRALayer(TaskLayer):
         keep_merged: bool,
     ) -> None:
         function = type(self).__name__
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features, self.out_features = features_of(linear)
+        self.fan_in_fan_out = is_conv1d(linear)
         self.rank = check_count(function, "rank", rank)
         self.alpha = float(rank) if alpha is None else check_positive(function, "alpha", alpha)
         self.scaling = self.alpha / self.rank
@@ -84,6 +93,10 @@ class LoRALayer(TaskLayer):
         """The shape of each per-task parameter, without the dimension of the tasks."""
         raise NotImplementedError
 
+    def dense(self) -> Tensor:
+        """W [out, in], shared by the tasks."""
+        return self.weight.T if self.fan_in_fan_out else self.weight
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [T, rank, in] and B [T, out, rank] of all tasks."""
         raise NotImplementedError
@@ -107,7 +120,7 @@ class LoRALayer(TaskLayer):
         lora_A, lora_B = self.factors()
         y = ops.lora_linear(
             rows,
-            self.weight,
+            self.dense(),
             self.bias,
             lora_A,
             lora_B,
@@ -126,17 +139,22 @@ class LoRALayer(TaskLayer):
         factors = zip(*self.factors(), strict=True)
         updates = [rows[a:b] @ A.T @ B.T for (a, b), (A, B) in zip(bounds, factors, strict=True)]
         update = self.restore_rows(torch.cat(updates), x, batch)
-        return F.linear(x, self.weight, self.bias) + self.scaling * update
+        return F.linear(x, self.dense(), self.bias) + self.scaling * update
 
-    def to_linear(self, task: int | None = None) -> nn.Linear:
-        """Task t's layer, W + s·B_t A_t merged into a new weight; None gives W's own Parameter."""
+    def to_linear(self, task: int | None = None) -> nn.Module:
+        """Task t's layer, W + s·B_t A_t merged into a new weight; None gives W's own Parameter.
+
+        It is an nn.Linear, or a Conv1D of transformers if it was made of one.
+        """
+        as_plain = as_conv1d if self.fan_in_fan_out else as_linear
         if task is None:
-            return as_linear(self.weight, self.bias, self.training)
+            return as_plain(self.weight, self.bias, self.training)
         one = slice(self.check_task(task), task + 1)
         lora_A, lora_B = (factor.detach()[one] for factor in self.factors())
-        merged = ops.merge_lora(self.weight.detach(), lora_A, lora_B, self.scaling)[0]
-        weight = nn.Parameter(merged.to(self.weight.dtype), self.weight.requires_grad)
-        return as_linear(weight, self.bias, self.training)
+        merged = ops.merge_lora(self.dense().detach(), lora_A, lora_B, self.scaling)[0]
+        merged = (merged.T if self.fan_in_fan_out else merged).to(self.weight.dtype)
+        weight = nn.Parameter(merged.contiguous(), self.weight.requires_grad)
+        return as_plain(weight, self.bias, self.training)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from metalora import reference
-from metalora._checks import check_float, check_like, check_shape
+from metalora._checks import check_count, check_float, check_like, check_positive, check_shape
 from metalora.ops._native import autocast, autocasting, call, register, usable
 from metalora.ops.dropout import check_probability, seed_tensor
 
@@ -23,6 +24,9 @@ def packed_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """drop(softmax(s · q kᵀ)) v within each of several sequences, for each head.
 
@@ -31,12 +35,17 @@ def packed_attention(
     Under autocast, query, key and value are cast to its dtype.
 
     Args:
-        query, key, value: [N, heads, d], the tokens of all sequences, one behind the other.
+        query: [N, heads, d], the tokens of all sequences, one behind the other.
+        key, value: [N, key_heads, d], where heads is a multiple of key_heads: with g times as many,
+            head i has the keys and values of head i // g (grouped-query attention).
         ends: int32 [S + 1] on the CPU; tokens ``ends[i]:ends[i + 1]`` are sequence i.
         scale: s; None means 1 / sqrt(d).
         dropout_p: probability in [0, 1) to drop a weight.
         seed: int in [0, 2**63) or int64 scalar tensor that fixes the dropout mask (see
             `metalora.reference.packed_attention`); None draws one from torch's generator.
+        causal: whether a token sees only itself and those before it.
+        window: with ``causal``, how many tokens it sees at most, itself among them.
+        softcap: c, if scores x become c · tanh(x / c).
 
     Returns:
         [N, heads, d], in the dtype of ``query``.
@@ -49,8 +58,16 @@ def packed_attention(
     if autocasting(query.device.type):
         query, key, value = autocast(query), autocast(key), autocast(value)
     check_shape(function, "query", query, ("N", "heads", "d"), (None, None, None))
+    tokens, heads, d = query.shape
+    check_shape(function, "key", key, ("N", "key_heads", "d"), (tokens, None, d))
+    key_heads = key.shape[1]
+    check_shape(function, "value", value, ("N", "key_heads", "d"), (tokens, key_heads, d))
+    if heads % key_heads if key_heads else heads:
+        raise ValueError(
+            f"{function}: query must have a multiple of the heads of key, got {heads} and "
+            f"{key_heads}"
+        )
     for name, tensor in (("key", key), ("value", value)):
-        check_shape(function, name, tensor, ("N", "heads", "d"), tuple(query.shape))
         check_like(function, name, tensor, "query", query)
     if not isinstance(ends, Tensor) or ends.dtype != torch.int32 or not ends.is_cpu:
         got = f"{ends.dtype} on {ends.device}" if isinstance(ends, Tensor) else type(ends).__name__
@@ -66,24 +83,32 @@ def packed_attention(
     scale = 1 / math.sqrt(query.shape[2]) if scale is None else float(scale)
     dropout_p = check_probability(function, "dropout_p", dropout_p)
     seed = seed_tensor(function, seed, query.device) if dropout_p > 0 else None
+    if window is not None and not causal:
+        raise ValueError(f"{function}: window needs causal=True, got window={window} without")
+    seen = 0 if not causal else _ALL if window is None else check_count(function, "window", window)
+    cap = 0.0 if softcap is None else check_positive(function, "softcap", softcap)
+    arguments = (query, key, value, ends, scale, dropout_p, seed, seen, cap)
     if query.is_cpu and usable(query):
-        return _PackedAttention.apply(query, key, value, ends, scale, dropout_p, seed)
-    return reference.packed_attention(query, key, value, ends, scale, dropout_p, seed)
+        return _PackedAttention.apply(*arguments)
+    return reference.packed_attention(*arguments)
+
+
+_ALL = sys.maxsize  # as a window: all tokens before
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        query, key, value, ends, scale, dropout_p, seed = arguments
+        query, key, value, ends, *settings = arguments
         output, normaliser = call("packed_attention", *arguments)
+        ctx.scale, ctx.dropout_p, seed, ctx.window, ctx.softcap = settings
         ctx.save_for_backward(query, key, value, ends, seed, normaliser)
-        ctx.scale, ctx.dropout_p = scale, dropout_p
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         query, key, value, ends, seed, normaliser = ctx.saved_tensors
-        settings = (ctx.scale, ctx.dropout_p, seed)
+        settings = (ctx.scale, ctx.dropout_p, seed, ctx.window, ctx.softcap)
         if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated
             rows = [part.view_as(part) for part in (query, key, value)]
             q, k, v = rows
@@ -94,7 +119,7 @@ class _PackedAttention(torch.autograd.Function):
         else:
             arguments = (grad, query, key, value, ends, normaliser, *settings)
             gradients = list(call("packed_attention_backward", *arguments))
-        return *gradients, None, None, None, None
+        return *gradients, *[None] * 6
 
 
 @register("packed_attention")
@@ -107,5 +132,5 @@ def _fake(a: Any) -> tuple[Tensor, Tensor]:
 
 @register("packed_attention_backward")
 def _backward_fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
-    shape = a.query.shape
-    return a.query.new_empty(shape), a.query.new_empty(shape), a.query.new_empty(shape)
+    shape = a.key.shape
+    return a.query.new_empty(a.query.shape), a.query.new_empty(shape), a.query.new_empty(shape)

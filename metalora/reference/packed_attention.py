@@ -13,14 +13,19 @@ from metalora.reference.dropout import dropout_mask
 
 def packed_attention(
     query: Tensor,  # [N, heads, d]
-    key: Tensor,  # [N, heads, d]
-    value: Tensor,  # [N, heads, d]
+    key: Tensor,  # [N, key_heads, d], of which heads is a multiple
+    value: Tensor,  # [N, key_heads, d]
     ends: Tensor,  # integers [S + 1]: tokens ends[i]:ends[i + 1] are sequence i
     scale: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    window: int = 0,  # a token sees itself and those before it, so many in all; 0: every token
+    softcap: float = 0.0,  # 0: no cap
 ) -> Tensor:  # [N, heads, d]
     """drop(softmax(s · q kᵀ)) v within each sequence, for each head.
+
+    Head i has the keys and values of head i * key_heads // heads. With a cap c, scores x become
+    c · tanh(x / c).
 
     Dropout keeps a weight as `dropout_mask` does the element of row ``token * heads + head`` whose
     column is the key's place in its sequence. Rows have as many columns as the longest sequence
@@ -30,6 +35,9 @@ def packed_attention(
     if dtype in SHORT:
         query, key, value = query.float(), key.float(), value.float()
     tokens, heads, _ = query.shape
+    group = heads // max(key.shape[1], 1)
+    if group > 1:
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     bounds = ends.tolist()
     kept = None
     if dropout_p > 0:
@@ -41,8 +49,20 @@ def packed_attention(
     outputs = [query[:0] + value[:0]]
     for start, end in pairwise(bounds):
         q, k, v = (part[start:end].transpose(0, 1) for part in (query, key, value))
-        weights = torch.softmax(scale * q @ k.mT, -1)  # [heads, n, n]
+        scores = scale * q @ k.mT  # [heads, n, n]
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        if window > 0:
+            scores = scores.masked_fill(~seen_keys(end - start, window, scores.device), -torch.inf)
+        weights = torch.softmax(scores, -1)
         if kept is not None:
             weights = weights * kept[:, start:end, : end - start] / (1 - dropout_p)
         outputs.append((weights @ v).transpose(0, 1))
     return torch.cat(outputs).to(dtype)
+
+
+def seen_keys(tokens: int, window: int, device: torch.device) -> Tensor:
+    """bool [tokens, tokens]: which keys each query sees, itself and those before it."""
+    places = torch.arange(tokens, device=device)
+    ages = places[:, None] - places
+    return (ages >= 0) & (ages < window)

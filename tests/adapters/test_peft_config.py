@@ -7,8 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from metalora.adapters import LoRAConfig, adapt, as_lora_config, load_task_state_dict
+from metalora.adapters import (
+    LoRAConfig,
+    adapt,
+    adapted_layers,
+    as_lora_config,
+    load_task_state_dict,
+)
 from metalora.nn import MultiTaskHead, tasks
+from tests.hf.models import decoder
 
 peft = pytest.importorskip("peft", reason="conversion of PEFT's configuration needs peft")
 
@@ -45,7 +52,6 @@ def test_peft_config_is_converted():
     [
         ({"use_dora": True}, "use_dora=True"),
         ({"bias": "all"}, "bias='all'"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
         ({"init_lora_weights": "gaussian"}, "init_lora_weights='gaussian'"),
         ({"rank_pattern": {"query": 2}}, "rank_pattern={'query': 2}"),
         ({"alpha_pattern": {"query": 2}}, "alpha_pattern"),
@@ -62,10 +68,19 @@ def test_peft_fields_that_are_not_supported_are_refused_by_name(fields, named):
         as_lora_config(config)
 
 
+def test_a_transposed_weight_is_that_of_conv1d_alone():
+    config = peft.LoraConfig(target_modules="all-linear", fan_in_fan_out=True)
+    with pytest.raises(
+        ValueError, match=r"^adapt: peft\.LoraConfig field fan_in_fan_out=True is for"
+    ):
+        adapt(torch.nn.Sequential(torch.nn.Linear(2, 2)), config, 2)
+    assert adapted_layers(adapt(decoder("GPT2LMHeadModel"), config, 2))
+
+
 KNOWN = {"target_modules", "r", "lora_alpha", "lora_dropout", "exclude_modules", "modules_to_save"}
 KNOWN |= {"use_rslora"}
 DESCRIPTIVE = {"task_type", "peft_type", "auto_mapping", "peft_version", "revision"}
-DESCRIPTIVE |= {"base_model_name_or_path", "inference_mode", "megatron_core"}
+DESCRIPTIVE |= {"base_model_name_or_path", "inference_mode", "megatron_core", "fan_in_fan_out"}
 FIELDS = {field.name for field in dataclasses.fields(peft.LoraConfig)}
 
 

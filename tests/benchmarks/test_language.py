@@ -35,7 +35,7 @@ from benchmarks.lib.step_versions import (
 )
 from metalora.adapters import LoRAConfig, adapt
 from metalora.hf import Sequences
-from metalora.meta import RoundLoader
+from metalora.meta import Batch, RoundLoader
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +92,47 @@ def test_all_versions_pass_the_gate_and_have_all_columns(setting: Setting) -> No
     }
     for name, count in places.items():
         assert records[name]["padding"] == pytest.approx(1 - 64 / count)
+
+
+def test_all_versions_of_a_causal_model_pass_the_gate() -> None:
+    settings = language.Settings(model="llama-tiny", tasks=2, turns=2, rounds=1, max_tokens=100)
+    setting, source = language.make_setting(settings)
+    found = language.benchmark(setting, source, "its name", "bf16")
+    assert found.title.startswith("Rounds of LoRA-ML, a causal model, lengths drawn")
+    check, makers = Gate(setting), versions(setting)
+    for name in found.versions["all"]:
+        error = check(name, makers[name]())
+        assert 0 < error < (TOLERANCE["bf16"] if name.endswith("bf16") else 1e-5)
+    few = setting.few
+    assert int(setting.rounds.num_tasks) == 2 and few.counts == (1, 1)
+    with pytest.raises(ValueError, match="argument --data: is for encoders"):
+        language.Settings(model="llama-tiny", data=Path(), tokenizer="some")
+
+
+def the_next_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last token of a packed sequence predicts the first of the next one."""
+    right = step_versions.next_token_loss
+
+    def wrong(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        if "packing" not in batch.inputs:
+            return right(logits, batch)
+        losses = torch.nn.functional.cross_entropy(
+            logits[0, :-1], batch.inputs["input_ids"][0, 1:], reduction="none"
+        )
+        parts = losses.split([*batch.lengths[:-1], batch.lengths[-1] - 1])
+        return torch.stack([part.mean() for part in parts])
+
+    monkeypatch.setattr(language, "next_token_loss", wrong)
+
+
+def test_a_wrong_loss_of_packed_sequences_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    the_next_sequence(monkeypatch)
+    settings = language.Settings(model="llama-tiny", tasks=2, turns=2, rounds=1)
+    setting, _ = language.make_setting(settings)
+    check, makers = Gate(setting), versions(setting)
+    assert check(SORTED, makers[SORTED]()) < 1e-5
+    with pytest.raises(GateError, match="has a relative error"):
+        check(PACKED, makers[PACKED]())
 
 
 def other_alpha(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,3 +108,16 @@ def test_the_example_with_accelerate_learns(capsys):
 def test_the_example_with_the_trainer_learns(capsys):
     measured = runpy.run_path(str(EXAMPLES / "transformers_trainer.py"))["main"]()
     assert all(measured[f"eval_task{task}"] > 0.9 for task in range(3))
+
+
+@pytest.mark.slow
+def test_the_example_of_a_causal_model_with_the_trainer_learns(capsys):
+    shares = runpy.run_path(str(EXAMPLES / "causal_trainer.py"))["main"]()
+    assert min(shares.values()) > 0.9 and len(shares) == 3
+
+
+@pytest.mark.slow
+def test_the_example_with_trl_learns(capsys):
+    pytest.importorskip("trl", reason="the example needs the package trl, which tests do without")
+    shares = runpy.run_path(str(EXAMPLES / "trl_sft.py"))["main"]()
+    assert min(shares.values()) > 0.9 and len(shares) == 3

@@ -50,7 +50,7 @@ def _token_backward() -> tuple[Any, ...]:
 
 def _attention(*rest: Any) -> tuple[Any, ...]:
     rows = [torch.randn(7, 2, 5, dtype=F64) for _ in range(3)]
-    return *rows, torch.tensor([0, 3, 3, 7], dtype=torch.int32), *rest, 0.4, 0.3, _seed()
+    return *rows, torch.tensor([0, 3, 3, 7], dtype=torch.int32), *rest, 0.4, 0.3, _seed(), 2, 1.5
 
 
 _ADAMW = (2, 1e-3, 0.9, 0.999, 1e-8, 0.0)

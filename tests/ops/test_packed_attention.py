@@ -34,11 +34,36 @@ def ends_of(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def problem(lengths: list[int], heads: int, d: int, dtype: torch.dtype = F64) -> list[Tensor]:
+def problem(
+    lengths: list[int], heads: int, d: int, dtype: torch.dtype = F64, key_heads: int | None = None
+) -> list[Tensor]:
     """Query, key, value and a gradient of the output."""
     torch.manual_seed(sum(lengths) + d)
     shape = (4, sum(lengths), heads, d)
-    return list((2 * torch.randn(shape)).to(dtype).unbind())
+    query, key, value, grad = (2 * torch.randn(shape)).to(dtype).unbind()
+    return [query, key[:, :key_heads], value[:, :key_heads], grad]
+
+
+def plain_causal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Causal attention over all tokens in plain PyTorch, which hides those of other sequences."""
+    of = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    age = torch.arange(len(of))[:, None] - torch.arange(len(of))
+    mask = (of[:, None] == of) & (age >= 0) & (age < (len(of) + 1 if window is None else window))
+    group = query.shape[1] // key.shape[1]
+    q, k, v = (part.transpose(0, 1) for part in (query, key, value))
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    scores = 0.1 * q @ k.mT
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), -1)
+    return (weights @ v).transpose(0, 1)
 
 
 def masked(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> Tensor:
@@ -79,6 +104,60 @@ def test_agrees_with_masked_attention(lengths, size, dtype, scale):
             limit = max(2 * relative_error(usual, right), 2 * torch.finfo(dtype).eps)
         assert relative_error(ours, right) <= limit
     assert all(torch.equal(*pair) for pair in zip(given, copies, strict=True))
+
+
+@every_pair(
+    lengths=LENGTHS,
+    heads=[(4, 4), (4, 2), (3, 1)],
+    d=[1, 5, 32, 50],
+    dtype=[F64, torch.float32, torch.bfloat16, torch.float16],
+    window=[None, 1, 7, 40],
+    softcap=[None, 0.5, 30.0],
+)
+def test_causal_attention_agrees_with_plain_pytorch(lengths, heads, d, dtype, window, softcap):
+    lengths, (many, few) = LENGTHS[lengths], heads
+    given = problem(lengths, many, d, dtype, few)
+    ends, options = ends_of(lengths), {"causal": True, "window": window, "softcap": softcap}
+    got = with_gradients(
+        lambda *qkv: ops.packed_attention(*qkv, ends, scale=0.1, **options), *given
+    )
+    plain = with_gradients(lambda *qkv: plain_causal(*qkv, lengths, window, softcap), *given)
+    exact = with_gradients(
+        lambda *qkv: plain_causal(*qkv, lengths, window, softcap),
+        *(part.double() for part in given),
+    )
+    for ours, usual, right in zip(got, plain, exact, strict=True):
+        assert ours.dtype == dtype and ours.shape == right.shape
+        limit = 1e-12
+        if dtype != F64:
+            limit = max(2 * relative_error(usual, right), 2 * torch.finfo(dtype).eps)
+        assert relative_error(ours, right) <= limit
+
+
+@pytest.mark.parametrize("softcap", [None, 1.3])
+@pytest.mark.parametrize("window", [None, 3])
+def test_causal_dropout_is_that_of_the_specification_and_gradcheck(window, softcap):
+    lengths, seed = LENGTHS["ragged"], torch.tensor(11)
+    options = {"causal": True, "window": window, "softcap": softcap}
+    given, ends = problem(lengths, 4, 12, F64, 2), ends_of(lengths)
+    got = with_gradients(
+        lambda *qkv: ops.packed_attention(*qkv, ends, scale=0.4, dropout_p=0.3, seed=11, **options),
+        *given,
+    )
+    seen = 10**9 if window is None else window
+    want = with_gradients(
+        lambda *qkv: reference.packed_attention(*qkv, ends, 0.4, 0.3, seed, seen, softcap or 0.0),
+        *given,
+    )
+    for ours, right in zip(got, want, strict=True):
+        assert relative_error(ours, right) <= 1e-12
+    few = [part.detach().requires_grad_() for part in problem([3, 1, 5], 2, 3, F64, 1)[:3]]
+
+    def function(*qkv: Tensor) -> Tensor:
+        return ops.packed_attention(*qkv, ends_of([3, 1, 5]), dropout_p=0.2, seed=5, **options)
+
+    assert torch.autograd.gradcheck(function, few)
+    assert torch.autograd.gradgradcheck(function, few)
 
 
 @every_pair(lengths=["ragged", "short", "long"], dtype=[F64, torch.float32], p=[0.1, 0.6])
@@ -187,7 +266,7 @@ def test_compiles_whole():
     want = with_gradients(lambda *qkv: ops.packed_attention(*qkv, ends), *given)
     torch.testing.assert_close(got, want)
     torch.library.opcheck(
-        torch.ops.metalora.packed_attention.default, (*given[:3], ends, 0.3, 0.0, None)
+        torch.ops.metalora.packed_attention.default, (*given[:3], ends, 0.3, 0.0, None, 0, 0.0)
     )
 
 
@@ -214,6 +293,12 @@ def results() -> list[Tensor]:
             found += with_gradients(
                 lambda *qkv, ends=ends: ops.packed_attention(*qkv, ends, dropout_p=0.2, seed=9),
                 *given,
+            )
+            found += with_gradients(
+                lambda *qkv, ends=ends: ops.packed_attention(
+                    *qkv, ends, causal=True, window=20, softcap=3.0
+                ),
+                *problem(LENGTHS["ragged"], *size, dtype, 1),
             )
     return found
 
@@ -245,7 +330,12 @@ ENDS = ends_of([1, 3])
     ("arguments", "error", "message"),
     [
         ((X[0], X, X, ENDS), ValueError, "query must be [N, heads, d]"),
-        ((X, X[1:], X, ENDS), ValueError, "key must be [N=4, heads=2, d=3], got [3, 2, 3]"),
+        (
+            (X, X[:, :0], X[:, :0], ENDS),
+            ValueError,
+            "query must have a multiple of the heads of key",
+        ),
+        ((X, X[1:], X, ENDS), ValueError, "key must be [N=4, key_heads, d=3], got [3, 2, 3]"),
         ((X, X, X.double(), ENDS), TypeError, "value must"),
         ((X, X, X, ENDS.long()), TypeError, "ends must be an int32 tensor [S+1] on the CPU, got"),
         ((X, X, X, [0, 4]), TypeError, "got list"),
@@ -258,6 +348,19 @@ def test_errors(arguments, error, message):
     with pytest.raises(error, match=re.escape(message)) as caught:
         ops.packed_attention(*arguments)
     assert str(caught.value).startswith("packed_attention: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 3}, "window needs causal=True, got window=3 without"),
+        ({"window": 0, "causal": True}, "window must be an int >= 1, got 0"),
+        ({"softcap": 0.0}, "softcap must be a finite number > 0, got 0.0"),
+    ],
+)
+def test_errors_of_options(options, message):
+    with pytest.raises(ValueError, match=f"^packed_attention: {re.escape(message)}"):
+        ops.packed_attention(X, X, X, ENDS, **options)
 
 
 def test_dropout_must_be_a_probability():

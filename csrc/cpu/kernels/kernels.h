@@ -84,23 +84,28 @@ struct VectorKernels {
                    int64_t groups, int64_t n);
 };
 
-// One head of one sequence; see metalora/reference/packed_attention.py.
+// Some heads of one sequence, which share their keys and values; see
+// metalora/reference/packed_attention.py.
 struct AttentionShape {
   int64_t tokens, d;
-  int64_t heads;      // rows of one head are heads * d elements apart
+  int64_t group;      // how many heads of queries there are, one beside the other
+  int64_t heads;      // rows of queries are heads * d elements apart,
+  int64_t key_heads;  // those of keys and values key_heads * d
+  int64_t window;     // a token sees itself and those before it, so many in all; 0: every token
   double scale;       // of the scores
+  double softcap;     // scores s become softcap * tanh(s / softcap); 0: they stay as they are
   double kept_scale;  // of the weights that dropout keeps
 };
 
 // Bytes that the kernels below need beside their arguments.
 constexpr int64_t attention_bytes(int64_t tokens, int64_t d) {
   constexpr int64_t most = 16;  // lanes of a vector
-  return 8 * (5 * (tokens + most) * (d + most) + 64 * (tokens + d + 2 * most));
+  return 8 * (5 * (tokens + most) * (d + most) + 65 * (tokens + d + 2 * most));
 }
 
 // Rows of query, key, value, output and their gradients are [d] of each of the sequence's tokens,
-// those of `kept` [tokens] bits; the normaliser of a row is the logarithm of the sum of the
-// exponents of its scores, one of each head beside the other.
+// those of `kept` [tokens] bits, first all of one head; the normaliser of a row is the logarithm of
+// the sum of the exponents of its scores, one of each head beside the other.
 template <typename Element>
 struct AttentionKernels {
   void (*forward)(Element* output, Sum<Element>* normaliser, const Element* query,

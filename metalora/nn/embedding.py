@@ -1,0 +1,81 @@
+"""One embedding per task."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metalora.nn.head import mean_over_tasks
+from metalora.nn.layer import TaskLayer
+from metalora.nn.task_batch import TaskBatch
+
+
+class MultiTaskEmbedding(TaskLayer):
+    """Rows of W_t with the sample's own task t, for tasks with embeddings of their own.
+
+    ``weight`` is [T, num_embeddings, d].
+    """
+
+    task_parameters = ("weight",)
+    weight: nn.Parameter
+    num_embeddings: int
+    padding_idx: int | None
+
+    @classmethod
+    def from_embedding(
+        cls, embedding: nn.Embedding, num_tasks: int, *, name: str = ""
+    ) -> MultiTaskEmbedding:
+        """T copies of ``embedding``."""
+        layer = cls(num_tasks, name)
+        layer.in_features, layer.out_features = 1, embedding.embedding_dim
+        layer.num_embeddings, layer.padding_idx = embedding.num_embeddings, embedding.padding_idx
+        layer.weight = nn.Parameter(embedding.weight.detach().repeat(num_tasks, 1, 1))
+        return layer.train(embedding.training)
+
+    def reset_task_parameters(self) -> None:
+        """Draws every task's embeddings afresh, as nn.Embedding does."""
+        nn.init.normal_(self.weight)
+        if self.padding_idx is not None:
+            with torch.no_grad():
+                self.weight[:, self.padding_idx] = 0
+
+    def forward(self, ids: Tensor, tasks: TaskBatch | None = None) -> Tensor:
+        """Places in the embedding, integers [B, ...] → [B, ..., d].
+
+        Args:
+            ids: the samples along the first dimension; [B·n, ...] or packed as for other layers.
+            tasks: see `MultiTaskLoRALinear.forward`.
+
+        Raises:
+            ValueError: if shapes do not fit or no tasks are known.
+        """
+        x = ids[..., None]
+        batch = self.batch_of(x, tasks)
+        rows = ids
+        if batch is not None and batch.size:
+            if not torch.compiler.is_compiling():
+                batch.check_range(self.num_tasks)
+            if batch.packs(x):
+                own = batch.packed_ids(ids.device).view(ids.shape)
+            else:
+                own = batch.task_ids.to(ids.device, non_blocking=True)
+                own = own.repeat_interleave(ids.shape[0] // batch.size)
+                own = own.view(-1, *[1] * (ids.dim() - 1))
+            rows = ids + own * self.num_embeddings
+        found = F.embedding(rows, self.weight.flatten(0, 1))
+        if self.padding_idx is None:
+            return found
+        return torch.where(ids.eq(self.padding_idx)[..., None], found.detach(), found)
+
+    def to_linear(self, task: int | None = None) -> nn.Embedding:
+        """Task t's embedding, or (None) the mean of all, as a new parameter."""
+        own = self.weight.detach()
+        weight = mean_over_tasks(own) if task is None else own[self.check_task(task)].clone()
+        sizes = self.num_embeddings, self.out_features
+        embedding = nn.Embedding(*sizes, self.padding_idx, device="meta")
+        embedding.weight = nn.Parameter(weight, self.weight.requires_grad)
+        return embedding.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.out_features}, {self._number()}"
