@@ -106,7 +106,10 @@ def test_the_tutorial_runs_on_real_digits(
     names["meta"].last_layer_ml(names["new_model"](), names["rounds"], names["config"], heads)
 
 
-HOW_TO = ("own-data", "hugging-face", "causal-loss", "export", "resume", "routes")
+HOW_TO = (
+    *("own-data", "hugging-face", "causal-loss", "several-processes"),
+    *("export", "resume", "routes"),
+)
 
 
 @pytest.mark.parametrize("page", HOW_TO)

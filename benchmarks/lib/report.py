@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import causal_memory, curves
+from benchmarks import causal_memory, curves, scaling
 from benchmarks.lib.step_figures import draw_steps
 from benchmarks.lib.step_versions import (
     AT_ONCE,
@@ -41,10 +41,11 @@ Record = Mapping[str, Any]
 
 def tables() -> dict[str, Table]:
     """Returns all tables by name."""
-    return {
+    measured = {
         name: _with_source(make(found := read_json(RESULTS / f"{file}.json")), found, file)
         for name, (file, make) in _TABLES.items()
     }
+    return {**measured, "scaling": scaling.table()}
 
 
 def numbers_of(figure: str) -> Path:
@@ -209,6 +210,17 @@ def _factor(one: Record, name: str) -> str:
     return f"{three_digits(row['relative'])}×" if "relative" in row else ""
 
 
+def _kills(record: Record) -> Table:
+    header = ["processes", "parallel", "kills", "of these in a save", "trainings", "equal endings"]
+    return Table(header, [[str(cell) for cell in row] for row in record["rows"]], left=2)
+
+
+def _equality(record: Record) -> Table:
+    header = ["training", "parallel", "two processes", "three processes"]
+    rows = [[case, kind, *(f"{one:.0e}" for one in rest)] for case, kind, *rest in record["rows"]]
+    return Table(header, rows, left=2)
+
+
 _FIGURES = {"steps": "steps_cpu_1", "steps_parts": "steps_cpu_1", "precision": "curves_cpu"}
 _TABLES: Mapping[str, tuple[str, Callable[[Record], Table]]] = {
     "layers": ("lora_linear_cpu", _layers),
@@ -222,4 +234,6 @@ _TABLES: Mapping[str, tuple[str, Callable[[Record], Table]]] = {
     "memory-measured": ("causal_memory_cpu", _memory_measured),
     "linear": ("linear_training_cpu", _trainings),
     "shallow": ("shallow_training_cpu", _trainings),
+    "kills": ("kills", _kills),
+    "equality": ("equality", _equality),
 }

@@ -13,6 +13,7 @@ from experiments.conflict.trials import Trials
 from experiments.lib.choices import keep_choices
 from experiments.lib.experiment import Experiment, Report, Work, command
 from experiments.lib.machine import choose_device, keep_freed_memory
+from experiments.lib.processes import no_bar
 from experiments.lib.runs import RunFiles, RunFolder
 from experiments.lib.training import Trainings
 from experiments.lib.unused import unused
@@ -38,7 +39,7 @@ def prepare(given: ConflictSettings) -> Work:
         folder.add_data(settings.data, dataset.sha256)
         keep_choices(folder, "--lr", "rate", {m: settings.rate(m) for m in settings.retrain})
         same = {"experiment": NAME, "data": settings.data}
-        for inputs, turned, trial in tqdm(points, desc=NAME, unit="point", disable=None):
+        for inputs, turned, trial in tqdm(points, desc=NAME, unit="point", disable=no_bar()):
             trials = Trials(settings, dataset, inputs, turned, trial, device)
             trainings = Trainings(folder, trials, COLUMNS, same)
             point = {"inputs": inputs, "turned": turned}

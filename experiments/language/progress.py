@@ -43,6 +43,8 @@ class EpochLine(Callback):
     def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
         self._epochs += 1
         left = self._clock.left(self._work)
+        if training.distribution.rank > 0:
+            return
         measured = [f"loss {record['loss']:.4f}"]
         if "validation" in record:
             measured.append(f"accuracy {100 * record['validation']:.1f} %")

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 import shutil
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +23,15 @@ from cyclopts import App, CoercionError, CycloptsError, Parameter, Token, conver
 
 from experiments.lib.errors import INTERRUPTED, RunError, too_large
 from metalora._checks import check_choice, check_count, check_nonnegative, check_positive
+from metalora.meta import ProcessGroupError
 
 Settings = TypeVar("Settings")
 Value = TypeVar("Value")
 WRONG_USE = 2
 HELP_COLUMNS = 100
+# Seconds in which torchrun ends its processes after the first has failed, so that what goes wrong
+# in all of them is said once.
+GRACE = 5.0
 MOST_TRIALS = 10_000  # more are a typing error, and would fill the memory before they fail
 _LARGEST = 10**18  # beyond it, sums of sizes overflow
 _APP: dict[str, Any] = {"help_format": "plaintext", "version_flags": ()}
@@ -159,7 +165,7 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., NoReturn]:
     def guarded(*args: Any, **kwargs: Any) -> NoReturn:
         try:
             sys.exit(main(*args, **kwargs))
-        except (RunError, ValueError) as error:
+        except (RunError, ValueError, ProcessGroupError) as error:
             _fail(str(error))
         except OSError as error:
             where = "" if error.filename is None else f"{error.filename}: "
@@ -177,7 +183,11 @@ def main_guard(main: Callable[..., int | None]) -> Callable[..., NoReturn]:
 
 
 def _fail(message: str) -> NoReturn:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        time.sleep(GRACE)
+    where = f"error in process {rank}: " if rank > 0 else "error: "
+    print(where + " ".join(message.split()), file=sys.stderr)
     sys.exit(WRONG_USE)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 from tqdm import tqdm
 
-from experiments.lib import cli
-from experiments.lib.errors import divergence
+from experiments.lib import cli, processes
+from experiments.lib.errors import RunError, divergence
 from experiments.lib.runs import RunFiles, RunFolder
 from experiments.lib.tables import Table
 from experiments.lib.units import RESULTS
@@ -97,8 +98,12 @@ class Experiment(Generic[Settings]):
 
     def show(self, settings: Settings) -> int:
         """Runs the experiment, prints its table and where things are; returns the exit code."""
-        work = self.prepare(settings)
+        if processes.launched() and not hasattr(settings, "parallel"):
+            raise RunError(f"{self.name} trains in one process; start it without torchrun")
+        work = processes.first_alone(lambda: self.prepare(settings))
         folder, figures = self._run(work, settings, "")
+        if processes.rank() > 0:
+            return 0
         print(work.table(folder))
         print(f"results: {folder.path(RESULTS)}")
         for figure in figures:
@@ -106,17 +111,22 @@ class Experiment(Generic[Settings]):
         return 0 if work.holds(folder) else 1
 
     def _run(self, work: Work, settings: Settings, go_on: str) -> tuple[RunFolder, list[Path]]:
-        with RunFolder.create(
+        create = partial(
+            RunFolder.create,
             settings.out,
             work.settings,
             experiment=self.name,
             tag=work.tag,
-            resume=settings.resume,
             go_on=go_on,
-        ) as folder:
-            say(work.notes)
+        )
+        with processes.open_folder(create, settings.out, settings.resume) as folder:
+            writes = processes.rank() == 0
+            if writes:
+                say(work.notes)
+            if processes.launched():
+                folder.note(processes=processes.count())
             work.trials(folder)
-            return folder, work.figures(folder)
+            return folder, work.figures(folder) if writes else []
 
 
 def each_unit(
@@ -155,11 +165,12 @@ def command(prog: str, *experiments: Experiment[Any]) -> Callable[..., NoReturn]
     def main(argv: Sequence[str] | None = None) -> int:
         if len(experiments) == 1:
             (only,) = experiments
-            return only.show(
-                cli.parse(only.settings, argv, prog=prog, description=only.description)
-            )
-        commands = {e.name: (e.settings, e.description) for e in experiments}
-        settings = cli.parse_command(commands, argv, prog=prog)
-        return next(e for e in experiments if type(settings) is e.settings).show(settings)
+            settings = cli.parse(only.settings, argv, prog=prog, description=only.description)
+        else:
+            commands = {e.name: (e.settings, e.description) for e in experiments}
+            settings = cli.parse_command(commands, argv, prog=prog)
+            only = next(e for e in experiments if type(settings) is e.settings)
+        with processes.together():
+            return only.show(settings)
 
     return main

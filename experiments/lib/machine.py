@@ -52,6 +52,8 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a process for each GPU
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of names that it will drop

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, TypeVar
 
 from experiments.lib.cli import MOST_TRIALS, check_values, flag_of, option, unique
 from experiments.lib.experiment import RunSettings
+from experiments.lib.processes import launched
+from metalora.meta.distribution import PARALLEL
 from metalora.meta.precision import MATMUL_PRECISIONS
 
 Resolved = TypeVar("Resolved", bound="RetrainingSettings")
@@ -120,6 +122,13 @@ class RetrainingSettings(RunSettings):
         choices=MATMUL_PRECISIONS,
     )
     compile: bool = option(False, help="torch.compile the model; needs a C++ compiler")
+    parallel: str | None = option(
+        None,
+        help="what the processes of torchrun share: the samples of every task (data, the default "
+        "there), or the tasks, each of which one process trains",
+        choices=PARALLEL,
+        run_only=True,
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -153,6 +162,8 @@ class RetrainingSettings(RunSettings):
         """Returns these settings with every default filled in."""
         defaults = self.defaults(device_type)
         missing = {k: v for k, v in defaults.items() if getattr(self, k) is None}
+        if self.parallel is None and launched():
+            missing["parallel"] = "data"
         if self.precision == "auto":
             missing["precision"] = "fp32" if device_type == "cpu" else "bf16"
         return dataclasses.replace(self, **missing)

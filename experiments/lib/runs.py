@@ -84,6 +84,9 @@ class RunFolder(RunFiles):
     traceback in error.txt, and the reason in the manifest). The folder is readable at any moment,
     whatever ends the process. What cannot be written, such as on a full disk, is a `RunError`. Only
     a new run that asks for more memory than there is, before it has a result, leaves nothing.
+
+    Attributes:
+        units_done: the units of work that are finished.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class RunFolder(RunFiles):
     ):
         super().__init__(folder, manifest)
         self._lock = held
-        self._done = done
+        self.units_done = done
         self._columns = _header(folder / RESULTS)
         self._started = time.monotonic()
         self._earlier = float(manifest.get("wall_seconds", 0.0))
@@ -210,12 +213,12 @@ class RunFolder(RunFiles):
 
     def done(self, unit: str) -> bool:
         """Returns whether this unit of work is finished, in this process or before a resumption."""
-        return unit in self._done
+        return unit in self.units_done
 
     def mark_done(self, unit: str) -> None:
         """Closes a unit of work: everything written so far is kept when the run is resumed."""
         units.finish(self.folder, unit)
-        self._done.add(unit)
+        self.units_done.add(unit)
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file; a reader sees the old one or the new one, never a part."""
@@ -262,7 +265,7 @@ class RunFolder(RunFiles):
                 file=sys.stderr,
             )
             raise SystemExit(TERMINATED if terminated else INTERRUPTED) from None
-        elif too_large(error) and not self._done:
+        elif too_large(error) and not self.units_done:
             self.close()
             shutil.rmtree(self.folder)
         else:

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from experiments.lib.errors import RunError, divergence
+from experiments.lib.processes import rank
 from experiments.lib.retrained import RetrainedModels
 from experiments.lib.retraining_settings import FINETUNES, PER_TASK, WITH_TASKS
 from experiments.lib.runs import RunFolder
@@ -39,11 +40,13 @@ from metalora.meta import (
     last_layer_ml,
     lora_ml,
     refit_heads,
+    remove_checkpoint,
     reptile,
     standard,
 )
 
 CHECKPOINT_SECONDS = 60.0  # between two checkpoints, at least
+CHECKPOINT_STEPS = 10  # within an epoch one may be due after so many
 Part = TypeVar("Part")  # of the data: samples with their tasks
 Labels = Mapping[str, Any]  # what tells one training from the others: method, trial and the like
 
@@ -258,7 +261,8 @@ class Trainings:
         self.folder.log(phase="retrained", **labels, kept_epoch=result.kept_epoch, **throughput)
         measured = {"validation_best": result.best_metric, "validation_last": result.last_metric}
         self._add_rows(labels, [{"metric": m, "value": value} for m, value in measured.items()])
-        save_weights(model, weights)
+        if rank() == 0:
+            save_weights(model, weights)
         self.folder.mark_done(unit)
         self._done(unit)
         return model
@@ -278,7 +282,11 @@ class Trainings:
         self._done(unit)
 
     def _checkpoint(self, unit: str) -> Checkpoint:
-        return Checkpoint(self._checkpoint_path(unit), min_seconds=CHECKPOINT_SECONDS)
+        return Checkpoint(
+            self._checkpoint_path(unit),
+            min_seconds=CHECKPOINT_SECONDS,
+            every_steps=CHECKPOINT_STEPS,
+        )
 
     def _checkpoint_path(self, unit: str) -> Path:
         return self.folder.path("checkpoints") / f"{unit.replace(' ', '-')}.safetensors"
@@ -286,8 +294,8 @@ class Trainings:
     def _done(self, unit: str) -> bool:
         """Returns whether a training is finished; if so, its checkpoint is removed."""
         done = self.folder.done(unit)
-        if done:
-            self._checkpoint_path(unit).unlink(missing_ok=True)
+        if done and rank() == 0:
+            remove_checkpoint(self._checkpoint_path(unit))
         return done
 
     def _taken(self, labels: Labels, source: RetrainedModels) -> nn.Module:

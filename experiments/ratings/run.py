@@ -17,6 +17,7 @@ from tqdm import tqdm
 from experiments.lib.choices import keep_choices
 from experiments.lib.experiment import Experiment, Report, Work, command
 from experiments.lib.machine import choose_device, one_thread
+from experiments.lib.processes import no_bar
 from experiments.lib.retrained import RetrainedModels
 from experiments.lib.runs import RunFiles, RunFolder
 from experiments.lib.training import (
@@ -58,7 +59,7 @@ def prepare(given: RatingsSettings) -> Work:
     def run(folder: RunFolder) -> None:
         folder.add_data("ratings", ratings.sha256)
         keep_choices(folder, FLAG, "decay", decays.described())
-        for trial in tqdm(settings.trials, desc=NAME, unit="trial", disable=None):
+        for trial in tqdm(settings.trials, desc=NAME, unit="trial", disable=no_bar()):
             for tasks in settings.tasks:
                 trials = Trials(settings, ratings, tasks, trial, device, decays)
                 run_trial(folder, trials, trial, source)

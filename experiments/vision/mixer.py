@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metalora.nn import drops_by_sample
+
 
 @dataclass(frozen=True)
 class MixerConfig:
@@ -58,7 +60,7 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or x.device.type != "cpu":
+        if not self.training or x.device.type != "cpu" or drops_by_sample():
             return super().forward(x)
         kept: Tensor = _Kept.apply(x, round(self.p * 2**16))
         return kept

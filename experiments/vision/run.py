@@ -14,6 +14,7 @@ from tqdm import tqdm
 from experiments.lib.choices import keep_choices
 from experiments.lib.experiment import Experiment, Report, Work, command
 from experiments.lib.machine import choose_device, keep_freed_memory
+from experiments.lib.processes import no_bar
 from experiments.lib.retraining_settings import ALL
 from experiments.lib.runs import RunFiles, RunFolder
 from experiments.lib.training import Labels, Trainings, open_retrained
@@ -53,7 +54,7 @@ def prepare(given: VisionSettings) -> Work:
         trainings = Trainings(folder, trials, COLUMNS, same, source)
         if rates is not None:
             keep_choices(folder, FLAG, "finetune_lr", described(rates))
-        for labels in tqdm(retrainings, desc=NAME, unit="model", disable=None):
+        for labels in tqdm(retrainings, desc=NAME, unit="model", disable=no_bar()):
             model = trainings.retrained(labels)
             for finetuning in finetunings(settings, labels, rates):
                 trainings.finetuned(finetuning, model)

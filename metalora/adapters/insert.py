@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -20,7 +21,9 @@ from metalora.nn import (
 )
 
 
-def adapt(model: nn.Module, lora_config: Any, num_tasks: int) -> nn.Module:
+def adapt(
+    model: nn.Module, lora_config: Any, num_tasks: int, *, tasks: Sequence[int] | None = None
+) -> nn.Module:
     """Gives the linear layers of ``model`` one adapter per task, in place (paper, eq. 6).
 
     Linear layers are nn.Linear, and transformers' Conv1D as in GPT-2.
@@ -33,6 +36,9 @@ def adapt(model: nn.Module, lora_config: Any, num_tasks: int) -> nn.Module:
         model: any module; not a bare nn.Linear.
         lora_config: a `LoRAConfig` or a ``peft.LoraConfig``.
         num_tasks: number of tasks T.
+        tasks: those of the T tasks that the model is to hold, which are 0, 1, ... to it: for task
+            parallelism, see `metalora.meta.Distribution`. They start as they do among all tasks.
+            None means all.
 
     Returns:
         ``model``.
@@ -43,10 +49,16 @@ def adapt(model: nn.Module, lora_config: Any, num_tasks: int) -> nn.Module:
             is then as it was.
     """
     check_module("adapt", model)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "adapt: the model must not be wrapped in DistributedDataParallel, which would not know "
+            "the adapters; adapt the model first, then wrap it"
+        )
     config = as_lora_config(lora_config)
     check_count("adapt", "num_tasks", num_tasks)
+    held = num_tasks if tasks is None else len(tasks)
     for name, layer in adapted_layers(model).items():
-        if layer.num_tasks != num_tasks:
+        if layer.num_tasks != held:
             raise ValueError(
                 f"adapt: num_tasks must be {layer.num_tasks}, as {name!r} has adapters for that "
                 f"many tasks already, got {num_tasks}"
@@ -59,14 +71,24 @@ def adapt(model: nn.Module, lora_config: Any, num_tasks: int) -> nn.Module:
     if num_tasks > 1:
         check_batch_first(model, [name for names in places for name in names])
     layers = [
-        _adapter_on(linear, names[0], config, num_tasks) for linear, names in selection.targets
+        _holding(tasks, _adapter_on(linear, names[0], config, num_tasks))
+        for linear, names in selection.targets
     ]
-    layers += [_one_per_task(module, names[0], num_tasks) for module, names in selection.heads]
+    layers += [
+        _holding(tasks, _one_per_task(module, names[0], num_tasks))
+        for module, names in selection.heads
+    ]
     for layer, names in zip(layers, places, strict=True):
         for name in names:
             replace_module(model, name, layer)
     close_fused_paths(model)
     return model
+
+
+def _holding(tasks: Sequence[int] | None, layer: TaskLayer) -> TaskLayer:
+    if tasks is not None:
+        layer.hold_tasks(tasks)
+    return layer
 
 
 def _one_per_task(module: nn.Module, name: str, num_tasks: int) -> TaskLayer:

@@ -96,7 +96,7 @@ def reset_adapters(model: nn.Module) -> None:
         ValueError: if ``model`` is not adapted.
     """
     for layer in adapted_layers(check_adapted("reset_adapters", model)).values():
-        layer.reset_task_parameters()
+        layer.redraw_tasks()
 
 
 def _stacked(function: str, model: nn.Module, task: int) -> dict[str, nn.Parameter]:

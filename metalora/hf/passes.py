@@ -77,6 +77,7 @@ class SequencePasses:
                 lengths=tuple(lengths[rows].sum(1).tolist()) if self.packed else None,
                 weights=None if weights is None else self._take(weights, rows),
                 sizes=None if batch.sizes is None else self._take(batch.sizes, rows),
+                places=None if batch.places is None else batch.places[rows],
             )
 
     def _take(self, values: Tensor, rows: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ from metalora.meta.causal import (
     perplexity,
     token_losses,
 )
-from metalora.meta.checkpoint import Checkpoint, CheckpointError
+from metalora.meta.checkpoint import Checkpoint, CheckpointError, remove_checkpoint
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Batch, RoundLoader, Rounds, by_task
+from metalora.meta.distribution import Distribution, ProcessGroupError
 from metalora.meta.evaluation import Evaluation, accuracy, evaluate
 from metalora.meta.loop import Result, train
 from metalora.meta.mean import task_mean
@@ -38,12 +39,14 @@ __all__ = [
     "Callback",
     "Checkpoint",
     "CheckpointError",
+    "Distribution",
     "DivergedError",
     "Evaluation",
     "GradientStep",
     "KeepBest",
     "MetricsLog",
     "Options",
+    "ProcessGroupError",
     "Progress",
     "ReptileStep",
     "Result",
@@ -71,6 +74,7 @@ __all__ = [
     "peft_ml",
     "perplexity",
     "refit_heads",
+    "remove_checkpoint",
     "reptile",
     "standard",
     "task_mean",

@@ -34,7 +34,7 @@ class Progress(Callback):
     def on_start(self, training: Training) -> None:
         """Opens the bar."""
         self._bar = None
-        if not sys.stderr.isatty():
+        if not sys.stderr.isatty() or training.distribution.rank > 0:
             return
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
@@ -64,7 +64,8 @@ class MetricsLog(Callback):
 
     When a training resumes from a `Checkpoint`, the lines that it wrote after the checkpoint's last
     save are removed, so that each epoch has one line. Lines with another ``extra`` stay. No other
-    process should append to the file at that moment.
+    process should append to the file at that moment. Of processes that train together the first
+    writes.
 
     Args:
         path: the file.
@@ -78,11 +79,15 @@ class MetricsLog(Callback):
     def on_start(self, training: Training) -> None:
         """Repairs the end of the file, in case a process was killed while it wrote."""
         self._saved = None
-        self._replace(0, lambda line: False)
+        self._writes = training.distribution.rank == 0
+        if self._writes:
+            self._replace(0, lambda line: False)
         self._length = self.path.stat().st_size if self.path.exists() else 0
 
     def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
         """Writes one line."""
+        if not self._writes:
+            return
         if self._saved is not None:
             own = json.loads(json.dumps(self.extra)).items()
             epoch = record["epoch"]

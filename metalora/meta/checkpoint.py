@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-import reprlib
+import re
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metalora._checks import check_nonnegative
+from metalora._checks import check_count, check_nonnegative
 from metalora._files import read_tensors, remove_partials, replacing, safetensors_torch
 from metalora._warn import warn_user
-from metalora.adapters import adapted_layers, task_parameters
-from metalora.meta.identity import digest_of_tensors, identity_of, shapes_of
+from metalora.adapters import adapted_layers
+from metalora.meta.identity import (
+    ABSENT,
+    differences,
+    digest_of_tensors,
+    shapes_of,
+    short,
+)
+from metalora.meta.seeds import random_state
+from metalora.meta.shards import Shard, join, split
 from metalora.meta.stacked_steps import TASKS_WITH_STATE
+from metalora.meta.steps import check_finite
 from metalora.meta.task_optimizer import TaskOptimizer
-from metalora.meta.training import Callback, Training
+from metalora.meta.training import Callback, Training, described
 
-_FORMAT = "metalora training 2"
+_FORMAT = "metalora training 3"
+_EARLIER = "metalora training 2"  # which had none of these values
+_SINCE: dict[str, Any] = {"steps_in_epoch": 0, "shards": []}
 _VALUES = {
     "training": dict,
     "layers": dict,
     "steps_done": int,
+    "steps_in_epoch": int,
     "next_epoch": int,
     "kept_epoch": int,
     "history": list,
     "scaler": dict,
     "callbacks": list,
+    "shards": list,
 }
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
 _STATES: dict[type, tuple[str, ...]] = {
@@ -43,7 +56,6 @@ _STATES: dict[type, tuple[str, ...]] = {
 }
 """The state that these optimisers, as metalora makes them, keep of each parameter."""
 
-_ABSENT = "absent"
 _WHAT_TO_DO = "name another path, or delete the file"
 
 
@@ -67,23 +79,43 @@ class Checkpoint(Callback):
     kind of device, where torch draws other numbers. The data of a loader without ``identity()`` are
     not compared either; a warning says so on resuming.
 
+    Resumed within an epoch, the loader is run from the beginning of that epoch up to the place, so
+    its batches must be the same in every run.
+
+    Of several processes the first writes the file, and all read it, so the folder must be one that
+    all see. With ``parallel="tasks"`` each process writes its own tasks into a file beside it,
+    which the file names with its checksum; any number of processes can resume from them.
+
     Args:
         path: the file.
         resume: whether to resume from it; if not, a file that exists is an error.
-        min_seconds: with short epochs, save only after one that ends so long after the start or the
-            last save. 0 saves at the start too, and after every epoch.
+        min_seconds: save only so long after the start or the last save. 0 saves at the start too,
+            and whenever there is occasion. Of several processes the first one's clock decides.
+        every_steps: save within epochs too, after each so many steps of the training; 1 together
+            with ``min_seconds`` saves at equal intervals of time. None saves after epochs only.
 
     Raises:
         ImportError: if safetensors is not installed.
-        ValueError: if ``min_seconds`` is negative.
+        TypeError, ValueError: if ``min_seconds`` is negative, or ``every_steps`` no count.
         CheckpointError: at the start, if the file is damaged or of another training; or at the
-            start or after an epoch, if the file could not be written. The file is then as before.
+            start or at a save, if the file could not be written. The file is then as before. Raised
+            in all processes, whichever fails.
     """
 
-    def __init__(self, path: str | Path, *, resume: bool = True, min_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        resume: bool = True,
+        min_seconds: float = 0.0,
+        every_steps: int | None = None,
+    ) -> None:
         safetensors_torch("Checkpoint")
         self.path, self.resume = Path(path), resume
         self.min_seconds = check_nonnegative("Checkpoint", "min_seconds", min_seconds)
+        if every_steps is not None:
+            check_count("Checkpoint", "every_steps", every_steps)
+        self.every_steps = every_steps
         self._identity: dict[str, Any] = {}
 
     def on_start(self, training: Training) -> None:
@@ -93,36 +125,114 @@ class Checkpoint(Callback):
             raise ValueError(
                 "Checkpoint: must be the last of the callbacks, as it saves the others"
             )
-        if self.path.exists() and not self.resume:
+        (exists,) = training.distribution.broadcast([self.path.exists()], training.device)
+        if exists and not self.resume:
             raise CheckpointError(
                 f"Checkpoint: {self.path} exists; go on with resume=True or name another file"
             )
-        self._identity = _identity(training)
-        if not self.path.exists():
+        self._identity = training.identity()
+        if not exists:
             if self.min_seconds == 0:
                 self._save(training)
             return
-        remove_partials(self.path)
-        try:
-            _restore(self.path, training, self._identity)
-        except CheckpointError:
-            raise
-        except Exception as error:  # a forged file can end in any exception
-            raise _damaged(self.path, error) from error
-        if training.next_epoch and isinstance(self._identity["rounds"], str):
+        with _in_all_processes(training):
+            if training.distribution.rank == 0:
+                remove_partials(self.path)
+            try:
+                restore = _checked(self.path, training, self._identity)
+            except CheckpointError:
+                raise
+            except Exception as error:  # a forged file can end in any exception
+                raise _damaged(self.path, error) from error
+        restore()
+        if training.steps_done and isinstance(self._identity["rounds"], str):
             warn_user(
                 f"Checkpoint: went on from {self.path} without comparing the data, for "
                 f"{self._identity['rounds']} has no identity()"
             )
 
-    def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
-        """Saves, unless that was less than ``min_seconds`` ago."""
-        if time.monotonic() - self._saved >= self.min_seconds:
+    def on_step(self, training: Training, loss: Tensor) -> None:
+        """Saves within an epoch, if that is wanted and due."""
+        if self.every_steps is None or training.steps_done % self.every_steps:
+            return
+        if training.steps_in_epoch < training.steps_per_epoch and self._is_due(training):
+            mean = float(torch.stack(training.losses).mean())
+            check_finite(mean, f"the mean loss of epoch {training.next_epoch}", training.config)
+            if training.distribution.parallel is None:
+                training.random_state = random_state(training.device)
             self._save(training)
 
+    def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
+        """Saves, unless that was less than ``min_seconds`` ago."""
+        if self._is_due(training):
+            training.random_state = {}
+            self._save(training)
+
+    def _is_due(self, training: Training) -> bool:
+        due = time.monotonic() - self._saved >= self.min_seconds
+        if self.min_seconds > 0:
+            due = bool(training.distribution.broadcast([due], training.device)[0])
+        return due
+
     def _save(self, training: Training) -> None:
-        write(self.path, *_collect(training, self._identity))
+        tensors, values = _collect(training, self._identity)
+        if training.distribution.by_task:
+            tensors, own = split(training, tensors)
+            values["shards"] = self._save_shards(training, own)
+        with _in_all_processes(training):
+            if training.distribution.rank == 0:
+                write(self.path, tensors, values)
+                _remove_shards(self.path, values["shards"])
         self._saved = time.monotonic()
+
+    def _save_shards(self, training: Training, own: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """Writes this process's tasks beside the file; what there is of all processes."""
+        processes = training.distribution
+        place = f"{training.next_epoch}.{training.steps_in_epoch}"
+        number = f"{processes.rank}-of-{processes.world_size}"
+        name = f"{self.path.name}.{place}.{number}"
+        entry: dict[str, Any] = {"file": name, "tasks": processes.tasks}
+        with _in_all_processes(training):
+            if processes.tasks:
+                write(self.path.with_name(name), own, {"tasks": processes.tasks})
+                data = self.path.with_name(name).read_bytes()
+                entry["sha256"] = hashlib.sha256(data).hexdigest()
+        entries = map(json.loads, processes.gather_text(json.dumps(entry), training.device))
+        return [found for found in entries if found["tasks"]]
+
+
+def remove_checkpoint(path: str | Path) -> None:
+    """Removes what a `Checkpoint` of this path wrote, if there is anything."""
+    path = Path(path)
+    path.unlink(missing_ok=True)
+    if path.parent.is_dir():
+        _remove_shards(path, [])
+
+
+def _remove_shards(path: Path, kept: list[dict[str, Any]]) -> None:
+    """Removes those of earlier saves, and of saves that were interrupted."""
+    name = re.escape(path.name)
+    form = re.compile(rf"\.?{name}\.\d+\.\d+\.\d+-of-\d+(\..*\.partial)?")
+    names = {shard["file"] for shard in kept}
+    for found in path.parent.iterdir():
+        if form.fullmatch(found.name) and found.name not in names:
+            found.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _in_all_processes(training: Training) -> Iterator[None]:
+    """Raises in all processes what is raised inside in one."""
+    error: CheckpointError | None = None
+    try:
+        yield
+    except CheckpointError as raised:
+        error = raised
+    told = training.distribution.gather_text(str(error or ""), training.device)
+    if error is not None:
+        raise error
+    for text in told:
+        if text:
+            raise CheckpointError(text)
 
 
 def write(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -162,9 +272,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except Exception as error:
         raise _damaged(path, error) from error
     got = values.get("format") if isinstance(values, dict) else values
-    if got != _FORMAT:
+    if got == _EARLIER:
+        values = {**values, **_SINCE}
+    elif got != _FORMAT:
         raise CheckpointError(
-            f"Checkpoint: {path} must have the format {_FORMAT!r}, got {_short(got)}; {_WHAT_TO_DO}"
+            f"Checkpoint: {path} must have the format {_FORMAT!r}, got {short(got)}; {_WHAT_TO_DO}"
         )
     return tensors, values
 
@@ -181,6 +293,10 @@ def _collect(
         for key, value in state.items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{number}.{key}"] = value
+    if training.steps_in_epoch:
+        tensors["losses"] = torch.stack(training.losses)
+        for name, state in training.random_state.items():
+            tensors[f"random.{name}"] = state
     callbacks = []
     for number, callback in enumerate(training.callbacks):
         own, values = callback.state()
@@ -190,33 +306,38 @@ def _collect(
         "training": identity,
         "layers": _layers(training),
         "steps_done": training.steps_done,
+        "steps_in_epoch": training.steps_in_epoch,
         "next_epoch": training.next_epoch,
         "kept_epoch": training.kept_epoch,
         "history": training.history,
         "scaler": training.step.scaler.state_dict(),
         "callbacks": callbacks,
+        "shards": [],
     }
 
 
-def _restore(path: Path, training: Training, identity: dict[str, Any]) -> None:
-    """Checks everything first, so that a file that does not fit changes nothing."""
+def _checked(path: Path, training: Training, identity: dict[str, Any]) -> Callable[[], None]:
+    """Checks everything, so that a file that does not fit changes nothing; what then restores."""
     tensors, values = read(path)
     _check_complete(path, values)
-    model = _part(tensors, "model.")
-    _check_same(path, "the model", shapes_of(model), shapes_of(training.model.state_dict()))
-    _check_same(path, "the adapters", values["layers"], _layers(training))
     saved = values["training"]
     if saved.get("device") != identity["device"]:
         saved = {**saved, **{name: identity[name] for name in ("device", "initial_adapters")}}
+    if values["shards"] or training.distribution.by_task:
+        _check_same(path, "the training", saved, identity)
+        tensors |= join(training, _read_shards(path, values["shards"]))
+    model = _part(tensors, "model.")
+    _check_same(path, "the model", shapes_of(model), shapes_of(training.model.state_dict()))
+    _check_same(path, "the adapters", values["layers"], _layers(training))
     _check_same(path, "the training", saved, identity)
     kinds = [callback["kind"] for callback in values["callbacks"]]
     _check_same(path, "callbacks", kinds, [type(c).__name__ for c in training.callbacks])
-    _check_progress(path, values, training)
+    losses, random = _check_progress(path, tensors, values, training)
     scaler = training.step.scaler
     _check_scaler(path, values["scaler"], scaler.state_dict())
     optimizer = training.step.optimizer
     state = _optimizer_state(path, _part(tensors, "optimizer."), optimizer)
-    device = next(training.model.parameters()).device
+    device = training.device
     for place, callback in enumerate(training.callbacks):
         own = {k: t.to(device) for k, t in _part(tensors, f"callback.{place}.").items()}
         try:
@@ -226,49 +347,44 @@ def _restore(path: Path, training: Training, identity: dict[str, Any]) -> None:
                 f"Checkpoint: {path} does not fit {kinds[place]}: {_one_line(error)}"
             ) from error
 
-    if values["scaler"]:
-        scaler.load_state_dict(values["scaler"])
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    training.model.load_state_dict(model)
-    training.steps_done, training.next_epoch = values["steps_done"], values["next_epoch"]
-    training.kept_epoch = values["kept_epoch"]
-    training.history.extend(values["history"])
+    def restore() -> None:
+        if values["scaler"]:
+            scaler.load_state_dict(values["scaler"])
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        training.model.load_state_dict(model)
+        training.steps_done, training.next_epoch = values["steps_done"], values["next_epoch"]
+        training.kept_epoch = values["kept_epoch"]
+        training.history.extend(values["history"])
+        training.steps_in_epoch = values["steps_in_epoch"]
+        training.losses, training.random_state = losses, random
+
+    return restore
 
 
-def _identity(training: Training) -> dict[str, Any]:
-    """What must be equal for a training to resume where another stopped; taken at its start."""
-    model = training.model
-    own = {id(p) for p in task_parameters(model)}
-    per_task = {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in own}
-    weights: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
-    for name, tensor in model.state_dict().items():
-        weights[name in per_task][name] = tensor
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    found = {
-        **asdict(training.config),
-        "step": type(training.step).__name__,
-        **training.step.settings,
-        "rounds": identity_of(training.rounds),
-        "validation": identity_of(training.validation),
-        "steps_per_epoch": training.steps_per_epoch,
-        "modules": _digest({}, repr(model))[:16],
-        "trained": f"{len(trained)} parameters {_digest({}, json.dumps(trained))[:16]}",
-        "device": next(model.parameters()).device.type,
-        "initial_weights": digest_of_tensors(weights[False])[:16],
-        "initial_adapters": digest_of_tensors(weights[True])[:16],
-    }
-    try:
-        return dict(json.loads(json.dumps(found)))
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"Checkpoint: identity() must return what JSON can hold, got {_short(found['rounds'])} "
-            f"of the data and {_short(found['validation'])} of the validation ({error})"
-        ) from error
+def _read_shards(path: Path, entries: list[Any]) -> list[Shard]:
+    """The tasks and tensors of every shard.
+
+    Raises:
+        CheckpointError: if one is missing, damaged, or of another save.
+    """
+    found: list[Shard] = []
+    for entry in entries:
+        shard = path.with_name(Path(entry["file"]).name)
+        if not shard.exists():
+            raise CheckpointError(
+                f"Checkpoint: {shard} is missing, which {path} needs for tasks {entry['tasks']}; "
+                "all processes must see one folder"
+            )
+        if hashlib.sha256(shard.read_bytes()).hexdigest() != entry["sha256"]:
+            raise CheckpointError(f"Checkpoint: {shard} is damaged: its checksum does not match")
+        tensors, values = read(shard)
+        found.append((values["tasks"], tensors))
+    return found
 
 
 def _layers(training: Training) -> dict[str, str]:
     """Of the adapted layers what the shapes do not tell, such as alpha and dropout."""
-    return {name: repr(layer) for name, layer in adapted_layers(training.model).items()}
+    return {name: described(layer) for name, layer in adapted_layers(training.model).items()}
 
 
 def _check_complete(path: Path, values: dict[str, Any]) -> None:
@@ -280,12 +396,12 @@ def _check_complete(path: Path, values: dict[str, Any]) -> None:
     for key, value, kind in wanted:
         if type(value) is not kind:  # an int that is no bool
             raise CheckpointError(
-                f"Checkpoint: {path} must hold {key!r}, a {kind.__name__}, got {_short(value)}"
+                f"Checkpoint: {path} must hold {key!r}, a {kind.__name__}, got {short(value)}"
             )
 
 
 def _check_same(path: Path, what: str, saved: Any, wanted: Any) -> None:
-    found = list(_differences("", saved, wanted))
+    found = list(differences("", saved, wanted))
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise CheckpointError(
@@ -293,25 +409,28 @@ def _check_same(path: Path, what: str, saved: Any, wanted: Any) -> None:
         )
 
 
-def _differences(name: str, saved: Any, wanted: Any) -> Iterator[str]:
-    """``name saved, here wanted`` for each value that differs, however deeply nested."""
-    if isinstance(saved, dict) and isinstance(wanted, dict):
-        for key in {**wanted, **saved}:
-            own = _short(key)[1:-1]  # a file's keys may be anything
-            inner = f"{name}.{own}" if name else own
-            yield from _differences(inner, saved.get(key, _ABSENT), wanted.get(key, _ABSENT))
-    elif saved != wanted:
-        yield f"{name} {_short(saved)}, here {_short(wanted)}".lstrip()
+def _check_progress(
+    path: Path, tensors: dict[str, Tensor], values: dict[str, Any], training: Training
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Refuses counters and a history that this training cannot have written.
 
-
-def _check_progress(path: Path, values: dict[str, Any], training: Training) -> None:
-    """Refuses counters and a history that this training cannot have written."""
-    done, history = values["next_epoch"], values["history"]
+    Returns:
+        The losses of the epoch's steps so far, and the state of the generators.
+    """
+    done, history, in_epoch = values["next_epoch"], values["history"], values["steps_in_epoch"]
+    steps = training.steps_per_epoch if done < training.config.epochs else 1
+    losses = tensors.get("losses", torch.zeros(0))
+    kinds = {"cpu", training.device.type}  # of another kind of device there is no generator here
+    random = {k: t for k, t in _part(tensors, "random.").items() if k in kinds}
     wrong = None
     if not 0 <= done <= training.config.epochs:
         wrong = "next_epoch", done
     elif not 0 <= values["steps_done"] < 2**63:
         wrong = "steps_done", values["steps_done"]
+    elif not 0 <= in_epoch < steps:
+        wrong = "steps_in_epoch", in_epoch
+    elif losses.shape != (in_epoch,) or not losses.is_floating_point():
+        wrong = "losses", list(losses.shape)
     elif not -1 <= values["kept_epoch"] < max(done, 1):
         wrong = "kept_epoch", values["kept_epoch"]
     elif len(history) != done:
@@ -325,9 +444,12 @@ def _check_progress(path: Path, values: dict[str, Any], training: Training) -> N
             wrong = wrong or ("history", record)
     if wrong:
         raise CheckpointError(
-            f"Checkpoint: {path} is damaged: {wrong[0]} cannot be {_short(wrong[1])} in a training "
+            f"Checkpoint: {path} is damaged: {wrong[0]} cannot be {short(wrong[1])} in a training "
             f"of {training.config.epochs} epochs with {done} done"
         )
+    for name, state in random.items():
+        torch.Generator(name).set_state(state)  # raises if it is none
+    return list(losses.to(training.device).unbind()), random
 
 
 def _is_number(value: Any) -> bool:
@@ -338,7 +460,7 @@ def _check_scaler(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> Non
     """Refuses the state of another gradient scaler; only the scale and its counter may differ."""
     largest = {"scale": 3e38, "_growth_tracker": own.get("growth_interval", 0)}
     for key in {**saved, **own}:
-        value: Any = saved.get(key, _ABSENT)
+        value: Any = saved.get(key, ABSENT)
         right = type(value) is type(own.get(key))
         if right and key in largest:
             right = 0 <= value <= largest[key]
@@ -346,8 +468,8 @@ def _check_scaler(path: Path, saved: dict[str, Any], own: dict[str, Any]) -> Non
             right = value == own[key]
         if not right:
             raise CheckpointError(
-                f"Checkpoint: {path} does not fit the gradient scaler: {key} {_short(value)}, here "
-                f"{_short(own.get(key, _ABSENT))}"
+                f"Checkpoint: {path} does not fit the gradient scaler: {key} {short(value)}, here "
+                f"{short(own.get(key, ABSENT))}"
             )
 
 
@@ -376,7 +498,7 @@ def _optimizer_state(
             if not fits:
                 got = shapes_of(own).get(key, "nothing")
                 raise CheckpointError(
-                    f"Checkpoint: {path} has optimizer state {_short(f'{number}.{key}')}: {got}, "
+                    f"Checkpoint: {path} has optimizer state {short(f'{number}.{key}')}: {got}, "
                     f"wanted {', '.join(_STATES.get(kind, ())) or 'none'} of shape "
                     f"{list(parameter.shape)}"
                 )
@@ -384,7 +506,7 @@ def _optimizer_state(
             state[number] = own
     if by_number:
         prefix, own = next(iter(by_number.items()))
-        name = _short(f"{prefix}.{next(iter(own))}")
+        name = short(f"{prefix}.{next(iter(own))}")
         raise CheckpointError(
             f"Checkpoint: {path} has optimizer state {name}, but there are {len(parameters)} "
             "parameters"
@@ -411,14 +533,5 @@ def _digest(tensors: dict[str, Tensor], text: str) -> str:
     return hashlib.sha256((text + digest_of_tensors(tensors)).encode()).hexdigest()
 
 
-def _short(value: Any) -> str:
-    """``repr`` on one line, however long or deep the value is."""
-    return _REPR.repr(value)
-
-
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 200

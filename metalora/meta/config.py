@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metalora._checks import check_choice, check_count, check_nonnegative, check_positive
+from metalora.meta.distribution import PARALLEL
 from metalora.meta.optimizer import NAMED
 from metalora.meta.precision import MATMUL_PRECISIONS
 
@@ -46,6 +47,12 @@ class TrainConfig:
             again only where a layer has so few or so many rows that its route changes (see
             `metalora.ops.lora_linear_route`). Needs a C++ compiler, on a GPU triton. Results are
             those without up to rounding, but dropout draws other random numbers.
+        parallel: how the processes of torch.distributed share the training: "data", each has a part
+            of every task's samples, or "tasks", each has some of the tasks, see
+            `metalora.meta.Distribution`. Results are up to rounding the same for any number of
+            processes, one included. They are those of None, which means one process by itself, but
+            dropout draws other random numbers: the mask of a sample depends on its place in the
+            whole batch, not on the process.
 
     Raises:
         TypeError: if a field has a wrong type.
@@ -70,6 +77,7 @@ class TrainConfig:
     adapter_steps: int = 1
     matmul_precision: str = "default"
     compile: bool = False
+    parallel: str | None = None
 
     def __post_init__(self) -> None:
         check_count("TrainConfig", "epochs", self.epochs)
@@ -96,6 +104,22 @@ class TrainConfig:
         check_count("TrainConfig", "seed", self.seed, minimum=0)
         if not isinstance(self.compile, bool):
             raise TypeError(f"TrainConfig: compile must be True or False, got {self.compile!r}")
+        self._check_parallel()
+
+    def _check_parallel(self) -> None:
+        if self.parallel is None:
+            return
+        check_choice("TrainConfig", "parallel", self.parallel, PARALLEL)
+        if self.compile:
+            raise ValueError(
+                "TrainConfig: compile must be False with parallel, whose dropout draws each "
+                "sample's mask by itself, which is not compiled"
+            )
+        if self.parallel == "tasks" and self.precision == "fp16":
+            raise ValueError(
+                "TrainConfig: precision must be 'fp32' or 'bf16' with parallel='tasks', as each "
+                "process would scale its gradients by itself, got 'fp16'"
+            )
 
     def _check_warmup_steps(self) -> None:
         if self.warmup_steps is None:

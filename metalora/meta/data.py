@@ -31,6 +31,8 @@ class Batch:
             the samples are sorted by task.
         lengths: rows of each sample, B numbers, where the inputs are packed, see `metalora.tasks`.
         weights: [B], each sample's part in the loss; None leaves that to the training.
+        places: int64 [B] on the CPU, the place of each sample in the whole batch, where this is the
+            part of one process, see `metalora.meta.Distribution`.
         collate: turns this batch into one or more model inputs, in passes that each come
             with some of the samples and their weights (of `take`): for samples that have to be
             padded or packed first, or batches too large for memory. None: ``inputs`` are ready.
@@ -44,6 +46,7 @@ class Batch:
     counts: tuple[int, ...] | None = None
     lengths: tuple[int, ...] | None = None
     weights: Tensor | None = None
+    places: Tensor | None = None
     collate: Collate | None = None
     sizes: Tensor | None = None
 
@@ -86,6 +89,7 @@ class Batch:
             counts=counts,
             weights=None if self.weights is None else self.weights[rows],
             sizes=None if self.sizes is None else self.sizes[rows],
+            places=None if self.places is None else self.places[_on_host(rows)],
         )
 
     def passes(self) -> Iterable[Batch]:
@@ -94,6 +98,10 @@ class Batch:
 
 
 Collate = Callable[[Batch], Iterable[Batch]]
+
+
+def _on_host(rows: Tensor | slice) -> Tensor | slice:
+    return rows.cpu() if isinstance(rows, Tensor) else rows
 
 
 def take_rows(inputs: Any, rows: Tensor | slice) -> Any:
@@ -131,6 +139,15 @@ class Rounds(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
 
+def samples_per_task(rounds: Rounds) -> Sequence[int]:
+    """How many samples each task has in an epoch, by which tasks are spread over processes.
+
+    Of a loader that does not say so, ``rounds_per_task`` is taken.
+    """
+    found: Sequence[int] = getattr(rounds, "samples_per_task", rounds.rounds_per_task)
+    return found
+
+
 def by_task(rounds: Rounds) -> Rounds:
     """The same rounds, of which the model gets one task at a time, in one pass or more.
 
@@ -146,6 +163,10 @@ class _ByTask:
     @property
     def rounds_per_task(self) -> Sequence[int]:
         return self.rounds.rounds_per_task
+
+    @property
+    def samples_per_task(self) -> Sequence[int]:
+        return samples_per_task(self.rounds)
 
     def set_epoch(self, epoch: int) -> None:
         self.rounds.set_epoch(epoch)
@@ -297,6 +318,11 @@ class RoundLoader:
         for task in (task for visits in self._visits() for task, _ in visits):
             found[task] += 1
         return found
+
+    @property
+    def samples_per_task(self) -> list[int]:
+        """How many samples each task has."""
+        return [len(samples) for samples in self._of_task]
 
     def __iter__(self) -> Iterator[Batch]:
         device = self.targets.device

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metalora.meta.data import Batch, Rounds
+from metalora.meta.distribution import Distribution, active_distribution
 from metalora.meta.steps import Forward, call_model
 from metalora.nn import tasks
 
@@ -62,17 +63,34 @@ def evaluate(
         loader: the samples.
         metric: what to average.
         forward: how the model is called.
+
+    Inside a training on several processes, such as in its validation, each process runs its part
+    of the samples, and all return the same.
+
+    Raises:
+        ValueError: if each process has tasks of its own, and ``loader`` has others.
     """
+    distribution = active_distribution() or Distribution(None, ())
+    if distribution.by_task and loader.num_tasks != distribution.num_tasks:
+        raise ValueError(
+            f"evaluate: loader must have the {distribution.num_tasks} tasks of the training, which "
+            f"are spread over processes, got {loader.num_tasks}"
+        )
     sums = counts = torch.zeros(())
+    parts = (distribution.part(whole) for whole in loader)
     with evaluation_mode(model):
-        for batch in (part for whole in loader for part in whole.passes()):
+        for batch in (one for part in parts if len(part.task_ids) for one in part.passes()):
             with tasks(batch.task_ids, counts=batch.counts, lengths=batch.lengths):
                 values = metric(forward(model, batch.inputs), batch).double()
             zeros = values.new_zeros(loader.num_tasks)
-            ids = batch.task_ids.to(values.device, non_blocking=True)
+            ids = distribution.global_ids(batch.task_ids).to(values.device, non_blocking=True)
             sizes = torch.ones_like(values) if batch.sizes is None else batch.sizes.to(values)
             sums = sums.to(values.device) + zeros.index_add(0, ids, values * sizes)
             counts = counts.to(values.device) + zeros.index_add(0, ids, sizes)
+    if distribution.world_size > 1:
+        device = next(model.parameters()).device
+        both = torch.zeros(2, loader.num_tasks, dtype=torch.float64, device=device)
+        sums, counts = distribution.total(both + torch.stack([sums, counts]).view(2, -1).to(device))
     per_task = (sums / counts).tolist()
     present = [mean for mean, count in zip(per_task, counts.tolist(), strict=True) if count]
     return Evaluation(tuple(per_task), sum(present) / len(present))

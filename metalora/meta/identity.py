@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 SAMPLE_BYTES = 2**24
 """How many bytes of a data tensor are read for its digest."""
+
+ABSENT = "absent"
 
 
 def identity_of(part: Any) -> Any:
@@ -102,3 +105,23 @@ def _sample(values: Tensor) -> Tensor:
     count = max(2, SAMPLE_BYTES * len(values) // size)
     chosen = torch.arange(count, device=values.device) * (len(values) - 1) // (count - 1)
     return values[chosen]
+
+
+def differences(name: str, saved: Any, wanted: Any, here: str = "here") -> Iterator[str]:
+    """``name saved, here wanted`` for each value that differs, however deeply nested."""
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        for key in {**wanted, **saved}:
+            own = short(key)[1:-1]  # a file's keys may be anything
+            inner = f"{name}.{own}" if name else own
+            yield from differences(inner, saved.get(key, ABSENT), wanted.get(key, ABSENT), here)
+    elif saved != wanted:
+        yield f"{name} {short(saved)}, {here} {short(wanted)}".lstrip()
+
+
+def short(value: Any) -> str:
+    """``repr`` on one line, however long or deep the value is."""
+    return _REPR.repr(value)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200

@@ -17,7 +17,7 @@ from metalora.meta.data import Rounds
 from metalora.meta.evaluation import Evaluation, evaluate
 from metalora.meta.precision import matmul_precision
 from metalora.meta.schedule import schedule_factor
-from metalora.meta.seeds import derive_seed, own_random_state
+from metalora.meta.seeds import derive_seed, own_random_state, restore_random_state
 from metalora.meta.steps import Step, check_finite
 from metalora.meta.training import Callback, Training, Validation
 
@@ -35,7 +35,8 @@ class Result:
         best_metric: the validation there; None without one. A maximum over epochs of held-out
             data is optimistic: report ``last_metric`` beside it.
         last_metric: the validation of the last epoch; None without one.
-        adapters: per task what `metalora.task_state_dict` gave at the end.
+        adapters: per task what `metalora.task_state_dict` gave at the end; of a task that another
+            process holds (``parallel="tasks"``), nothing.
     """
 
     history: list[dict[str, Any]]
@@ -78,6 +79,7 @@ def train(
             end of the epoch, where the host waits anyway; the weights may be NaN by then.
         RuntimeError, ValueError: if ``config.compile`` is set and nothing can be compiled here, or
             ``model`` is wrapped by ``torch.compile``.
+        ProcessGroupError: if processes that train together differ, or one ends or does not answer.
     """
     check_count("train", "validate_every", validate_every)
     per_epoch = step.per_epoch(rounds)
@@ -85,7 +87,10 @@ def train(
         model, rounds, step, config, validation, list(callbacks), per_epoch, validate_every
     )
     compiling = compiled(model) if config.compile else nullcontext()
-    with matmul_precision(config.matmul_precision), compiling:
+    precision, processes = matmul_precision(config.matmul_precision), step.distribution
+    with precision, compiling, processes.active():
+        if processes.world_size > 1:
+            training.identity()  # compares the processes
         _train(training)
     return _result(training)
 
@@ -100,23 +105,32 @@ def _train(training: Training) -> None:
         torch.manual_seed(derive_seed("epoch", config.seed, epoch))
         rounds.set_epoch(epoch)
         model.train()
-        losses = []
-        for batches in step.split(rounds):
+        left = step.split(rounds)
+        if training.steps_in_epoch:  # resumed within this epoch
+            for _ in range(training.steps_in_epoch):
+                next(left)
+            restore_random_state(training.random_state)
+        for batches in left:
             when = epoch, training.steps_done, training.steps_per_epoch
             factor = schedule_factor(config, *when)
             for group in step.optimizer.param_groups:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-            losses.append(step(batches))
+            step.number = training.steps_done
+            training.losses.append(step(batches))
             training.steps_done += 1
+            training.steps_in_epoch += 1
             for callback in callbacks:
-                callback.on_step(training, losses[-1])
+                callback.on_step(training, training.losses[-1])
 
-        loss = float(torch.stack(losses).mean())  # the epoch's only wait for the device
+        factor = schedule_factor(config, epoch, training.steps_done - 1, training.steps_per_epoch)
+        # The epoch's only wait for the device.
+        loss = float(torch.stack(training.losses).mean())
         check_finite(loss, f"the mean loss of epoch {epoch}", config)
         lr = config.lr * factor
         record = {"epoch": epoch, "loss": loss, "lr": lr, **_validate(training, epoch)}
         training.history.append(record)
         training.next_epoch, training.kept_epoch = epoch + 1, epoch
+        training.steps_in_epoch, training.losses = 0, []
         for callback in callbacks:
             callback.on_epoch(training, record)
 
@@ -129,12 +143,19 @@ def _validate(training: Training, epoch: int) -> dict[str, Any]:
     if validation is None or not training.validates(epoch):
         return {}
     if callable(validation):
-        found = validation(model)
+        found = _agreed(training, validation(model))
     else:
         found = evaluate(model, validation, forward=training.step.objective.forward)
     if isinstance(found, Evaluation):
         return {"validation": found.mean, "validation_per_task": list(found.per_task)}
     return {"validation": float(found)}
+
+
+def _agreed(training: Training, found: Evaluation | float) -> Evaluation | float:
+    """What process 0 found, so that all processes decide alike."""
+    every = (found.mean, *found.per_task) if isinstance(found, Evaluation) else (float(found),)
+    mean, *per_task = training.distribution.broadcast(every, training.device)
+    return Evaluation(tuple(per_task), mean) if isinstance(found, Evaluation) else mean
 
 
 def _result(training: Training) -> Result:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from metalora.adapters import (
@@ -26,11 +26,13 @@ from metalora.adapters import (
 from metalora.adapters.state import check_plain
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds
+from metalora.meta.distribution import Distribution
 from metalora.meta.loop import Result, train
 from metalora.meta.restore import as_before_on_error
 from metalora.meta.seeds import derive_seed, own_random_state
-from metalora.meta.steps import GradientStep, ReptileStep
+from metalora.meta.steps import GradientStep, ReptileStep, distribution_of
 from metalora.meta.training import Options, check_options, split_options
+from metalora.nn.lora_layer import LoRALayer
 
 
 def standard(
@@ -77,11 +79,13 @@ def lora_ml(
     named = model.named_parameters(remove_duplicate=False)
     trainable = {name: parameter.requires_grad for name, parameter in named}
     torch.manual_seed(derive_seed("adapters", config.seed))
+    processes = distribution_of(config, rounds)
     try:
-        adapt(model, lora_config, rounds.num_tasks)
-        return _with_adapters(
-            train_by_gradient(model, rounds, config, options), model, rounds.num_tasks
-        )
+        adapt(model, lora_config, rounds.num_tasks, tasks=_held(processes))
+        result = train_by_gradient(model, rounds, config, options)
+        result = _with_adapters(result, model, processes)
+        _average_heads(model, processes)
+        return result
     finally:
         if adapted_layers(model):
             unload(model)
@@ -189,13 +193,13 @@ def finetune_lora(
     check_call("finetune_lora", model, options)
     with as_before_on_error(model):
         torch.manual_seed(derive_seed("adapters", config.seed))
-        adapt(model, lora_config, rounds.num_tasks)
+        processes = distribution_of(config, rounds)
+        adapt(model, lora_config, rounds.num_tasks, tasks=_held(processes))
         freeze_base(model)
         if fresh_heads:
             reset_adapters(model)
-        return _with_adapters(
-            train_by_gradient(model, rounds, config, options), model, rounds.num_tasks
-        )
+        result = train_by_gradient(model, rounds, config, options)
+        return _with_adapters(result, model, processes)
 
 
 def finetune_last_layer(
@@ -251,6 +255,30 @@ def _heads_only(function: str, heads: Sequence[str]) -> LoRAConfig:
     return LoRAConfig(target_modules=(), heads=heads)
 
 
-def _with_adapters(result: Result, model: nn.Module, num_tasks: int) -> Result:
-    adapters = [task_state_dict(model, task) for task in range(num_tasks)]
+def _held(processes: Distribution) -> list[int] | None:
+    return processes.held if processes.by_task else None
+
+
+def _with_adapters(result: Result, model: nn.Module, processes: Distribution) -> Result:
+    adapters: list[dict[str, Tensor]] = [{} for _ in range(processes.num_tasks)]
+    for number, task in enumerate(processes.tasks):
+        adapters[task] = task_state_dict(model, number)
     return dataclasses.replace(result, adapters=adapters)
+
+
+@torch.no_grad()
+def _average_heads(model: nn.Module, processes: Distribution) -> None:
+    """Gives the heads here the mean over all tasks, where others are in other processes.
+
+    `unload` makes the model's head of it; adapters it drops.
+    """
+    if not processes.by_task:
+        return
+    for layer in adapted_layers(model).values():
+        if isinstance(layer, LoRALayer):
+            continue
+        for heads in layer.own_task_parameters().values():
+            zero = torch.zeros_like(heads[0])
+            first = processes.total(heads[0] if 0 in processes.tasks else zero)
+            own = (heads - first).sum(0) if processes.tasks else zero
+            heads.copy_(first + processes.total(own) / processes.num_tasks)

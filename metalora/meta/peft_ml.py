@@ -126,6 +126,11 @@ def _train(
             f"{function}: compile must be False with peft's own layers, which would be compiled "
             "again for every task; LoRA that lora_ml trains can be compiled"
         )
+    if config.parallel == "tasks":
+        raise ValueError(
+            f"{function}: parallel must be 'data' or None with peft's own layers, of which every "
+            "process has those of all tasks, got 'tasks'"
+        )
     calls, watch = split_options(options)
     validation = watch.get("validation")
     if validation is not None and not callable(validation):

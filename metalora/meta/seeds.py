@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -27,3 +27,19 @@ def own_random_state() -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if in_use else []
     with torch.random.fork_rng(devices, device_type="cuda"):
         yield
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of torch's generators on the CPU and on ``device``, as uint8 tensors."""
+    found = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def restore_random_state(state: Mapping[str, torch.Tensor]) -> None:
+    """Restores what `random_state` returned; of "cuda" that of the current device."""
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu())

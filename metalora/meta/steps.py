@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from typing import Any, TypedDict
@@ -18,12 +19,14 @@ from metalora._checks import SHORT, check_choice, check_count, check_positive
 from metalora._errors import DivergedError
 from metalora.adapters import adapted_layers, task_parameters
 from metalora.meta.config import TrainConfig
-from metalora.meta.data import Batch, Rounds
+from metalora.meta.data import Batch, Rounds, samples_per_task
+from metalora.meta.distribution import Distribution
 from metalora.meta.identity import identity_of
 from metalora.meta.mean import sample_weights, weighted_mean
 from metalora.meta.optimizer import NAMED, make_optimizer
+from metalora.meta.seeds import derive_seed
 from metalora.meta.task_optimizer import TaskOptimizer
-from metalora.nn import tasks
+from metalora.nn import sample_dropout, tasks
 
 Loss = Callable[[Any, Batch], Tensor]
 """``loss(outputs, batch)`` → the loss of each sample, [B]."""
@@ -63,6 +66,7 @@ class Objective:
         model: plain or adapted.
         config: settings; of them, the precision.
         pooled: take the mean over samples instead.
+        distribution: the processes that train together; None means this one.
         loss, forward: see `Calls`.
     """
 
@@ -72,12 +76,16 @@ class Objective:
         config: TrainConfig,
         *,
         pooled: bool = False,
+        distribution: Distribution | None = None,
         loss: Loss = cross_entropy,
         forward: Forward = call_model,
     ) -> None:
         self.model, self.config, self.pooled = model, config, pooled
+        self.distribution = Distribution(None, ()) if distribution is None else distribution
         self.loss, self.forward = loss, forward
-        self.device = next(model.parameters()).device
+        first = next(model.parameters())
+        self.device = first.device
+        self._dtype_of_losses = torch.float32 if first.dtype in SHORT else first.dtype
         self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
 
     def backward(
@@ -85,24 +93,34 @@ class Objective:
         batch: Batch,
         scaler: torch.amp.GradScaler,
         only: Sequence[Tensor] | None = None,
+        seed: int | None = None,
     ) -> Tensor:
-        """Adds the batch's gradients, times the scaler's scale, to the parameters; its loss.
+        """Adds the gradients of this process's part of a batch, times the scaler's scale.
 
-        With ``only`` those parameters alone get gradients.
+        Args:
+            batch: the whole batch.
+            scaler: scales the gradients.
+            only: parameters that alone get gradients.
+            seed: of the dropout masks, where they are those of each sample by itself.
 
-        Raises:
-            DivergedError: if the loss is NaN or infinite; known here on a CPU alone.
+        Returns:
+            The loss of the part, whose weights in the whole batch add up to at most 1.
         """
         if batch.weights is None:
             batch = replace(batch, weights=self._weights(batch))
-        values = [self._pass_backward(part, scaler, only) for part in batch.passes()]
+        part = self.distribution.part(batch)
+        if len(part.task_ids) == 0:
+            return scaler.scale(self.no_loss())
+        values = [self._pass_backward(p, scaler, only, seed) for p in part.passes()]
         value = values[0] if len(values) == 1 else torch.stack(values).sum()
-        if value.device.type == "cpu":  # reading it waits for nothing
-            check_finite(float(value), "the loss of a step", self.config)
-        return value
+        return value if self.distribution.parallel is None else value.to(self._dtype_of_losses)
 
     def _pass_backward(
-        self, batch: Batch, scaler: torch.amp.GradScaler, only: Sequence[Tensor] | None
+        self,
+        batch: Batch,
+        scaler: torch.amp.GradScaler,
+        only: Sequence[Tensor] | None,
+        seed: int | None,
     ) -> Tensor:
         if batch.weights is None:
             raise ValueError(
@@ -110,7 +128,7 @@ class Objective:
             )
         context = tasks(batch.task_ids, counts=batch.counts, lengths=batch.lengths)
         autocast = torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None)
-        with context:
+        with context, _own_masks(batch, seed):
             with autocast:
                 losses = self.loss(self.forward(self.model, batch.inputs), batch)
             if losses.shape != batch.task_ids.shape:
@@ -125,10 +143,28 @@ class Objective:
             scaler.scale(value).backward(inputs=inputs)
         return value.detach()
 
+    def no_loss(self) -> Tensor:
+        """The loss of no samples: 0, of the dtype that losses have."""
+        return torch.zeros((), dtype=self._dtype_of_losses, device=self.device)
+
     def _weights(self, batch: Batch) -> Tensor:
         if not self.pooled:
             return sample_weights(batch.task_ids, sizes=batch.sizes)
         return sample_weights(torch.zeros_like(batch.task_ids), sizes=batch.sizes)
+
+
+@contextmanager
+def _own_masks(batch: Batch, seed: int | None) -> Iterator[None]:
+    """Within, dropout follows from the seed and each sample's place; without a seed as ever."""
+    if seed is None:
+        yield
+        return
+    torch.manual_seed(seed)
+    if batch.places is None:  # a collate that does not pass them on
+        yield
+        return
+    with sample_dropout(batch.places, batch.lengths):
+        yield
 
 
 class Step(ABC):
@@ -144,6 +180,8 @@ class Step(ABC):
     """
 
     optimizer: torch.optim.Optimizer
+    number: int = 0
+    """Of the step that comes next, from the beginning of the training."""
 
     def __init__(
         self,
@@ -156,7 +194,11 @@ class Step(ABC):
         **calls: Unpack[Calls],
     ) -> None:
         self.model, self.config = model, config
-        self.objective = Objective(model, config, pooled=pooled, **calls)
+        self.distribution = distribution_of(config, rounds)
+        self.distribution.check_model(model)
+        self.objective = Objective(
+            model, config, pooled=pooled, distribution=self.distribution, **calls
+        )
         self.settings: dict[str, Any] = {
             "num_tasks": rounds.num_tasks,
             **settings,
@@ -164,6 +206,9 @@ class Step(ABC):
             "forward": identity_of(self.objective.forward),
         }
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        of_tasks = {id(p) for p in task_parameters(model)}
+        self.own = [p for p in self.parameters if id(p) in of_tasks]
+        self.shared = [p for p in self.parameters if id(p) not in of_tasks]
         if not self.parameters:
             raise ValueError("train: the model has no trainable parameters")
         # Only fp16 needs gradients scaled; for other precisions the scaler does nothing.
@@ -187,20 +232,50 @@ class Step(ABC):
         optimizer: torch.optim.Optimizer,
         batch: Batch,
         only: Sequence[nn.Parameter] | None = None,
+        *,
+        place: tuple[int, ...] = (),
+        alone: bool = False,
     ) -> Tensor:
         """Steps ``optimizer`` on the loss of ``batch``; returns the loss before it.
 
-        With ``only``, those parameters alone get gradients, clipped to ``config.grad_clip``, and
-        the optimiser leaves the others as they are.
+        Args:
+            optimizer: what steps.
+            batch: the whole batch.
+            only: parameters that alone get gradients, clipped to ``config.grad_clip``; the
+                optimiser leaves the others as they are.
+            place: tells this descent from others of the same step, for the dropout masks.
+            alone: whether the batch is all of this process, so that nothing is exchanged, and the
+                loss not checked, which would end this process alone.
+
+        Raises:
+            DivergedError: if the loss is NaN or infinite, in all processes; known here on a CPU
+                alone.
         """
         optimizer.zero_grad()
-        value = self.objective.backward(batch, self.scaler, only)
+        distribution, seed = self.distribution, None
+        if distribution.parallel is not None:
+            seed = derive_seed("dropout", self.config.seed, self.number, *place)
+        value = self.objective.backward(batch, self.scaler, only, seed)
+        if not alone:
+            exchanged = self.shared if distribution.by_task else self.parameters
+            if only is not None:
+                chosen = {id(p) for p in only}
+                exchanged = [p for p in exchanged if id(p) in chosen]
+            value = distribution.sum_gradients(exchanged, value)
+            self._check_finite(value)
         if self.config.grad_clip is not None:
             self.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+            if alone:
+                nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+            else:
+                distribution.clip_gradients(self.shared, self.own, self.config.grad_clip)
         self.scaler.step(optimizer)
         self.scaler.update()
         return value
+
+    def _check_finite(self, loss: Tensor) -> None:
+        if loss.device.type == "cpu":  # reading it waits for nothing
+            check_finite(float(loss), "the loss of a step", self.config)
 
 
 class GradientStep(Step):
@@ -233,9 +308,10 @@ class GradientStep(Step):
             raise ValueError("train: pooled rounds ignore tasks; use step_per='round' with them")
         settings = {"pooled": rounds.pooled}
         super().__init__(model, rounds, config, pooled=rounds.pooled, settings=settings, **calls)
-        of_tasks = {id(p) for p in (task_parameters(model) if own is None else own)}
-        self.own = [p for p in self.parameters if id(p) in of_tasks]
-        self.shared = [p for p in self.parameters if id(p) not in of_tasks]
+        if own is not None:
+            of_tasks = {id(p) for p in own}
+            self.own = [p for p in self.parameters if id(p) in of_tasks]
+            self.shared = [p for p in self.parameters if id(p) not in of_tasks]
         if config.adapter_steps > 1 and not (self.own and self.shared):
             lacking = "weights that the tasks share" if self.own else "adapters or heads of tasks"
             raise ValueError(
@@ -253,6 +329,7 @@ class GradientStep(Step):
                 NAMED[config.optimizer],
                 lr=config.lr,
                 weight_decay=config.weight_decay,
+                task_parallel=self.distribution.by_task,
                 **{f"adapter_{name}": value for name, value in apart.items()},
             )
         # Adapters of peft are parameters of one task each, without a gradient where it is absent.
@@ -279,8 +356,8 @@ class GradientStep(Step):
         (batch,) = batches
         if self.config.adapter_steps == 1:
             return self.descend(self.optimizer, batch)
-        for _ in range(self.config.adapter_steps):
-            self.descend(self.optimizer, batch, self.own)
+        for i in range(self.config.adapter_steps):
+            self.descend(self.optimizer, batch, self.own, place=(i,))
         return self.descend(self.optimizer, batch, self.shared)
 
 
@@ -370,23 +447,45 @@ class ReptileStep(Step):
             raise
         for p, gradient in zip(self.parameters, gradients, strict=True):
             p.grad = gradient
+        if self.distribution.by_task:
+            loss = self.distribution.sum_gradients(self.parameters, loss)
+            self._check_finite(loss)
         self.optimizer.step()
         return loss
 
     def _outer_gradients(
         self, start: list[Tensor], per_task: list[list[Batch]]
     ) -> tuple[list[Tensor], Tensor]:
-        """W − W_inner, averaged over tasks, and the mean loss of the inner steps."""
+        """W − W_inner, averaged over tasks, and the mean loss of the inner steps.
+
+        Task parallel, each task is stepped by its own process, which gives the part of the others 0
+        in both.
+        """
+        distribution = self.distribution
         gradients = [torch.zeros_like(p) for p in start]
         losses = []
         for of_task in per_task:
+            (task,) = of_task[0].tasks_present()
+            if distribution.by_task and task not in distribution.tasks:
+                continue
             inner = make_optimizer(self.inner_optimizer, self.parameters, self.inner_lr, 0.0)
-            losses += [self.descend(inner, batch) for batch in of_task]
+            losses += [
+                self.descend(inner, batch, place=(task, i), alone=distribution.by_task)
+                for i, batch in enumerate(of_task)
+            ]
             with torch.no_grad():
                 for p, before, gradient in zip(self.parameters, start, gradients, strict=True):
                     gradient.add_(before - p, alpha=self.sign / len(per_task))
                     p.copy_(before)
-        return gradients, torch.stack(losses).mean()
+        if not distribution.by_task:
+            return gradients, torch.stack(losses).mean()
+        losses = losses or [self.objective.no_loss()]
+        return gradients, torch.stack(losses).sum() / sum(map(len, per_task))
+
+
+def distribution_of(config: TrainConfig, rounds: Rounds) -> Distribution:
+    """How the processes share a training with these settings and data."""
+    return Distribution(config.parallel, samples_per_task(rounds))
 
 
 def check_finite(loss: float, what: str, config: TrainConfig) -> None:

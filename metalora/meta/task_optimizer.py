@@ -60,6 +60,8 @@ class TaskOptimizer(Optimizer):
         optimizer: a class, such as ``torch.optim.AdamW``.
         adapter_lr: learning rate of adapters and heads; None means that of the shared parameters.
         adapter_weight_decay: their weight decay; None means that of the shared parameters.
+        task_parallel: whether each process has tasks of its own, see `metalora.meta.Distribution`:
+            then no other process is asked for tasks.
         options: what ``optimizer`` takes beside the parameters, such as ``lr``. SGD, Adam and
             AdamW are fused unless ``fused`` or ``foreach`` is given, and step the tasks present of
             10 or more from stacked values, which takes little more than a step of all; others step
@@ -82,10 +84,12 @@ class TaskOptimizer(Optimizer):
         *,
         adapter_lr: float | None = None,
         adapter_weight_decay: float | None = None,
+        task_parallel: bool = False,
         **options: Any,
     ) -> None:
         _check_class(optimizer, options)
-        self._seen = _watch(model, optimizer)
+        self._task_parallel = task_parallel
+        self._seen = _watch(model, optimizer, task_parallel)
         trainable = [p for p in model.parameters() if p.requires_grad]
         own = [p for p in trainable if p in self._seen]
         shared = [p for p in trainable if p not in self._seen]
@@ -321,7 +325,8 @@ class TaskOptimizer(Optimizer):
                 "TaskOptimizer.step: param_groups hold other adapters than the model's; what "
                 "replaces parameters, such as FSDP, is not supported"
             )
-        present = _present(self._recorders(), next(iter(self._seen)).device)
+        device = next(iter(self._seen)).device
+        present = _present(self._recorders(), device, alone=self._task_parallel)
         slices: list[Tensor] = []
         stacked: dict[Tensor, list[int]] = {}
         for parameter in self._leaves:
@@ -426,8 +431,11 @@ def _check_settable(name: str, optimizer: type, inner: Optimizer, own: list[nn.P
         )
 
 
-def _watch(model: nn.Module, optimizer: type) -> dict[Tensor, list[SeenTasks]]:
-    """Per parameter with one slice per task, its recorders; none where there is only one task."""
+def _watch(model: nn.Module, optimizer: type, task_parallel: bool) -> dict[Tensor, list[SeenTasks]]:
+    """Per parameter with one slice per task, its recorders; none where there is only one task.
+
+    Task parallel, the only one here may be absent, while samples of others are in other processes.
+    """
     layers = list(adapted_layers(check_module("TaskOptimizer", model)).values())
     if not layers:
         raise ValueError(
@@ -442,17 +450,17 @@ def _watch(model: nn.Module, optimizer: type) -> dict[Tensor, list[SeenTasks]]:
                     "TaskOptimizer: adapters and heads must be plain parameters, got a DTensor; "
                     "what shards them, such as FSDP2, is not supported"
                 )
-            recorders = [layer.watch_tasks()] if layer.num_tasks > 1 else []
+            recorders = [layer.watch_tasks()] if layer.num_tasks > 1 or task_parallel else []
             found.setdefault(parameter, []).extend(recorders)
     return found
 
 
 def _present(
-    recorders: list[SeenTasks], device: torch.device
+    recorders: list[SeenTasks], device: torch.device, *, alone: bool
 ) -> dict[SeenTasks, frozenset[int] | None]:
     """The tasks each recorder has seen, here or in any process whose gradients were averaged."""
     found = {seen: seen.tasks() for seen in recorders}
-    if not (recorders and dist.is_available() and dist.is_initialized()):
+    if alone or not (recorders and dist.is_available() and dist.is_initialized()):
         return found
     if dist.get_world_size() == 1:
         return found

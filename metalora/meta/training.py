@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from metalora._checks import did_you_mean
+from metalora.adapters import task_parameters
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds
+from metalora.meta.distribution import Distribution
 from metalora.meta.evaluation import Evaluation
+from metalora.meta.identity import digest_of_tensors, identity_of, short
 from metalora.meta.steps import Calls, Step
 
 Validation = Rounds | Callable[[nn.Module], Evaluation | float]
@@ -20,7 +29,10 @@ Validation = Rounds | Callable[[nn.Module], Evaluation | float]
 
 @dataclass
 class Training:
-    """Where a training stands: what callbacks see."""
+    """Where a training stands: what callbacks see.
+
+    ``steps_in_epoch`` counts the steps of an epoch that is not finished, ``losses`` are theirs.
+    """
 
     model: nn.Module
     rounds: Rounds
@@ -34,11 +46,103 @@ class Training:
     next_epoch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     kept_epoch: int = -1
+    steps_in_epoch: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    random_state: dict[str, Tensor] = field(default_factory=dict)
+    _identity: dict[str, Any] | None = None
+
+    @property
+    def distribution(self) -> Distribution:
+        """The processes that train together."""
+        return self.step.distribution
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a training to resume where another stopped, as it is at the start.
+
+        It is the same in all processes, and for any number of them.
+
+        Raises:
+            TypeError: if the loader's ``identity()`` returns what JSON cannot hold.
+        """
+        if self._identity is None:
+            self._identity = self._describe()
+        return self._identity
+
+    def _describe(self) -> dict[str, Any]:
+        model = self.model
+        own = {id(p) for p in task_parameters(model)}
+        per_task = {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in own}
+        shared: dict[str, Tensor] = {}
+        adapters: dict[str, Tensor] = {}
+        for name, tensor in model.state_dict().items():
+            (adapters if name in per_task else shared)[name] = tensor
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        config = asdict(self.config)
+        if config["parallel"] is None:
+            del config["parallel"]  # as in files of before there was such a field
+        found = {
+            **config,
+            "step": type(self.step).__name__,
+            **self.step.settings,
+            "rounds": identity_of(self.rounds),
+            "validation": identity_of(self.validation),
+            "steps_per_epoch": self.steps_per_epoch,
+            "modules": _digest(described(model)),
+            "trained": f"{len(trained)} parameters {_digest(json.dumps(trained))}",
+            "device": self.device.type,
+            "initial_weights": digest_of_tensors(shared)[:16],
+        }
+        try:
+            found = dict(json.loads(json.dumps(found)))
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                "Checkpoint: identity() must return what JSON can hold, got "
+                f"{short(found['rounds'])} of the data and {short(found['validation'])} of the "
+                f"validation ({error})"
+            ) from error
+        self.distribution.check_same({**found, **_versions()}, self.device)
+        return {**found, "initial_adapters": self._digest_of_adapters(adapters)[:16]}
+
+    def _digest_of_adapters(self, adapters: dict[str, Tensor]) -> str:
+        if not self.distribution.by_task:
+            return digest_of_tensors(adapters)
+        of_tasks = {
+            task: digest_of_tensors({name: tensor[i] for name, tensor in adapters.items()})
+            for i, task in enumerate(self.distribution.tasks)
+        }
+        every: dict[str, str] = {}
+        for text in self.distribution.gather_text(json.dumps(of_tasks), self.device):
+            every.update(json.loads(text))
+        return _digest(json.dumps(every, sort_keys=True))
 
     def validates(self, epoch: int) -> bool:
         """Whether the validation is measured after this epoch."""
         due = (epoch + 1) % self.validate_every == 0 or epoch + 1 == self.config.epochs
         return self.validation is not None and due
+
+
+def described(part: Any) -> str:
+    """``repr`` of a model or layer, the same whatever number of its tasks is held here."""
+    return re.sub(r"tasks=\d+ of (\d+)", r"tasks=\1", repr(part))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256((text + digest_of_tensors({})).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """What processes that train together run: torch, and every module of this package."""
+    code = hashlib.sha256()
+    folder = Path(__file__).resolve().parents[1]
+    for path in sorted(folder.rglob("*.py")):
+        code.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return {"torch": str(torch.__version__), "code_of_metalora": code.hexdigest()[:16]}
 
 
 class Callback:
@@ -59,7 +163,7 @@ class Callback:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What must survive an interruption: tensors, and values that JSON can hold.
 
-        Called after `on_start`, before any epoch, and after every epoch.
+        Called after `on_start`, before any epoch, and after every epoch, or every few steps.
         """
         return {}, {}
 

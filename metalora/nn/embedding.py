@@ -78,4 +78,4 @@ class MultiTaskEmbedding(TaskLayer):
         return embedding.train(self.training)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.out_features}, tasks={self.num_tasks}"
+        return f"{self.num_embeddings}, {self.out_features}, {self._number()}"

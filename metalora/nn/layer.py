@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,8 @@ class TaskLayer(nn.Module):
     seen: SeenTasks | None = None
     """Records the tasks that the gradients are of, after `watch_tasks` was called."""
 
+    _held: tuple[int, list[int]] | None = None  # of how many tasks which are held, if not all
+
     def __init__(self, num_tasks: int, name: str = "") -> None:
         super().__init__()
         self.num_tasks = check_count(type(self).__name__, "num_tasks", num_tasks)
@@ -37,6 +40,32 @@ class TaskLayer(nn.Module):
     def to_linear(self, task: int | None = None) -> nn.Module:
         """The plain layer of one task, or (None) without adapters, heads averaged over tasks."""
         raise NotImplementedError
+
+    def hold_tasks(self, tasks: Sequence[int]) -> None:
+        """Drops all tasks but these, which are numbered 0, 1, ... from now on.
+
+        For task parallelism, where each process holds some tasks.
+
+        Raises:
+            ValueError: if there are none, or one is not a task of this layer.
+        """
+        if not tasks:
+            raise ValueError(f"{self._where()}: tasks must be at least one, got none")
+        chosen = [self.check_task(task) for task in tasks]
+        for parameter in self.own_task_parameters().values():
+            parameter.data = parameter.data[chosen]
+        self._held = self.num_tasks, chosen
+        self.num_tasks = len(chosen)
+
+    def redraw_tasks(self) -> None:
+        """Draws the per-task parameters afresh, each as if all tasks were held and drawn here."""
+        if self._held is not None:
+            self.num_tasks = self._held[0]
+            for parameter in self.own_task_parameters().values():
+                parameter.data = parameter.data.new_empty(self.num_tasks, *parameter.shape[1:])
+        self.reset_task_parameters()
+        if self._held is not None:
+            self.hold_tasks(self._held[1])
 
     def own_task_parameters(self) -> dict[str, nn.Parameter]:
         """The per-task parameters this layer has, by name; each is [T, ...]."""
@@ -123,8 +152,11 @@ class TaskLayer(nn.Module):
     def _where(self) -> str:
         return f"{type(self).__name__} {self.name!r}" if self.name else type(self).__name__
 
+    def _number(self) -> str:
+        return f"tasks={self.num_tasks}" + (f" of {self._held[0]}" if self._held else "")
+
     def extra_repr(self) -> str:
-        return f"in={self.in_features}, out={self.out_features}, tasks={self.num_tasks}"
+        return f"in={self.in_features}, out={self.out_features}, {self._number()}"
 
 
 def rows_per_sample(x: Tensor, batch: TaskBatch) -> int:

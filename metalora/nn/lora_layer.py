@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -10,6 +14,7 @@ from metalora._checks import check_choice, check_count, check_nonnegative, check
 from metalora._warn import warn_user
 from metalora.nn.layer import TaskLayer, new_parameter
 from metalora.nn.plain import as_conv1d, as_linear, features_of, is_conv1d
+from metalora.nn.sample_dropout import drops_by_sample
 from metalora.nn.task_batch import TaskBatch
 
 
@@ -109,6 +114,8 @@ class LoRALayer(TaskLayer):
             ValueError: if shapes do not fit or no tasks are known.
         """
         batch = self.batch_of(x, tasks)
+        if self.training and self.dropout > 0 and drops_by_sample():
+            return self._forward_by_sample(x, batch)
         rows, task_ptr = self.sort_rows(x, batch)
         return self.restore_rows(self._run(rows, task_ptr), x, batch)
 
@@ -127,6 +134,15 @@ class LoRALayer(TaskLayer):
             route=self.route,
             keep_merged=self.keep_merged,
         )
+
+    def _forward_by_sample(self, x: Tensor, batch: TaskBatch | None) -> Tensor:
+        """The same with masks that depend on the sample, which the operator does not have."""
+        rows, task_ptr = self.sort_rows(F.dropout(x, self.dropout), batch)
+        bounds = pairwise(task_ptr.tolist())
+        factors = zip(*self.factors(), strict=True)
+        updates = [rows[a:b] @ A.T @ B.T for (a, b), (A, B) in zip(bounds, factors, strict=True)]
+        update = self.restore_rows(torch.cat(updates), x, batch)
+        return F.linear(x, self.dense(), self.bias) + self.scaling * update
 
     def to_linear(self, task: int | None = None) -> nn.Module:
         """Task t's layer, W + s·B_t A_t merged into a new weight; None gives W's own Parameter.

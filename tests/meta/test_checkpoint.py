@@ -76,10 +76,11 @@ class Nothing(Interrupt):
 Nothing.__name__ = "Interrupt"
 
 
-def run(method, config, path=None, interrupt=None, model=None):
+def run(method, config, path=None, interrupt=None, model=None, every_steps=None):
     model = network() if model is None else model
     stop = Nothing(0) if interrupt is None else Interrupt(interrupt)
-    callbacks = [stop, KeepBest()] + ([] if path is None else [Checkpoint(path)])
+    saves = [] if path is None else [Checkpoint(path, every_steps=every_steps)]
+    callbacks = [stop, KeepBest(), *saves]
     result = METHODS[method](model, rounds(), config, validation=rounds(1), callbacks=callbacks)
     return model.state_dict(), result
 
@@ -129,6 +130,39 @@ def test_resumed_equals_uninterrupted(method, fields, tmp_path):
         assert torch.equal(value, want[name]), name
     for ours, theirs in zip(resumed.adapters, whole.adapters, strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, {"step_per": "task", "precision": "fp16"}], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_within_an_epoch_equals_uninterrupted(method, fields, tmp_path):
+    config = TrainConfig(**{"epochs": 3, "lr": 0.03, "seed": 7, "schedule": "cosine", **fields})
+    want, whole = run(method, config)
+    path = tmp_path / "run.safetensors"
+    inside = 0
+    for step in (2, 3, 6):
+        with pytest.raises(KeyboardInterrupt):
+            run(method, config, path, interrupt=step, every_steps=1)
+        inside += read(path)[1]["steps_in_epoch"] > 0
+        torch.manual_seed(step)
+    got, resumed = run(method, config, path, every_steps=1)
+    assert inside
+    assert resumed.history == whole.history
+    assert all(torch.equal(value, want[name]) for name, value in got.items())
+
+
+def test_a_file_of_the_earlier_format_is_read(tmp_path):
+    path, config = tmp_path / "run.safetensors", TrainConfig(epochs=3, lr=0.03)
+    want, whole = run("lora-ml", config)
+    with pytest.raises(KeyboardInterrupt):
+        run("lora-ml", config, path, interrupt=8)
+    tensors, values = read(path)
+    for key in ("steps_in_epoch", "shards"):
+        del values[key]
+    forge(path, tensors, json.dumps({**values, "format": "metalora training 2"}))
+    got, resumed = run("lora-ml", config, path)
+    assert resumed.history == whole.history
+    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_a_finished_training_only_gives_its_result(tmp_path):
@@ -274,7 +308,7 @@ def test_well_formed_files_with_senseless_parts_are_refused(saved):
 )
 def test_another_format_is_refused(saved, text):
     forge(saved, {}, text)
-    with pytest.raises(CheckpointError, match="must have the format 'metalora training 2', got"):
+    with pytest.raises(CheckpointError, match="must have the format 'metalora training 3', got"):
         read(saved)
 
 
@@ -301,6 +335,8 @@ def test_senseless_numbers_are_refused(saved):
         ({"next_epoch": True}, "must hold 'next_epoch', a int, got True"),
         ({"next_epoch": float("nan")}, "must hold 'next_epoch', a int, got nan"),
         ({"steps_done": 10**400}, "steps_done cannot be 10000"),
+        ({"steps_in_epoch": 5}, "steps_in_epoch cannot be 5"),
+        ({"steps_in_epoch": 2}, "losses cannot be [0]"),
         ({"kept_epoch": 9}, "kept_epoch cannot be 9"),
         ({"history": []}, "history cannot be []"),
         ({"history": [3]}, "history cannot be 3"),
