@@ -232,3 +232,45 @@ def test_a_layer_computes_each_sample_with_its_own_task(
         truth = [wanted, *torch.autograd.grad(wanted, leaves, grad)]
     for value, of in zip(got, truth, strict=True):
         assert (value - of).abs().max().item() < 1e-9 if value.numel() else True
+
+
+@fuzz
+@given(data=st.data(), dtype=st.sampled_from([torch.float64, torch.float32]))
+def test_packed_attention(data: st.DataObject, dtype: torch.dtype) -> None:
+    draw = data.draw
+    lengths = draw(st.lists(st.integers(0, 40), min_size=1, max_size=5))
+    key_heads, size = draw(st.integers(1, 3)), draw(st.integers(1, 40))
+    heads = key_heads * draw(st.integers(1, 3))
+    causal = draw(st.booleans())
+    window = draw(st.none() | st.integers(1, 45)) if causal else None
+    softcap = draw(st.none() | st.floats(0.5, 30))
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    shapes = [(sum(lengths), n, size) for n in (heads, key_heads, key_heads)]
+    leaves = [drawn(draw, dtype, *shape).requires_grad_() for shape in shapes]
+
+    def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention with a mask of all tokens, head by head."""
+        key, value = (t.repeat_interleave(heads // key_heads, 1) for t in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query, key) / size**0.5
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        back = torch.arange(len(query))[:, None] - torch.arange(len(query))
+        seen = sequence[:, None] == sequence
+        if causal:
+            seen &= (back >= 0) & (back < (window or len(query) + 1))
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", weights, value)
+
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    y = ops.packed_attention(*leaves, ends, causal=causal, window=window, softcap=softcap)
+    in_double = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    wanted = exact(*in_double)
+    grad = torch.randn_like(y)
+    got = [y, *torch.autograd.grad(y, leaves, grad)]
+    truth = [wanted, *torch.autograd.grad(wanted, in_double, grad.double())]
+    limit = 1e-11 if dtype == torch.float64 else 1e-4
+    for value, of in zip(got, truth, strict=True):
+        assert value.dtype == dtype
+        assert value.numel() == 0 or (value.double() - of).abs().max() <= limit * (
+            1 + of.abs().max()
+        )
