@@ -94,9 +94,14 @@ def log_ticks(*parts: Axis) -> None:
 
 
 def legend_below(fig: Figure, ax: Axes) -> None:
-    """Puts the legend of ``ax`` below all panels, where it hides nothing."""
+    """Puts the legend of ``ax`` below all panels, where it hides nothing, in as few rows as fit."""
     handles, labels = ax.get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    for rows in range(1, len(labels) + 1):
+        columns = -(-len(labels) // rows)
+        legend = fig.legend(handles, labels, loc="outside lower center", ncols=columns)
+        if columns == 1 or legend.get_window_extent().width <= fig.bbox.width:
+            return
+        legend.remove()
 
 
 def save(fig: Figure, run: RunFiles, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:

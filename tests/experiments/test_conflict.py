@@ -364,3 +364,19 @@ def test_dials_without_effect_are_said(
 def test_models_read_the_images_of_their_data() -> None:
     for name, config in MODELS.items():
         assert (config.channels, config.image_size) == {"cifar10": (3, 16), "digits": (1, 8)}[name]
+
+
+def test_a_legend_takes_the_rows_that_it_needs() -> None:
+    from matplotlib import pyplot as plt
+
+    from experiments.lib import plotting
+
+    plotting.style()
+    fig, ax = plt.subplots(figsize=(5, 4))
+    for number in range(6):
+        ax.plot([0, 1], label=f"A method with a long name, {number}")
+    plotting.legend_below(fig, ax)
+    (legend,) = fig.legends
+    assert legend.get_window_extent().width <= fig.bbox.width
+    assert len(legend.get_texts()) == 6
+    plt.close(fig)
