@@ -57,9 +57,13 @@ def environment(folder: Path, python: str, *packages: str | Path) -> Path:
     return folder / "bin" / "python"
 
 
+def version_of(python: str) -> str:
+    return run(python, "-c", "import platform; print(platform.python_version())").strip()
+
+
 def build(python: str, torch: str) -> tuple[Path, str]:
     """Builds and repairs the wheel of a Python; returns its file and auditwheel's platform."""
-    work = FOLDER / python.replace(os.sep, "-")
+    work = FOLDER / version_of(python)
     interpreter = environment(work / "build", python, f"torch=={torch}", *NEEDED_TO_BUILD)
     (source,) = FOLDER.glob("metalora-*.tar.gz")
     options = ["--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir"]
@@ -79,7 +83,7 @@ def build(python: str, torch: str) -> tuple[Path, str]:
 
 def test(wheel: Path, python: str, torch: str) -> str:
     """Installs the wheel with a torch, runs the tests and returns pytest's summary."""
-    work = FOLDER / python.replace(os.sep, "-") / f"torch-{torch}"
+    work = FOLDER / version_of(python) / f"torch-{torch}"
     interpreter = environment(
         work / "environment", python, f"torch=={torch}", wheel, *NEEDED_TO_TEST
     )
@@ -112,7 +116,7 @@ def main() -> None:
     for python in given.pythons:
         wheel, platform = build(python, given.torch[-1])
         for torch in given.torch:
-            row = (python, platform, torch, test(wheel, python, torch))
+            row = (version_of(python), platform, torch, test(wheel, python, torch))
             print(f"| {' | '.join(row)} |", flush=True)
 
 
