@@ -12,7 +12,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch.distributed as dist
+
+HAS_GLOO = dist.is_available() and dist.is_gloo_available()
+needs_gloo = pytest.mark.skipif(not HAS_GLOO, reason="needs torch.distributed with gloo")
 
 
 def start_interruptible(command: list[str], **options: Any) -> subprocess.Popen[str]:

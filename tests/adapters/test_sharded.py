@@ -8,11 +8,9 @@ from torch import nn
 
 from metalora.adapters import LoRAConfig, adapt, merge_and_unload, unload
 from metalora.nn import tasks
+from tests.processes import needs_gloo
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-    reason="needs torch.distributed with gloo",
-)
+pytestmark = needs_gloo
 IDS = torch.tensor([0, 1, 2])
 
 

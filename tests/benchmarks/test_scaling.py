@@ -15,7 +15,7 @@ from benchmarks.scaling import Model, cost, seven_billion, table
 from metalora.adapters import LoRAConfig, adapt, task_parameters
 from metalora.meta import Callback, Distribution, RoundLoader, TaskOptimizer, TrainConfig, lora_ml
 from metalora.nn import tasks
-from tests.processes import run_processes
+from tests.processes import needs_gloo, run_processes
 
 WIDTH, RANK, T = 12, 2, 6
 LORA = LoRAConfig(rank=RANK)
@@ -116,10 +116,7 @@ def every_way() -> dict[tuple[str, bool], tuple[int, int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(),
-    reason="needs torch.distributed with gloo",
-)
+@needs_gloo
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_formulas_are_what_processes_store_and_exchange(processes: int) -> None:
     by_rank = [every_way()] if processes == 1 else run_processes(every_way, processes)

@@ -11,16 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not dist.is_available() or not dist.is_gloo_available(),
-        reason="needs torch.distributed with gloo",
-    ),
-]
+from tests.processes import needs_gloo
+
+pytestmark = [pytest.mark.slow, needs_gloo]
 ROOT = Path(__file__).resolve().parents[2]
 VISION = ["--data", "digits", "--smoke", "--seeds", "1", "--retrain", "lora-ml", "--device", "cpu"]
 

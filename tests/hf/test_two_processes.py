@@ -21,15 +21,9 @@ from metalora.meta import task_mean  # noqa: E402
 from metalora.nn import tasks  # noqa: E402
 from tests.hf.test_trainer import trainer  # noqa: E402
 from tests.hf.tiny import adapted_model, features, pad  # noqa: E402
-from tests.processes import run_processes  # noqa: E402
+from tests.processes import needs_gloo, run_processes  # noqa: E402
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not dist.is_available() or not dist.is_gloo_available(),
-        reason="needs torch.distributed with gloo",
-    ),
-]
+pytestmark = [pytest.mark.slow, needs_gloo]
 DATA = features(24)
 IDS = [feature["task_id"] for feature in DATA]
 

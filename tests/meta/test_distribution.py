@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,15 +25,9 @@ from metalora.meta import (
     reptile,
     standard,
 )
-from tests.processes import run_processes
+from tests.processes import needs_gloo, run_processes
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not dist.is_available() or not dist.is_gloo_available(),
-        reason="needs torch.distributed with gloo",
-    ),
-]
+pytestmark = [pytest.mark.slow, needs_gloo]
 T, D = 5, 6
 COUNTS = [13, 4, 9, 1, 6]  # ragged: rounds of 4 have all tasks, then four, three, one
 LORA = LoRAConfig(rank=2, alpha=3, dropout=0.3, target_modules=["0", "5"])

@@ -28,15 +28,9 @@ from metalora.meta import (
     standard,
 )
 from tests.meta.test_distribution import COUNTS, WITH_HEADS, close, network, rounds
-from tests.processes import run_processes, start_processes
+from tests.processes import needs_gloo, run_processes, start_processes
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not dist.is_available() or not dist.is_gloo_available(),
-        reason="needs torch.distributed with gloo",
-    ),
-]
+pytestmark = [pytest.mark.slow, needs_gloo]
 CONFIG = TrainConfig(epochs=3, lr=0.02, optimizer="adamw", weight_decay=0.1, parallel="tasks")
 
 

@@ -11,11 +11,9 @@ from torch import nn
 from metalora.adapters import LoRAConfig, adapt, task_parameters
 from metalora.meta import TaskOptimizer
 from metalora.nn import tasks
+from tests.processes import needs_gloo
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-    reason="needs torch.distributed with gloo",
-)
+pytestmark = needs_gloo
 T, STEPS = 4, 3
 # Per step and process the task of its samples: task 3 never has any, the others not in every step.
 PRESENT = [(0, 1), (1, 1), (2, 0)]

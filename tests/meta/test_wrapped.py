@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -14,15 +13,9 @@ from metalora.adapters import LoRAConfig, adapt, task_parameters
 from metalora.meta import Distribution, TaskOptimizer, TrainConfig, standard, task_mean
 from metalora.nn import tasks
 from tests.meta.test_distribution import COUNTS, close, network, rounds
-from tests.processes import run_processes
+from tests.processes import needs_gloo, run_processes
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not dist.is_available() or not dist.is_gloo_available(),
-        reason="needs torch.distributed with gloo",
-    ),
-]
+pytestmark = [pytest.mark.slow, needs_gloo]
 LORA = LoRAConfig(rank=2, target_modules=["0", "3"], heads=["5"])
 T = len(COUNTS)
 
