@@ -89,14 +89,19 @@ def await_save(folder: Path, seconds: float = 1.0) -> None:
 
 
 def killed_training(
-    world_size: int, parallel: str | None, kills: int, seed: int, most_seconds: float = 0.3
+    world_size: int,
+    parallel: str | None,
+    kills: int,
+    seed: int,
+    most_seconds: float = 0.3,
+    epochs_per_kill: int = 4,
 ) -> tuple[int, int, bool]:
     """Kills a training so often, and lets it end; kills, those within a save, whether it is equal.
 
     Each time one process is killed, or all are, at a random moment after the first save, or at the
-    beginning of the save that follows it.
+    beginning of the save that follows it. A training that ends before has fewer kills.
     """
-    choose, epochs = random.Random(seed), 4 * kills + 4
+    choose, epochs = random.Random(seed), epochs_per_kill * (kills + 1)
     with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as name:
         folder, file = Path(name), Path(name, "training.safetensors")
         for process in start(world_size, Path(whole), parallel, epochs):
