@@ -7,10 +7,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments.conflict.data import halved
-from experiments.conflict.settings import PART_OF, ConflictSettings
+from experiments.conflict.settings import OF_METHODS, PART_OF, ConflictSettings
 from experiments.conflict.summary import COLUMNS, results_tables, table
 from experiments.conflict.trials import Trials
 from experiments.lib.choices import keep_choices
+from experiments.lib.cli import flag_of
 from experiments.lib.experiment import Experiment, Report, Work, command
 from experiments.lib.machine import choose_device, keep_freed_memory
 from experiments.lib.processes import no_bar
@@ -37,7 +38,9 @@ def prepare(given: ConflictSettings) -> Work:
 
     def run(folder: RunFolder) -> None:
         folder.add_data(settings.data, dataset.sha256)
-        keep_choices(folder, "--lr", "rate", {m: settings.rate(m) for m in settings.retrain})
+        for name in OF_METHODS[settings.data]:
+            of_methods = {method: settings.of(method)[name] for method in settings.retrain}
+            keep_choices(folder, flag_of(name), name, of_methods)
         same = {"experiment": NAME, "data": settings.data}
         for inputs, turned, trial in tqdm(points, desc=NAME, unit="point", disable=no_bar()):
             trials = Trials(settings, dataset, inputs, turned, trial, device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from experiments.lib.cli import option, unique
+from experiments.lib.cli import flag_of, option, unique
 from experiments.lib.retraining_settings import ALL, PER_TASK, RetrainingSettings, part_of
 from experiments.vision.augment import Augmentation
 from experiments.vision.mixer import MixerConfig
@@ -44,7 +44,6 @@ INPUTS = ("none", "views", LOW_RANK, "patches")
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "cifar10": {
         "epochs": 10,
-        "batch_size": 32,
         "weight_decay": 1e-5,
         "finetune_epochs": 30,
         "shots": (10, 30, 100),
@@ -59,7 +58,6 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
     "digits": {
         "epochs": 20,
-        "batch_size": 24,
         "weight_decay": 1e-5,
         "finetune_epochs": 30,
         "shots": (4, 10, 30),
@@ -73,10 +71,16 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "seeds": 3,
     },
 }
-# Retraining rates, chosen on validation tasks (docs/conflict.md): Reptile's is the outer one.
-RATES: Mapping[str, Mapping[str, float]] = {
-    "cifar10": {**dict.fromkeys(METHODS, 3e-3), "reptile": 0.5},
-    "digits": {**dict.fromkeys(METHODS, 1e-2), "standard": 3e-3, "reptile": 0.5},
+# Chosen on validation tasks for each method (docs/conflict.md). Reptile's rate is the outer one.
+OF_METHODS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "cifar10": {
+        "lr": {**dict.fromkeys(METHODS, 3e-3), "reptile": 0.5},
+        "batch_size": {**dict.fromkeys(METHODS, 4), "standard": 32, "reptile": 32},
+    },
+    "digits": {
+        "lr": {**dict.fromkeys(METHODS, 1e-2), "standard": 3e-3, "reptile": 0.5},
+        "batch_size": dict.fromkeys(METHODS, 24),
+    },
 }
 SMOKE = {
     "epochs": 1,
@@ -149,9 +153,11 @@ class ConflictSettings(RetrainingSettings):
         False, help="measure on validation tasks only, to choose rates of retraining by"
     )
     epochs: int = option(None, help="of retraining (cifar10: 10, digits: 20)")
-    batch_size: int = option(
+    batch_size: tuple[int, ...] = option(
         None,
-        help="of a task's batch; standard: of all tasks together (cifar10: 32, digits: 24)",
+        extends=True,
+        help="of a task's batch; standard: of all tasks together; one for all methods, or one for "
+        "each of --retrain (cifar10: 4, standard and reptile 32; digits: 24)",
     )
     lr: tuple[float, ...] = option(
         None,
@@ -206,18 +212,25 @@ class ConflictSettings(RetrainingSettings):
         return [(inputs, turned) for turned in self.turned for inputs in self.inputs]
 
     def defaults(self, device_type: str) -> Mapping[str, Any]:
-        if self.lr is not None and len(self.lr) not in (1, len(self.retrain)):
-            raise ValueError(
-                f"argument --lr: must be one rate, or one for each of the {len(self.retrain)} "
-                f"methods of --retrain, got {len(self.lr)}"
-            )
-        rates = tuple(RATES[self.data][method] for method in self.retrain)
-        return {**DEFAULTS[self.data], "lr": rates, **(SMOKE if self.smoke else {})}
+        chosen = {}
+        for name, of_methods in OF_METHODS[self.data].items():
+            given = getattr(self, name)
+            if given is not None and len(given) not in (1, len(self.retrain)):
+                raise ValueError(
+                    f"argument {flag_of(name)}: must be one value, or one for each of the "
+                    f"{len(self.retrain)} methods of --retrain, got {len(given)}"
+                )
+            chosen[name] = tuple(of_methods[method] for method in self.retrain)
+        return {**DEFAULTS[self.data], **chosen, **(SMOKE if self.smoke else {})}
 
-    def rate(self, method: str) -> float:
-        """Returns a method's rate of retraining."""
-        rates = self.lr * len(self.retrain) if len(self.lr) == 1 else self.lr
-        return dict(zip(self.retrain, rates, strict=True))[method]
+    def of(self, method: str) -> dict[str, Any]:
+        """Returns a method's own settings, one value each."""
+        found = {}
+        for name in OF_METHODS[self.data]:
+            given = getattr(self, name)
+            values = given * len(self.retrain) if len(given) == 1 else given
+            found[name] = values[self.retrain.index(method)]
+        return found
 
 
 # Settings that only some methods, fine-tunings, data or inputs have a use for.

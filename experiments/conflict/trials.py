@@ -115,10 +115,10 @@ class Trials(training.Trials[Part]):
     def retrain(
         self, method: str, seed: int, *callbacks: Callback, rank: int | None = None
     ) -> tuple[nn.Module, Result]:
-        kind, size = METHODS[method], self.settings.batch_size
+        kind, given = METHODS[method], self.settings.of(method)
         if kind.large_batches:
-            size *= len(GROUPS["retraining"])
-        own = self._variant(kind.heads, lr=self.settings.rate(method), batch_size=size)
+            given["batch_size"] *= len(GROUPS["retraining"])
+        own = self._variant(kind.heads, **given)
         own.with_head = (kind.base,) if kind.heads else ()
         if kind.base == "reptile":
             own.fixed = {**self.fixed, "optimizer": "sgd"}

@@ -239,7 +239,7 @@ def test_methods_differ_in_heads_and_batches() -> None:
     found = {method: of(method) for method in METHODS}
     for one, other in itertools.combinations(METHODS, 2):
         assert not torch.equal(found[one], found[other]), (one, other)
-    whole = of("standard", batch_size=28 * 24)
+    whole = of("standard", batch_size=(28 * 24,))
     torch.testing.assert_close(whole, found["standard-equal-steps"])
 
 
@@ -274,7 +274,7 @@ def test_a_resumed_run_ends_in_the_same_results(
 
     more = {**SMALL, "retrain": ("lora-ml", "standard", "reptile")}
     mixed_up = {**more, "lr": (3e-3, 1e-2, 0.5)}
-    with pytest.raises(RunError, match=r"the rate of lora-ml was 0\.01 when this run began"):
+    with pytest.raises(RunError, match=r"the lr of lora-ml was 0\.01 when this run began"):
         CONFLICT.run(settings(**mixed_up, out=tmp_path / "run", resume=True))
     CONFLICT.run(settings(**more, out=tmp_path / "run", resume=True))
     with (tmp_path / "run" / "results.csv").open(newline="") as file:
@@ -328,7 +328,7 @@ def test_the_table_compares_trial_by_trial() -> None:
         (["--turned", "-0.1"], "--turned must be"),
         (["--shots", "1"], "argument --shots: must be at least 2, an image of each class, got 1"),
         (["--shots", "500"], "--shots 500: the test task has only"),
-        (["--lr", "0.1", "0.2"], "argument --lr: must be one rate, or one for each of the 6"),
+        (["--lr", "0.1", "0.2"], "argument --lr: must be one value, or one for each of the 6"),
         (["--inputs", "veiws"], "--inputs"),
         (["--retrain", "standard-steps"], "--retrain"),
         (["--inputs", "low-rank", "--distortion-rank", "5"], "--distortion-rank must be at most 4"),
