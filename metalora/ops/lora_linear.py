@@ -90,11 +90,41 @@ def lora_linear(
         short = route == "auto" and dropout_p == 0 and usable(x)
         if short and takes_small_kernels(x, weight, task_ptr):
             scaling = check_scaling("lora_linear", scaling)
-            return _WeightRoute.apply(*layer, scaling, False, keep_merged)
-        return _run(layer, scaling, dropout_p, seed, route, keep_merged)
+            return _WeightRoute.apply(*layer, scaling, False, keep_merged, False)
+        return _run(layer, scaling, dropout_p, seed, route, keep_merged)[0]
     except Exception:
         # The raw operator checks its arguments as well: the slow Python checks run only after a
         # failure, to word the error. They would cost as much as a small layer.
+        problem = _problem(layer)
+        if problem is not None:
+            raise problem from None
+        raise
+
+
+def lora_linear_handing_on(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    task_ptr: Tensor,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    route: str = "auto",
+    keep_merged: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`lora_linear`, and x as the next layer that reads it had better be given it.
+
+    That is x in autocast's dtype, so that it is cast once for all layers. If the weight route is
+    taken with equally many rows for each task, the gradient that comes back through this x is added
+    to this layer's inside the product that computes it, and autograd has nothing left to add. Since
+    that writes to the gradient, this x is for nothing but layers that go through this function.
+    """
+    layer = (x, weight, bias, lora_A, lora_B, task_ptr)
+    try:
+        return _run(layer, scaling, dropout_p, None, route, keep_merged, hands_on=True)
+    except Exception:
         problem = _problem(layer)
         if problem is not None:
             raise problem from None
@@ -145,7 +175,7 @@ def lora_linear_symmetric(
             factor = lora_U if scaling == 1 else lora_U * math.sqrt(scaling)
             y = task_matvec(weight, x.reshape(-1, rows, d), factor).reshape(-1, d)
             return y if bias is None else y + bias
-        return _run(layer, scaling, 0.0, None, route, keep_merged, lora_U)
+        return _run(layer, scaling, 0.0, None, route, keep_merged, lora_U)[0]
     except Exception:
         problem = _problem(layer)
         if problem is not None:
@@ -161,8 +191,12 @@ def _run(
     route: str,
     keep_merged: bool,
     lora_U: Tensor | None = None,
-) -> Tensor:
-    """What `lora_linear` does; with ``lora_U``, lora_A and lora_B are its transpose and itself."""
+    hands_on: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What `lora_linear` does, and x for the next layer, see `lora_linear_handing_on`.
+
+    With ``lora_U``, lora_A and lora_B are its transpose and itself.
+    """
     x, weight, bias, lora_A, lora_B, task_ptr = layer
     device_type = x.device.type
     if autocasting(device_type):
@@ -192,14 +226,22 @@ def _run(
     layer = (x, weight, bias, lora_A, lora_B, task_ptr)
     if route == "reference":
         _check_values(task_ptr, x.shape[0])
-        return reference.lora_linear(*layer, scaling, dropout_p, seed)
+        return reference.lora_linear(*layer, scaling, dropout_p, seed), x
     if route == "weight":  # on the CPU the raw operators check their arguments
         small = x.is_cuda and keeps_merged(x.shape[0], lora_A.shape[0], weight.shape[0])
         settings = scaling, tf32_allowed(x.dtype, x.is_cuda), keep_merged or small
         if lora_U is not None:
-            return _SymmetricRoute.apply(x, weight, bias, lora_U, task_ptr, *settings)
-        return _WeightRoute.apply(*layer, *settings)
-    return _TokenRoute.apply(*layer, scaling, dropout_p, seed)
+            return _SymmetricRoute.apply(x, weight, bias, lora_U, task_ptr, *settings), x
+        if hands_on and x.requires_grad and _has_equal_rows(task_ptr):
+            return _WeightRoute.apply(*layer, *settings, True)
+        return _WeightRoute.apply(*layer, *settings, False), x
+    return _TokenRoute.apply(*layer, scaling, dropout_p, seed), x
+
+
+def _has_equal_rows(task_ptr: Tensor) -> bool:
+    """Whether every task has equally many rows, and not none."""
+    counts = set(task_ptr.diff().tolist())
+    return len(counts) == 1 and counts != {0}
 
 
 def _on_host(task_ptr: Tensor) -> Tensor:
@@ -219,6 +261,8 @@ def _capturing() -> bool:
 
 
 class _WeightRoute(torch.autograd.Function):
+    """With ``hands_on``, x is a result too, to whose gradient that of x is added in place."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -231,6 +275,7 @@ class _WeightRoute(torch.autograd.Function):
         scaling: float,
         tf32: bool,
         keep_merged: bool,
+        hands_on: bool,
     ) -> Any:
         merged = None
         if keep_merged:
@@ -238,18 +283,35 @@ class _WeightRoute(torch.autograd.Function):
         ctx.save_for_backward(x, weight, lora_A, lora_B, task_ptr, merged)
         ctx.settings = scaling, tf32
         layer = x, weight, bias, lora_A, lora_B, task_ptr
-        return call("lora_linear_weight", *layer, scaling, merged, tf32)
+        y = call("lora_linear_weight", *layer, scaling, merged, tf32)
+        if not hands_on:
+            return y
+        ctx.set_materialize_grads(False)
+        return y, x
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> Any:
+    def backward(ctx: Any, grad_y: Tensor | None, grad_x: Tensor | None = None) -> Any:
+        if grad_y is None:  # of what was saved nothing is looked at: it may have been changed
+            return grad_x, *[None] * 9
         x, weight, lora_A, lora_B, task_ptr, merged = ctx.saved_tensors
         scaling, tf32 = ctx.settings
         layer, needed = (x, weight, lora_A, lora_B, task_ptr), ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
-            return _exact(needed, grad_y, layer, scaling)
-        name = "lora_linear_weight_backward"
-        found = call(name, grad_y, *layer, scaling, merged, tf32, *needed)
-        return *where_needed(needed, found), None, None, None, None
+            own, *others = _exact(needed, grad_y, layer, scaling)
+            return own if grad_x is None else own + grad_x, *others, None
+        if grad_x is not None:
+            if merged is None:
+                merged = call("merge_lora", weight, lora_A, lora_B, scaling, x.dtype, tf32)
+            grad_x = grad_x.contiguous()
+            tasks = lora_A.shape[0]
+            of_tasks = grad_x.view(tasks, -1, x.shape[1])
+            of_tasks.baddbmm_(grad_y.reshape(tasks, -1, weight.shape[0]), merged)
+        name, needs_own = "lora_linear_weight_backward", needed[0] and grad_x is None
+        found = call(
+            *(name, grad_y, *layer, scaling, merged, tf32, needs_own, *needed[1:]),
+        )
+        own, *others = where_needed((needs_own, *needed[1:]), found)
+        return own if grad_x is None else grad_x, *others, None, None, None, None, None
 
 
 class _SymmetricRoute(torch.autograd.Function):
