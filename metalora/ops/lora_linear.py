@@ -230,11 +230,11 @@ def _run(
     if route == "weight":  # on the CPU the raw operators check their arguments
         small = x.is_cuda and keeps_merged(x.shape[0], lora_A.shape[0], weight.shape[0])
         settings = scaling, tf32_allowed(x.dtype, x.is_cuda), keep_merged or small
-        if lora_U is not None:
-            return _SymmetricRoute.apply(x, weight, bias, lora_U, task_ptr, *settings), x
+        adapters = (lora_A if lora_U is None else None, lora_B)
+        given = (x, weight, bias, *adapters, task_ptr, *settings)
         if hands_on and x.requires_grad and _has_equal_rows(task_ptr):
-            return _WeightRoute.apply(*layer, *settings, True)
-        return _WeightRoute.apply(*layer, *settings, False), x
+            return _WeightRoute.apply(*given, True)
+        return _WeightRoute.apply(*given, False), x
     return _TokenRoute.apply(*layer, scaling, dropout_p, seed), x
 
 
@@ -261,7 +261,10 @@ def _capturing() -> bool:
 
 
 class _WeightRoute(torch.autograd.Function):
-    """With ``hands_on``, x is a result too, to whose gradient that of x is added in place."""
+    """With lora_A None, A_tᵀ = B_t = U_t.
+
+    With ``hands_on``, x is a result too, to whose gradient that of x is added in place.
+    """
 
     @staticmethod
     def forward(
@@ -269,7 +272,7 @@ class _WeightRoute(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        lora_A: Tensor,
+        lora_A: Tensor | None,
         lora_B: Tensor,
         task_ptr: Tensor,
         scaling: float,
@@ -277,13 +280,11 @@ class _WeightRoute(torch.autograd.Function):
         keep_merged: bool,
         hands_on: bool,
     ) -> Any:
-        merged = None
-        if keep_merged:
-            merged = call("merge_lora", weight, lora_A, lora_B, scaling, x.dtype, tf32)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, task_ptr, merged)
         ctx.settings = scaling, tf32
-        layer = x, weight, bias, lora_A, lora_B, task_ptr
-        y = call("lora_linear_weight", *layer, scaling, merged, tf32)
+        merged = _merged(weight, lora_A, lora_B, x.dtype, *ctx.settings) if keep_merged else None
+        ctx.save_for_backward(x, weight, lora_A, lora_B, task_ptr, merged)
+        name, adapters = _weight_operator(lora_A, lora_B)
+        y = call(name, x, weight, bias, *adapters, task_ptr, scaling, merged, tf32)
         if not hands_on:
             return y
         ctx.set_materialize_grads(False)
@@ -295,62 +296,51 @@ class _WeightRoute(torch.autograd.Function):
             return grad_x, *[None] * 9
         x, weight, lora_A, lora_B, task_ptr, merged = ctx.saved_tensors
         scaling, tf32 = ctx.settings
-        layer, needed = (x, weight, lora_A, lora_B, task_ptr), ctx.needs_input_grad[:5]
+        needed, symmetric = ctx.needs_input_grad[:5], lora_A is None
         if torch.is_grad_enabled():
-            own, *others = _exact(needed, grad_y, layer, scaling)
-            return own if grad_x is None else own + grad_x, *others, None
+            whole = x, weight, lora_B.mT if symmetric else lora_A, lora_B, task_ptr
+            own, grad_W, grad_b, grad_A, grad_B = _exact(grad_y, whole, scaling)
+            if grad_x is not None:
+                own = own + grad_x
+            if symmetric:
+                grad_B = grad_A.mT + grad_B
+            return *where_needed(needed, (own, grad_W, grad_b, grad_A, grad_B)), *[None] * 5
         if grad_x is not None:
             if merged is None:
-                merged = call("merge_lora", weight, lora_A, lora_B, scaling, x.dtype, tf32)
-            grad_x = grad_x.contiguous()
-            tasks = lora_A.shape[0]
+                merged = _merged(weight, lora_A, lora_B, x.dtype, scaling, tf32)
+            grad_x, tasks = grad_x.contiguous(), lora_B.shape[0]
             of_tasks = grad_x.view(tasks, -1, x.shape[1])
             of_tasks.baddbmm_(grad_y.reshape(tasks, -1, weight.shape[0]), merged)
-        name, needs_own = "lora_linear_weight_backward", needed[0] and grad_x is None
-        found = call(
-            *(name, grad_y, *layer, scaling, merged, tf32, needs_own, *needed[1:]),
-        )
-        own, *others = where_needed((needs_own, *needed[1:]), found)
-        return own if grad_x is None else grad_x, *others, None, None, None, None, None
+        name, adapters = _weight_operator(lora_A, lora_B)
+        asked = (needed[0] and grad_x is None, *needed[1:3], *needed[3 + symmetric :])
+        layer = x, weight, *adapters, task_ptr
+        found = call(f"{name}_backward", grad_y, *layer, scaling, merged, tf32, *asked)
+        own, *others = where_needed(asked, found)
+        if symmetric:
+            others.insert(2, None)
+        return own if grad_x is None else grad_x, *others, *[None] * 5
 
 
-class _SymmetricRoute(torch.autograd.Function):
-    """The weight route with A_tᵀ = B_t = U_t."""
+def _weight_operator(lora_A: Tensor | None, lora_B: Tensor) -> tuple[str, tuple[Tensor, ...]]:
+    """The operator's name, and its adapters."""
+    if lora_A is None:
+        return "lora_linear_symmetric", (lora_B,)
+    return "lora_linear_weight", (lora_A, lora_B)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_U: Tensor,
-        task_ptr: Tensor,
-        scaling: float,
-        tf32: bool,
-        keep_merged: bool,
-    ) -> Any:
-        merged = None
-        if keep_merged and scaling == 1:
-            merged = call("merge_lora_symmetric", weight, lora_U, x.dtype, tf32)
-        elif keep_merged:
-            merged = call("merge_lora", weight, lora_U.mT, lora_U, scaling, x.dtype, tf32)
-        ctx.save_for_backward(x, weight, lora_U, task_ptr, merged)
-        ctx.settings = scaling, tf32
-        layer = x, weight, bias, lora_U, task_ptr
-        return call("lora_linear_symmetric", *layer, scaling, merged, tf32)
 
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> Any:
-        x, weight, lora_U, task_ptr, merged = ctx.saved_tensors
-        scaling, tf32 = ctx.settings
-        layer, needed = (x, weight, lora_U, task_ptr), ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():
-            whole = (x, weight, lora_U.mT, lora_U, task_ptr)
-            *others, grad_A, grad_B = _exact((True,) * 5, grad_y, whole, scaling)[:5]
-            return *where_needed(needed, (*others, grad_A.mT + grad_B)), None, None, None, None
-        name = "lora_linear_symmetric_backward"
-        found = call(name, grad_y, *layer, scaling, merged, tf32, *needed)
-        return *where_needed(needed, found), None, None, None, None
+def _merged(
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor,
+    dtype: torch.dtype,
+    scaling: float,
+    tf32: bool,
+) -> Any:
+    """W_t of every task, [T, out, in] in this dtype."""
+    if lora_A is None and scaling == 1:
+        return call("merge_lora_symmetric", weight, lora_B, dtype, tf32)
+    lora_A = lora_B.mT if lora_A is None else lora_A
+    return call("merge_lora", weight, lora_A, lora_B, scaling, dtype, tf32)
 
 
 class _TokenRoute(torch.autograd.Function):
@@ -367,23 +357,21 @@ class _TokenRoute(torch.autograd.Function):
         *layer, shrunk, kept, seed = ctx.saved_tensors
         settings, needed = (ctx.scaling, ctx.dropout_p, seed), ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
-            return _exact(needed, grad_y, layer, *settings)
+            exact = _exact(grad_y, layer, *settings)
+            return *where_needed(needed, exact), None, None, None, None
         found = call("lora_linear_token_backward", grad_y, *layer, shrunk, kept, *settings, *needed)
         return *where_needed(needed, found), None, None, None, None
 
 
-def _exact(
-    needed: tuple[bool, ...], grad_y: Tensor, layer: Sequence[Tensor], *settings: Any
-) -> tuple[Any, ...]:
-    """What backward returns with create_graph=True: gradients that can be differentiated."""
+def _exact(grad_y: Tensor, layer: Sequence[Tensor], *settings: Any) -> tuple[Any, ...]:
+    """The gradients with create_graph=True: such that can be differentiated."""
     x, weight, lora_A, lora_B, task_ptr = layer
     wide = weight.dtype  # at least as wide as that of x
     exact = reference.lora_linear_backward(
         *(grad_y.to(wide), x.to(wide), weight, lora_A, lora_B, task_ptr), *settings
     )
     dtypes = (x.dtype, wide, grad_y.dtype, wide, wide)
-    gradients = tuple(g.to(d) for g, d in zip(exact, dtypes, strict=True))
-    return *where_needed(needed, gradients), None, None, None, None
+    return tuple(g.to(d) for g, d in zip(exact, dtypes, strict=True))
 
 
 @register("lora_linear_weight", "lora_linear_symmetric")
