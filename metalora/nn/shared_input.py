@@ -13,7 +13,7 @@ coroutine; it goes when the block is left.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,7 @@ SHARING_DEVICES = ["cuda"]
 
 class _HandedOn(NamedTuple):
     x: Tensor  # what the layers were called with
-    version: int  # of x, which writing to it changes
-    dtype: torch.dtype | None  # that autocast wants
+    circumstances: tuple[Any, ...]  # when they were
     rows: Tensor  # of x, for the next layer
     readers: tuple[nn.Module, ...]
 
@@ -54,7 +53,7 @@ def hand_on(layer: nn.Module, x: Tensor, rows: Tensor) -> None:
     scope, kept = current_scope(), _kept(layer, x)
     if scope is not None:
         readers = (layer,) if kept is None else (*kept.readers, layer)
-        scope.shared = _HandedOn(x, x._version, _cast_dtype(x), rows, readers)
+        scope.shared = _HandedOn(x, _circumstances(x), rows, readers)
 
 
 def _kept(layer: nn.Module, x: Tensor) -> _HandedOn | None:
@@ -63,9 +62,14 @@ def _kept(layer: nn.Module, x: Tensor) -> _HandedOn | None:
     kept: _HandedOn | None = None if scope is None else scope.shared
     if kept is None or kept.x is not x or layer in kept.readers:
         return None
-    return kept if (kept.version, kept.dtype) == (x._version, _cast_dtype(x)) else None
+    return kept if kept.circumstances == _circumstances(x) else None
 
 
-def _cast_dtype(x: Tensor) -> torch.dtype | None:
+def _circumstances(x: Tensor) -> tuple[Any, ...]:
+    """What must be as it was: x, to which nobody wrote, autocast, the GPU's stream and graph."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if not x.is_cuda:
+        return x._version, dtype
+    stream = torch.cuda.current_stream(x.device)
+    return x._version, dtype, stream, torch.cuda.is_current_stream_capturing()
