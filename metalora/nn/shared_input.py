@@ -34,8 +34,13 @@ class _HandedOn(NamedTuple):
 
 
 def may_share(x: Tensor, batch: TaskBatch | None) -> bool:
-    """Whether x may be handed on: its samples are in task order, and it gets a gradient."""
-    if x.device.type not in SHARING_DEVICES or torch.compiler.is_compiling():
+    """Whether x may be handed on: its samples are in task order, and it gets a gradient.
+
+    Subclasses of Tensor, such as fake or distributed ones, are not.
+    """
+    if x.device.type not in SHARING_DEVICES or type(x) is not Tensor:
+        return False
+    if torch.compiler.is_compiling():
         return False
     if batch is None or batch.order is not None or batch.size == 0:
         return False

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from metalora.nn import MultiTaskLoRALinear, SymmetricLoRALinear, TaskBatch, shared_input, tasks
@@ -331,3 +332,6 @@ def test_only_what_can_be_shared_is(sharing, monkeypatch: pytest.MonkeyPatch) ->
     calls.clear()
     layers["query"](x, batch)
     assert not any(calls)
+    with tasks(batch), FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.randn(6, 2, 36, dtype=torch.float64).requires_grad_() * 1
+        assert not shared()
