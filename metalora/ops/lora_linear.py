@@ -299,7 +299,8 @@ class _WeightRoute(torch.autograd.Function):
         needed, symmetric = ctx.needs_input_grad[:5], lora_A is None
         if torch.is_grad_enabled():
             whole = x, weight, lora_B.mT if symmetric else lora_A, lora_B, task_ptr
-            own, grad_W, grad_b, grad_A, grad_B = _exact(grad_y, whole, scaling)
+            exact = _exact((True,) * 5, grad_y, whole, scaling)
+            own, grad_W, grad_b, grad_A, grad_B = exact[:5]
             if grad_x is not None:
                 own = own + grad_x
             if symmetric:
@@ -357,21 +358,23 @@ class _TokenRoute(torch.autograd.Function):
         *layer, shrunk, kept, seed = ctx.saved_tensors
         settings, needed = (ctx.scaling, ctx.dropout_p, seed), ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
-            exact = _exact(grad_y, layer, *settings)
-            return *where_needed(needed, exact), None, None, None, None
+            return _exact(needed, grad_y, layer, *settings)
         found = call("lora_linear_token_backward", grad_y, *layer, shrunk, kept, *settings, *needed)
         return *where_needed(needed, found), None, None, None, None
 
 
-def _exact(grad_y: Tensor, layer: Sequence[Tensor], *settings: Any) -> tuple[Any, ...]:
-    """The gradients with create_graph=True: such that can be differentiated."""
+def _exact(
+    needed: tuple[bool, ...], grad_y: Tensor, layer: Sequence[Tensor], *settings: Any
+) -> tuple[Any, ...]:
+    """What backward returns with create_graph=True: gradients that can be differentiated."""
     x, weight, lora_A, lora_B, task_ptr = layer
     wide = weight.dtype  # at least as wide as that of x
     exact = reference.lora_linear_backward(
         *(grad_y.to(wide), x.to(wide), weight, lora_A, lora_B, task_ptr), *settings
     )
     dtypes = (x.dtype, wide, grad_y.dtype, wide, wide)
-    return tuple(g.to(d) for g, d in zip(exact, dtypes, strict=True))
+    gradients = tuple(g.to(d) for g, d in zip(exact, dtypes, strict=True))
+    return *where_needed(needed, gradients), None, None, None, None
 
 
 @register("lora_linear_weight", "lora_linear_symmetric")
