@@ -77,6 +77,7 @@ docs: setup
 bench: setup
 	$(BIN)/python -m benchmarks.lora_linear
 	$(BIN)/python -m benchmarks.lora_linear_symmetric
+	$(BIN)/python -m benchmarks.shared_input
 	$(BIN)/python -m benchmarks.merge_lora
 	$(BIN)/python -m benchmarks.task_matvec
 	$(BIN)/python -m benchmarks.dropout_mask

@@ -3,6 +3,7 @@
 python -m benchmarks.model                                  # the cases with a goal
 python -m benchmarks.model --cases a b --precisions autocast --copy 3000 --short 700
 python -m benchmarks.model --cases "a 768→768 L40 T10 r8" --calls
+python -m benchmarks.model --cases "a 768→768 L40 T10 r8" --readers 3  # queries, keys, values
 python -m benchmarks.model --measured DIR/lora_linear_cuda_layers-a.json
 
 Needs no GPU: bytes and operations of every kernel and product are counted, and divided by the
@@ -22,6 +23,7 @@ from benchmarks.lib.cost_model import (
     Call,
     Ceilings,
     Layer,
+    calls_of_readers,
     dense_calls,
     layer_calls,
     seconds,
@@ -47,6 +49,8 @@ class Settings:
     precisions: tuple[str, ...] = option(("autocast",), help=f"of {', '.join(PRECISIONS)}")
     route: str = option("auto", choices=[r for r in ROUTES if r != "reference"], help="to predict")
     frozen: bool = option(False, help="no gradients of the shared weights")
+    readers: int = option(1, help="layers that read the same x; casts of x count where there are 2")
+    alone: bool = option(False, help="metalora's layers hand on nothing of x to one another")
     calls: bool = option(False, help="a table of all calls for each case")
     measured: tuple[Path, ...] = option((), help=".json files of benchmarks.lora_linear to compare")
     copy: float = option(4300, help="GB/s read and written")
@@ -110,9 +114,18 @@ def layer_of(case: LayerCase, precision: Precision, *, frozen: bool = False) -> 
 
 
 def predict(
-    case: LayerCase, precision: str, route: str = "auto", *, frozen: bool = False
+    case: LayerCase,
+    precision: str,
+    route: str = "auto",
+    *,
+    frozen: bool = False,
+    readers: int = 1,
+    alone: bool = False,
 ) -> Prediction:
-    """What a case asks of a GPU whose memory is no limit."""
+    """What ``readers`` layers of a case ask of a GPU whose memory is no limit.
+
+    They are all given the same x, and share what they can of it unless they are ``alone``.
+    """
     p = PRECISIONS[precision]
     if route == "auto":
         route = choose_route(
@@ -126,7 +139,14 @@ def predict(
             device_type="cuda",
         ).route
     layer = layer_of(case, p, frozen=frozen)
-    return Prediction(case.name, precision, route, dense_calls(layer), layer_calls(layer, route))
+    dense, ours = dense_calls(layer), layer_calls(layer, route)
+    if readers > 1:
+        chained = route == "weight" and len(set(layer.rows)) == 1
+        dense = calls_of_readers(layer, dense, readers, handed_on=False, chained=False)
+        ours = calls_of_readers(
+            layer, ours, readers, handed_on=not alone, chained=chained and not alone
+        )
+    return Prediction(case.name, precision, route, dense, ours)
 
 
 def measurements(files: Sequence[Path]) -> dict[tuple[str, str, bool], Mapping[str, Any]]:
@@ -151,7 +171,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for precision in settings.precisions:
         for case in BENCHMARK.select(settings.cases):
-            one = predict(case, precision, settings.route, frozen=settings.frozen)  # type: ignore[arg-type]
+            one = predict(
+                case,  # type: ignore[arg-type]
+                precision,
+                settings.route,
+                frozen=settings.frozen,
+                readers=settings.readers,
+                alone=settings.alone,
+            )
             if settings.calls:
                 for name, calls in (("dense", one.dense), (f"{one.route} route", one.metalora)):
                     print(f"{one.case}, {precision}, {name}\n")
@@ -166,7 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     header = HEADER + ["dense, measured", "metalora, measured", "relative"] * bool(
         settings.measured
     )
-    print("Predicted, not measured: forward and backward.\n")
+    layers = f" of {settings.readers} layers that read the same x" if settings.readers > 1 else ""
+    print(f"Predicted, not measured: forward and backward{layers}.\n")
     print(markdown(header, rows))
     print(
         f"\nCeilings: {settings.copy:g} GB/s; TFLOP/s: {settings.short:g} in 16 bits and "

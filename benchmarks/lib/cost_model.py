@@ -9,7 +9,7 @@ the longest, and that of a launch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 TILE = 128  # rows and columns of the tiles that products are charged in
@@ -154,6 +154,32 @@ def dense_calls(layer: Layer) -> list[Call]:
 def layer_calls(layer: Layer, route: str) -> list[Call]:
     """metalora's layer by a route, "weight" or "token"."""
     return list(_weight_route(layer) if route == "weight" else _token_route(layer))
+
+
+def calls_of_readers(
+    layer: Layer, calls: Sequence[Call], readers: int, *, handed_on: bool, chained: bool
+) -> list[Call]:
+    """What ``readers`` layers like this one ask for that read the same x, and what x asks for.
+
+    Under autocast x and its gradient are cast from and to the dtype of the parameters.
+
+    Args:
+        calls: of one layer.
+        handed_on: whether x is cast once, and not by each layer.
+        chained: whether the gradients of x are added in the products that make them, and not by
+            autograd.
+    """
+    size = layer.total * layer.in_features
+    casts = [*_cast_down(layer, size), *_cast_up(layer, size)]
+    element = layer.activation if handed_on else layer.parameter
+    others = [*calls, Call("add", "backward", 3 * size * element)]
+    if chained:  # the only such product, in which what is added to is read
+        products = ("baddbmm", "addmm")
+        others = [
+            replace(call, moved=call.moved + size * element) if call.name in products else call
+            for call in calls
+        ]
+    return [*calls, *others * (readers - 1), *casts * (1 if handed_on else readers)]
 
 
 def _weight_route(layer: Layer) -> Iterator[Call]:

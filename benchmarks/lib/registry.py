@@ -10,6 +10,7 @@ MODULES = (
     "lora_linear",
     "lora_linear_symmetric",
     "merge_lora",
+    "shared_input",
     "task_matvec",
     "dropout_mask",
     "packed_attention",

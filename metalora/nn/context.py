@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class _Scope:
         self.batch = batch
         self.problem = problem  # why the batch must not be read; None if it may
         self.left = False
+        self.shared: Any = None  # see `metalora.nn.shared_input`
         self.outer = _scope.get()
         self.backward = torch._C._current_graph_task_id()  # the backward pass around; -1: none
 
@@ -106,6 +107,11 @@ def current_tasks() -> TaskBatch | None:
     if not compiling and scope.backward != torch._C._current_graph_task_id():
         raise RuntimeError(_IN_BACKWARD)
     return scope.batch
+
+
+def current_scope() -> _Scope | None:
+    """The innermost ``with metalora.tasks(...)`` block around the caller; None outside."""
+    return _scope.get()
 
 
 def keep_tasks(function: Callable[P, R]) -> Callable[P, R]:

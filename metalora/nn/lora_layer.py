@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,9 @@ from metalora._warn import warn_user
 from metalora.nn.layer import TaskLayer, new_parameter
 from metalora.nn.plain import as_conv1d, as_linear, features_of, is_conv1d
 from metalora.nn.sample_dropout import drops_by_sample
+from metalora.nn.shared_input import hand_on, may_share, rows_handed_on
 from metalora.nn.task_batch import TaskBatch
+from metalora.ops.lora_linear import lora_linear_handing_on
 
 
 class LoRALayer(TaskLayer):
@@ -117,23 +120,27 @@ class LoRALayer(TaskLayer):
         if self.training and self.dropout > 0 and drops_by_sample():
             return self._forward_by_sample(x, batch)
         rows, task_ptr = self.sort_rows(x, batch)
-        return self.restore_rows(self._run(rows, task_ptr), x, batch)
+        shares = tasks is None and may_share(x, batch)
+        if shares:
+            rows = rows_handed_on(self, x, rows)
+        y, rows = self._run(rows, task_ptr, shares)
+        if shares:
+            hand_on(self, x, rows)
+        return self.restore_rows(y, x, batch)
 
-    def _run(self, rows: Tensor, task_ptr: Tensor) -> Tensor:
-        """Rows [M, in] in task order → [M, out]."""
+    def _run(self, rows: Tensor, task_ptr: Tensor, hands_on: bool) -> tuple[Tensor, Tensor]:
+        """Rows [M, in] in task order → [M, out], and rows for a layer that reads them too."""
         lora_A, lora_B = self.factors()
-        return ops.lora_linear(
-            rows,
-            self.dense(),
-            self.bias,
-            lora_A,
-            lora_B,
-            task_ptr,
-            scaling=self.scaling,
-            dropout_p=self.dropout if self.training else 0.0,
-            route=self.route,
-            keep_merged=self.keep_merged,
-        )
+        layer = rows, self.dense(), self.bias, lora_A, lora_B, task_ptr
+        settings: dict[str, Any] = {
+            "scaling": self.scaling,
+            "dropout_p": self.dropout if self.training else 0.0,
+            "route": self.route,
+            "keep_merged": self.keep_merged,
+        }
+        if hands_on:
+            return lora_linear_handing_on(*layer, **settings)
+        return ops.lora_linear(*layer, **settings), rows
 
     def _forward_by_sample(self, x: Tensor, batch: TaskBatch | None) -> Tensor:
         """The same with masks that depend on the sample, which the operator does not have."""

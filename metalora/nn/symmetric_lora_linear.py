@@ -66,8 +66,8 @@ class SymmetricLoRALinear(LoRALayer):
         """A = Uᵀ and B = U."""
         return self.lora_U.transpose(1, 2), self.lora_U
 
-    def _run(self, rows: Tensor, task_ptr: Tensor) -> Tensor:
-        return ops.lora_linear_symmetric(
+    def _run(self, rows: Tensor, task_ptr: Tensor, hands_on: bool) -> tuple[Tensor, Tensor]:
+        y = ops.lora_linear_symmetric(
             rows,
             self.dense(),
             self.bias,
@@ -77,6 +77,7 @@ class SymmetricLoRALinear(LoRALayer):
             route=self.route,
             keep_merged=self.keep_merged,
         )
+        return y, rows
 
     def reset_task_parameters(self) -> None:
         """Draws every U_t afresh from N(0, 0.1 / d)."""

@@ -90,11 +90,41 @@ def lora_linear(
         short = route == "auto" and dropout_p == 0 and usable(x)
         if short and takes_small_kernels(x, weight, task_ptr):
             scaling = check_scaling("lora_linear", scaling)
-            return _WeightRoute.apply(*layer, scaling, False, keep_merged)
-        return _run(layer, scaling, dropout_p, seed, route, keep_merged)
+            return _WeightRoute.apply(*layer, scaling, False, keep_merged, False)
+        return _run(layer, scaling, dropout_p, seed, route, keep_merged)[0]
     except Exception:
         # The raw operator checks its arguments as well: the slow Python checks run only after a
         # failure, to word the error. They would cost as much as a small layer.
+        problem = _problem(layer)
+        if problem is not None:
+            raise problem from None
+        raise
+
+
+def lora_linear_handing_on(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    task_ptr: Tensor,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    route: str = "auto",
+    keep_merged: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`lora_linear`, and x as the next layer that reads it had better be given it.
+
+    That is x in autocast's dtype, so that it is cast once for all layers. If the weight route is
+    taken with equally many rows for each task, the gradient that comes back through this x is added
+    to this layer's inside the product that computes it, and autograd has nothing left to add. Since
+    that writes to the gradient, this x is for nothing but layers that go through this function.
+    """
+    layer = (x, weight, bias, lora_A, lora_B, task_ptr)
+    try:
+        return _run(layer, scaling, dropout_p, None, route, keep_merged, hands_on=True)
+    except Exception:
         problem = _problem(layer)
         if problem is not None:
             raise problem from None
@@ -145,7 +175,7 @@ def lora_linear_symmetric(
             factor = lora_U if scaling == 1 else lora_U * math.sqrt(scaling)
             y = task_matvec(weight, x.reshape(-1, rows, d), factor).reshape(-1, d)
             return y if bias is None else y + bias
-        return _run(layer, scaling, 0.0, None, route, keep_merged, lora_U)
+        return _run(layer, scaling, 0.0, None, route, keep_merged, lora_U)[0]
     except Exception:
         problem = _problem(layer)
         if problem is not None:
@@ -161,8 +191,12 @@ def _run(
     route: str,
     keep_merged: bool,
     lora_U: Tensor | None = None,
-) -> Tensor:
-    """What `lora_linear` does; with ``lora_U``, lora_A and lora_B are its transpose and itself."""
+    hands_on: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What `lora_linear` does, and x for the next layer, see `lora_linear_handing_on`.
+
+    With ``lora_U``, lora_A and lora_B are its transpose and itself.
+    """
     x, weight, bias, lora_A, lora_B, task_ptr = layer
     device_type = x.device.type
     if autocasting(device_type):
@@ -192,14 +226,22 @@ def _run(
     layer = (x, weight, bias, lora_A, lora_B, task_ptr)
     if route == "reference":
         _check_values(task_ptr, x.shape[0])
-        return reference.lora_linear(*layer, scaling, dropout_p, seed)
+        return reference.lora_linear(*layer, scaling, dropout_p, seed), x
     if route == "weight":  # on the CPU the raw operators check their arguments
         small = x.is_cuda and keeps_merged(x.shape[0], lora_A.shape[0], weight.shape[0])
         settings = scaling, tf32_allowed(x.dtype, x.is_cuda), keep_merged or small
-        if lora_U is not None:
-            return _SymmetricRoute.apply(x, weight, bias, lora_U, task_ptr, *settings)
-        return _WeightRoute.apply(*layer, *settings)
-    return _TokenRoute.apply(*layer, scaling, dropout_p, seed)
+        adapters = (lora_A if lora_U is None else None, lora_B)
+        given = (x, weight, bias, *adapters, task_ptr, *settings)
+        if hands_on and x.requires_grad and _has_equal_rows(task_ptr):
+            return _WeightRoute.apply(*given, True)
+        return _WeightRoute.apply(*given, False), x
+    return _TokenRoute.apply(*layer, scaling, dropout_p, seed), x
+
+
+def _has_equal_rows(task_ptr: Tensor) -> bool:
+    """Whether every task has equally many rows, and not none."""
+    counts = set(task_ptr.diff().tolist())
+    return len(counts) == 1 and counts != {0}
 
 
 def _on_host(task_ptr: Tensor) -> Tensor:
@@ -219,76 +261,87 @@ def _capturing() -> bool:
 
 
 class _WeightRoute(torch.autograd.Function):
+    """With lora_A None, A_tᵀ = B_t = U_t.
+
+    With ``hands_on``, x is a result too, to whose gradient that of x is added in place.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        lora_A: Tensor,
+        lora_A: Tensor | None,
         lora_B: Tensor,
         task_ptr: Tensor,
         scaling: float,
         tf32: bool,
         keep_merged: bool,
+        hands_on: bool,
     ) -> Any:
-        merged = None
-        if keep_merged:
-            merged = call("merge_lora", weight, lora_A, lora_B, scaling, x.dtype, tf32)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, task_ptr, merged)
         ctx.settings = scaling, tf32
-        layer = x, weight, bias, lora_A, lora_B, task_ptr
-        return call("lora_linear_weight", *layer, scaling, merged, tf32)
+        merged = _merged(weight, lora_A, lora_B, x.dtype, *ctx.settings) if keep_merged else None
+        ctx.save_for_backward(x, weight, lora_A, lora_B, task_ptr, merged)
+        name, adapters = _weight_operator(lora_A, lora_B)
+        y = call(name, x, weight, bias, *adapters, task_ptr, scaling, merged, tf32)
+        if not hands_on:
+            return y
+        ctx.set_materialize_grads(False)
+        return y, x
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> Any:
+    def backward(ctx: Any, grad_y: Tensor | None, grad_x: Tensor | None = None) -> Any:
+        if grad_y is None:  # of what was saved nothing is looked at: it may have been changed
+            return grad_x, *[None] * 9
         x, weight, lora_A, lora_B, task_ptr, merged = ctx.saved_tensors
         scaling, tf32 = ctx.settings
-        layer, needed = (x, weight, lora_A, lora_B, task_ptr), ctx.needs_input_grad[:5]
+        needed, symmetric = ctx.needs_input_grad[:5], lora_A is None
         if torch.is_grad_enabled():
-            return _exact(needed, grad_y, layer, scaling)
-        name = "lora_linear_weight_backward"
-        found = call(name, grad_y, *layer, scaling, merged, tf32, *needed)
-        return *where_needed(needed, found), None, None, None, None
+            whole = x, weight, lora_B.mT if symmetric else lora_A, lora_B, task_ptr
+            exact = _exact((True,) * 5, grad_y, whole, scaling)
+            own, grad_W, grad_b, grad_A, grad_B = exact[:5]
+            if grad_x is not None:
+                own = own + grad_x
+            if symmetric:
+                grad_B = grad_A.mT + grad_B
+            return *where_needed(needed, (own, grad_W, grad_b, grad_A, grad_B)), *[None] * 5
+        if grad_x is not None:
+            if merged is None:
+                merged = _merged(weight, lora_A, lora_B, x.dtype, scaling, tf32)
+            grad_x, tasks = grad_x.contiguous(), lora_B.shape[0]
+            of_tasks = grad_x.view(tasks, -1, x.shape[1])
+            of_tasks.baddbmm_(grad_y.reshape(tasks, -1, weight.shape[0]), merged)
+        name, adapters = _weight_operator(lora_A, lora_B)
+        asked = (needed[0] and grad_x is None, *needed[1:3], *needed[3 + symmetric :])
+        layer = x, weight, *adapters, task_ptr
+        found = call(f"{name}_backward", grad_y, *layer, scaling, merged, tf32, *asked)
+        own, *others = where_needed(asked, found)
+        if symmetric:
+            others.insert(2, None)
+        return own if grad_x is None else grad_x, *others, *[None] * 5
 
 
-class _SymmetricRoute(torch.autograd.Function):
-    """The weight route with A_tᵀ = B_t = U_t."""
+def _weight_operator(lora_A: Tensor | None, lora_B: Tensor) -> tuple[str, tuple[Tensor, ...]]:
+    """The operator's name, and its adapters."""
+    if lora_A is None:
+        return "lora_linear_symmetric", (lora_B,)
+    return "lora_linear_weight", (lora_A, lora_B)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_U: Tensor,
-        task_ptr: Tensor,
-        scaling: float,
-        tf32: bool,
-        keep_merged: bool,
-    ) -> Any:
-        merged = None
-        if keep_merged and scaling == 1:
-            merged = call("merge_lora_symmetric", weight, lora_U, x.dtype, tf32)
-        elif keep_merged:
-            merged = call("merge_lora", weight, lora_U.mT, lora_U, scaling, x.dtype, tf32)
-        ctx.save_for_backward(x, weight, lora_U, task_ptr, merged)
-        ctx.settings = scaling, tf32
-        layer = x, weight, bias, lora_U, task_ptr
-        return call("lora_linear_symmetric", *layer, scaling, merged, tf32)
 
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> Any:
-        x, weight, lora_U, task_ptr, merged = ctx.saved_tensors
-        scaling, tf32 = ctx.settings
-        layer, needed = (x, weight, lora_U, task_ptr), ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():
-            whole = (x, weight, lora_U.mT, lora_U, task_ptr)
-            *others, grad_A, grad_B = _exact((True,) * 5, grad_y, whole, scaling)[:5]
-            return *where_needed(needed, (*others, grad_A.mT + grad_B)), None, None, None, None
-        name = "lora_linear_symmetric_backward"
-        found = call(name, grad_y, *layer, scaling, merged, tf32, *needed)
-        return *where_needed(needed, found), None, None, None, None
+def _merged(
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor,
+    dtype: torch.dtype,
+    scaling: float,
+    tf32: bool,
+) -> Any:
+    """W_t of every task, [T, out, in] in this dtype."""
+    if lora_A is None and scaling == 1:
+        return call("merge_lora_symmetric", weight, lora_B, dtype, tf32)
+    lora_A = lora_B.mT if lora_A is None else lora_A
+    return call("merge_lora", weight, lora_A, lora_B, scaling, dtype, tf32)
 
 
 class _TokenRoute(torch.autograd.Function):

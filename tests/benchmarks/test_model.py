@@ -42,6 +42,28 @@ def test_predictions_are_within_the_goals(case: str, limit: float) -> None:
     assert 1 < relative(case) <= limit
 
 
+@pytest.mark.parametrize(("case", "gain"), [("a 768→768 L40 T10 r8", 0.25), ("b", 0.04)])
+def test_layers_that_read_the_same_x_gain_by_what_they_hand_on(case: str, gain: float) -> None:
+    for found in BENCHMARK.select([case]):
+        shared, alone = (
+            model.predict(found, "autocast", readers=3, alone=alone).times(CEILINGS)  # type: ignore[arg-type]
+            for alone in (False, True)
+        )
+        assert shared[0] == alone[0] and shared[1] < (1 - gain) * alone[1]
+
+
+def test_what_layers_hand_on_is_no_call_of_theirs() -> None:
+    (case,) = BENCHMARK.select(["a 768→768 L40 T10 r8"])
+    one, shared, alone = (
+        model.predict(case, "autocast", **settings).metalora  # type: ignore[arg-type]
+        for settings in ({}, {"readers": 3}, {"readers": 3, "alone": True})
+    )
+    names = [[call.name for call in calls] for calls in (one, shared, alone)]
+    assert [found.count("cast") for found in names] == [0, 2, 6]
+    assert [found.count("add") for found in names] == [0, 0, 2]
+    assert len(shared) == 3 * len(one) + 2 and len(alone) == 3 * len(one) + 8
+
+
 def test_a_call_takes_the_longest_of_what_it_does() -> None:
     ceilings = Ceilings(1e9, {"short": 1e12, "fp32": 1e11}, 1e10, 1e-6, 4)
     assert Call("k", "forward", 2e9).seconds(ceilings) == pytest.approx(2)

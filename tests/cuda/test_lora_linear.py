@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from metalora import ops
-from metalora.nn import MultiTaskLoRALinear, SymmetricLoRALinear, TaskBatch
+from metalora.nn import MultiTaskLoRALinear, SymmetricLoRALinear, TaskBatch, shared_input, tasks
 from tests.cuda.places import Calls
 from tests.ops.problems import SPLITS, Problem, oracle, problem, relative_error
 from tests.pairs import every_pair
@@ -349,6 +349,34 @@ def test_layers_run_on_these_operators(
         for sample, task in enumerate(batch.task_ids.tolist()):
             wanted = layer.to_linear(task)(x[sample])
             torch.testing.assert_close(y[sample], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("ids", [(0, 0, 1, 1, 2, 2), (0, 0, 0, 2, 2, 2)], ids=["equal", "ragged"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layers_that_read_the_same_input(
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    route: str,
+    ids: tuple[int, ...],
+    autocast: bool,
+) -> None:
+    layers = [MultiTaskLoRALinear(24, 16 + 8 * i, 3, 2, route=route, device=device) for i in (0, 1)]
+    for parameter in (p for layer in layers for p in layer.parameters()):
+        torch.nn.init.normal_(parameter)
+    leaf = torch.randn(6, 4, 24, device=device, requires_grad=True)
+    found = []
+    for shared in (True, False):
+        monkeypatch.setattr(shared_input, "SHARING_DEVICES", [device.type] if shared else [])
+        with tasks(torch.tensor(ids)), torch.autocast(device.type, torch.bfloat16, autocast):
+            x = leaf * 1
+            outputs = [layer(x) for layer in layers]
+        total = sum(y.float().square().sum() for y in outputs)
+        leaves = [leaf, *(p for layer in layers for p in layer.parameters())]
+        assert isinstance(total, Tensor)
+        found.append([*outputs, *torch.autograd.grad(total, leaves)])
+    for got, wanted in zip(*found, strict=True):
+        assert relative_error(got, wanted) < (1e-2 if autocast else 1e-5)
 
 
 @pytest.mark.parametrize("pointers", [[0, 5, 4, 7], [1, 2, 3, 7], [0, 2, 3, 9], [0, -3, 3, 7]])
