@@ -221,6 +221,27 @@ def _equality(record: Record) -> Table:
     return Table(header, rows, left=2)
 
 
+def _packed_equality(record: Record) -> Table:
+    header = ["model", "packed: losses", "gradients", "padded: losses", "gradients"]
+    header += ["packed, bf16", "transformers, bf16"]
+    rows = [[name, *(f"{one:.0e}" for one in rest)] for name, *rest in record["rows"]]
+    return Table(header, rows)
+
+
+def _packed_attention(record: Record) -> Table:
+    rows = [
+        [
+            one["case"],
+            one["precision"],
+            seconds(one["rows"][record["floor"]]["total"]["median"]),
+            *(_relative(one, name) for name in ("torch", "metalora")),
+        ]
+        for one in record["rows"]
+    ]
+    header = ["sequences, heads, features", "precision", "products and softmax"]
+    return Table([*header, "torch's attention", "`packed_attention`"], rows, left=2)
+
+
 _FIGURES = {"steps": "steps_cpu_1", "steps_parts": "steps_cpu_1", "precision": "curves_cpu"}
 _TABLES: Mapping[str, tuple[str, Callable[[Record], Table]]] = {
     "layers": ("lora_linear_cpu", _layers),
@@ -236,4 +257,6 @@ _TABLES: Mapping[str, tuple[str, Callable[[Record], Table]]] = {
     "shallow": ("shallow_training_cpu", _trainings),
     "kills": ("kills", _kills),
     "equality": ("equality", _equality),
+    "packed-equality": ("packed_equality", _packed_equality),
+    "packed-attention": ("packed_attention_cpu", _packed_attention),
 }

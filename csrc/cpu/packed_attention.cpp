@@ -24,9 +24,11 @@ void each_head(const PackedShape& p, const Tensor& ends, const Settings& setting
   if (p.heads == 0) return;
   const Tensor dense = as_contiguous(ends);
   const int32_t* end = data<int32_t>(dense);
-  const int64_t columns = (p.longest + 3) / 4 * 4;  // a Philox block has four words
   const int64_t groups = p.heads / group, sharing = p.heads / p.key_heads;
   const double dropout_p = settings.dropout_p;
+  const std::optional<Tensor> seeds =
+      dropout_p > 0 ? std::optional(as_contiguous(*settings.seed)) : std::nullopt;
+  const bool own_seeds = seeds && seeds->dim() == 1;  // a sequence has the mask it has alone
   const auto body = [&](int64_t i) {
     const int64_t first = end[i / groups], head = i % groups * group;
     const int64_t tokens = end[i / groups + 1] - first;
@@ -44,9 +46,11 @@ void each_head(const PackedShape& p, const Tensor& ends, const Settings& setting
     const auto bits = scratch<uint8_t>(dropout_p > 0 ? group * tokens * stride : 0);
     Kept kept;
     if (dropout_p > 0) {
-      const Dropout dropout(settings.seed->const_data_ptr(), dropout_p);
+      const Dropout dropout(data<int64_t>(*seeds) + (own_seeds ? i / groups : 0), dropout_p);
+      const int64_t widest = own_seeds ? tokens : p.longest, before = own_seeds ? 0 : first;
+      const int64_t columns = (widest + 3) / 4 * 4;  // a Philox block has four words
       for (int64_t row = 0; row < group * tokens; ++row) {
-        const int64_t token = first + row % tokens, of_head = head + row / tokens;
+        const int64_t token = before + row % tokens, of_head = head + row / tokens;
         dropout.keep(bits.get() + row * stride, (token * p.heads + of_head) * columns, tokens);
       }
       kept = {bits.get(), stride};

@@ -48,7 +48,7 @@ inline PackedShape check_packed_attention(const char* op, const Tensor& query, c
                  dropout_p);
   METALORA_CHECK(dropout_p == 0 || seed, op, ": dropout needs a seed");
   if (seed) {
-    check_dim(op, "seed", *seed, 0);
+    if (seed->dim() != 0) check_shape(op, "seed", *seed, {shape.sequences});
     check_data(op, "seed", *seed, ScalarType::Long);
     check_device(op, "seed", *seed, query);
   }

@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from experiments.lib.errors import RunError
 from experiments.lib.manifest import MANIFEST
 from experiments.lib.runs import RunFolder
+from metalora import meta
 
 # Of an exchange. The first process may load data and draw figures meanwhile.
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -49,11 +48,6 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def local_rank() -> int:
-    """Returns the number of this process on its machine, which is that of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
 def no_bar() -> bool | None:
     """Returns the ``disable`` of tqdm: only the first process shows a bar, in a terminal."""
     return True if rank() > 0 else None
@@ -69,23 +63,10 @@ def together() -> Iterator[None]:
     if not launched():
         yield
         return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
-        backend = "cpu:gloo,cuda:nccl"
     try:
-        # Under a name of its own for every restart: torchrun keeps the store, and with it the
-        # addresses of processes that have ended.
-        store, number, size = next(rendezvous("env://", timeout=TIMEOUT))
-        store = PrefixStore(f"restart {restarts()}", store)
-        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=TIMEOUT)
-    except (RuntimeError, ValueError) as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = str(error).partition("\n")[0][:200]
-        raise RunError(
-            f"process {rank()} cannot join the others at {where} ({reason}); if another program "
-            "uses the port, choose another with torchrun --master-port, or take --standalone"
-        ) from None
+        meta.init_process_group(timeout=TIMEOUT)
+    except meta.ProcessGroupError as error:
+        raise RunError(str(error).removeprefix("init_process_group: ")) from None
     with contextlib.ExitStack() as stack:
         if rank() > 0:
             quiet = stack.enter_context(Path(os.devnull).open("w"))

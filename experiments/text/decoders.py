@@ -25,7 +25,8 @@ class Decoders:
         settings: resolved settings.
 
     Attributes:
-        longest: the longest sequence that the models have positions for.
+        longest: the longest sequence that the models have positions for; ``length`` of the
+            settings where there is no limit, as in BLOOM.
 
     Raises:
         RunError: there is no such model or tokenizer, or the two do not belong together.
@@ -41,7 +42,8 @@ class Decoders:
                 f"--model {settings.model}: the tokenizer has {self.tokenizer.size} tokens but the "
                 f"model only {known}; they do not belong together"
             )
-        self.longest: int = config.get_text_config().max_position_embeddings
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.longest: int = limit or settings.length
 
     def new(self, seed: int) -> Any:
         """Loads the pretrained model, or draws a new one by seed."""

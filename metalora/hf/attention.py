@@ -13,6 +13,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from metalora import ops
 from metalora._checks import SHORT
+from metalora.nn import sample_seeds
 from metalora.reference.packed_attention import seen_keys
 
 NAME = "metalora"
@@ -107,7 +108,8 @@ def packed_attention(
     """softmax(s · q kᵀ) v within each sequence.
 
     On a CPU `metalora.ops.packed_attention`. On a GPU in bf16 or fp16 without dropout and softcap,
-    torch's kernel for packed sequences; otherwise torch's attention, block by block.
+    torch's kernel for packed sequences; otherwise torch's attention, block by block. With dropout
+    inside `metalora.nn.sample_dropout` the former everywhere, with a seed for each sequence.
 
     Args:
         query: [1, heads, N, d].
@@ -123,11 +125,13 @@ def packed_attention(
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [N, heads, d]
     if window is not None and window >= packing.longest:
         window = None  # nothing is hidden by it
-    places = packing.places
-    if places is None and not query.is_cuda:
+    places, seeds = packing.places, None
+    if dropout > 0:
+        seeds = sample_seeds(len(packing.ends) - 1, query.device)
+    if seeds is not None or (places is None and not query.is_cuda):
         return ops.packed_attention(
-            q, k, v, packing.ends, scale=scale, dropout_p=dropout, causal=causal, window=window,
-            softcap=softcap,
+            q, k, v, packing.ends.cpu(), scale=scale, dropout_p=dropout, seed=seeds, causal=causal,
+            window=window, softcap=softcap,
         )[None]  # fmt: skip
     k, v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
     if dropout == 0 and softcap is None and _has_kernel(query):

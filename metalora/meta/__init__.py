@@ -27,6 +27,7 @@ from metalora.meta.methods import (
 )
 from metalora.meta.peft_ml import finetune_peft, peft_ml
 from metalora.meta.precision import matmul_precision
+from metalora.meta.process_group import init_process_group
 from metalora.meta.refit import refit_heads
 from metalora.meta.schedule import learning_rate
 from metalora.meta.seeds import derive_seed
@@ -66,6 +67,7 @@ __all__ = [
     "finetune_last_layer",
     "finetune_lora",
     "finetune_peft",
+    "init_process_group",
     "last_layer_ml",
     "learning_rate",
     "lora_ml",

@@ -254,8 +254,8 @@ class Distribution:
         """Refuses models that this would train otherwise than one process does.
 
         Raises:
-            ValueError: if gradients are exchanged already, or if there is a batch normalisation and
-                more than one process.
+            ValueError: if gradients are exchanged already; with several processes also for a batch
+                normalisation, or a layer other than nn.Dropout that draws random numbers.
         """
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise ValueError(
@@ -267,6 +267,11 @@ class Distribution:
                 raise ValueError(
                     f"train: {name!r} normalises over the samples of a batch, of which each "
                     "process has a part; use nn.GroupNorm or nn.LayerNorm, or a single process"
+                )
+            if self.world_size > 1 and _draws_by_batch(module):
+                raise ValueError(
+                    f"train: {name!r}, of {type(module).__name__}, would draw other random numbers "
+                    "in several processes than in one; use nn.Dropout, or a single process"
                 )
 
     def _exchange(self, operation: Callable[..., Any], *args: Any, **options: Any) -> None:
@@ -288,6 +293,15 @@ class Distribution:
             yield
         finally:
             _active.reset(token)
+
+
+def _draws_by_batch(module: nn.Module) -> bool:
+    """Whether a layer draws random numbers that `metalora.nn.sample_dropout` does not make."""
+    if isinstance(module, nn.RNNBase):
+        return module.dropout > 0 and module.num_layers > 1
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return not isinstance(module, nn.Dropout) and module.p > 0
+    return isinstance(module, nn.RReLU)
 
 
 _active: ContextVar[Distribution | None] = ContextVar("metalora.distribution", default=None)

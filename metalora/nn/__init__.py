@@ -7,7 +7,7 @@ from metalora.nn.embedding import MultiTaskEmbedding
 from metalora.nn.head import MultiTaskHead
 from metalora.nn.layer import TaskLayer
 from metalora.nn.lora_linear import MultiTaskLoRALinear
-from metalora.nn.sample_dropout import drops_by_sample, sample_dropout
+from metalora.nn.sample_dropout import drops_by_sample, sample_dropout, sample_seeds
 from metalora.nn.seen_tasks import SeenTasks
 from metalora.nn.symmetric_lora_linear import SymmetricLoRALinear
 from metalora.nn.task_batch import TaskBatch
@@ -25,6 +25,7 @@ __all__ = [
     "drops_by_sample",
     "keep_tasks",
     "sample_dropout",
+    "sample_seeds",
     "tasks",
 ]
 

@@ -47,15 +47,25 @@ def check_probability(function: str, argument: str, p: float) -> float:
     return float(p)
 
 
-def seed_tensor(function: str, seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """The seed as an int64 scalar tensor; None draws one from torch's generator of the device."""
+def seed_tensor(
+    function: str, seed: int | Tensor | None, device: torch.device, sequences: int | None = None
+) -> Tensor:
+    """The seed as an int64 scalar tensor; None draws one from torch's generator of the device.
+
+    Args:
+        function: that was called.
+        seed: what it was given.
+        device: where the seed must be.
+        sequences: S, if there may also be an int64 tensor [S] of seeds.
+    """
     if seed is None:
         return torch.randint(2**63 - 1, (), device=device)
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.dim() != 0:
+        if seed.dtype != torch.int64 or tuple(seed.shape) not in ((), (sequences,)):
+            many = "" if sequences is None else f" or one of [S={sequences}]"
             raise TypeError(
-                f"{function}: seed must be an int or an int64 scalar tensor, got {seed.dtype} of "
-                f"shape {list(seed.shape)}"
+                f"{function}: seed must be an int or an int64 scalar tensor{many}, got "
+                f"{seed.dtype} of shape {list(seed.shape)}"
             )
         if seed.device != device:
             raise ValueError(

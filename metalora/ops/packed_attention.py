@@ -42,7 +42,8 @@ def packed_attention(
         scale: s; None means 1 / sqrt(d).
         dropout_p: probability in [0, 1) to drop a weight.
         seed: int in [0, 2**63) or int64 scalar tensor that fixes the dropout mask (see
-            `metalora.reference.packed_attention`); None draws one from torch's generator.
+            `metalora.reference.packed_attention`); None draws one from torch's generator. With an
+            int64 tensor [S] each sequence has the mask that it would have alone, with its own seed.
         causal: whether a token sees only itself and those before it.
         window: with ``causal``, how many tokens it sees at most, itself among them.
         softcap: c, if scores x become c · tanh(x / c).
@@ -82,7 +83,8 @@ def packed_attention(
             )
     scale = 1 / math.sqrt(query.shape[2]) if scale is None else float(scale)
     dropout_p = check_probability(function, "dropout_p", dropout_p)
-    seed = seed_tensor(function, seed, query.device) if dropout_p > 0 else None
+    sequences = ends.shape[0] - 1
+    seed = seed_tensor(function, seed, query.device, sequences) if dropout_p > 0 else None
     if window is not None and not causal:
         raise ValueError(f"{function}: window needs causal=True, got window={window} without")
     seen = 0 if not causal else _ALL if window is None else check_count(function, "window", window)

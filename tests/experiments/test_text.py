@@ -331,16 +331,22 @@ def test_empty_files_and_long_prompts_are_said_once(data: Path) -> None:
     assert sum("lose the beginning of the prompt" in note for note in notes) == 1
 
 
-def test_a_model_that_cannot_be_packed_is_padded(
-    data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("experiments.text.trials.packing_problem", lambda model: "for a reason")
-    tried = trials(data=data, **TASKS)
+def test_a_model_that_cannot_be_packed_is_padded(data: Path, tmp_path: Path) -> None:
+    """BLOOM, which has no limit of positions either."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BloomConfig(vocab_size=258, hidden_size=32, n_layer=1, n_head=2)
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    given = {"data": data, **TASKS, "model": str(tmp_path / "bloom"), "tokenizer": "bytes"}
+    given |= {"retrain": ("standard",), "finetune": ("lora",), "rank": 1}
+    reason = "BloomForCausalLM has an attention of its own, not transformers'"
+    tried = trials(**given)
     assert not tried.packed and tried.facts()["packed"] is False
-    assert tried.notes() == ["note: sequences are padded: for a reason"]
-    assert trials(data=data, packed=False, **TASKS).notes() == []
-    with pytest.raises(RunError, match="--packed: for a reason; leave it out"):
-        trials(data=data, packed=True, **TASKS)
+    assert tried.notes() == [f"note: sequences are padded: {reason}"]
+    trained, _ = tried.retrain("standard", 0)
+    assert tried._bits(trained, tried.validation).mean < 8
+    assert trials(**given, packed=False).notes() == []
+    with pytest.raises(RunError, match=f"--packed: {reason}; leave it out"):
+        trials(**given, packed=True)
 
 
 @pytest.mark.slow

@@ -100,6 +100,14 @@ def no_batch(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
     return outputs.sum(-1) * float("nan" if 1 in batch.inputs[:, 0] else 1)
 
 
+OTHER_RANDOM_LAYERS = {
+    "AlphaDropout": nn.AlphaDropout(0.2),
+    "Dropout1d": nn.Dropout1d(0.2),
+    "RReLU": nn.RReLU(),
+    "LSTM": nn.LSTM(6, 3, num_layers=2, dropout=0.2),
+}
+
+
 def mistakes(folder: Path) -> dict[str, str]:
     """Each in both processes, which go on afterwards."""
     rank = dist.get_rank()
@@ -117,6 +125,9 @@ def mistakes(folder: Path) -> dict[str, str]:
         told["code"] = message(ProcessGroupError, standard, network(), rounds(), config)
     batch_norm = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
     told["batch norm"] = message(ValueError, standard, batch_norm, rounds(), config)
+
+    for name, layer in OTHER_RANDOM_LAYERS.items():
+        told[name] = message(ValueError, standard, nn.Sequential(layer), rounds(), config)
 
     own = rounds()
     own.inputs[:, 0] = 0  # one sample, in one process, has a loss of NaN
@@ -180,6 +191,10 @@ def test_mistakes_are_told_in_all_processes(tmp_path: Path) -> None:
     assert first["weights"].startswith(f"{differs}: initial_weights '")
     assert first["code"].startswith(f"{differs}: code_of_metalora '")
     assert first["batch norm"].startswith("train: '1' normalises over the samples of a batch")
+    for name in OTHER_RANDOM_LAYERS:
+        assert first[name].startswith(f"train: '0', of {name}, would draw other random numbers"), (
+            name
+        )
     for name, text in first.items():
         if name.startswith("NaN"):
             assert text.startswith("train: the loss of a step is nan"), name

@@ -69,6 +69,37 @@ def test_packed_samples_have_the_masks_of_their_own_rows() -> None:
         assert torch.equal(F.dropout(x[:, 4:], 0.5), whole[:, 4:])
 
 
+def test_a_sample_has_the_same_mask_however_far_it_is_padded() -> None:
+    short, long = torch.ones(6, 2, 3, 4), torch.ones(6, 2, 7, 9)
+    with sample_dropout(PLACES):
+        torch.manual_seed(7)
+        wanted = F.dropout(long, 0.5)[..., :3, :4]
+        torch.manual_seed(7)
+        assert torch.equal(F.dropout(short, 0.5), wanted)
+        torch.manual_seed(7)
+        assert torch.equal(F.dropout(short.flatten(0, 1), 0.5).view_as(short), wanted)
+        torch.manual_seed(7)
+        padded = F.dropout(torch.ones(6, 4, 5), 0.5)
+    lengths = [3, 1, 2, 4, 1, 3]
+    torch.manual_seed(7)
+    with sample_dropout(PLACES, lengths):
+        packed = F.dropout(torch.ones(1, 14, 5), 0.5)[0].split(lengths)
+    for i, rows in enumerate(packed):
+        assert torch.equal(rows, padded[i, : len(rows)])
+
+
+def test_masks_have_no_pattern() -> None:
+    with sample_dropout(torch.arange(300)):
+        kept = [F.dropout(torch.ones(300, 4, 256), 0.25) > 0 for _ in range(2)]
+    one, two = kept
+    neighbours = [(one, two), *((one, one.roll(1, dim)) for dim in range(3))]
+    for found, other in neighbours:  # two masks that know nothing of each other
+        assert abs(float((found & other).float().mean()) - 0.75**2) < 0.005
+    for dim in range(3):
+        shares = one.float().mean([i for i in range(3) if i != dim])
+        assert float((shares - 0.75).abs().max()) < 0.06
+
+
 def test_it_keeps_the_mean_and_differs_between_samples_and_calls() -> None:
     x = torch.ones(40, 500)
     with sample_dropout(torch.arange(40)):
@@ -88,8 +119,11 @@ def test_attention_in_plain_steps_is_that_of_torch() -> None:
     q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
     mask = torch.rand(5, 5) > 0.3
     mask.fill_diagonal_(True)
+    blind = mask.clone()
+    blind[2] = False
     for options in (
         {"is_causal": True},
+        {"attn_mask": blind},
         {"attn_mask": mask},
         {"attn_mask": torch.randn(5, 5), "scale": 0.3},
     ):

@@ -175,6 +175,35 @@ def test_dropout_is_that_of_the_specification(lengths, dtype, p):
         assert relative_error(ours, right) <= (1e-12 if dtype == F64 else 3e-6)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_with_a_seed_each_a_sequence_has_the_mask_that_it_has_alone(causal):
+    lengths = LENGTHS["ragged"]
+    given, options = problem(lengths, 4, 12, F64, 2), {"causal": causal, "dropout_p": 0.4}
+    seeds = torch.randint(2**63 - 1, (2 * len(lengths),))[::2]  # not contiguous
+    got = with_gradients(
+        lambda *qkv: ops.packed_attention(*qkv, ends_of(lengths), seed=seeds, **options), *given
+    )
+    want = with_gradients(
+        lambda *qkv: reference.packed_attention(
+            *qkv, ends_of(lengths), 12**-0.5, 0.4, seeds, 10**9 if causal else 0
+        ),
+        *given,
+    )
+    parts = zip(*(tensor.split(lengths) for tensor in given), strict=True)
+    alone = [
+        with_gradients(
+            lambda *qkv, n=n, seed=seed: ops.packed_attention(
+                *qkv, ends_of([n]), seed=seed, **options
+            ),
+            *part,
+        )
+        for part, n, seed in zip(parts, lengths, seeds, strict=True)
+    ]
+    for i, (ours, right) in enumerate(zip(got, want, strict=True)):
+        assert relative_error(ours, right) <= 1e-12
+        assert torch.equal(ours, torch.cat([found[i] for found in alone]))
+
+
 def test_dropout_drops_each_weight_with_its_probability():
     lengths, p = [96] * 8, 0.3
     ones = torch.ones(sum(lengths), 2, 96)
@@ -366,3 +395,13 @@ def test_errors_of_options(options, message):
 def test_dropout_must_be_a_probability():
     with pytest.raises(ValueError, match=r"packed_attention: dropout_p must be in \[0, 1\)"):
         ops.packed_attention(X, X, X, ENDS, dropout_p=1.0)
+
+
+@pytest.mark.parametrize("seed", [torch.zeros(3, dtype=torch.int64), torch.zeros(2)])
+def test_seeds_must_be_one_or_one_for_each_sequence(seed):
+    message = (
+        "packed_attention: seed must be an int or an int64 scalar tensor or one of [S=2], got "
+        f"{seed.dtype} of shape {list(seed.shape)}"
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        ops.packed_attention(X, X, X, ENDS, dropout_p=0.5, seed=seed)
