@@ -199,7 +199,7 @@ def _run(
         if lora_U is not None:
             return _SymmetricRoute.apply(x, weight, bias, lora_U, task_ptr, *settings)
         return _WeightRoute.apply(*layer, *settings)
-    return _TokenRoute.apply(*layer, scaling, dropout_p, seed)
+    return _TokenRoute.apply(*layer, scaling, dropout_p, seed, tf32_allowed(x.dtype, x.is_cuda))
 
 
 def _on_host(task_ptr: Tensor) -> Tensor:
@@ -294,10 +294,10 @@ class _SymmetricRoute(torch.autograd.Function):
 class _TokenRoute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x, weight, _, lora_A, lora_B, task_ptr, scaling, dropout_p, seed = arguments
+        x, weight, _, lora_A, lora_B, task_ptr, scaling, dropout_p, seed, tf32 = arguments
         y, shrunk, kept = call("lora_linear_token", *arguments)
         ctx.save_for_backward(x, weight, lora_A, lora_B, task_ptr, shrunk, kept, seed)
-        ctx.scaling, ctx.dropout_p = scaling, dropout_p
+        ctx.scaling, ctx.dropout_p, ctx.tf32 = scaling, dropout_p, tf32
         return y
 
     @staticmethod
@@ -305,9 +305,10 @@ class _TokenRoute(torch.autograd.Function):
         *layer, shrunk, kept, seed = ctx.saved_tensors
         settings, needed = (ctx.scaling, ctx.dropout_p, seed), ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
-            return _exact(needed, grad_y, layer, *settings)
-        found = call("lora_linear_token_backward", grad_y, *layer, shrunk, kept, *settings, *needed)
-        return *where_needed(needed, found), None, None, None, None
+            return *_exact(needed, grad_y, layer, *settings), None
+        name = "lora_linear_token_backward"
+        found = call(name, grad_y, *layer, shrunk, kept, *settings, ctx.tf32, *needed)
+        return *where_needed(needed, found), None, None, None, None, None
 
 
 def _exact(
