@@ -75,14 +75,17 @@ class Library:
     def __init__(self, path: Path, operators: Any, device: str) -> None:
         self.operators, self.device = operators, device
         library = ctypes.CDLL(str(path))
-        self._tune, self._table = library.metalora_cuda_tune, library.metalora_cuda_tuning
+        self._tune, self._tuned = library.metalora_cuda_tune, library.metalora_cuda_tuned
         self._tune.argtypes = [ctypes.c_int64] * 3
-        self._tune.restype, self._table.restype = ctypes.c_bool, ctypes.c_char_p
+        self._tuned.argtypes = [ctypes.c_int64, *[ctypes.POINTER(ctypes.c_int64)] * 2]
+        self._tune.restype = self._tuned.restype = ctypes.c_bool
 
     def table(self) -> list[tuple[int, ...]]:
         """The choice of every row as it is now."""
-        lines = self._table().decode().splitlines()
-        return [tuple(map(int, line.split())) for line in lines]
+        found, blocks, depth = [], ctypes.c_int64(), ctypes.c_int64()
+        while self._tuned(len(found), ctypes.byref(blocks), ctypes.byref(depth)):
+            found.append((blocks.value, depth.value))
+        return found
 
     def change(self, row: int, choice: tuple[int, int]) -> None:
         if not self._tune(row, *choice):

@@ -1,7 +1,6 @@
 #include "tuning.h"
 
 #include <iterator>
-#include <string>
 
 namespace metalora::cuda {
 namespace {
@@ -52,8 +51,17 @@ Choice tuned(Tuned what, int64_t element_bytes, int64_t rank) {
 
 }  // namespace metalora::cuda
 
-// Of `python -m benchmarks.tune`, which times other choices: changes a row until the process ends,
-// and says whether there is such a row.
+// Of `python -m benchmarks.tune`, which times other choices: a row as it is now, and changing it
+// until the process ends. Both say whether there is such a row.
+extern "C" __attribute__((visibility("default"))) bool metalora_cuda_tuned(int64_t row,
+                                                                           int64_t* blocks,
+                                                                           int64_t* depth) {
+  using namespace metalora::cuda;
+  if (row < 0 || row >= static_cast<int64_t>(std::size(table))) return false;
+  *blocks = table[row].choice.blocks, *depth = table[row].choice.depth;
+  return true;
+}
+
 extern "C" __attribute__((visibility("default"))) bool metalora_cuda_tune(int64_t row,
                                                                           int64_t blocks,
                                                                           int64_t depth) {
@@ -62,13 +70,4 @@ extern "C" __attribute__((visibility("default"))) bool metalora_cuda_tune(int64_
     return false;
   table[row].choice = {blocks, depth};
   return true;
-}
-
-// "blocks depth" of every row as it is now, a line each.
-extern "C" __attribute__((visibility("default"))) const char* metalora_cuda_tuning() {
-  thread_local std::string text;
-  text.clear();
-  for (const auto& row : metalora::cuda::table)
-    text += std::to_string(row.choice.blocks) + " " + std::to_string(row.choice.depth) + "\n";
-  return text.c_str();
 }
