@@ -100,7 +100,7 @@ def machine_code(file: Path) -> dict[tuple[str, str], Counter[str]]:
     cuobjdump = find_disassembler()
     if cuobjdump is None:
         raise RunError("kernel_resources needs cuobjdump, of the CUDA toolkit or of triton")
-    command = [cuobjdump, "--dump-sass", file]
+    command = [cuobjdump, "--dump-sass", str(file)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = {}
     for part in re.split(r"^\s*code for ", text, flags=re.MULTILINE)[1:]:

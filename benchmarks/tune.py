@@ -16,6 +16,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,10 @@ class Library:
         self._tuned.argtypes = [ctypes.c_int64, *[ctypes.POINTER(ctypes.c_int64)] * 2]
         self._tune.restype = self._tuned.restype = ctypes.c_bool
 
-    def table(self) -> list[tuple[int, ...]]:
+    def table(self) -> list[tuple[int, int]]:
         """The choice of every row as it is now."""
-        found, blocks, depth = [], ctypes.c_int64(), ctypes.c_int64()
+        found: list[tuple[int, int]] = []
+        blocks, depth = ctypes.c_int64(), ctypes.c_int64()
         while self._tuned(len(found), ctypes.byref(blocks), ctypes.byref(depth)):
             found.append((blocks.value, depth.value))
         return found
@@ -159,7 +161,7 @@ def _products(row: Row, library: Library, smoke: bool) -> Iterator[Problem]:
     for grad, layer in _layers(library, DTYPES[row.element], own, 8, smoke):
         needs = (False, True, row.what == "bias_sums", True, True)
         given = (grad, *layer, 1.0, None, True, *needs)
-        yield lambda given=given: backward(*given)
+        yield partial(backward, *given)
 
 
 def _merges(row: Row, library: Library, smoke: bool) -> Iterator[Problem]:
@@ -169,11 +171,15 @@ def _merges(row: Row, library: Library, smoke: bool) -> Iterator[Problem]:
         lora_A = _random(library, own, tasks, rank, in_)
         lora_B = _random(library, own, tasks, out, rank)
         if row.what == "merge_lora":
-            given = (_random(library, own, out, in_), lora_A, lora_B, 0.7, dtype, True)
-            yield lambda given=given: (ops.merge_lora(*given),)
+            weight = _random(library, own, out, in_)
+            yield partial(_alone, ops.merge_lora, weight, lora_A, lora_B, 0.7, dtype, True)
         else:
-            given = (_random(library, dtype, tasks, out, in_), lora_A, lora_B, 0.7, True)
-            yield lambda given=given: ops.merge_lora_backward(*given)
+            grad = _random(library, dtype, tasks, out, in_)
+            yield partial(ops.merge_lora_backward, grad, lora_A, lora_B, 0.7, True)
+
+
+def _alone(operator: Any, *given: Any) -> tuple[Tensor]:
+    return (operator(*given),)
 
 
 def _matvecs(row: Row, library: Library, smoke: bool) -> Iterator[Problem]:

@@ -23,8 +23,8 @@ struct Choice {
   // Wanted of a launch, to divide the work among; of product_plan, tiles that run at once.
   int64_t blocks;
   // Of token_rows, buffers of a tile; of merge_lora_backward, the most tiles of a strip; of
-  // product_plan, operations while a byte is moved, by the width of an element; of bias_sums, 0 for a
-  // pass of their own. Others have none.
+  // product_plan, operations while a byte is moved, by the width of an element; of bias_sums, 0 for
+  // a pass of their own. Others have none.
   int64_t depth;
 };
 
