@@ -105,18 +105,19 @@ bool PlannedProducts::plan() {
   return status == 0 && count > 0 && best_.status == 0;
 }
 
-void PlannedProducts::run(void* workspace, cudaStream_t stream) const {
+bool PlannedProducts::run(void* workspace, cudaStream_t stream) const {
   const float one = 1, zero = 0;
   const Products& p = products_;
   void* result = const_cast<void*>(p.result.data);
   const int status = functions_.Matmul(handle_, product_, &one, p.right.data, right_, p.left.data,
                                        left_, &zero, result, result_, result, result_,
                                        &best_.algorithm, workspace, best_.workspace, stream);
-  if (status)
+  if (status && status != kNotSupported)
     throw std::runtime_error("cublasLtMatmul: status " + std::to_string(status) + " for " +
                              std::to_string(p.count) + " products to [" +
                              std::to_string(p.result.rows) + ", " +
                              std::to_string(p.result.columns) + "]");
+  return status == 0;
 }
 
 PlannedProducts::~PlannedProducts() {

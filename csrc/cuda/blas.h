@@ -14,6 +14,7 @@ namespace metalora::cuda::blas {
 // Of library_types.h, cublas_api.h and cublasLt.h.
 enum DataType : int { kFloat32 = 0, kFloat16 = 2, kBfloat16 = 14 };
 enum ComputeType : int { kComputeFloat32 = 68, kComputeTf32 = 77 };
+enum Status : int { kNotSupported = 15 };
 enum Operation : int { kPlain = 0, kTransposed = 1 };
 enum Epilogue : int { kWithBias = 4, kWithSums = 512 };
 enum ProductAttribute : int {
@@ -130,7 +131,8 @@ class PlannedProducts {
 
   bool found() const { return found_; }  // otherwise torch has to do it in another way
   size_t workspace() const { return best_.workspace; }
-  void run(void* workspace, cudaStream_t stream) const;
+  // False where cuBLASLt refuses what it had an algorithm for.
+  bool run(void* workspace, cudaStream_t stream) const;
 
  private:
   bool plan();

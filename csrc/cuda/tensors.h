@@ -141,8 +141,8 @@ inline bool products_out(const char* name, const Tensor& result, const Tensor& l
   const blas::PlannedProducts plan(*functions, blas_handle(), products);
   if (!plan.found()) return false;
   const Tensor workspace = empty(like, {static_cast<int64_t>(plan.workspace())}, ScalarType::Byte);
+  if (!plan.run(workspace.mutable_data_ptr(), current_stream(like))) return false;
   note_product(name, result, like);
-  plan.run(workspace.mutable_data_ptr(), current_stream(like));
   return true;
 }
 

@@ -254,26 +254,31 @@ def test_misaligned_rows_take_no_grouped_product(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [(512, 512), (5, 0, 66)], ids=str)
+@pytest.mark.parametrize(
+    "out", [16, 17, 18]
+)  # sums; no algorithm; refused: see tests/shim/blas.cpp
 def test_the_gradient_of_the_bias_comes_with_the_products(
     shim_operators: Any,
     asked: Callable[[], list[tuple[str, tuple[int, ...]]]],
     rows: tuple[int, ...],
     dtype: torch.dtype,
+    out: int,
 ) -> None:
-    """Rounded once: no worse than a sum of its own."""
+    """Rounded once: no worse than a sum of its own, which there is where cuBLASLt has none."""
     tasks, total = len(rows), sum(rows)
-    x, grad_y = torch.randn(total, 24).to(dtype), torch.randn(total, 16).to(dtype)
-    weight, lora_A = torch.randn(16, 24), torch.randn(tasks, 3, 24)
-    lora_B, task_ptr = torch.randn(tasks, 16, 3), torch.tensor([0, *rows]).cumsum(0)
+    x, grad_y = torch.randn(total, 24).to(dtype), torch.randn(total, out).to(dtype)
+    weight, lora_A = torch.randn(out, 24), torch.randn(tasks, 3, 24)
+    lora_B, task_ptr = torch.randn(tasks, out, 3), torch.tensor([0, *rows]).cumsum(0)
     layer = (x, weight, lora_A, lora_B, task_ptr, 0.7, None, False)
     asked()
     found = shim_operators.lora_linear_weight_backward(grad_y, *layer, *[True] * 5)
     names = [name for name, _ in asked()]
-    assert names.count("summed") == (1 if len({*rows}) == 1 else 2)
-    assert [sizes for name, sizes in asked()] == [] and names.count("sum") == 1
+    products = 1 if len({*rows}) == 1 else 2
+    assert names.count("summed") == (products if out == 16 else 0)
+    assert names.count("sum") == 1
     wanted = grad_y.double().sum(0)
     assert found[2].dtype == dtype
-    assert relative_error(found[2], wanted) <= torch.finfo(dtype).eps
+    assert relative_error(found[2], wanted) <= 2 * torch.finfo(dtype).eps
     exact = grad_y.double().T @ x.double()
     assert relative_error(found[1], exact) < 1e-5
 

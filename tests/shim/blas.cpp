@@ -13,7 +13,7 @@
 namespace metalora::cuda::blas {
 namespace {
 
-constexpr int kInvalid = 7, kNotSupported = 15;  // of cublasStatus_t
+constexpr int kInvalid = 7;  // of cublasStatus_t
 
 struct Product {
   int compute;
@@ -61,7 +61,7 @@ void write(void* data, int type, int64_t i, float value) {
 
 const Functions kFunctions{
     [](void** product, int compute, int scale) {
-      if (scale != kFloat32) return kNotSupported;
+      if (scale != kFloat32) return int{kNotSupported};
       *product = new Product{compute, {}};
       return 0;
     },
@@ -116,7 +116,8 @@ const Functions kFunctions{
       const bool fits = k == same_k && layout(D).rows == m && layout(D).columns == n && C == D &&
                         wanted == 1 && static_cast<Preference*>(preference)->size() == 5;
       if (!fits) return kInvalid;
-      *found = 1;
+      // Of sums there are sizes without an algorithm, and below some that are refused after all.
+      *found = p.of<uint32_t>(kEpilogue) == kWithSums && n % 2 == 1 ? 0 : 1;
       results[0] = {{}, 48, 0, 1, {}};
       return 0;
     },
@@ -131,6 +132,7 @@ const Functions kFunctions{
           (epilogue != kWithBias && epilogue != kWithSums) || bytes != 48 ||
           p.of<int32_t>(kBiasDataType) != d.type)
         return kInvalid;
+      if (epilogue == kWithSums && d.columns % 4 == 2) return int{kNotSupported};
       std::memset(workspace, 0xFF, bytes);
       auto* vector = p.of<void*>(kBiasPointer);
       const auto vector_stride = p.of<int64_t>(kBiasStride);
