@@ -128,7 +128,11 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
         _test(device, smoke),
         *(_sanitize(tool, device, "layers", LAYER_TESTS) for tool in TOOLS),
         Part("ceilings", _module("ceilings", *flags)),
-        Part("tune", _module("tune", *tuning)),
+        Part(
+            "tune",
+            _module("tune", *tuning),
+            missing=_unless(device == "cuda" or smoke, "there is nothing to tune on a CPU"),
+        ),
         Part("build-tuned", building, built),
         *(Part(name, _module(name, *budget, *flags)) for name in MODULES if name != "lora_linear"),
         *(_sanitize(tool, device, "trainers", TRAINER_TESTS) for tool in TOOLS),

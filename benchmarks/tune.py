@@ -66,6 +66,10 @@ class Settings(BenchmarkSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.device != "cuda" and not self.smoke:
+            raise ValueError(
+                "argument --device: a CPU can only try the code, with --smoke; measure with cuda"
+            )
         if self.install and self.device != "cuda":
             raise ValueError("argument --install: only what a GPU has measured, with --device cuda")
 

@@ -103,8 +103,14 @@ def test_only_a_measurement_on_a_gpu_changes_the_table_and_is_built(tmp_path: Pa
         named = {part.name: part for part in parts(device, tmp_path, smoke=smoke)}
         assert ("--install" in named["tune"].command) == (device == "cuda" and not smoke)
         assert named["build-tuned"].command == named["build"].command
+        assert not named["tune"].missing
         order = [*named]
         assert order.index("tune") + 1 == order.index("build-tuned") < order.index("layers-a")
+
+
+def test_on_a_cpu_there_is_nothing_to_tune(tmp_path: Path) -> None:
+    (part,) = (p for p in parts("cpu", tmp_path) if p.name == "tune")
+    assert run(part, tmp_path).note == "there is nothing to tune on a CPU"
 
 
 def test_the_first_part_is_short_and_has_a_case_of_each_route(tmp_path: Path) -> None:

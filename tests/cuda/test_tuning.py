@@ -135,5 +135,8 @@ def test_a_library_of_another_table_is_refused(library: tune.Library) -> None:
 
 def test_only_a_gpu_changes_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        tune.main(["--device", "cpu", "--install"])
+        tune.main(["--device", "cpu"])
+    assert "a CPU can only try the code, with --smoke" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tune.main(["--device", "cpu", "--smoke", "--install"])
     assert "argument --install: only what a GPU has measured" in capsys.readouterr().err
