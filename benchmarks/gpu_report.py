@@ -8,8 +8,9 @@ Every part is a process of its own and ends within eight minutes on 16 cores and
 the headlines of every route with their gradients checked, within three. Parts come in the order of
 what they are worth. Each writes its tables to the folder, and its output to PART.log;
 gpu_report.md says how each part ended, and `predicted` sets the measurements beside what
-benchmarks.model predicts. With --resume measurements of an earlier run are kept, and only those
-left out are made.
+benchmarks.model predicts. On a GPU `tune` writes the launches that it finds quickest to
+csrc/cuda/tuning_table.h, and `build-tuned` builds with them. With --resume measurements of an
+earlier run are kept, and only those left out are made.
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ FIRST = (
     "b 4096→4096 8k rows T4 r16",
     "a 768→768 T10 r8 Zipf",
 )
+TOOLS = ("memcheck", "racecheck", "initcheck")
+# Every kernel of layers in every dtype, and those of the trainers: as much as a tool that makes all
+# launches many times slower gets through in a part.
+LAYER_TESTS = ("tests/cuda/test_lora_linear.py", "tests/cuda/test_on_gpu.py", "tests/ops")
+TRAINER_TESTS = ("tests/cuda/test_linear_training.py", "tests/cuda/test_shallow_training.py")
 # Rounds at the size of the paper's: 10 tasks with 8 turns of 20 candidates.
 PAPER = ("--model", "roberta-base-size", "--tasks", "10", "--turns", "8", "--precision", "bf16")
 
@@ -111,17 +117,25 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
     cases = ("--cases", HEADLINES["a"][0], "c", "--precisions", *goals)
     profiled = (*cases, "--baselines", "metalora", "--profile")
     missing = "" if importlib.util.find_spec("matplotlib") else "matplotlib is not installed"
+    building = _python("setup.py", "build_ext", "--inplace")
+    built = {"METALORA_BUILD": "none" if smoke else device}
+    tuning = ["--budget-seconds", str(BUDGET), *flags]
+    if device == "cuda" and not smoke:
+        tuning.append("--install")
     return [
-        Part(
-            "build",
-            _python("setup.py", "build_ext", "--inplace"),
-            {"METALORA_BUILD": "none" if smoke else device},
-        ),
+        Part("build", building, built),
         Part("first", _module("lora_linear", *first), limit=FIRST_LIMIT),
         _test(device, smoke),
-        *(_sanitize(tool, device) for tool in ("memcheck", "racecheck", "initcheck")),
+        *(_sanitize(tool, device, "layers", LAYER_TESTS) for tool in TOOLS),
         Part("ceilings", _module("ceilings", *flags)),
+        Part(
+            "tune",
+            _module("tune", *tuning),
+            missing=_unless(device == "cuda" or smoke, "there is nothing to tune on a CPU"),
+        ),
+        Part("build-tuned", building, built),
         *(Part(name, _module(name, *budget, *flags)) for name in MODULES if name != "lora_linear"),
+        *(_sanitize(tool, device, "trainers", TRAINER_TESTS) for tool in TOOLS),
         _encoders("steps", *budget, *flags),
         _encoders("language", *PAPER, *flags),
         layers("layers-a", "a", baselines=("eager", "metalora-keep")),
@@ -161,8 +175,8 @@ def _test(device: str, smoke: bool) -> Part:
     return Part("test", _python("-m", "pytest", "-q", *where, *workers), tests=True)
 
 
-def _sanitize(tool: str, device: str) -> Part:
-    """The GPU tests of the operators, with an allocation of its own for every tensor."""
+def _sanitize(tool: str, device: str, what: str, tests: Sequence[str]) -> Part:
+    """GPU tests under a tool, with an allocation of its own for every tensor."""
     if device == "cpu":
         missing = "there is nothing to sanitize on a CPU"
     else:
@@ -174,10 +188,11 @@ def _sanitize(tool: str, device: str) -> Part:
     # A CUDA graph cannot be captured without the caching allocator; large or compiled tests would
     # take the tool too long.
     left_out = "not graph and not inductor and not beyond"
-    pytest = _python("-m", "pytest", "tests/ops", "tests/cuda", "-m", "gpu", "-k", left_out)
+    pytest = _python("-m", "pytest", *tests, "-m", "gpu", "-k", left_out)
     pytest += ["-x", "-q"]
     caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return Part(f"sanitize-{tool}", [*command, *pytest], caching, tests=True, missing=missing)
+    name = f"sanitize-{what}-{tool}"
+    return Part(name, [*command, *pytest], caching, tests=True, missing=missing)
 
 
 def _python(*arguments: str) -> list[str]:

@@ -1,9 +1,11 @@
-"""The registers and memory that each CUDA kernel takes; a kernel that spills is an error.
+"""The registers, memory and instructions of each CUDA kernel; one that spills is an error.
 
 python -m benchmarks.kernel_resources            # compare with benchmarks/results
 python -m benchmarks.kernel_resources --write    # write the table there
 
-Needs nvcc and no GPU. Compilers differ in registers: a difference is printed but is no error.
+Needs nvcc and cuobjdump, and no GPU. Compilers differ in registers: a difference is printed but is
+no error. A kernel whose instructions have become more by over a tenth is one: its loops are
+unrolled, so that they grow with what is done for an element.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +34,10 @@ from experiments.lib.errors import RunError
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 NAME = "kernel_resources"
+
+# Those of the build, and the newer ones that run its PTX.
+ARCHITECTURES = ("80", "90", "100", "120")
+MOST_GROWTH = 1.1  # of a kernel's instructions
 
 # An SM of compute capability 8.0 or 9.0: its parts, and of each the registers, the warps, and the
 # unit in which a warp gets registers.
@@ -47,6 +54,7 @@ class Resources:
     shared: int
     stack: int
     spills: int
+    instructions: int
 
     @property
     def warps(self) -> int:
@@ -73,6 +81,37 @@ def find_nvcc() -> tuple[Path | None, str]:
     return (toolkit / "bin" / "nvcc", why) if toolkit else (None, why)
 
 
+def find_disassembler() -> str | None:
+    """cuobjdump of the PATH, or the one that comes with triton."""
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin:
+        own = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if own.exists():
+            return str(own)
+    return shutil.which("cuobjdump")
+
+
+def machine_code(file: Path) -> dict[tuple[str, str], Counter[str]]:
+    """How often each instruction stands in an object file, by kernel (a symbol) and architecture.
+
+    Raises:
+        RunError: there is no cuobjdump.
+    """
+    cuobjdump = find_disassembler()
+    if cuobjdump is None:
+        raise RunError("kernel_resources needs cuobjdump, of the CUDA toolkit or of triton")
+    command = [cuobjdump, "--dump-sass", str(file)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {}
+    for part in re.split(r"^\s*code for ", text, flags=re.MULTILINE)[1:]:
+        architecture = part.split()[0]
+        for function in re.split(r"Function : ", part)[1:]:
+            counts = Counter(re.findall(r"\*/ +(?:@!?\w+ )?([A-Z][\w.]*)", function))
+            del counts["NOP"]  # they fill up the last line
+            found[function.split()[0], architecture] = counts
+    return found
+
+
 def kernels() -> list[Path]:
     """The CUDA sources of the build."""
     return sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
@@ -90,15 +129,13 @@ def digest(sources: Sequence[Path]) -> str:
 
 
 def measure(nvcc: Path, sources: Sequence[Path]) -> list[Resources]:
-    """Compiles the sources as the build does; kernels sorted by name, then architecture.
+    """Compiles the sources with the build's flags; kernels sorted by name, then architecture.
 
     Raises:
         subprocess.CalledProcessError: if one does not compile.
     """
-    setup = load_setup()
-    numbers = [a.removesuffix("+PTX").replace(".", "") for a in setup.ARCHITECTURES.split(";")]
-    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
-    flags = [*setup.NVCC_FLAGS, *targets, "-Xptxas=-v", "-c"]
+    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in ARCHITECTURES]
+    flags = [*load_setup().NVCC_FLAGS, *targets, "-Xptxas=-v", "-c"]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def compiled(source: Path) -> list[Resources]:
@@ -108,15 +145,15 @@ def measure(nvcc: Path, sources: Sequence[Path]) -> list[Resources]:
             if done.returncode:
                 sys.stderr.write(done.stderr)
                 done.check_returncode()
-            found = parse(done.stderr)
+            found = parse(done.stderr, machine_code(target))
             return [replace(r, kernel=f"{source.stem}: {r.kernel}") for r in found]
 
         found = [r for part in pool.map(compiled, sources) for r in part]
     return sorted(found, key=lambda r: (r.kernel, r.architecture))
 
 
-def parse(log: str) -> list[Resources]:
-    """The kernels in the output of ``ptxas -v``."""
+def parse(log: str, code: Mapping[tuple[str, str], Counter[str]]) -> list[Resources]:
+    """The kernels in the output of ``ptxas -v``, with what `machine_code` found."""
     found = []
     for part in re.split(r"Compiling entry function ", log)[1:]:
         entry = re.match(r"'(\w+)' for '(\w+)'", part)
@@ -133,6 +170,7 @@ def parse(log: str) -> list[Resources]:
                 shared=int(shared[1]) if shared else 0,
                 stack=int(stack[1]),
                 spills=int(stack[2]) + int(stack[3]),
+                instructions=code[entry[1], entry[2]].total(),
             )
         )
     return found
@@ -168,6 +206,11 @@ def compare(
         old = before.pop((r.kernel, r.architecture), None)
         if old is None:
             errors.append(f"{place} is not in the table; run with --write")
+        elif r.instructions > MOST_GROWTH * old.instructions:
+            errors.append(
+                f"{place} has {r.instructions} instructions, recorded are {old.instructions}; if "
+                "they are worth it, run with --write"
+            )
         elif (old.registers, old.shared, old.stack) != (r.registers, r.shared, r.stack):
             notes.append(
                 f"{place}: {r.registers} registers, {r.shared} bytes shared, {r.stack} of stack; "
@@ -199,15 +242,16 @@ def write(folder: Path, measured: Sequence[Resources], compiler: str, sources: s
         [
             f"`{r.kernel}`",
             r.architecture,
-            *map(str, (r.registers, r.warps, r.shared, r.stack, r.spills)),
+            *map(str, (r.registers, r.warps, r.shared, r.stack, r.spills, r.instructions)),
         ]
         for r in measured
     ]
     text = (
         "# Registers and memory of each CUDA kernel\n\n"
         f"`{command}`, {compiler}. Shared memory is what kernels declare, without what launches "
-        "ask for; warps: how many of an SM's 64 fit, given the registers.\n\n"
-        f"{markdown([*header, 'spills'], rows)}\n"
+        "ask for; warps: how many of an SM's 64 fit, given the registers; instructions: those of "
+        "the machine code, in which loops are unrolled.\n\n"
+        f"{markdown([*header, 'spills', 'instructions'], rows)}\n"
     )
     (folder / f"{NAME}.md").write_text(text, encoding="utf-8")
 

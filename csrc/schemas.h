@@ -30,13 +30,13 @@ void define_operators(Library& m) {
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "lora_linear_token(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
-      "Tensor task_ptr, float scaling, float dropout_p, Tensor? seed) "
+      "Tensor task_ptr, float scaling, float dropout_p, Tensor? seed, bool tf32) "
       "-> (Tensor y, Tensor shrunk, Tensor kept)");
   m.def(
       "lora_linear_token_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor lora_A, "
       "Tensor lora_B, Tensor task_ptr, Tensor shrunk, Tensor kept, float scaling, float dropout_p, "
-      "Tensor? seed, bool need_x, bool need_weight, bool need_bias, bool need_A, bool need_B) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? seed, bool tf32, bool need_x, bool need_weight, bool need_bias, bool need_A, "
+      "bool need_B) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   m.def(
       "merge_lora(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, ScalarType? dtype, "

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
+from benchmarks.lib.tuning import chosen
+
 TILE = 128  # rows and columns of the tiles that products are charged in
 LEAST = 64  # of either side that a product of the BLAS is charged for
 FLOAT = 4  # bytes
@@ -207,16 +209,22 @@ def _weight_route(layer: Layer) -> Iterator[Call]:
         else:
             for n in filter(None, layer.rows):
                 yield _product(layer, "addmm", "backward", (1, n, inner, outer))
+    # The sums over rows of dY come with the products, as one of each product.
+    summed = layer.need_weight and layer.bias and layer.activation < 8
+    summed = summed and chosen("bias_sums", layer.activation).depth > 0
     chunks = 1
     if rows:
         chunks = product_chunks(tasks, rows, outer, inner, layer.activation)
-        sizes = (tasks * chunks, outer, inner, rows // chunks)
-        yield _product(layer, "bmm", "backward", sizes, result=FLOAT)
+        products = [("summed" if summed else "bmm", tasks * chunks, rows // chunks)]
     else:
-        for n in filter(None, layer.rows):
-            yield _product(layer, "mm", "backward", (1, outer, inner, n), result=FLOAT)
+        products = [("summed" if summed else "mm", 1, n) for n in filter(None, layer.rows)]
+    for name, count, n in products:
+        yield _product(layer, name, "backward", (count, outer, inner, n), result=FLOAT)
     yield from _merge_backward(layer, chunks)
-    if layer.need_weight:
+    if summed:
+        parts = tasks * chunks
+        yield Call("sum", "backward", FLOAT * parts * outer, sizes=(1, parts, outer, outer))
+    elif layer.need_weight:
         yield from _bias_sum(layer)
 
 
@@ -253,8 +261,9 @@ def _token_route(layer: Layer) -> Iterator[Call]:
 
 def token_blocks(layer: Layer) -> int:
     """How many blocks the rows are cut into: `plan_token_blocks` of token_rows.cu."""
-    tile = {2: 64, 4: 32, 8: 16}[layer.activation]
-    block = tile * max(layer.total // tile // 264, 1)
+    tile = 16 if layer.activation == 8 else 64
+    wanted = chosen("token_rows", layer.activation, layer.rank).blocks
+    block = tile * max(layer.total // tile // wanted, 1)
     return sum(ceil(n / block) for n in layer.rows)
 
 
@@ -281,11 +290,13 @@ def _token_pass(
     if sums:
         # Added to in the L2, as long as they fit there, and written once.
         moved += FLOAT * token_blocks(layer) * columns * rank
-    # The tensor cores compute 8 ranks at least, and FFMA those that there are.
-    short = layer.activation == 2
-    flops = products * 2 * rows * max(columns, results) * (max(rank, 8) if short else rank)
+    # The tensor cores compute 8 ranks at least, in TF32 16 and at half the rate; FFMA those that
+    # there are.
+    mma = layer.activation == 2 or (layer.activation == 4 and layer.tf32)
+    charged = {2: max(rank, 8), 4: 2 * max(rank, 16)}[layer.activation] if mma else rank
+    flops = products * 2 * rows * max(columns, results) * charged
     randoms = rows * columns if drawn else 0
-    return Call("token_kernel", step, moved, flops, "mma" if short else "fp32", randoms=randoms)
+    return Call("token_kernel", step, moved, flops, "mma" if mma else "fp32", randoms=randoms)
 
 
 def _token_sum(layer: Layer, elements: int, results: int) -> Call:
@@ -297,7 +308,8 @@ def product_chunks(
     tasks: int, rows: int, outer: int, inner: int, element: int, *, divisors: bool = True
 ) -> int:
     """Into how many chunks the rows of a task are cut for P_t: csrc/cuda/product_plan.h."""
-    processors, flops_per_byte, area = 132, 368.0 / element, float(outer * inner)
+    processors, work = chosen("product_plan", element).choice
+    flops_per_byte, area = work / element, float(outer * inner)
     tiles = tasks * ceil(outer / TILE) * ceil(inner / TILE)
     streamed = float(tasks * rows * (outer + inner) * element)
 
@@ -385,8 +397,9 @@ def _merge_backward(layer: Layer, chunks: int) -> Iterator[Call]:
     tile_rows = TILE if layer.tf32 else 64
     row_tiles, column_tiles = ceil(layer.out_features / tile_rows), ceil(layer.in_features / TILE)
     tiles = row_tiles * column_tiles
-    strips = ceil(column_tiles / min(max(tiles // 256, 1), 4))
-    groups = ceil(tasks / min(ceil(tasks / max(256 // tiles, 1)), 32))
+    blocks, strip_tiles = chosen("merge_lora_backward", FLOAT, rank).choice
+    strips = ceil(column_tiles / min(max(tiles // blocks, 1), strip_tiles))
+    groups = ceil(tasks / min(ceil(tasks / max(blocks // tiles, 1)), 32))
     padded = column_tiles * TILE, row_tiles * tile_rows
     factors = FLOAT * layer.tasks * rank * sum(padded)
     addends = FLOAT * tasks * rank * (padded[0] * row_tiles + padded[1] * strips)

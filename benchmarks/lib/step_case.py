@@ -119,7 +119,10 @@ def step_tables(record: Mapping[str, Any]) -> str:
         "loss or of any task's gradient against float64."
     ]
     for one in record["rows"]:
-        parts += [f"### {one['case']}: {one['title']}", markdown(HEADER, _rows(one))]
+        if rows := _rows(one):
+            parts += [f"### {one['case']}: {one['title']}", markdown(HEADER, rows)]
+        else:  # there was no time for it, not even to look at it
+            parts.append(f"### {one['case']}")
         others = [f"- {n}: {r['status']}" for n, r in one["rows"].items() if "total" not in r]
         parts += ["\n".join(others)] * bool(others)
     spent = [

@@ -378,7 +378,7 @@ struct Cpu {
   }
 
   static TokenResult token(LoraLayer p, const std::optional<Tensor>& bias,
-                           const BranchDropout& dropout) {
+                           const BranchDropout& dropout, bool /*tf32*/) {
     const ScalarType dtype = p.x.scalar_type(), element = element_dtype(dtype);
     const Tensor y = cast(dense_layer(p.x, p.weight, bias), element);
     const Tensor shrunk = empty({p.rows, p.rank}, work_dtype(p.x));
@@ -393,7 +393,7 @@ struct Cpu {
   }
 
   static Gradients token_backward(LoraLayer p, const Tensor& grad_y, const Tensor& shrunk,
-                                  const Tensor& kept, const BranchDropout& dropout,
+                                  const Tensor& kept, const BranchDropout& dropout, bool /*tf32*/,
                                   const Needs& need) {
     const ScalarType dtype = p.x.scalar_type(), element = element_dtype(dtype);
     const ScalarType work = work_dtype(p.x);

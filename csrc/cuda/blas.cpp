@@ -55,70 +55,74 @@ const Functions* functions() {
 }
 #endif
 
-PlannedProducts::PlannedProducts(const Functions& functions, void* handle,
-                                 const BiasedProducts& products)
+PlannedProducts::PlannedProducts(const Functions& functions, void* handle, const Products& products)
     : functions_(functions), handle_(handle), products_(products) {
   found_ = plan();
 }
 
-// cuBLAS counts columns first, so that y [rows, out] is its [out, rows]: y = Wᵀ x in its words,
-// and a bias for every row.
 bool PlannedProducts::plan() {
   const Functions& f = functions_;
-  const BiasedProducts& p = products_;
-  const auto compute = p.type == kFloat32 && p.tf32 ? kComputeTf32 : kComputeFloat32;
+  const Products& p = products_;
+  const auto compute = p.left.type == kFloat32 && p.tf32 ? kComputeTf32 : kComputeFloat32;
   if (f.MatmulDescCreate(&product_, compute, kFloat32)) return false;
   const auto say = [&](ProductAttribute attribute, const auto& value) {
     return f.MatmulDescSetAttribute(product_, attribute, &value, sizeof(value)) == 0;
   };
-  const int32_t transposed = kTransposed, plain = kPlain, type = p.type;
-  const uint32_t epilogue = kWithBias;
-  if (!say(kOperationA, transposed) || !say(kOperationB, plain) || !say(kEpilogue, epilogue) ||
-      !say(kBiasPointer, p.bias) || !say(kBiasDataType, type))
+  const auto operation = [](bool transposed) { return int32_t{transposed ? kTransposed : kPlain}; };
+  const uint32_t epilogue = p.epilogue;
+  const int64_t stride = p.epilogue == kWithSums ? p.result.rows : 0;
+  const int32_t type = p.result.type;
+  if (!say(kOperationA, operation(p.right_transposed)) ||
+      !say(kOperationB, operation(p.left_transposed)) || !say(kEpilogue, epilogue) ||
+      !say(kBiasPointer, p.vector) || !say(kBiasStride, stride) || !say(kBiasDataType, type))
     return false;
 
-  const auto layout = [&](void*& made, int64_t rows, int64_t columns) {
-    if (f.MatrixLayoutCreate(&made, p.type, static_cast<uint64_t>(rows),
-                             static_cast<uint64_t>(columns), rows))
+  const auto layout = [&](void*& made, const Matrices& m) {
+    if (f.MatrixLayoutCreate(&made, m.type, static_cast<uint64_t>(m.columns),
+                             static_cast<uint64_t>(m.rows), m.columns))
       return false;
-    const auto count = static_cast<int32_t>(p.tasks);
-    const int64_t stride = rows * columns;
+    const auto count = static_cast<int32_t>(p.count);
+    const int64_t step = m.rows * m.columns;
     return f.MatrixLayoutSetAttribute(made, kBatchCount, &count, sizeof(count)) == 0 &&
-           f.MatrixLayoutSetAttribute(made, kBatchStride, &stride, sizeof(stride)) == 0;
+           f.MatrixLayoutSetAttribute(made, kBatchStride, &step, sizeof(step)) == 0;
   };
-  if (!layout(W_, p.in, p.out) || !layout(x_, p.in, p.rows) || !layout(y_, p.out, p.rows))
+  if (!layout(right_, p.right) || !layout(left_, p.left) || !layout(result_, p.result))
     return false;
 
   if (f.MatmulPreferenceCreate(&preference_)) return false;
   const auto prefer = [&](PreferenceAttribute attribute, const auto& value) {
     return f.MatmulPreferenceSetAttribute(preference_, attribute, &value, sizeof(value)) == 0;
   };
-  if (!prefer(kMostWorkspace, kMostWorkspaceBytes) || !prefer(kAlignmentA, alignment_of(p.W)) ||
-      !prefer(kAlignmentB, alignment_of(p.x)) || !prefer(kAlignmentC, alignment_of(p.y)) ||
-      !prefer(kAlignmentD, alignment_of(p.y)))
+  if (!prefer(kMostWorkspace, kMostWorkspaceBytes) ||
+      !prefer(kAlignmentA, alignment_of(p.right.data)) ||
+      !prefer(kAlignmentB, alignment_of(p.left.data)) ||
+      !prefer(kAlignmentC, alignment_of(p.result.data)) ||
+      !prefer(kAlignmentD, alignment_of(p.result.data)))
     return false;
   int count = 0;
-  const int status =
-      f.MatmulAlgoGetHeuristic(handle_, product_, W_, x_, y_, y_, preference_, 1, &best_, &count);
+  const int status = f.MatmulAlgoGetHeuristic(handle_, product_, right_, left_, result_, result_,
+                                              preference_, 1, &best_, &count);
   return status == 0 && count > 0 && best_.status == 0;
 }
 
-void PlannedProducts::run(void* workspace, cudaStream_t stream) const {
+bool PlannedProducts::run(void* workspace, cudaStream_t stream) const {
   const float one = 1, zero = 0;
-  const BiasedProducts& p = products_;
-  const int status =
-      functions_.Matmul(handle_, product_, &one, p.W, W_, p.x, x_, &zero, p.y, y_, p.y, y_,
-                        &best_.algorithm, workspace, best_.workspace, stream);
-  if (status)
+  const Products& p = products_;
+  void* result = const_cast<void*>(p.result.data);
+  const int status = functions_.Matmul(handle_, product_, &one, p.right.data, right_, p.left.data,
+                                       left_, &zero, result, result_, result, result_,
+                                       &best_.algorithm, workspace, best_.workspace, stream);
+  if (status && status != kNotSupported)
     throw std::runtime_error("cublasLtMatmul: status " + std::to_string(status) + " for " +
-                             std::to_string(p.tasks) + " products of [" + std::to_string(p.rows) +
-                             ", " + std::to_string(p.in) + "] with [" + std::to_string(p.in) +
-                             ", " + std::to_string(p.out) + "]");
+                             std::to_string(p.count) + " products to [" +
+                             std::to_string(p.result.rows) + ", " +
+                             std::to_string(p.result.columns) + "]");
+  return status == 0;
 }
 
 PlannedProducts::~PlannedProducts() {
   if (preference_) functions_.MatmulPreferenceDestroy(preference_);
-  for (void* layout : {W_, x_, y_})
+  for (void* layout : {left_, right_, result_})
     if (layout) functions_.MatrixLayoutDestroy(layout);
   if (product_) functions_.MatmulDescDestroy(product_);
 }

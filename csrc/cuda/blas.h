@@ -1,6 +1,7 @@
-// The one product that torch has no name for: a batch of them with a bias in the epilogue, which
-// costs no pass over the result. By cuBLASLt, which torch has loaded; a toolkit need not have its
-// headers, so what is used of them is declared here (a test compares it with them).
+// Products that torch has no name for: batches of them with a bias in the epilogue, which costs no
+// pass over the result, and with the sums of a factor's rows, which cost no pass over the factor.
+// By cuBLASLt, which torch has loaded; a toolkit need not have its headers, so what is used of them
+// is declared here (a test compares it with them).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,13 +14,15 @@ namespace metalora::cuda::blas {
 // Of library_types.h, cublas_api.h and cublasLt.h.
 enum DataType : int { kFloat32 = 0, kFloat16 = 2, kBfloat16 = 14 };
 enum ComputeType : int { kComputeFloat32 = 68, kComputeTf32 = 77 };
+enum Status : int { kNotSupported = 15 };
 enum Operation : int { kPlain = 0, kTransposed = 1 };
-enum Epilogue : int { kWithBias = 4 };
+enum Epilogue : int { kWithBias = 4, kWithSums = 512 };
 enum ProductAttribute : int {
   kOperationA = 3,
   kOperationB = 4,
   kEpilogue = 7,
   kBiasPointer = 8,
+  kBiasStride = 10,
   kBiasDataType = 26
 };
 enum LayoutAttribute : int { kBatchCount = 5, kBatchStride = 6 };
@@ -66,37 +69,79 @@ struct Functions {
 // Null where no cuBLASLt is loaded that has them all.
 const Functions* functions();
 
-// y_t [rows, out] = x_t [rows, in] W_tᵀ + bias [out] for each of `tasks`, dense row after row.
-struct BiasedProducts {
-  void* y;           // [tasks, rows, out]
-  const void* x;     // [tasks, rows, in]
-  const void* W;     // [tasks, out, in]
-  const void* bias;  // [out]
-  int64_t tasks, rows, out, in;
-  DataType type;  // of all
-  bool tf32;      // whether float32 factors may be rounded to TF32
+// A batch of dense matrices, row after row.
+struct Matrices {
+  const void* data;
+  DataType type;
+  int64_t rows, columns;
 };
 
-// A product that cuBLASLt has an algorithm for, until it goes out of scope.
+// As many products result = left right, of `count` matrices each. cuBLAS counts columns first, so
+// that a matrix here is the transposed one in its words, and it is asked for resultᵀ = rightᵀ
+// leftᵀ.
+struct Products {
+  int64_t count;
+  Matrices result, left, right;
+  bool left_transposed, right_transposed;  // the factor is the transposed of what lies in memory
+  Epilogue epilogue;
+  // kWithBias: added to every row of every result. kWithSums: [count, rows of result], to be
+  // written: the sums over the rows of what lies in memory of left, which is transposed. Of
+  // result's type.
+  const void* vector;
+  bool tf32;  // whether float32 factors may be rounded to TF32
+};
+
+// y_t [rows, out] = x_t [rows, in] W_tᵀ + bias [out], all of a type.
+inline Products biased(void* y, const void* x, const void* W, const void* bias, int64_t tasks,
+                       int64_t rows, int64_t out, int64_t in, DataType type, bool tf32) {
+  return {tasks,
+          {y, type, rows, out},
+          {x, type, rows, in},
+          {W, type, out, in},
+          false,
+          true,
+          kWithBias,
+          bias,
+          tf32};
+}
+
+// P_t [out, in] = dY_tᵀ X_t of dY_t [rows, out] and X_t [rows, in], and sums [tasks, out] of the
+// rows of each dY_t; P and sums are float32.
+inline Products summed(void* P, void* sums, const void* dY, const void* X, int64_t tasks,
+                       int64_t rows, int64_t out, int64_t in, DataType type, bool tf32) {
+  return {tasks,
+          {P, kFloat32, out, in},
+          {dY, type, rows, out},
+          {X, type, rows, in},
+          true,
+          false,
+          kWithSums,
+          sums,
+          tf32};
+}
+
+// Products that cuBLASLt has an algorithm for, until they go out of scope.
 class PlannedProducts {
  public:
   // `handle` is torch's of cuBLAS, which serves cuBLASLt as well.
-  PlannedProducts(const Functions& functions, void* handle, const BiasedProducts& products);
+  PlannedProducts(const Functions& functions, void* handle, const Products& products);
   ~PlannedProducts();
   PlannedProducts(const PlannedProducts&) = delete;
   PlannedProducts& operator=(const PlannedProducts&) = delete;
 
   bool found() const { return found_; }  // otherwise torch has to do it in another way
   size_t workspace() const { return best_.workspace; }
-  void run(void* workspace, cudaStream_t stream) const;
+  // False where cuBLASLt refuses what it had an algorithm for.
+  bool run(void* workspace, cudaStream_t stream) const;
 
  private:
   bool plan();
 
   const Functions& functions_;
   void* handle_;
-  BiasedProducts products_;
-  void *product_ = nullptr, *W_ = nullptr, *x_ = nullptr, *y_ = nullptr, *preference_ = nullptr;
+  Products products_;
+  void *product_ = nullptr, *preference_ = nullptr;
+  void *left_ = nullptr, *right_ = nullptr, *result_ = nullptr;
   HeuristicResult best_{};
   bool found_ = false;
 };

@@ -14,6 +14,7 @@
 #include "task_ends.h"
 #include "tensors.h"
 #include "token_rows.h"
+#include "tuning.h"
 
 namespace metalora::cuda {
 namespace {
@@ -33,12 +34,15 @@ Tensor of_task(const Tensor& tensor, int64_t task) {
 }
 
 // Whether torch's grouped product takes these factors [M, k] and [T, k, n], and on this GPU without
-// reading the row counts back.
-bool is_grouped(const LoraLayer& p, const Tensor& x) {
+// reading the row counts back. It refuses rows that do not begin at multiples of 16 bytes.
+bool is_grouped(const LoraLayer& p, const Tensor& x, const Tensor& merged) {
   constexpr int64_t kMostGroups = 1023, kAlignment = 8;  // 16 bytes
-  return x.scalar_type() == ScalarType::BFloat16 && p.in % kAlignment == 0 &&
-         p.out % kAlignment == 0 && p.tasks > 1 && p.tasks <= kMostGroups && p.rows <= INT32_MAX &&
-         p.rows > 0 && has_grouped_products(x);
+  const auto aligned = [](const Tensor& factor) {
+    return reinterpret_cast<uintptr_t>(factor.const_data_ptr()) % 16 == 0;
+  };
+  return aligned(x) && aligned(merged) && x.scalar_type() == ScalarType::BFloat16 &&
+         p.in % kAlignment == 0 && p.out % kAlignment == 0 && p.tasks > 1 &&
+         p.tasks <= kMostGroups && p.rows <= INT32_MAX && p.rows > 0 && has_grouped_products(x);
 }
 
 Tensor task_ends(const LoraLayer& p, const Tensor& like) {
@@ -52,7 +56,7 @@ Tensor weight_forward(const LoraLayer& p, const Tensor& merged, const std::optio
                       bool tf32) {
   const Tensor& x = p.x;
   const int64_t rows = rows_each(p);
-  if (!rows && !bias && is_grouped(p, x))
+  if (!rows && !bias && is_grouped(p, x, merged))
     return grouped_product(x, batch_transposed(merged), task_ends(p, x));
   const Tensor y = empty(x, {p.rows, p.out}, x.scalar_type());
   if (rows) {
@@ -96,53 +100,72 @@ void add_task_products(const LoraLayer& p, const Tensor& result, const Tensor& a
 
 // grad_x [M, in] = dY_t W_t.
 Tensor weight_grad_x(const LoraLayer& p, const Tensor& grad_y, const Tensor& merged) {
-  if (!rows_each(p) && is_grouped(p, grad_y))
+  if (!rows_each(p) && is_grouped(p, grad_y, merged))
     return grouped_product(grad_y, merged, task_ends(p, grad_y));
   const Tensor grad_x = empty(grad_y, {p.rows, p.in}, grad_y.scalar_type());
   add_task_products(p, grad_x, grad_y, merged, 0, 1);
   return grad_x;
 }
 
-// result [T · chunks, k, n] in this dtype: a_tᵀ b_t over the rows of each chunk of a task, where
-// tasks have equally many; else [T, k, n]. `multiply` is called for all at once (true) or for one
-// task.
-template <typename Multiply>
-Tensor outer_products(const LoraLayer& p, const Tensor& a, const Tensor& b, int64_t chunks,
-                      ScalarType dtype, const Multiply& multiply) {
-  const int64_t rows = rows_each(p), batch = rows ? p.tasks * chunks : p.tasks;
-  const Tensor result = empty(a, {batch, a.size(1), b.size(1)}, dtype);
+// P_t = dY_tᵀ X_t, of at least float, [T, out, in] or [T · chunks, out, in], whose sum it is. Where
+// `sums` are wanted they become [the same, out], the sums over the rows of each dY_t that went by,
+// or nothing where cuBLASLt has no such products.
+Tensor weight_products(const LoraLayer& p, const Tensor& grad_y, std::optional<Tensor>& sums,
+                       bool wants_sums, bool tf32) {
+  const int64_t rows = rows_each(p);
+  const int64_t bytes = static_cast<int64_t>(p.x.element_size());
+  const auto [processors, work] = tuned(Tuned::product_plan, bytes);
+  const ProductMachine machine{processors, static_cast<double>(work)};
+  const int64_t chunks = rows ? product_chunks(p.tasks, rows, p.out, p.in, bytes, machine) : 1;
+  const Tensor P = empty(p.x, {rows ? p.tasks * chunks : p.tasks, p.out, p.in}, work_dtype(p.x));
+  if (wants_sums && tuned(Tuned::bias_sums, bytes).depth)
+    sums = empty(p.x, {P.size(0), p.out}, ScalarType::Float);
   if (rows) {
-    multiply(true, result, batch_transposed(viewed(a, {batch, rows / chunks, a.size(1)})),
-             viewed(b, {batch, rows / chunks, b.size(1)}));
+    const Tensor dy = viewed(grad_y, {P.size(0), rows / chunks, p.out});
+    const Tensor x = viewed(p.x, {P.size(0), rows / chunks, p.in});
+    if (sums && summed_products_out(P, *sums, dy, x, tf32)) return P;
+    sums.reset();
+    product_out("aten::bmm", P, batch_transposed(dy), x);
+    return P;
+  }
+  for (int64_t t = 0; t < p.tasks; ++t) {
+    Tensor result = of_task(P, t);
+    const int64_t count = p.rows_in(t);
+    if (count == 0) {
+      torch::stable::zero_(result);
+      if (sums) {
+        Tensor none = of_task(*sums, t);
+        torch::stable::zero_(none);
+      }
+      continue;
+    }
+    const Tensor dy = p.rows_of(grad_y, t), x = p.rows_of(p.x, t);
+    if (sums &&
+        summed_products_out(viewed(result, {1, p.out, p.in}), of_task(*sums, t),
+                            viewed(dy, {1, count, p.out}), viewed(x, {1, count, p.in}), tf32))
+      continue;
+    sums.reset();
+    product_out("aten::mm", result, transposed(dy), x);
+  }
+  return P;
+}
+
+// alpha · a_tᵀ b_t [T, k, n]
+Tensor task_outer_products(const LoraLayer& p, const Tensor& a, const Tensor& b, double alpha) {
+  const Tensor result = empty(a, {p.tasks, a.size(1), b.size(1)}, a.scalar_type());
+  if (const int64_t rows = rows_each(p)) {
+    baddbmm_out(result, result, batch_transposed(viewed(a, {p.tasks, rows, a.size(1)})),
+                viewed(b, {p.tasks, rows, b.size(1)}), 0, alpha);
     return result;
   }
   for (int64_t t = 0; t < p.tasks; ++t) {
     Tensor product = of_task(result, t);
     if (p.rows_in(t))
-      multiply(false, product, transposed(p.rows_of(a, t)), p.rows_of(b, t));
+      addmm_out(product, product, transposed(p.rows_of(a, t)), p.rows_of(b, t), 0, alpha);
     else
       torch::stable::zero_(product);
   }
   return result;
-}
-
-// P_t = dY_tᵀ X_t, of at least float, [T, out, in] or [T · chunks, out, in], whose sum it is.
-Tensor weight_products(const LoraLayer& p, const Tensor& grad_y) {
-  const int64_t rows = rows_each(p);
-  const int64_t bytes = static_cast<int64_t>(p.x.element_size());
-  const int64_t chunks = rows ? product_chunks(p.tasks, rows, p.out, p.in, bytes) : 1;
-  return outer_products(p, grad_y, p.x, chunks, work_dtype(p.x),
-                        [](bool all, const auto&... tensors) {
-                          product_out(all ? "aten::bmm" : "aten::mm", tensors...);
-                        });
-}
-
-// alpha · a_tᵀ b_t
-Tensor task_outer_products(const LoraLayer& p, const Tensor& a, const Tensor& b, double alpha) {
-  return outer_products(p, a, b, 1, a.scalar_type(),
-                        [&](bool all, const Tensor& result, const Tensor& at, const Tensor& bt) {
-                          (all ? baddbmm_out : addmm_out)(result, result, at, bt, 0, alpha);
-                        });
 }
 
 // result = drop(x), or += where `accumulate`.
@@ -209,11 +232,12 @@ Gradients token_backward(const LoraLayer& p, const Tensor& dy, const Tensor& shr
 // The blocks that the token route's kernels go by, and what they take of torch.
 class TokenRows {
  public:
-  explicit TokenRows(const LoraLayer& p)
+  TokenRows(const LoraLayer& p, bool tf32)
       : x_(p.x),
         stream_(current_stream(p.x)),
         type_(type_of(p.x.scalar_type())),
-        blocks_(plan_token_blocks(p.task_ptr, p.tasks, type_)) {
+        tf32_(tf32),
+        blocks_(plan_token_blocks(p.task_ptr, p.tasks, type_, p.rank)) {
     METALORA_CHECK(p.rows <= INT32_MAX, "lora_linear: on a GPU x may have at most ", INT32_MAX,
                    " rows, got ", p.rows, "; give it fewer at a time");
     if (blocks_.rows_each) return;
@@ -228,7 +252,10 @@ class TokenRows {
     return empty_if(needed, x_, {blocks_.blocks * elements}, work_dtype(x_));
   }
   bool addends_pay(int64_t rank) const { return token_addends_pay(blocks_, rank, type_); }
-  void run(const TokenPass& pass) const { launch_token_pass(pass, blocks_, type_, stream_); }
+  void run(TokenPass pass) const {
+    pass.tf32 = tf32_;
+    launch_token_pass(pass, blocks_, type_, stream_);
+  }
   void sum(const Tensor& result, const Tensor& addends, int64_t columns, int64_t rank, double scale,
            bool transposed, bool over_tasks) const {
     launch_token_sums(result.mutable_data_ptr(), addends.const_data_ptr(), type_, columns, rank,
@@ -239,6 +266,7 @@ class TokenRows {
   const Tensor& x_;
   cudaStream_t stream_;
   Type type_;
+  bool tf32_;
   TokenBlocks blocks_;
   std::optional<Tensor> ends_;
 };
@@ -260,14 +288,16 @@ struct Gpu {
     Gradients g{none(p.x, dtype), none(p.x, parameter), none(p.x, dtype), none(p.x, parameter),
                 none(p.x, parameter)};
     if (need.x) g.x = weight_grad_x(p, dy, merged_of(p, merged, tf32));
+    std::optional<Tensor> sums;  // of the rows of dY, in parts
     if (need.weight || need.A || need.B) {
+      const Tensor P = weight_products(p, dy, sums, need.bias, tf32);
       const auto [grad_weight, grad_A, grad_B] = MergeOnGpu::merge_backward(
-          weight_products(p, dy), left_of(p), p.lora_B, p.symmetric, p.scaling, tf32, need.weight);
+          P, left_of(p), p.lora_B, p.symmetric, p.scaling, tf32, need.weight);
       g.weight = grad_weight;
       if (need.A) g.A = grad_A;
       if (need.B) g.B = grad_B;
     }
-    if (need.bias) g.bias = sum_of_rows(dy);
+    if (need.bias) g.bias = sums ? cast(sum_of_rows(*sums), dtype) : sum_of_rows(dy);
     return g;
   }
 
@@ -276,7 +306,7 @@ struct Gpu {
   }
 
   static TokenResult token(const LoraLayer& p, const std::optional<Tensor>& bias,
-                           const BranchDropout& branch) {
+                           const BranchDropout& branch, bool tf32) {
     if (p.rank > kMostTokenRank) return large_ranks::token(p, bias, branch);
     const ScalarType dtype = p.x.scalar_type();
     const Tensor A = as_contiguous(p.lora_A), B = as_contiguous(p.lora_B);
@@ -284,7 +314,7 @@ struct Gpu {
     const Tensor y = empty(p.x, {p.rows, p.out}, dtype), S = empty(p.x, {p.rows, p.rank}, dtype);
     const Tensor kept = kept_of(p, branch.p);
     if (p.rows == 0) return {y, S, kept};
-    const TokenRows rows(p);
+    const TokenRows rows(p, tf32);
     TokenPass pass{p.x.const_data_ptr(), p.in, p.rank, p.out};
     pass.shrink = A.const_data_ptr();
     pass.expand = B.const_data_ptr();
@@ -306,12 +336,12 @@ struct Gpu {
   }
 
   static Gradients token_backward(const LoraLayer& p, const Tensor& dy, const Tensor& shrunk,
-                                  const Tensor& kept, const BranchDropout& branch,
+                                  const Tensor& kept, const BranchDropout& branch, bool tf32,
                                   const Needs& need) {
     if (p.rank > kMostTokenRank) return large_ranks::token_backward(p, dy, shrunk, branch, need);
     const ScalarType dtype = p.x.scalar_type();
     const Tensor A = as_contiguous(p.lora_A), B = as_contiguous(p.lora_B);
-    const TokenRows rows(p);
+    const TokenRows rows(p, tf32);
     const bool own_A = need.A && (branch.p > 0 || rows.addends_pay(p.rank));
     const bool own_B = need.B && rows.addends_pay(p.rank);
     Gradients g{empty_if(need.x, p.x, {p.rows, p.in}, dtype),

@@ -6,13 +6,12 @@
 
 #include "elements.h"
 #include "merge_lora.h"
+#include "tuning.h"
 
 namespace metalora::cuda::merge_backward {
 
 constexpr int kThreads = 256;
-constexpr int kColumns = 128;     // of a tile
-constexpr int64_t kBlocks = 256;  // wanted: what the largest devices hold at once
-constexpr int64_t kMostStripTiles = 4;
+constexpr int kColumns = 128;  // of a tile
 // Whose gradients a thread adds up as they come; more would be more rounding errors.
 constexpr int64_t kMostGroupTasks = 32;
 
@@ -28,18 +27,20 @@ struct Plan {
   int64_t B, A_addends, B_addends, weight_addends, total;
 };
 
-inline Plan make_plan(const MergeShape& shape, int64_t chunks, int tile_rows) {
+// For P of so many bytes an element.
+inline Plan make_plan(const MergeShape& shape, int64_t chunks, int tile_rows, int64_t P_bytes) {
   const auto [tasks, out, in, rank] = shape;
+  const auto [blocks, strip_tiles] = tuned(Tuned::merge_lora_backward, P_bytes, rank);
   Plan plan{};
   plan.chunks = chunks;
   plan.tile_rows = tile_rows;
   plan.row_tiles = ceil_div(out, tile_rows);
   plan.column_tiles = ceil_div(in, kColumns);
   const int64_t tiles = std::max<int64_t>(plan.row_tiles * plan.column_tiles, 1);
-  plan.strip_tiles = std::clamp<int64_t>(tiles / kBlocks, 1, kMostStripTiles);
+  plan.strip_tiles = std::max<int64_t>(std::min(tiles / blocks, strip_tiles), 1);
   plan.strips = ceil_div(plan.column_tiles, plan.strip_tiles);
   plan.group_tasks =
-      std::min(ceil_div(tasks * chunks, std::max<int64_t>(kBlocks / tiles, 1)), kMostGroupTasks);
+      std::min(ceil_div(tasks * chunks, std::max<int64_t>(blocks / tiles, 1)), kMostGroupTasks);
   plan.groups = tasks ? ceil_div(tasks * chunks, plan.group_tasks) : 0;
   const int64_t columns = tasks * rank * plan.column_tiles * kColumns;
   const int64_t rows = tasks * rank * plan.row_tiles * tile_rows;
@@ -81,17 +82,20 @@ struct Step {
   const Block& block;
   int column_tile, task, rank0;
 
+  // Unsigned, so that its upper half is 0 and holds no register.
+  __device__ int64_t wide_task() const { return static_cast<unsigned>(task); }
+
   template <typename S>
   __device__ S* A_addend(const Arguments& a) const {
     const Plan& plan = a.plan;
-    const int64_t row = int64_t{task} * plan.row_tiles + block.row_tile;
+    const int64_t row = wide_task() * plan.row_tiles + block.row_tile;
     const int64_t tile = row * plan.column_tiles + column_tile;
     return static_cast<S*>(a.scratch) + plan.A_addends + (tile * a.shape.rank + rank0) * kColumns;
   }
   template <int kTileRows, typename S>
   __device__ S* B_addend(const Arguments& a) const {
     const Plan& plan = a.plan;
-    const int64_t strip = int64_t{task} * plan.strips + block.strip;
+    const int64_t strip = wide_task() * plan.strips + block.strip;
     const int64_t tile = strip * plan.row_tiles + block.row_tile;
     return static_cast<S*>(a.scratch) + plan.B_addends + (tile * a.shape.rank + rank0) * kTileRows;
   }
@@ -141,7 +145,7 @@ __device__ inline void start_tile(P* tile, const Arguments& a, const Step& at) {
   const int64_t o = int64_t{at.block.row_tile} * kRows + row;
   const int64_t i = int64_t{at.column_tile} * kColumns + column;
   const int columns = left_of(in, i, kSize), rows = columns ? left_of(a.shape.out, o, kRows) : 0;
-  const P* source = static_cast<const P*>(a.P) + (int64_t{at.task} * a.shape.out + o) * in + i;
+  const P* source = static_cast<const P*>(a.P) + (at.wide_task() * a.shape.out + o) * in + i;
   if (a.P_aligned) {
 #pragma unroll 4
     for (int step = 0; step < kRows; step += kStep, source += kStep * in) {
@@ -162,13 +166,14 @@ __device__ inline void start_tile(P* tile, const Arguments& a, const Step& at) {
 // Starts to copy a chunk of a factor [r, tiles · kLines] for one tile, from rank at.rank0 on. What
 // lies beyond the rank is left as it is: it is multiplied, and the product dropped.
 template <int kRanks, int kLines, typename S>
-__device__ inline void start_factor(S* chunk, const S* factor, int64_t tiles, int tile,
+__device__ inline void start_factor(S* chunk, const S* factor, int64_t tiles, unsigned tile,
                                     const Arguments& a, const Step& at) {
   constexpr int kSize = kPack<S>, kUnits = kLines / kSize, kStep = kThreads / kUnits;
   unsigned thread = threadIdx.x;
   int64_t step = kLines * tiles;
   forget(thread);
   forget(step);
+  forget(tile);
   const int rank = thread / kUnits, line = thread % kUnits * kSize;
   const int ranks = left_of(a.shape.rank, at.rank0 + rank, kRanks - rank);
   const int place = factor_place<kLines>(rank, line);

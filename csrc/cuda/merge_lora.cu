@@ -12,6 +12,7 @@
 
 #include "elements.h"
 #include "merge_lora.h"
+#include "tuning.h"
 
 namespace metalora::cuda {
 namespace {
@@ -23,7 +24,6 @@ constexpr int kTileColumns = 2 * kPanel;
 constexpr int kRanks = 8;                 // of a chunk: the k of one TF32 product
 constexpr int kPitch = kTileColumns + 4;  // of a rank in shared memory: keeps banks apart
 constexpr int kUnit = 4;                  // elements of a factor that a thread fetches at once
-constexpr int64_t kBlocks = 1024;         // wanted: about two for every place on large devices
 constexpr int64_t kLeastTf32Rank = 8;     // below, FFMA keeps up with the memory
 
 template <typename In, typename Out>
@@ -282,7 +282,8 @@ void launch_kernel(void* merged, const void* weight, const MergeFactors& factors
   using T = Tile<In, Out, kTf32>;
   const int64_t column_tiles = ceil_div(shape.in, kTileColumns);
   const int64_t tiles = column_tiles * ceil_div(shape.out, T::kTileRows);
-  const int64_t wanted_groups = std::min(ceil_div(kBlocks, tiles), shape.tasks);
+  const int64_t blocks = tuned(Tuned::merge_lora, sizeof(Out), shape.rank).blocks;
+  const int64_t wanted_groups = std::min(ceil_div(blocks, tiles), shape.tasks);
   const int64_t group_tasks = ceil_div(shape.tasks, wanted_groups);
   const int64_t groups = ceil_div(shape.tasks, group_tasks);
   const auto aligned = [&](const void* factor, int64_t row) {

@@ -54,10 +54,12 @@ __device__ inline void write_weight(typename Products::S* shared, const Products
     const int64_t row0 = int64_t{at.block.row_tile} * Products::kTileRows + first;
     const int64_t column0 = int64_t{at.column_tile} * kColumns;
     const int rows = left_of(a.shape.out, row0, kRows), columns = left_of(in, column0, kColumns);
+    unsigned thread = threadIdx.x;
+    forget(thread);
     as_type<S>(target, type, [&](auto* elements) {
       using T = std::remove_pointer_t<decltype(elements)>;
 #pragma unroll 1
-      for (int i = static_cast<int>(threadIdx.x); i < rows * (kColumns / 4); i += kThreads) {
+      for (int i = static_cast<int>(thread); i < rows * (kColumns / 4); i += kThreads) {
         const int row = i / (kColumns / 4), column = i % (kColumns / 4) * 4;
         const auto values = load_pack<4>(shared + P_place<S>(row, column));
         Pack<T, 4> pack;
@@ -190,7 +192,7 @@ void launch_kernels(void* grad_A, void* grad_B, const MergeFactors& factors, Arg
   using P = typename Products::P;
   using S = typename Products::S;
   const auto [tasks, out, in, rank] = a.shape;
-  a.plan = make_plan(a.shape, a.plan.chunks, Products::kTileRows);
+  a.plan = make_plan(a.shape, a.plan.chunks, Products::kTileRows, sizeof(P));
   a.P_aligned = in % kPack<P> == 0 && aligned_16(a.P);
   a.weight_aligned = in % 4 == 0 && aligned_16(a.grad_weight);
   const int64_t blocks = a.plan.groups * a.plan.row_tiles * a.plan.strips;
@@ -210,11 +212,14 @@ void launch_kernels(void* grad_A, void* grad_B, const MergeFactors& factors, Arg
 
 }  // namespace
 
-int64_t merge_lora_backward_scratch(const MergeShape& shape, int64_t chunks, Type type) {
-  if (type == Type::f64)
-    return make_plan(shape, chunks, FmaProducts<double>::kTileRows).total * int64_t{sizeof(double)};
-  return std::max(make_plan(shape, chunks, FmaProducts<float>::kTileRows).total,
-                  make_plan(shape, chunks, MmaProducts<float, 2>::kTileRows).total) *
+int64_t merge_lora_backward_scratch(const MergeShape& shape, int64_t chunks, Type P_type) {
+  const auto elements = [&](int tile_rows) {
+    return make_plan(shape, chunks, tile_rows, bytes_of(P_type)).total;
+  };
+  if (P_type == Type::f64)
+    return elements(FmaProducts<double>::kTileRows) * int64_t{sizeof(double)};
+  return std::max(elements(FmaProducts<float>::kTileRows),
+                  elements(MmaProducts<float, 2>::kTileRows)) *
          int64_t{sizeof(float)};
 }
 

@@ -7,15 +7,14 @@
 
 namespace metalora::cuda {
 
-// The machine that is planned for; all that matters is about how large it is.
+// The machine that is planned for; all that matters is about how large it is. See tuning.h.
 struct ProductMachine {
-  int64_t processors = 132;
-  int64_t tile = 128;          // rows and columns of a product's tile
-  double work_per_byte = 368;  // by the width of an element: operations while a byte is moved
+  int64_t processors;
+  double work_per_byte;  // by the width of an element: operations while a byte is moved
 };
 
 // The part of the machine that so many tiles keep busy: the last wave leaves some of it idle.
-inline double product_use(int64_t tiles, const ProductMachine& machine = {}) {
+inline double product_use(int64_t tiles, const ProductMachine& machine) {
   const int64_t waves = (tiles + machine.processors - 1) / machine.processors;
   return static_cast<double>(tiles) / static_cast<double>(waves * machine.processors);
 }
@@ -24,9 +23,10 @@ inline double product_use(int64_t tiles, const ProductMachine& machine = {}) {
 // alone may be too few for the machine. Each chunk leaves a float addend of P_t, to be written and
 // read. Always a divisor of `rows`, which are of each task and at least one.
 inline int64_t product_chunks(int64_t tasks, int64_t rows, int64_t out, int64_t in,
-                              int64_t element_bytes, const ProductMachine& machine = {}) {
+                              int64_t element_bytes, const ProductMachine& machine) {
   constexpr int64_t kMostChunks = 64, kLeastRows = 256;
-  const auto tiles_along = [&](int64_t size) { return (size + machine.tile - 1) / machine.tile; };
+  constexpr int64_t kTile = 128;  // rows and columns of a product's tile
+  const auto tiles_along = [&](int64_t size) { return (size + kTile - 1) / kTile; };
   const int64_t tiles = tasks * tiles_along(out) * tiles_along(in);
   const double area = static_cast<double>(out) * static_cast<double>(in);
   const double flops = 2.0 * static_cast<double>(tasks * rows) * area;

@@ -13,13 +13,13 @@
 
 #include "elements.h"
 #include "task_matvec.h"
+#include "tuning.h"
 
 namespace metalora::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSide = 16;         // threads are 16 x 16 patches of 4 x 4 elements
-constexpr int64_t kBlocks = 512;  // wanted: about two for every place on the largest devices
+constexpr int kSide = 16;  // threads are 16 x 16 patches of 4 x 4 elements
 static_assert(kSide * 4 >= kMatvecFeatures);
 
 // Rows that are in shared memory at once.
@@ -34,7 +34,8 @@ struct Plan {
 template <typename T>
 Plan make_plan(const MatvecShape& shape) {
   const int64_t tiles = ceil_div(shape.rows, kRows<T>);
-  const int64_t block_tiles = std::max<int64_t>(tiles * shape.tasks / kBlocks, 1);
+  const int64_t blocks = tuned(Tuned::task_matvec, sizeof(T)).blocks;
+  const int64_t block_tiles = std::max<int64_t>(tiles * shape.tasks / blocks, 1);
   const int64_t rows = std::min(block_tiles * kRows<T>, shape.rows);
   return {block_tiles * kRows<T>, ceil_div(tiles, block_tiles),
           2 * rows > shape.in || 2 * shape.rank >= shape.in};

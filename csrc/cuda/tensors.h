@@ -126,26 +126,47 @@ inline void baddbmm_out(const Tensor& result, const Tensor& self, const Tensor& 
       METALORA_ATEN(baddbmm_out)(result.get(), self.get(), a.get(), b.get(), beta, alpha));
 }
 
+// Not of double.
+inline blas::DataType blas_type(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Float  ? blas::kFloat32
+         : tensor.scalar_type() == ScalarType::Half ? blas::kFloat16
+                                                    : blas::kBfloat16;
+}
+
+// Whether cuBLASLt has such products, which are then made; on the stream of `like`.
+inline bool products_out(const char* name, const Tensor& result, const Tensor& like,
+                         const blas::Products& products) {
+  const blas::Functions* functions = blas::functions();
+  if (!functions || result.numel() == 0 || like.numel() == 0) return false;
+  const blas::PlannedProducts plan(*functions, blas_handle(), products);
+  if (!plan.found()) return false;
+  const Tensor workspace = empty(like, {static_cast<int64_t>(plan.workspace())}, ScalarType::Byte);
+  if (!plan.run(workspace.mutable_data_ptr(), current_stream(like))) return false;
+  note_product(name, result, like);
+  return true;
+}
+
 // result [T, m, out] = x [T, m, in] weight [T, out, in]ᵀ + bias [out], without a pass of its own
-// for the bias; false, and nothing done, where cuBLASLt has no such product.
+// for the bias; false, and nothing done, where cuBLASLt has no such products.
 inline bool biased_products_out(const Tensor& result, const Tensor& x, const Tensor& weight,
                                 const Tensor& bias, bool tf32) {
-  const blas::Functions* functions = blas::functions();
-  if (!functions || x.scalar_type() == ScalarType::Double) return false;
-  if (result.numel() == 0 || x.numel() == 0) return false;
-  const auto type = x.scalar_type() == ScalarType::Float  ? blas::kFloat32
-                    : x.scalar_type() == ScalarType::Half ? blas::kFloat16
-                                                          : blas::kBfloat16;
+  if (x.scalar_type() == ScalarType::Double) return false;
   const Tensor dense = as_contiguous(bias);
-  const blas::PlannedProducts plan(
-      *functions, blas_handle(),
-      {result.mutable_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
-       dense.const_data_ptr(), x.size(0), x.size(1), weight.size(1), x.size(2), type, tf32});
-  if (!plan.found()) return false;
-  const Tensor workspace = empty(x, {static_cast<int64_t>(plan.workspace())}, ScalarType::Byte);
-  note_product("biased", result, x);
-  plan.run(workspace.mutable_data_ptr(), current_stream(x));
-  return true;
+  return products_out("biased", result, x,
+                      blas::biased(result.mutable_data_ptr(), x.const_data_ptr(),
+                                   weight.const_data_ptr(), dense.const_data_ptr(), x.size(0),
+                                   x.size(1), weight.size(1), x.size(2), blas_type(x), tf32));
+}
+
+// result [T, out, in] = dyᵀ x of dy [T, m, out] and x [T, m, in], and sums [T, out] over the rows
+// of each dy, without a pass of their own; both are float. False, and nothing done, as above.
+inline bool summed_products_out(const Tensor& result, const Tensor& sums, const Tensor& dy,
+                                const Tensor& x, bool tf32) {
+  if (x.scalar_type() == ScalarType::Double) return false;
+  return products_out("summed", result, batch_transposed(dy),
+                      blas::summed(result.mutable_data_ptr(), sums.mutable_data_ptr(),
+                                   dy.const_data_ptr(), x.const_data_ptr(), x.size(0), x.size(1),
+                                   dy.size(2), x.size(2), blas_type(x), tf32));
 }
 
 // result = beta · self + alpha · a b for [m, n] = [m, k] [k, n].

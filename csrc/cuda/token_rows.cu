@@ -5,11 +5,11 @@
 //                addends of dB = s dYᵀ S and of db
 //   backward x   reads x; writes each block's addends of dA = dSᵀ drop(x)
 //
-// A block has some rows of one task, and takes them a tile at a time: 64 rows in 16 bits. A tile
-// goes by in chunks of columns through two buffers, one of which is copied into while the other is
-// multiplied. S stays in the block between the two products. Addends of a block's tiles are added
-// up in its own part of the scratch memory, which stays in the L2, and sum_token_kernel adds those
-// of different blocks in a fixed order.
+// A block has some rows of one task, and takes them a tile at a time: 64 rows in 16 bits and in
+// TF32. A tile goes by in chunks of columns through a ring of buffers: while one is multiplied, the
+// others are copied into. S stays in the block between the two products. Addends of a block's tiles
+// are added up in its own part of the scratch memory, which stays in the L2, and sum_token_kernel
+// adds those of different blocks in a fixed order.
 //
 // Moved: what is read once, what is written once, and r addends for each column and block.
 #include <algorithm>
@@ -17,18 +17,18 @@
 #include "../philox.h"
 #include "token_products.h"
 #include "token_rows.h"
+#include "tuning.h"
 
 namespace metalora::cuda {
 namespace {
 
 using namespace token;
 
-constexpr int64_t kBlocks = 264;  // wanted: two for every processor of a large device
-
 struct Arguments {
   TokenPass pass;
   TokenBlocks blocks;
   DropoutArguments dropout;
+  int stages;  // buffers of a tile
   bool read_aligned, result_aligned;
 };
 
@@ -97,7 +97,6 @@ struct Pass {
 #pragma unroll
       for (int e = 0; e < kUnit; ++e) target[e] = e < left ? source[e] : T{};
     }
-    copy_async_commit();
   }
 
   // factor(j, column) of `matrix` for columns from column0 on, to [ranks, kColumns] or, where
@@ -112,7 +111,8 @@ struct Pass {
       T value{};
       if (j < rank && column0 + c < columns)
         value = by_columns ? factor[(column0 + c) * rank + j] : factor[j * columns + column0 + c];
-      shared.factor()[for_expand ? c * Shared::kRankPitch + j : j * Shared::kPitch + c] = value;
+      shared.factor()[for_expand ? c * Shared::kRankPitch + j : j * Shared::kPitch + c] =
+          Products::rounded(value);
     }
   }
 
@@ -123,7 +123,7 @@ struct Pass {
     for (int i = static_cast<int>(threadIdx.x); i < Products::kRanks * kRows; i += kThreads) {
       const int j = i % Products::kRanks, row = i / Products::kRanks;
       shared.left()[j * Shared::kLeftPitch + row] =
-          j < rank && row < rows ? left[row * rank + j] : T{};
+          j < rank && row < rows ? Products::rounded(left[row * rank + j]) : T{};
     }
   }
 
@@ -205,22 +205,34 @@ struct Pass {
     add(a.pass.sums, blockIdx.x * a.pass.columns + column0 + column, sum);
   }
 
+  // Starts to fill a buffer, or with nothing a group of copies.
+  __device__ void start_stage(int stage, int64_t column0, int64_t end) const {
+    if (column0 < end) start_tile(shared.tile(stage), column0);
+    copy_async_commit();
+  }
+
+  __device__ void wait_for_oldest() const {
+    switch (a.stages) {
+      case 2: return copy_async_wait<1>();
+      case 3: return copy_async_wait<2>();
+      default: return copy_async_wait<3>();
+    }
+  }
+
   // Over all columns of a tile of rows.
   __device__ void read(Products& products) const {
     const TokenPass& p = a.pass;
     const int64_t end = ceil_div(p.columns, 64) * 64;  // so that all of `kept` is written
-    start_tile(shared.tile(0), 0);
+    for (int stage = 0; stage < a.stages - 1; ++stage) start_stage(stage, stage * kColumns, end);
     if (p.left) load_left();
     int stage = 0;
-    for (int64_t column0 = 0; column0 < end; column0 += kColumns, stage ^= 1) {
+    for (int64_t column0 = 0; column0 < end; column0 += kColumns) {
       T* tile = shared.tile(stage);
       if (p.shrink) load_factor(p.shrink, p.shrink_by_columns, p.columns, column0, false);
-      if (column0 + kColumns < end) {
-        start_tile(shared.tile(stage ^ 1), column0 + kColumns);
-        copy_async_wait<1>();
-      } else {
-        copy_async_wait<0>();
-      }
+      // The buffer that was multiplied last.
+      start_stage(stage == 0 ? a.stages - 1 : stage - 1, column0 + (a.stages - 1) * kColumns, end);
+      wait_for_oldest();
+      stage = stage + 1 == a.stages ? 0 : stage + 1;
       __syncthreads();
       if (p.kept && !p.keeps_result) {
         drop(tile, column0);
@@ -253,6 +265,7 @@ struct Pass {
     if constexpr (Products::kAsync)
       if (a.result_aligned) {
         const auto mask = [&](int i) {
+          if (sizeof(T) == 4) return bits >> i & 1 ? 0xFFFFFFFFu : 0;
           return (bits >> (2 * i) & 1 ? 0xFFFFu : 0) | (bits >> (2 * i + 1) & 1 ? 0xFFFF0000u : 0);
         };
         uint4 words = *reinterpret_cast<const uint4*>(source);
@@ -341,10 +354,18 @@ __global__ void __launch_bounds__(kThreads)
   result[task * each + (transposed ? j * columns + column : inside)] = narrow<T>(scale * sum);
 }
 
+constexpr int kFewestStages = 2, kMostStages = 4;  // of wait_for_oldest
+
 template <typename Products>
-void launch(const Arguments& a, cudaStream_t stream) {
+void launch(Arguments a, cudaStream_t stream) {
+  using Shared = typename Products::Shared;
+  // What is not copied asynchronously gains nothing by more.
+  a.stages = Products::kAsync
+                 ? std::clamp(a.stages, kFewestStages, std::min(kMostStages, Shared::kMostStages))
+                 : kFewestStages;
+  const size_t elements = Shared::kFixed + a.stages * Shared::kTile;
   METALORA_LAUNCH(token_kernel<Products>, blocks_of(a.blocks.blocks), kThreads,
-                  Products::Shared::kTotal * sizeof(typename Products::T), stream, a);
+                  elements * sizeof(typename Products::T), stream, a);
 }
 
 template <typename T>
@@ -355,13 +376,21 @@ void launch_16(const Arguments& a, cudaStream_t stream) {
   launch<MmaProducts<T, 16>>(a, stream);
 }
 
-int64_t tile_rows(Type type) { return type == Type::f64 ? 16 : type == Type::f32 ? 32 : 64; }
+void launch_tf32(const Arguments& a, cudaStream_t stream) {
+  if (a.pass.rank <= 16) return launch<Tf32Products<2>>(a, stream);
+  if (a.pass.rank <= 64) return launch<Tf32Products<8>>(a, stream);
+  launch<Tf32Products<16>>(a, stream);
+}
+
+// Of a block: whole tiles, in float32 those of TF32.
+int64_t tile_rows(Type type) { return type == Type::f64 ? 16 : 64; }
 
 }  // namespace
 
-TokenBlocks plan_token_blocks(const int64_t* task_ptr, int64_t tasks, Type type) {
+TokenBlocks plan_token_blocks(const int64_t* task_ptr, int64_t tasks, Type type, int64_t rank) {
   const int64_t rows = task_ptr[tasks], tile = tile_rows(type);
-  TokenBlocks plan{tasks, rows, tile * std::max<int64_t>(rows / tile / kBlocks, 1), 0, 0};
+  const int64_t wanted = tuned(Tuned::token_rows, bytes_of(type), rank).blocks;
+  TokenBlocks plan{tasks, rows, tile * std::max<int64_t>(rows / tile / wanted, 1), 0, 0};
   const int64_t each = rows / tasks;
   bool equal = each > 0;
   for (int64_t t = 0; t < tasks; ++t) {
@@ -384,18 +413,19 @@ void launch_token_pass(const TokenPass& pass, const TokenBlocks& blocks, Type ty
                        cudaStream_t stream) {
   if (blocks.blocks == 0) return;
   const auto whole = [&](const void* matrix, int64_t columns) {
-    return aligned_16(matrix) && columns *
-                                         (type == Type::f64   ? 8
-                                          : type == Type::f32 ? 4
-                                                              : 2) %
-                                         16 ==
-                                     0;
+    return aligned_16(matrix) && columns * bytes_of(type) % 16 == 0;
   };
-  const Arguments a{pass, blocks, pass.dropout ? *pass.dropout : DropoutArguments{},
-                    whole(pass.read, pass.columns), whole(pass.result, pass.results)};
+  const Choice choice = tuned(Tuned::token_rows, bytes_of(type), pass.rank);
+  const Arguments a{pass,
+                    blocks,
+                    pass.dropout ? *pass.dropout : DropoutArguments{},
+                    static_cast<int>(choice.depth),
+                    whole(pass.read, pass.columns),
+                    whole(pass.result, pass.results)};
   switch (type) {
     case Type::f64: return launch<FmaProducts<double>>(a, stream);
-    case Type::f32: return launch<FmaProducts<float>>(a, stream);
+    case Type::f32:
+      return pass.tf32 ? launch_tf32(a, stream) : launch<FmaProducts<float>>(a, stream);
     case Type::bf16: return launch_16<bf16>(a, stream);
     case Type::f16: return launch_16<f16>(a, stream);
   }

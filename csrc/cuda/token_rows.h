@@ -24,14 +24,13 @@ struct TokenBlocks {
 
 // The plan for these tasks, a pure function; `ends` are then to be filled with `table` by
 // launch_task_ends, where `rows_each` is 0.
-TokenBlocks plan_token_blocks(const int64_t* task_ptr, int64_t tasks, Type type);
+TokenBlocks plan_token_blocks(const int64_t* task_ptr, int64_t tasks, Type type, int64_t rank);
 std::vector<int64_t> token_table(const TokenBlocks& plan, const int64_t* task_ptr);
 
 // Whether the addends of outer products, written and read, take no more than another pass over the
 // rows; otherwise the BLAS, which has tiles to keep its sums in, had better make that pass.
 inline bool token_addends_pay(const TokenBlocks& plan, int64_t rank, Type type) {
-  const int64_t element = type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2;
-  const int64_t addend = std::max<int64_t>(element, 4);
+  const int64_t element = bytes_of(type), addend = std::max<int64_t>(element, 4);
   return 2 * addend * plan.blocks * rank <= element * plan.rows;
 }
 
@@ -54,6 +53,7 @@ struct TokenPass {
   const DropoutArguments* dropout = nullptr;
   uint8_t* kept = nullptr;  // [M, whole 8 bytes], the lowest bit first
   bool keeps_result = false;
+  bool tf32 = false;  // whether products of float32 may round their factors to TF32
 };
 
 void launch_token_pass(const TokenPass& pass, const TokenBlocks& blocks, Type type,

@@ -9,6 +9,8 @@ namespace metalora::cuda {
 
 enum class Type { f64, f32, bf16, f16 };
 
+constexpr int64_t bytes_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
+
 // The number of blocks of a launch.
 inline unsigned blocks_of(int64_t count) {
   if (count > INT32_MAX)

@@ -3,8 +3,8 @@
 // between which metalora/ops/route.py chooses, forward and backward:
 //   weight(layer, bias, merged, tf32) -> y
 //   weight_backward(layer, grad_y, merged, tf32, need) -> Gradients
-//   token(layer, bias, dropout) -> TokenResult
-//   token_backward(layer, grad_y, shrunk, kept, dropout, need) -> Gradients
+//   token(layer, bias, dropout, tf32) -> TokenResult
+//   token_backward(layer, grad_y, shrunk, kept, dropout, tf32, need) -> Gradients
 // where x and grad_y are dense.
 #pragma once
 
@@ -181,19 +181,20 @@ struct LoraOperators {
   static TokenResult lora_linear_token(const Tensor& x, const Tensor& weight,
                                        const std::optional<Tensor>& bias, const Tensor& lora_A,
                                        const Tensor& lora_B, const Tensor& task_ptr, double scaling,
-                                       double dropout_p, const std::optional<Tensor>& seed) {
+                                       double dropout_p, const std::optional<Tensor>& seed,
+                                       bool tf32) {
     const char* op = "lora_linear";
     LoraLayer l = check_lora_linear(op, x, weight, lora_A, lora_B, task_ptr, scaling);
     check_bias(op, l, bias);
     check_token_route(op, l, {dropout_p, seed});
     const typename Device::Guard guard(x);
-    return Device::token(std::move(l), bias, {dropout_p, seed});
+    return Device::token(std::move(l), bias, {dropout_p, seed}, tf32);
   }
 
   static FiveTensors lora_linear_token_backward(
       const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
       const Tensor& lora_B, const Tensor& task_ptr, const Tensor& shrunk, const Tensor& kept,
-      double scaling, double dropout_p, const std::optional<Tensor>& seed, bool need_x,
+      double scaling, double dropout_p, const std::optional<Tensor>& seed, bool tf32, bool need_x,
       bool need_weight, bool need_bias, bool need_A, bool need_B) {
     const char* op = "lora_linear_token_backward";
     LoraLayer l = check_lora_linear(op, x, weight, lora_A, lora_B, task_ptr, scaling);
@@ -208,7 +209,7 @@ struct LoraOperators {
     const typename Device::Guard guard(x);
     const Gradients g = Device::token_backward(
         std::move(l), as_contiguous(grad_y), as_contiguous(shrunk), as_contiguous(kept),
-        {dropout_p, seed}, {need_x, need_weight, need_bias, need_A, need_B});
+        {dropout_p, seed}, tf32, {need_x, need_weight, need_bias, need_A, need_B});
     return {g.x, g.weight, g.bias, g.A, g.B};
   }
 

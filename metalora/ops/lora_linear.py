@@ -235,7 +235,8 @@ def _run(
         if hands_on and x.requires_grad and _has_equal_rows(task_ptr):
             return _WeightRoute.apply(*given, True)
         return _WeightRoute.apply(*given, False), x
-    return _TokenRoute.apply(*layer, scaling, dropout_p, seed), x
+    tf32 = tf32_allowed(x.dtype, x.is_cuda)
+    return _TokenRoute.apply(*layer, scaling, dropout_p, seed, tf32), x
 
 
 def _has_equal_rows(task_ptr: Tensor) -> bool:
@@ -347,10 +348,10 @@ def _merged(
 class _TokenRoute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x, weight, _, lora_A, lora_B, task_ptr, scaling, dropout_p, seed = arguments
+        x, weight, _, lora_A, lora_B, task_ptr, scaling, dropout_p, seed, tf32 = arguments
         y, shrunk, kept = call("lora_linear_token", *arguments)
         ctx.save_for_backward(x, weight, lora_A, lora_B, task_ptr, shrunk, kept, seed)
-        ctx.scaling, ctx.dropout_p = scaling, dropout_p
+        ctx.scaling, ctx.dropout_p, ctx.tf32 = scaling, dropout_p, tf32
         return y
 
     @staticmethod
@@ -358,9 +359,10 @@ class _TokenRoute(torch.autograd.Function):
         *layer, shrunk, kept, seed = ctx.saved_tensors
         settings, needed = (ctx.scaling, ctx.dropout_p, seed), ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
-            return _exact(needed, grad_y, layer, *settings)
-        found = call("lora_linear_token_backward", grad_y, *layer, shrunk, kept, *settings, *needed)
-        return *where_needed(needed, found), None, None, None, None
+            return *_exact(needed, grad_y, layer, *settings), None
+        name = "lora_linear_token_backward"
+        found = call(name, grad_y, *layer, shrunk, kept, *settings, ctx.tf32, *needed)
+        return *where_needed(needed, found), None, None, None, None, None
 
 
 def _exact(

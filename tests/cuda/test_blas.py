@@ -20,13 +20,16 @@ OF_HEADER = {
     "kBfloat16": "CUDA_R_16BF",
     "kComputeFloat32": "CUBLAS_COMPUTE_32F",
     "kComputeTf32": "CUBLAS_COMPUTE_32F_FAST_TF32",
+    "kNotSupported": "CUBLAS_STATUS_NOT_SUPPORTED",
     "kPlain": "CUBLAS_OP_N",
     "kTransposed": "CUBLAS_OP_T",
     "kWithBias": "CUBLASLT_EPILOGUE_BIAS",
+    "kWithSums": "CUBLASLT_EPILOGUE_BGRADB",
     "kOperationA": "CUBLASLT_MATMUL_DESC_TRANSA",
     "kOperationB": "CUBLASLT_MATMUL_DESC_TRANSB",
     "kEpilogue": "CUBLASLT_MATMUL_DESC_EPILOGUE",
     "kBiasPointer": "CUBLASLT_MATMUL_DESC_BIAS_POINTER",
+    "kBiasStride": "CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE",
     "kBiasDataType": "CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE",
     "kBatchCount": "CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT",
     "kBatchStride": "CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET",
@@ -102,14 +105,20 @@ def test_chunks_are_those_of_the_cost_model(tmp_path: Path) -> None:
         for element in (2, 4)
     ]
     calls = "\n".join(
-        f'std::printf("%ld\\n", product_chunks({", ".join(map(str, c))}));' for c in cases
+        f'std::printf("%ld\\n", product_chunks({", ".join(map(str, c))}, machine({c[-1]})));'
+        for c in cases
     )
     (tmp_path / "plan.cpp").write_text(
         f'#include <cstdio>\n#include "{build.CUDA / "product_plan.h"}"\n'
-        f"using namespace metalora::cuda;\nint main() {{\n{calls}\n}}\n"
+        f'#include "{build.CUDA / "tuning.h"}"\nusing namespace metalora::cuda;\n'
+        "ProductMachine machine(int64_t bytes) {\n"
+        "  const Choice choice = tuned(Tuned::product_plan, bytes);\n"
+        "  return {choice.blocks, static_cast<double>(choice.depth)};\n}\n"
+        f"int main() {{\n{calls}\n}}\n"
     )
     program = tmp_path / "plan"
-    subprocess.run([build.COMPILER, "-std=c++20", tmp_path / "plan.cpp", "-o", program], check=True)
+    sources = [tmp_path / "plan.cpp", build.CUDA / "tuning.cpp"]
+    subprocess.run([build.COMPILER, "-std=c++20", *sources, "-o", program], check=True)
     found = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
     wanted = [product_chunks(*case) for case in cases]
     assert list(map(int, found)) == wanted

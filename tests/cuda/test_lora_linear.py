@@ -221,6 +221,68 @@ def test_strides_of_any_kind(device: torch.device, route: str) -> None:
         assert relative_error(got, wanted) < 1e-12
 
 
+def test_misaligned_rows_take_no_grouped_product(
+    shim_operators: Any, asked: Callable[[], list[tuple[str, tuple[int, ...]]]]
+) -> None:
+    """torch refuses grouped products of rows that do not begin at a multiple of 16 bytes."""
+    weight, lora_A, lora_B = torch.randn(16, 24), torch.randn(2, 3, 24), torch.randn(2, 16, 3)
+    task_ptr, needs = torch.tensor([0, 5, 14]), (True, False, False, False, False)
+    memory, grads = torch.randn(14 * 24 + 1).bfloat16(), torch.randn(14 * 16 + 1).bfloat16()
+    found = {}
+    for first, names in ((0, ("grouped", "grouped")), (1, ("linear", "addmm"))):
+        x = memory[first : first + 14 * 24].view(14, 24)
+        grad_y = grads[first : first + 14 * 16].view(14, 16)
+        layer = (weight, lora_A, lora_B, task_ptr, 0.7)
+        asked()
+        y = shim_operators.lora_linear_weight(x, weight, None, *layer[1:], None, False)
+        forward = [name for name, _ in asked()]
+        gradients = shim_operators.lora_linear_weight_backward(
+            grad_y, x, *layer, None, False, *needs
+        )
+        assert names[0] in forward and names[1] in [name for name, _ in asked()]
+        found[first] = (x, y, grad_y, gradients[0])
+    for x, y, grad_y, grad_x in found.values():
+        merged = (weight + 0.7 * lora_B @ lora_A).bfloat16().float()
+        for t, rows in enumerate((slice(0, 5), slice(5, 14))):
+            torch.testing.assert_close(
+                y[rows].float(), x[rows].float() @ merged[t].T, rtol=2e-2, atol=5e-2
+            )
+            torch.testing.assert_close(
+                grad_x[rows].float(), grad_y[rows].float() @ merged[t], rtol=2e-2, atol=5e-2
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [(512, 512), (5, 0, 66)], ids=str)
+@pytest.mark.parametrize(
+    "out", [16, 17, 18]
+)  # sums; no algorithm; refused: see tests/shim/blas.cpp
+def test_the_gradient_of_the_bias_comes_with_the_products(
+    shim_operators: Any,
+    asked: Callable[[], list[tuple[str, tuple[int, ...]]]],
+    rows: tuple[int, ...],
+    dtype: torch.dtype,
+    out: int,
+) -> None:
+    """Rounded once: no worse than a sum of its own, which there is where cuBLASLt has none."""
+    tasks, total = len(rows), sum(rows)
+    x, grad_y = torch.randn(total, 24).to(dtype), torch.randn(total, out).to(dtype)
+    weight, lora_A = torch.randn(out, 24), torch.randn(tasks, 3, 24)
+    lora_B, task_ptr = torch.randn(tasks, out, 3), torch.tensor([0, *rows]).cumsum(0)
+    layer = (x, weight, lora_A, lora_B, task_ptr, 0.7, None, False)
+    asked()
+    found = shim_operators.lora_linear_weight_backward(grad_y, *layer, *[True] * 5)
+    names = [name for name, _ in asked()]
+    products = 1 if len({*rows}) == 1 else 2
+    assert names.count("summed") == (products if out == 16 else 0)
+    assert names.count("sum") == 1
+    wanted = grad_y.double().sum(0)
+    assert found[2].dtype == dtype
+    assert relative_error(found[2], wanted) <= 2 * torch.finfo(dtype).eps
+    exact = grad_y.double().T @ x.double()
+    assert relative_error(found[1], exact) < 1e-5
+
+
 @pytest.mark.parametrize("tasks", [600, pytest.param(1030, marks=pytest.mark.exhaustive)])
 def test_more_tasks_than_a_launch_or_a_grouped_product_holds(
     device: torch.device, tasks: int

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -20,30 +17,21 @@ COPIES, STORES = "LDGSTS.E.BYPASS.128", "STG.E.128"
 WANTED = {
     "merge_lora": ["LDG.E.128", STORES, "HMMA.1688.F32.TF32"],
     "merge_lora_backward": [COPIES, STORES, "HMMA.1688.F32.TF32"],
-    "token_rows": [COPIES, STORES, "HMMA.16816.F32", "HMMA.16816.F32.BF16"],
+    "token_rows": [
+        *(COPIES, STORES),
+        *("HMMA.16816.F32", "HMMA.16816.F32.BF16", "HMMA.1688.F32.TF32", "FFMA"),
+    ],
 }
-
-
-def disassembler() -> str | None:
-    """cuobjdump of the PATH, or the one that comes with triton."""
-    triton = importlib.util.find_spec("triton")
-    if triton is not None and triton.origin:
-        own = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        if own.exists():
-            return str(own)
-    return shutil.which("cuobjdump")
 
 
 def instructions(source: Path, folder: Path, architecture: str) -> Counter[str]:
     nvcc, why = gate.find_nvcc()
-    program = disassembler()
-    if nvcc is None or program is None:
+    if nvcc is None or gate.find_disassembler() is None:
         pytest.skip(f"no nvcc ({why}) or no cuobjdump")
     target = folder / "kernel.o"
     flags = [*gate.load_setup().NVCC_FLAGS, f"-arch={architecture}", "-c", str(source)]
     subprocess.run([nvcc, *flags, "-o", target], check=True, capture_output=True)
-    dumped = subprocess.run([program, "--dump-sass", target], check=True, capture_output=True)
-    return Counter(re.findall(r"\*/ +(?:@!?\w+ )?([A-Z][\w.]*)", dumped.stdout.decode()))
+    return sum(gate.machine_code(target).values(), Counter())
 
 
 @pytest.mark.parametrize("name", WANTED)

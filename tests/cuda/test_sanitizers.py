@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,20 +13,17 @@ from tests.shim import build
 pytestmark = pytest.mark.exhaustive
 
 BARRIER = re.compile(r"__sync(threads|warp)\([^()]*\);")
-FEW_BLOCKS = 2  # to divide the work among
 
 
 def launchers(cache: Path, kernels: Path, sanitizer: str) -> Path:
     sources = [*sorted(build.SHIM.glob("launchers*.cpp")), *build.kernels(kernels)]
+    sources += [build.CUDA / "tuning.cpp"]
     return build.program(cache, sources, sanitizer)
 
 
 @pytest.fixture(scope="module", params=["thread", "address"])
-def sanitized(
-    cache: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Path:
-    kernels = build.copy_of_kernels(tmp_path_factory.mktemp("csrc"), FEW_BLOCKS)
-    return launchers(cache, kernels, request.param)
+def sanitized(cache: Path, request: pytest.FixtureRequest) -> Path:
+    return launchers(cache, build.CUDA, request.param)
 
 
 @pytest.mark.parametrize("kernel", [path.stem for path in build.kernels()])
@@ -46,7 +44,7 @@ def barriers() -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize(("file", "n"), barriers())
 def test_removed_barrier_is_found(cache: Path, tmp_path: Path, file: str, n: int) -> None:
-    kernels = build.copy_of_kernels(tmp_path, FEW_BLOCKS)
+    kernels = Path(shutil.copytree(build.CSRC, tmp_path, dirs_exist_ok=True)) / "cuda"
     text = (kernels / file).read_text()
     removed = list(BARRIER.finditer(text))[n]
     (kernels / file).write_text(text[: removed.start()] + ";" + text[removed.end() :])

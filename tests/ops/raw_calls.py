@@ -50,7 +50,9 @@ def _seed() -> Tensor:
 
 
 def _token_backward() -> tuple[Any, ...]:
-    grad_y, x, weight, lora_A, lora_B, task_ptr, scaling, *rest = _lora_backward(0.3, _seed())
+    grad_y, x, weight, lora_A, lora_B, task_ptr, scaling, *rest = _lora_backward(
+        0.3, _seed(), False
+    )
     shrunk, kept = torch.randn(7, 3, dtype=F64), torch.zeros(7, 8, dtype=torch.uint8)
     return (grad_y, x, weight, lora_A, lora_B, task_ptr, shrunk, kept, scaling, *rest)
 
@@ -70,7 +72,7 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
         *_symmetric(torch.randn(7, 4, dtype=F64)),
         *[True] * 4,
     ),
-    "lora_linear_token": lambda: _lora(0.3, _seed()),
+    "lora_linear_token": lambda: _lora(0.3, _seed(), False),
     "lora_linear_token_backward": _token_backward,
     "merge_lora": lambda: (*_merge(), 0.5, None, False),
     "merge_lora_backward": lambda: (torch.randn(2, 4, 5), *_merge()[1:], 0.5, False),

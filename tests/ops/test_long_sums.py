@@ -54,7 +54,7 @@ def test_lora_linear(route: str, rows: str, size: str, kind: str) -> None:
         got = backward(*saved, 0.5, None, False, *[True] * 5)
     else:
         forward, backward = map(_native.raw, ("lora_linear_token", "lora_linear_token_backward"))
-        options = (0.5, 0.0, None)
+        options = (0.5, 0.0, None, False)
         _, *kept = forward(x, weight, None, lora_A, lora_B, task_ptr, *options)
         got = backward(*saved, *kept, *options, *[True] * 5)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -321,7 +323,7 @@ def test_opcheck(native: None, sizes: tuple[int, int, int]) -> None:
     merged = ops.merge_lora(weight, lora_A, lora_B, 0.5)
     check(raw.lora_linear_weight.default, (*inputs, None, False))
     check(raw.lora_linear_weight.default, (*inputs, merged, False))
-    for dropout in ((0.0, None), (0.3, torch.tensor(5))):
+    for dropout in ((0.0, None, False), (0.3, torch.tensor(5), False)):
         check(raw.lora_linear_token.default, (*inputs, *dropout))
         kept = raw.lora_linear_token(*inputs, *dropout)[1:]
         for needs in ([True] * 5, [False, True, False, True, False], [False] * 5):
@@ -333,16 +335,28 @@ def test_opcheck(native: None, sizes: tuple[int, int, int]) -> None:
 
 def test_raw_operators_refuse_tensors_that_need_grad(native: None) -> None:
     p = problem()
-    for name, rest in (("lora_linear_weight", (None, False)), ("lora_linear_token", (0.0, None))):
+    for name, rest in (
+        ("lora_linear_weight", (None, False)),
+        ("lora_linear_token", (0.0, None, False)),
+    ):
         with pytest.raises(RuntimeError, match=r"has no autograd of its own; call .*metalora\.ops"):
             getattr(torch.ops.metalora, name)(*p.tensors, p.task_ptr, 1.0, *rest)
+
+
+@pytest.mark.parametrize("probability", [1.0, -0.1, math.nan, math.inf])
+def test_raw_operators_check_the_probability(native: None, probability: float) -> None:
+    p = problem(grad=False)
+    with pytest.raises(RuntimeError, match=r"lora_linear: dropout_p must be in \[0, 1\), got"):
+        torch.ops.metalora.lora_linear_token(
+            *p.tensors, p.task_ptr, 1.0, probability, torch.tensor(5), False
+        )
 
 
 def test_raw_operators_check_the_seed(native: None) -> None:
     p = problem(grad=False)
     for seed in (torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)):
         with pytest.raises(RuntimeError, match=r"lora_linear: seed must have 0 dimensions"):
-            torch.ops.metalora.lora_linear_token(*p.tensors, p.task_ptr, 1.0, 0.5, seed)
+            torch.ops.metalora.lora_linear_token(*p.tensors, p.task_ptr, 1.0, 0.5, seed, False)
 
 
 @pytest.mark.parametrize("pointers", [[0, 5, 4, 7], [1, 2, 3, 7], [0, 2, 3, 9], [0, -3, 3, 7]])

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <map>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/cuda/device.h"
@@ -12,7 +13,7 @@
 namespace metalora::cuda::blas {
 namespace {
 
-constexpr int kInvalid = 7, kNotSupported = 15;  // of cublasStatus_t
+constexpr int kInvalid = 7;  // of cublasStatus_t
 
 struct Product {
   int compute;
@@ -60,7 +61,7 @@ void write(void* data, int type, int64_t i, float value) {
 
 const Functions kFunctions{
     [](void** product, int compute, int scale) {
-      if (scale != kFloat32) return kNotSupported;
+      if (scale != kFloat32) return int{kNotSupported};
       *product = new Product{compute, {}};
       return 0;
     },
@@ -107,13 +108,16 @@ const Functions kFunctions{
        HeuristicResult* results, int* found) {
       const auto layout = [](void* one) { return *static_cast<Layout*>(one); };
       const auto& p = *static_cast<Product*>(product);
-      const bool fits = layout(A).rows == layout(B).rows && layout(A).columns == layout(D).rows &&
-                        layout(B).columns == layout(D).columns && C == D && wanted == 1 &&
-                        p.of<int32_t>(kOperationA) == kTransposed &&
-                        p.of<int32_t>(kOperationB) == kPlain &&
-                        static_cast<Preference*>(preference)->size() == 5;
+      const auto as_multiplied = [](const Layout& one, bool transposed) {
+        return transposed ? std::pair{one.columns, one.rows} : std::pair{one.rows, one.columns};
+      };
+      const auto [m, k] = as_multiplied(layout(A), p.of<int32_t>(kOperationA) == kTransposed);
+      const auto [same_k, n] = as_multiplied(layout(B), p.of<int32_t>(kOperationB) == kTransposed);
+      const bool fits = k == same_k && layout(D).rows == m && layout(D).columns == n && C == D &&
+                        wanted == 1 && static_cast<Preference*>(preference)->size() == 5;
       if (!fits) return kInvalid;
-      *found = 1;
+      // Of sums there are sizes without an algorithm, and below some that are refused after all.
+      *found = p.of<uint32_t>(kEpilogue) == kWithSums && n % 2 == 1 ? 0 : 1;
       results[0] = {{}, 48, 0, 1, {}};
       return 0;
     },
@@ -123,25 +127,42 @@ const Functions kFunctions{
       const auto &a = *static_cast<Layout*>(A_layout), &b = *static_cast<Layout*>(B_layout),
                  &d = *static_cast<Layout*>(D_layout);
       const auto& p = *static_cast<Product*>(product);
+      const auto epilogue = p.of<uint32_t>(kEpilogue);
       if (*static_cast<const float*>(alpha) != 1 || *static_cast<const float*>(beta) != 0 ||
-          p.of<uint32_t>(kEpilogue) != kWithBias || bytes != 48)
+          (epilogue != kWithBias && epilogue != kWithSums) || bytes != 48 ||
+          p.of<int32_t>(kBiasDataType) != d.type)
         return kInvalid;
+      if (epilogue == kWithSums && d.columns % 4 == 2) return int{kNotSupported};
       std::memset(workspace, 0xFF, bytes);
-      const auto* bias = p.of<const void*>(kBiasPointer);
-      const int bias_type = p.of<int32_t>(kBiasDataType);
+      auto* vector = p.of<void*>(kBiasPointer);
+      const auto vector_stride = p.of<int64_t>(kBiasStride);
       const bool rounds = p.compute == kComputeTf32;
       const auto factor = [&](float value) {
         return rounds ? bits_as<float>(to_tf32(value)) : value;
       };
+      const bool a_transposed = p.of<int32_t>(kOperationA) == kTransposed;
+      const bool b_transposed = p.of<int32_t>(kOperationB) == kTransposed;
+      const auto of_a = [&](int64_t t, int64_t row, int64_t k) {
+        return read(A, a.type, t * a.stride + (a_transposed ? row * a.step + k : k * a.step + row));
+      };
+      const auto of_b = [&](int64_t t, int64_t k, int64_t column) {
+        return read(B, b.type,
+                    t * b.stride + (b_transposed ? k * b.step + column : column * b.step + k));
+      };
+      const auto depth = static_cast<int64_t>(a_transposed ? a.rows : a.columns);
       for (int64_t t = 0; t < d.count; ++t)
-        for (int64_t column = 0; column < static_cast<int64_t>(d.columns); ++column)
+        for (int64_t column = 0; column < static_cast<int64_t>(d.columns); ++column) {
           for (int64_t row = 0; row < static_cast<int64_t>(d.rows); ++row) {
-            double sum = read(bias, bias_type, row);
-            for (int64_t k = 0; k < static_cast<int64_t>(a.rows); ++k)
-              sum += double{factor(read(A, a.type, t * a.stride + row * a.step + k))} *
-                     factor(read(B, b.type, t * b.stride + column * b.step + k));
+            double sum = epilogue == kWithBias ? read(vector, d.type, t * vector_stride + row) : 0;
+            for (int64_t k = 0; k < depth; ++k)
+              sum += double{factor(of_a(t, row, k))} * factor(of_b(t, k, column));
             write(D, d.type, t * d.stride + column * d.step + row, static_cast<float>(sum));
           }
+          double sum = 0;
+          for (int64_t k = 0; k < depth; ++k) sum += of_b(t, k, column);
+          if (epilogue == kWithSums)
+            write(vector, d.type, t * vector_stride + column, static_cast<float>(sum));
+        }
       return 0;
     },
 };

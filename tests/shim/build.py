@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -40,21 +39,6 @@ def has_compiler() -> bool:
 
 def kernels(folder: Path = CUDA) -> list[Path]:
     return sorted(folder.rglob("*.cu"))
-
-
-def copy_of_kernels(target: Path, blocks: int) -> Path:
-    """A copy of csrc whose kernels divide their work among so many blocks as if they filled a GPU.
-
-    Small problems then take every path: strips of several tiles, groups of several tasks.
-    """
-    shutil.copytree(CSRC, target, dirs_exist_ok=True)
-    changed = 0
-    for path in (p for p in (target / "cuda").rglob("*") if p.is_file()):
-        text, count = re.subn(r"(int64_t kBlocks = )\d+;", rf"\g<1>{blocks};", path.read_text())
-        path.write_text(text)
-        changed += count
-    assert changed, "no kernel has a constant kBlocks"
-    return target / "cuda"
 
 
 def program(cache: Path, sources: Sequence[Path], sanitizer: str) -> Path:

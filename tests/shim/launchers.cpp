@@ -1,6 +1,8 @@
 // Runs every launcher of csrc/cuda on small random problems and compares with plain loops in
 // double. Without torch and Python, so that sanitizers see the kernels and nothing else:
 //     launchers [name of a .cu file without its ending]
+// Work is divided among few blocks, as if these filled a GPU, so that small problems take every
+// path: strips of several tiles, groups of several tasks, several tiles of rows.
 #include "launchers.h"
 
 #include <cstdlib>
@@ -9,6 +11,9 @@
 #include "../../csrc/cuda/dropout.h"
 #include "../../csrc/cuda/task_ends.h"
 #include "../../csrc/philox.h"
+
+// Of csrc/cuda/tuning.cpp.
+extern "C" bool metalora_cuda_tune(int64_t row, int64_t blocks, int64_t depth);
 
 namespace metalora::cuda {
 namespace {
@@ -97,11 +102,17 @@ const Launcher kLaunchers[] = {
 };
 
 }  // namespace
+
+void tune(int64_t blocks, int64_t depth) {
+  for (int64_t row = 0; metalora_cuda_tune(row, blocks, depth); ++row) continue;
+}
+
 }  // namespace metalora::cuda
 
 int main(int count, char** arguments) {
   const std::string wanted = count > 1 ? arguments[1] : "";
   bool found = false;
+  metalora::cuda::tune(2, 2);
   for (const auto& [name, run] : metalora::cuda::kLaunchers) {
     if (!wanted.empty() && wanted != name) continue;
     run();

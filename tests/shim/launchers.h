@@ -18,8 +18,6 @@ namespace metalora::cuda {
 inline std::mt19937 generator(1);
 inline int failures = 0;
 
-inline size_t bytes_of(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
-
 inline const char* name_of(Type type) {
   return type == Type::f64    ? "f64"
          : type == Type::f32  ? "f32"
@@ -31,7 +29,7 @@ inline const char* name_of(Type type) {
 class Array {
  public:
   Array(Type type, int64_t count)
-      : type_(type), count_(count), memory_(bytes_of(type) * static_cast<size_t>(count), 0xFF) {}
+      : type_(type), count_(count), memory_(static_cast<size_t>(bytes_of(type) * count), 0xFF) {}
 
   static Array random(Type type, int64_t count) {
     Array array(type, count);
@@ -105,6 +103,9 @@ inline void compare(const std::string& what, const Array& got, const std::vector
 inline int64_t place(int64_t matrix, int64_t rows, int64_t row, int64_t columns, int64_t column) {
   return (matrix * rows + row) * columns + column;
 }
+
+// Takes these numbers of csrc/cuda/tuning.h for everything.
+void tune(int64_t blocks, int64_t depth);
 
 // Each runs the launchers of the .cu file of its name.
 void linear_training();

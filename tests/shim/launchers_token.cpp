@@ -13,11 +13,12 @@ struct TokenCase {
   std::vector<int64_t> task_ptr;
   int64_t columns, rank, results;
   bool dropout;
+  bool tf32 = false;
 
   int64_t tasks() const { return static_cast<int64_t>(task_ptr.size()) - 1; }
   int64_t rows() const { return task_ptr.back(); }
   std::string text() const {
-    return std::string(name_of(type)) + (dropout ? " dropout" : "") +
+    return std::string(name_of(type)) + (dropout ? " dropout" : "") + (tf32 ? " tf32" : "") +
            " M=" + std::to_string(rows()) + " columns=" + std::to_string(columns) +
            " r=" + std::to_string(rank) + " results=" + std::to_string(results);
   }
@@ -39,8 +40,8 @@ void check(const TokenCase& c) {
   constexpr double kP = 0.3, kScale = 1 / (1 - kP);
   const int64_t M = c.rows(), T = c.tasks(), K = c.columns, r = c.rank, N = c.results;
   const Type sum_type = c.type == Type::f64 ? Type::f64 : Type::f32;
-  const double limit = 4 * tolerance(c.type, c.type, false);
-  TokenBlocks blocks = plan_token_blocks(c.task_ptr.data(), T, c.type);
+  const double limit = 4 * tolerance(c.type, c.type, c.tf32);
+  TokenBlocks blocks = plan_token_blocks(c.task_ptr.data(), T, c.type, r);
   std::vector<int32_t> ends(static_cast<size_t>(2 * T));
   launch_task_ends(ends.data(), token_table(blocks, c.task_ptr.data()).data(), 2 * T, nullptr);
   blocks.ends = ends.data();
@@ -61,7 +62,8 @@ void check(const TokenCase& c) {
   TokenPass forward{x.data(), K, r, N};
   forward.shrink = A.data(), forward.expand = B.data(), forward.expand_by_columns = true;
   forward.scale = c.dropout ? kScale : 1, forward.expand_scale = 0.7;
-  forward.bias = bias.data(), forward.shrunk = S.data(), forward.result = y.data();
+  forward.tf32 = c.tf32, forward.bias = bias.data(), forward.shrunk = S.data(),
+  forward.result = y.data();
   if (c.dropout) forward.dropout = &dropout, forward.kept = kept.data();
   launch_token_pass(forward, blocks, c.type, nullptr);
 
@@ -74,13 +76,13 @@ void check(const TokenCase& c) {
   backward.shrink = G.data(), backward.shrink_by_columns = true, backward.expand = D.data();
   backward.scale = 1.5, backward.left = left.data(), backward.shrunk = dS.data();
   backward.result = C.data(), backward.outer = outer.data(), backward.sums = sums.data();
-  backward.keeps_result = true;
+  backward.keeps_result = true, backward.tf32 = c.tf32;
   if (c.dropout) backward.kept = kept.data();
   launch_token_pass(backward, blocks, c.type, nullptr);
 
   Array dropped(sum_type, blocks.blocks * K * r);
   TokenPass of_x{x.data(), K, r, 0};
-  of_x.left = left.data(), of_x.outer = dropped.data();
+  of_x.left = left.data(), of_x.outer = dropped.data(), of_x.tf32 = c.tf32;
   if (c.dropout) of_x.kept = kept.data();
   launch_token_pass(of_x, blocks, c.type, nullptr);
 
@@ -141,10 +143,15 @@ void token_rows() {
   for (Type type : {Type::f64, Type::f32, Type::bf16, Type::f16})
     for (bool dropout : {false, true}) {
       check({type, {0, 5, 5, 80}, 70, 3, 33, dropout});
-      check({type, {0, 90, 180}, 72, 9, 64, dropout});
+      check({type, {0, 150, 300}, 136, 9, 64, dropout});
     }
   for (int64_t rank : {16, 17, 64, 65, 128}) check({Type::bf16, {0, 3, 70}, 24, rank, 17, true});
   check({Type::f64, {0, 3, 40}, 24, 128, 17, false});
+  for (int64_t rank : {3, 16, 17, 64, 65, 128})
+    check({Type::f32, {0, 3, 3, 90}, 70, rank, 68, rank % 2 == 0, true});
+  tune(2, 4);  // more buffers, and columns enough to fill each of them again
+  check({Type::bf16, {0, 70}, 392, 3, 24, true});
+  check({Type::f32, {0, 70}, 392, 3, 24, true, true});
 }
 
 }  // namespace metalora::cuda
