@@ -47,7 +47,8 @@ _COMPILER_READS_SCOPE = torch.__version__ >= "2.14"
 
 
 class _OfThread(threading.local):
-    scope: _Scope | None = None
+    def __init__(self) -> None:  # torch 2.11 compiles a default of the class in as a constant
+        self.scope: _Scope | None = None
 
 
 _of_thread = _OfThread()
