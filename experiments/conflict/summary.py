@@ -80,13 +80,22 @@ def table(rows: Iterable[Mapping[str, str]]) -> str:
 
 
 def results_tables(rows: Iterable[Mapping[str, str]]) -> dict[str, Table]:
-    """Returns the tables for the documentation: unseen tasks, and the retraining tasks."""
+    """Returns the tables for the documentation: unseen tasks, and the retraining tasks.
+
+    Of the unseen tasks there is one with all numbers of images, and one for each, ``10-images``.
+    """
     rows = list(rows)
     what = "Held-out accuracy of {} in %, mean (standard error) over the trials"
     dials = {"inputs": "inputs", "turned": "labels turned"}
     few = {**dials, "finetune": "fine-tuning", "shots": "images", "method": "retraining"}
+    unseen = what.format("the unseen test tasks") + "."
+    numbers = dict.fromkeys(row["shots"] for row in rows if row["shots"])
     return {
-        "": compared(rows, few, ACCURACY, what.format("the unseen test tasks") + "."),
+        "": compared(rows, few, ACCURACY, unseen),
+        **{
+            f"{n}-images": compared([r for r in rows if r["shots"] == n], few, ACCURACY, unseen)
+            for n in numbers
+        },
         RETRAINING_TASKS: compared(
             rows,
             {**dials, "method": "retraining"},
