@@ -40,7 +40,7 @@ def test_steps_are_timed_apart() -> None:
 def test_data_are_taken_in_rotation() -> None:
     calls: list[str] = []
     sets = [{"step": lambda name=name: calls.append(name) or time.sleep(0.001)} for name in "abc"]
-    side_by_side({"": sets}, rounds=1, seconds_a_turn=0.01)
+    side_by_side({"": sets}, rounds=1, seconds_a_turn=0.1)
     assert "abcabc" in "".join(calls)
 
 

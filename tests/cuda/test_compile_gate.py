@@ -23,7 +23,7 @@ ptxas info    : Used 255 registers, used 0 barriers, 384 bytes cmem[0]
 """
 
 SPILLS = """
-__global__ void __launch_bounds__(1024, 2) planted(float* x) {
+__global__ void __launch_bounds__(768, 2) planted(float* x) {
   float kept[64];
 #pragma unroll
   for (int i = 0; i < 64; ++i) kept[i] = x[i * 1024 + threadIdx.x];
