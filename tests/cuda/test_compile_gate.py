@@ -24,12 +24,12 @@ ptxas info    : Used 255 registers, used 0 barriers, 384 bytes cmem[0]
 
 SPILLS = """
 __global__ void __launch_bounds__(768, 2) planted(float* x) {
-  float kept[64];
+  float kept[128];
 #pragma unroll
-  for (int i = 0; i < 64; ++i) kept[i] = x[i * 1024 + threadIdx.x];
+  for (int i = 0; i < 128; ++i) kept[i] = x[i * 768 + threadIdx.x];
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < 64; ++i) x[i * 1024 + threadIdx.x] = kept[63 - i] * kept[i];
+  for (int i = 0; i < 128; ++i) x[i * 768 + threadIdx.x] = kept[127 - i] * kept[i];
 }
 """
 
