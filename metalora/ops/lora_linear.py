@@ -95,9 +95,7 @@ def lora_linear(
     except Exception:
         # The raw operator checks its arguments as well: the slow Python checks run only after a
         # failure, to word the error. They would cost as much as a small layer.
-        problem = _problem(layer)
-        if problem is not None:
-            raise problem from None
+        _explain(layer)
         raise
 
 
@@ -114,9 +112,9 @@ def lora_linear_handing_on(
     route: str = "auto",
     keep_merged: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`lora_linear`, and x as the next layer that reads it had better be given it.
+    """`lora_linear`, and the x that the next layer which reads it should be given.
 
-    That is x in autocast's dtype, so that it is cast once for all layers. If the weight route is
+    It is in autocast's dtype, so that it is cast once for all layers. If the weight route is
     taken with equally many rows for each task, the gradient that comes back through this x is added
     to this layer's inside the product that computes it, and autograd has nothing left to add. Since
     that writes to the gradient, this x is for nothing but layers that go through this function.
@@ -125,9 +123,7 @@ def lora_linear_handing_on(
     try:
         return _run(layer, scaling, dropout_p, None, route, keep_merged, hands_on=True)
     except Exception:
-        problem = _problem(layer)
-        if problem is not None:
-            raise problem from None
+        _explain(layer)
         raise
 
 
@@ -177,9 +173,7 @@ def lora_linear_symmetric(
             return y if bias is None else y + bias
         return _run(layer, scaling, 0.0, None, route, keep_merged, lora_U)[0]
     except Exception:
-        problem = _problem(layer)
-        if problem is not None:
-            raise problem from None
+        _explain(layer)
         raise
 
 
@@ -456,8 +450,8 @@ def _check(layer: _Layer) -> None:
         )
 
 
-def _problem(layer: Any) -> Exception | None:
-    """What the checks find, of x and bias as they are under autocast."""
+def _explain(layer: Any) -> None:
+    """Raises what the checks find wrong, if anything; x and bias are as under autocast."""
     x, weight, bias, lora_A, lora_B, task_ptr = layer
     try:
         if isinstance(x, Tensor) and autocasting(x.device.type):
@@ -466,8 +460,7 @@ def _problem(layer: Any) -> Exception | None:
         if task_ptr.is_cpu or not _capturing():  # a captured stream must not be waited for
             _check_values(task_ptr, x.shape[0])
     except (TypeError, ValueError) as error:
-        return error
-    return None
+        raise error from None
 
 
 def _check_values(task_ptr: Tensor, rows: int) -> None:
