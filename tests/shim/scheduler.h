@@ -72,7 +72,8 @@ Exchanged exchange(uint32_t mask, const Slot& value, std::source_location where)
 
 // Runs body() once per thread of the grid and returns when all have ended; throws what a thread
 // threw first, or why they wait for ever. With METALORA_SHIM_ORDER=reverse in the environment the
-// last block and the last thread run first.
+// last block and the last thread run first, and with METALORA_SHIM_WITHOUT_BARRIER=FILE:LINE
+// nobody waits at the __syncthreads or __syncwarp of that place.
 void launch(const char* kernel, dim3 blocks, dim3 threads, size_t shared_bytes,
             const std::function<void()>& body);
 
