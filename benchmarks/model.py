@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +140,11 @@ def predict(
             device_type="cuda",
         ).route
     layer = layer_of(case, p, frozen=frozen)
-    dense, ours = dense_calls(layer), layer_calls(layer, route)
+    calls_of = partial(layer_calls, route=route)
+    dense, ours = dense_calls(layer), calls_of(layer)
     if readers > 1:
-        chained = route == "weight" and len(set(layer.rows)) == 1
-        dense = calls_of_readers(layer, dense, readers, handed_on=False, chained=False)
-        ours = calls_of_readers(
-            layer, ours, readers, handed_on=not alone, chained=chained and not alone
-        )
+        dense = calls_of_readers(layer, dense_calls, readers, handed_on=False)
+        ours = calls_of_readers(layer, calls_of, readers, handed_on=not alone)
     return Prediction(case.name, precision, route, dense, ours)
 
 

@@ -154,7 +154,7 @@ def _token(row: Row, library: Library, smoke: bool) -> Iterator[Problem]:
             y, *kept = ops.lora_linear_token(x, w, None, *rest, *settings)
             needs = (True, False, False, True, True)
             backward = ops.lora_linear_token_backward
-            return y, *backward(grad, x, w, *rest, *kept, *settings, *needs)
+            return y, *backward(grad, x, w, *rest, *kept, *settings, *needs, None)
 
         yield step
 

@@ -9,8 +9,8 @@ void define_operators(Library& m) {
   // The two routes of lora_linear. `merged` [T, out, in] are the W_t where they are at hand; with
   // `tf32` the GPU's products may round factors to TF32. `shrunk` [M, r] is what the token route
   // keeps for backward, with dropout also `kept`: a bit for each element of x, rows padded to 64
-  // bits, set where dropout keeps the element. Gradients that are not needed come back as empty
-  // tensors.
+  // bits, set where dropout keeps the element. To `grad_x`, where it is given, the gradient of x is
+  // added. Gradients that are not needed come back as empty tensors.
   m.def(
       "lora_linear_weight(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
       "Tensor task_ptr, float scaling, Tensor? merged, bool tf32) -> Tensor");
@@ -36,7 +36,7 @@ void define_operators(Library& m) {
       "lora_linear_token_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor lora_A, "
       "Tensor lora_B, Tensor task_ptr, Tensor shrunk, Tensor kept, float scaling, float dropout_p, "
       "Tensor? seed, bool tf32, bool need_x, bool need_weight, bool need_bias, bool need_A, "
-      "bool need_B) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool need_B, Tensor? grad_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   m.def(
       "merge_lora(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, ScalarType? dtype, "

@@ -8,7 +8,7 @@ the longest, and that of a launch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
@@ -49,6 +49,7 @@ class Layer:
         unit: in which products of activations are computed: "short", "tf32" or "fp32".
         keep_merged: whether the weight route keeps the merged weights for backward.
         need_x, need_weight: whether these have gradients; the adapters always do.
+        adds_to_x: whether x has a gradient already, which is given to the layer to add to.
     """
 
     rows: tuple[int, ...]
@@ -63,6 +64,7 @@ class Layer:
     keep_merged: bool = False
     need_x: bool = True
     need_weight: bool = True
+    adds_to_x: bool = False
 
     @property
     def tasks(self) -> int:
@@ -86,6 +88,11 @@ class Layer:
     def factors(self) -> int:
         """Elements of all A_t and B_t."""
         return self.tasks * self.rank * (self.in_features + self.out_features)
+
+    @property
+    def added_to(self) -> int:
+        """Elements of a gradient of x that are read to be added to."""
+        return self.total * self.in_features if self.adds_to_x else 0
 
     @property
     def tf32(self) -> bool:
@@ -159,29 +166,28 @@ def layer_calls(layer: Layer, route: str) -> list[Call]:
 
 
 def calls_of_readers(
-    layer: Layer, calls: Sequence[Call], readers: int, *, handed_on: bool, chained: bool
+    layer: Layer, calls_of: Callable[[Layer], list[Call]], readers: int, *, handed_on: bool
 ) -> list[Call]:
     """What ``readers`` layers like this one ask for that read the same x, and what x asks for.
 
     Under autocast x and its gradient are cast from and to the dtype of the parameters.
 
     Args:
-        calls: of one layer.
-        handed_on: whether x is cast once, and not by each layer.
-        chained: whether the gradients of x are added in the products that make them, and not by
-            autograd.
+        calls_of: a layer's calls.
+        handed_on: whether x is cast once, and its gradient given to the next layer to add to;
+            else each layer casts x, and autograd adds up the gradients.
     """
     size = layer.total * layer.in_features
-    casts = [*_cast_down(layer, size), *_cast_up(layer, size)]
-    element = layer.activation if handed_on else layer.parameter
-    others = [*calls, Call("add", "backward", 3 * size * element)]
-    if chained:  # the only such product, in which what is added to is read
-        products = ("baddbmm", "addmm")
-        others = [
-            replace(call, moved=call.moved + size * element) if call.name in products else call
-            for call in calls
-        ]
-    return [*calls, *others * (readers - 1), *casts * (1 if handed_on else readers)]
+    casts, calls = [*_cast_down(layer, size), *_cast_up(layer, size)], calls_of(layer)
+    if handed_on:
+        return [*calls, *calls_of(replace(layer, adds_to_x=True)) * (readers - 1), *casts]
+    others = [*calls, _add(size * layer.parameter)]
+    return [*calls, *others * (readers - 1), *casts * readers]
+
+
+def _add(size: int) -> Call:
+    """What autograd adds up, of so many bytes."""
+    return Call("add", "backward", 3 * size)
 
 
 def _weight_route(layer: Layer) -> Iterator[Call]:
@@ -202,13 +208,17 @@ def _weight_route(layer: Layer) -> Iterator[Call]:
         if not layer.keep_merged:
             yield _merge(layer, "backward")
         if rows:
-            yield _product(layer, "baddbmm", "backward", (tasks, rows, inner, outer))
+            sizes = (tasks, rows, inner, outer)
+            yield _product(layer, "baddbmm", "backward", sizes, extra=layer.added_to)
         elif grouped:
             yield Call("task_ends_kernel", "backward", 4 * tasks)
             yield _product(layer, "grouped", "backward", (1, layer.total, inner, outer), tasks)
         else:
+            extra = layer.added_to if tasks == 1 else 0
             for n in filter(None, layer.rows):
-                yield _product(layer, "addmm", "backward", (1, n, inner, outer))
+                yield _product(layer, "addmm", "backward", (1, n, inner, outer), extra=extra)
+        if layer.adds_to_x and len(set(layer.rows)) > 1:
+            yield _add(layer.added_to * layer.activation)
     # The sums over rows of dY come with the products, as one of each product.
     summed = layer.need_weight and layer.bias and layer.activation < 8
     summed = summed and chosen("bias_sums", layer.activation).depth > 0
@@ -242,7 +252,8 @@ def _token_route(layer: Layer) -> Iterator[Call]:
     if layer.need_weight:
         yield _product(layer, "mm", "backward", (1, outer, inner, rows))
     written, products = inner * layer.need_x, 1 + layer.need_x + own_B
-    yield _token_pass(layer, "backward", outer, written, products, sums=own_B)
+    extra = layer.added_to
+    yield _token_pass(layer, "backward", outer, written, products, sums=own_B, extra=extra)
     if layer.need_x:
         yield _product(layer, "addmm", "backward", (1, rows, inner, outer), extra=rows * inner)
     if own_B or drawn:
@@ -281,10 +292,14 @@ def _token_pass(
     *,
     drawn: bool = False,
     sums: bool = False,
+    extra: int = 0,
 ) -> Call:
-    """One read of [M, columns] and one write of [M, results]; ``sums``: with addends of blocks."""
+    """One read of [M, columns] and of ``extra`` elements and one write of [M, results].
+
+    With ``sums``, addends of blocks are written, too.
+    """
     rows, rank = layer.total, layer.rank
-    moved = rows * (columns + results + 2 * rank) * layer.activation
+    moved = (rows * (columns + results + 2 * rank) + extra) * layer.activation
     if layer.dropout:
         moved += rows * layer.in_features // 8
     if sums:

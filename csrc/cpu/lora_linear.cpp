@@ -394,7 +394,7 @@ struct Cpu {
 
   static Gradients token_backward(LoraLayer p, const Tensor& grad_y, const Tensor& shrunk,
                                   const Tensor& kept, const BranchDropout& dropout, bool /*tf32*/,
-                                  const Needs& need) {
+                                  const Needs& need, const std::optional<Tensor>& grad_x) {
     const ScalarType dtype = p.x.scalar_type(), element = element_dtype(dtype);
     const ScalarType work = work_dtype(p.x);
     const Gradients g{need.x ? cast(mm(grad_y, p.weight), element) : none(element),
@@ -409,7 +409,9 @@ struct Cpu {
       cpu::token_backward<Element>(p, g, data<Element>(dy), data<Sum<Element>>(shrunk),
                                    dropout.p > 0 ? data<uint8_t>(kept) : nullptr, dropout.p, need);
     });
-    return {cast(g.x, dtype), cast(g.weight, dtype), cast(g.bias, dtype), cast(g.A, dtype),
+    Tensor own_and_given = cast(g.x, dtype);  // torch's stable interface has no sum
+    if (grad_x && need.x) own_and_given = torch::stable::subtract(own_and_given, *grad_x, -1);
+    return {own_and_given, cast(g.weight, dtype), cast(g.bias, dtype), cast(g.A, dtype),
             cast(g.B, dtype)};
   }
 };

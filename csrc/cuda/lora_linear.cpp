@@ -206,11 +206,13 @@ TokenResult token(const LoraLayer& p, const std::optional<Tensor>& bias,
 }
 
 Gradients token_backward(const LoraLayer& p, const Tensor& dy, const Tensor& shrunk,
-                         const BranchDropout& dropout, const Needs& need) {
+                         const BranchDropout& dropout, const Needs& need,
+                         const std::optional<Tensor>& grad_x) {
   const Tensor& x = p.x;
   const ScalarType dtype = x.scalar_type();
-  Gradients g{none(x, dtype), none(x, dtype), none(x, dtype), none(x, dtype), none(x, dtype)};
-  if (need.x) g.x = product(dy, p.weight);
+  Gradients g{empty_if(need.x, x, {p.rows, p.in}, dtype), none(x, dtype), none(x, dtype),
+              none(x, dtype), none(x, dtype)};
+  if (need.x) addmm_out(g.x, grad_x.value_or(g.x), dy, p.weight, grad_x ? 1 : 0, 1);
   if (need.weight) g.weight = product(transposed(dy), x);
   if (need.bias) g.bias = sum_of_rows(dy);
   if (need.B) g.B = task_outer_products(p, dy, shrunk, p.scaling);
@@ -337,8 +339,9 @@ struct Gpu {
 
   static Gradients token_backward(const LoraLayer& p, const Tensor& dy, const Tensor& shrunk,
                                   const Tensor& kept, const BranchDropout& branch, bool tf32,
-                                  const Needs& need) {
-    if (p.rank > kMostTokenRank) return large_ranks::token_backward(p, dy, shrunk, branch, need);
+                                  const Needs& need, const std::optional<Tensor>& grad_x) {
+    if (p.rank > kMostTokenRank)
+      return large_ranks::token_backward(p, dy, shrunk, branch, need, grad_x);
     const ScalarType dtype = p.x.scalar_type();
     const Tensor A = as_contiguous(p.lora_A), B = as_contiguous(p.lora_B);
     const TokenRows rows(p, tf32);
@@ -367,6 +370,7 @@ struct Gpu {
     if (need.x) {
       pass.expand = A.const_data_ptr();
       pass.result = g.x.mutable_data_ptr();
+      pass.addend = data_or_null(grad_x);
     }
     if (own_B) {
       pass.left = shrunk.const_data_ptr();

@@ -2,7 +2,7 @@
 //   forward      reads x, draws the mask; writes S = drop(x) Aᵀ and C = b + s S Bᵀ, onto which the
 //                product with W is then added
 //   backward     reads dY; writes dS, C = drop(dS A), onto which dY W is added, and each block's
-//                addends of dB = s dYᵀ S and of db
+//                addends of dB = s dYᵀ S and of db; a gradient that x has already goes into C
 //   backward x   reads x; writes each block's addends of dA = dSᵀ drop(x)
 //
 // A block has some rows of one task, and takes them a tile at a time: 64 rows in 16 bits and in
@@ -260,20 +260,34 @@ struct Pass {
       shrunk[i] = shared.S()[i / rank * Shared::kRankPitch + i % rank];
   }
 
-  // Elements whose bit is not set are 0.
-  __device__ void store_kept(T* target, const T* source, unsigned bits, int left) const {
+  // Neighbours of the result from the one at `index` on: what is staged where its bit is set, and
+  // the addend.
+  __device__ void store_result(int64_t index, const T* staged, unsigned bits, int left) const {
+    T* target = static_cast<T*>(a.pass.result) + index;
+    const T* addend = a.pass.addend ? static_cast<const T*>(a.pass.addend) + index : nullptr;
     if constexpr (Products::kAsync)
       if (a.result_aligned) {
         const auto mask = [&](int i) {
           if (sizeof(T) == 4) return bits >> i & 1 ? 0xFFFFFFFFu : 0;
           return (bits >> (2 * i) & 1 ? 0xFFFFu : 0) | (bits >> (2 * i + 1) & 1 ? 0xFFFF0000u : 0);
         };
-        uint4 words = *reinterpret_cast<const uint4*>(source);
+        uint4 words = *reinterpret_cast<const uint4*>(staged);
         words.x &= mask(0), words.y &= mask(1), words.z &= mask(2), words.w &= mask(3);
+        if (addend) {
+          auto sum = reinterpret_cast<const Pack<T, kPack<T>>&>(words);
+          const auto added = load_pack<kPack<T>>(addend);
+#pragma unroll
+          for (int e = 0; e < kPack<T>; ++e)
+            sum.lane[e] = narrow<T>(widen(sum.lane[e]) + widen(added.lane[e]));
+          words = reinterpret_cast<const uint4&>(sum);
+        }
         store_16(target, words);
         return;
       }
-    for (int e = 0; e < left; ++e) target[e] = bits >> e & 1 ? source[e] : T{};
+    for (int e = 0; e < left; ++e) {
+      const S sum = (bits >> e & 1 ? widen(staged[e]) : S(0)) + (addend ? widen(addend[e]) : S(0));
+      target[e] = narrow<T>(sum);
+    }
   }
 
   __device__ void write_result(const Products& products) const {
@@ -298,8 +312,8 @@ struct Pass {
         const int64_t c = column0 + column;
         unsigned bits = 0xFF;
         if (p.keeps_result && p.kept) bits = p.kept[kept_at(p.results, row, c / 8)] >> (c % 8);
-        store_kept(static_cast<T*>(p.result) + (row0 + row) * p.results + c,
-                   staged + row * Shared::kPitch + column, bits, left);
+        store_result((row0 + row) * p.results + c, staged + row * Shared::kPitch + column, bits,
+                     left);
       }
     }
   }
@@ -421,7 +435,7 @@ void launch_token_pass(const TokenPass& pass, const TokenBlocks& blocks, Type ty
                     pass.dropout ? *pass.dropout : DropoutArguments{},
                     static_cast<int>(choice.depth),
                     whole(pass.read, pass.columns),
-                    whole(pass.result, pass.results)};
+                    whole(pass.result, pass.results) && aligned_16(pass.addend)};
   switch (type) {
     case Type::f64: return launch<FmaProducts<double>>(a, stream);
     case Type::f32:

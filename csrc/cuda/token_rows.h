@@ -36,11 +36,12 @@ inline bool token_addends_pay(const TokenBlocks& plan, int64_t rank, Type type) 
 
 // One pass over `read` [M, columns], block by block. What is null is left out:
 //   shrunk [M, r] = scale · (read F_t),           F_t(column, j) of `shrink`
-//   result [M, results] = bias + expand_scale · (shrunk G_t),  G_t(j, column) of `expand`
+//   result [M, results] = bias + expand_scale · (shrunk G_t) + addend,  G_t(j, column) of `expand`
 //   outer [blocks, columns, r] = (rows of read)ᵀ (rows of left [M, r]), of each block
 //   sums [blocks, columns] = the sum of each block's rows
 // Dropout: `dropout` draws the mask of `read`, and leaves its bits in `kept`; without it, kept bits
-// are of `read`, or, where `keeps_result`, of `result`: elements without a bit are taken for 0.
+// are of `read`, or, where `keeps_result`, of `result` without its addend: elements without a bit
+// are taken for 0.
 struct TokenPass {
   const void* read;
   int64_t columns, rank, results;
@@ -48,7 +49,7 @@ struct TokenPass {
   const void* expand = nullptr;  // [T, r, results], or [T, results, r] where `expand_by_columns`
   bool shrink_by_columns = false, expand_by_columns = false;
   double scale = 1, expand_scale = 1;
-  const void *bias = nullptr, *left = nullptr;
+  const void *bias = nullptr, *addend = nullptr, *left = nullptr;
   void *shrunk = nullptr, *result = nullptr, *outer = nullptr, *sums = nullptr;
   const DropoutArguments* dropout = nullptr;
   uint8_t* kept = nullptr;  // [M, whole 8 bytes], the lowest bit first

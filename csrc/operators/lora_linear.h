@@ -4,8 +4,8 @@
 //   weight(layer, bias, merged, tf32) -> y
 //   weight_backward(layer, grad_y, merged, tf32, need) -> Gradients
 //   token(layer, bias, dropout, tf32) -> TokenResult
-//   token_backward(layer, grad_y, shrunk, kept, dropout, tf32, need) -> Gradients
-// where x and grad_y are dense.
+//   token_backward(layer, grad_y, shrunk, kept, dropout, tf32, need, grad_x) -> Gradients
+// where x and grad_y are dense, and so is grad_x, to which the gradient of x is added.
 #pragma once
 
 #include <optional>
@@ -195,10 +195,12 @@ struct LoraOperators {
       const Tensor& grad_y, const Tensor& x, const Tensor& weight, const Tensor& lora_A,
       const Tensor& lora_B, const Tensor& task_ptr, const Tensor& shrunk, const Tensor& kept,
       double scaling, double dropout_p, const std::optional<Tensor>& seed, bool tf32, bool need_x,
-      bool need_weight, bool need_bias, bool need_A, bool need_B) {
+      bool need_weight, bool need_bias, bool need_A, bool need_B,
+      const std::optional<Tensor>& grad_x) {
     const char* op = "lora_linear_token_backward";
     LoraLayer l = check_lora_linear(op, x, weight, lora_A, lora_B, task_ptr, scaling);
     check_like(op, "grad_y", grad_y, x, {l.rows, l.out});
+    if (grad_x) check_like(op, "grad_x", *grad_x, x, {l.rows, l.in});
     check_token_route(op, l, {dropout_p, seed});
     check_shape(op, "shrunk", shrunk, {l.rows, l.rank});
     check_data(op, "shrunk", shrunk, Device::shrunk_dtype(x));
@@ -209,7 +211,8 @@ struct LoraOperators {
     const typename Device::Guard guard(x);
     const Gradients g = Device::token_backward(
         std::move(l), as_contiguous(grad_y), as_contiguous(shrunk), as_contiguous(kept),
-        {dropout_p, seed}, tf32, {need_x, need_weight, need_bias, need_A, need_B});
+        {dropout_p, seed}, tf32, {need_x, need_weight, need_bias, need_A, need_B},
+        as_contiguous(grad_x));
     return {g.x, g.weight, g.bias, g.A, g.B};
   }
 

@@ -114,10 +114,10 @@ def lora_linear_handing_on(
 ) -> tuple[Tensor, Tensor]:
     """`lora_linear`, and the x that the next layer which reads it should be given.
 
-    It is in autocast's dtype, so that it is cast once for all layers. If the weight route is
-    taken with equally many rows for each task, the gradient that comes back through this x is added
-    to this layer's inside the product that computes it, and autograd has nothing left to add. Since
-    that writes to the gradient, this x is for nothing but layers that go through this function.
+    It is in autocast's dtype, so that it is cast once for all layers. The gradient that comes back
+    through this x is added to this layer's where that is computed, and autograd has nothing left to
+    add; but by the weight route with unequally many rows for each task it adds as ever. Since a
+    gradient may be written to, this x is for nothing but layers that go through this function.
     """
     layer = (x, weight, bias, lora_A, lora_B, task_ptr)
     try:
@@ -229,8 +229,9 @@ def _run(
         if hands_on and x.requires_grad and _has_equal_rows(task_ptr):
             return _WeightRoute.apply(*given, True)
         return _WeightRoute.apply(*given, False), x
-    tf32 = tf32_allowed(x.dtype, x.is_cuda)
-    return _TokenRoute.apply(*layer, scaling, dropout_p, seed, tf32), x
+    tf32, shares = tf32_allowed(x.dtype, x.is_cuda), hands_on and x.requires_grad
+    result = _TokenRoute.apply(*layer, scaling, dropout_p, seed, tf32, shares)
+    return result if shares else (result, x)
 
 
 def _has_equal_rows(task_ptr: Tensor) -> bool:
@@ -340,23 +341,32 @@ def _merged(
 
 
 class _TokenRoute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x, weight, _, lora_A, lora_B, task_ptr, scaling, dropout_p, seed, tf32 = arguments
-        y, shrunk, kept = call("lora_linear_token", *arguments)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, task_ptr, shrunk, kept, seed)
-        ctx.scaling, ctx.dropout_p, ctx.tf32 = scaling, dropout_p, tf32
-        return y
+    """With ``hands_on``, x is a result too, to whose gradient that of x is added."""
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> Any:
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        *given, hands_on = arguments
+        x, weight, _, lora_A, lora_B, task_ptr, scaling, dropout_p, seed, tf32 = given
+        y, shrunk, kept = call("lora_linear_token", *given)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, task_ptr, shrunk, kept, seed)
+        ctx.scaling, ctx.dropout_p, ctx.tf32 = scaling, dropout_p, tf32
+        if not hands_on:
+            return y
+        ctx.set_materialize_grads(False)
+        return y, x
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, grad_x: Tensor | None = None) -> Any:
+        if grad_y is None:  # of what was saved nothing is looked at: it may have been changed
+            return grad_x, *[None] * 10
         *layer, shrunk, kept, seed = ctx.saved_tensors
         settings, needed = (ctx.scaling, ctx.dropout_p, seed), ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
-            return *_exact(needed, grad_y, layer, *settings), None
+            own, *others = _exact(needed, grad_y, layer, *settings)
+            return own if grad_x is None else own + grad_x, *others, None, None
         name = "lora_linear_token_backward"
-        found = call(name, grad_y, *layer, shrunk, kept, *settings, ctx.tf32, *needed)
-        return *where_needed(needed, found), None, None, None, None, None
+        found = call(name, grad_y, *layer, shrunk, kept, *settings, ctx.tf32, *needed, grad_x)
+        return *where_needed(needed, found), *[None] * 6
 
 
 def _exact(

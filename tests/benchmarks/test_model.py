@@ -55,7 +55,10 @@ def test_predictions_are_within_the_goals(
     assert 1 < relative(case) <= limit
 
 
-@pytest.mark.parametrize(("case", "gain"), [("a 768→768 L40 T10 r8", 0.25), ("b", 0.04)])
+@pytest.mark.parametrize(
+    ("case", "gain"),
+    [("a 768→768 L40 T10 r8", 0.25), ("a 768→768 L40 T10 r8 p0.1", 0.2), ("b", 0.08)],
+)
 def test_layers_that_read_the_same_x_gain_by_what_they_hand_on(case: str, gain: float) -> None:
     for found in BENCHMARK.select([case]):
         shared, alone = (

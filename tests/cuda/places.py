@@ -71,4 +71,5 @@ def calls_of_layer(operators: Any, layer: Layer, route: str, step: str) -> None:
         bits = (layer.total, (inner + 63) // 64 * 8) if layer.dropout else (0,)
         kept = torch.randint(256, bits, dtype=torch.uint8)
         name = operators.lora_linear_token_backward
-        name(grad, x, weight, *adapters, shrunk, kept, *dropout, *needed)
+        given_x = torch.randn_like(x) if layer.adds_to_x else None
+        name(grad, x, weight, *adapters, shrunk, kept, *dropout, *needed, given_x)

@@ -37,6 +37,7 @@ def layer(rows: tuple[int, ...], precision: str, **changes: Any) -> Layer:
         ("token", {}),
         ("token", {"dropout": 0.1}),
         ("token", {"dropout": 0.1, "need_x": False}),
+        ("token", {"dropout": 0.1, "adds_to_x": True}),
         ("token", {"need_weight": False, "rank": 20}),
     ],
 )

@@ -36,6 +36,7 @@ def problem(
     sizes=[(24, 40), (33, 17), (8, 72)],
     p=[0.0, 0.3],
     tf32=[False, True],
+    adds_to_x=[False, True],
 )
 def test_agrees_with_the_reference(
     shim_operators: Any,
@@ -45,25 +46,30 @@ def test_agrees_with_the_reference(
     sizes: tuple[int, int],
     p: float,
     tf32: bool,
+    adds_to_x: bool,
 ) -> None:
     given = problem(rows, *sizes, rank, dtype)
     task_ptr = torch.tensor([0, *rows]).cumsum(0)
     grad_y = given.pop("grad_y")
+    grad_x = torch.randn_like(given["x"]) if adds_to_x else None
     seed = torch.tensor(11) if p else None
     y, shrunk, kept = shim_operators.lora_linear_token(
         *given.values(), task_ptr, 0.7, p, seed, tf32
     )
     given_backward = [t for name, t in given.items() if name != "bias"]
     found = shim_operators.lora_linear_token_backward(
-        *(grad_y, *given_backward, task_ptr, shrunk, kept, 0.7, p, seed, tf32, *[True] * 5)
+        *(grad_y, *given_backward, task_ptr, shrunk, kept, 0.7, p, seed, tf32, *[True] * 5),
+        grad_x,
     )
 
     def plain(to: torch.dtype) -> list[Tensor]:
         wide = [t.to(to) for t in given.values()]
         wide_backward = [t.to(to) for t in (grad_y, *given_backward)]
         settings = (task_ptr, 0.7, p, seed)
-        gradients = reference.lora_linear_backward(*wide_backward, *settings)
-        return [reference.lora_linear(*wide, *settings), *gradients]
+        own, *others = reference.lora_linear_backward(*wide_backward, *settings)
+        if grad_x is not None:
+            own += grad_x.to(to)
+        return [reference.lora_linear(*wide, *settings), own, *others]
 
     exact, usual = plain(torch.float64), plain(dtype)
     for got, other, right in zip((y, *found), usual, exact, strict=True):
@@ -89,7 +95,7 @@ def test_float32_is_rounded_to_tf32_only_where_that_is_allowed(shim_operators: A
             x, weight, bias, *adapters, task_ptr, *settings
         )
         found = shim_operators.lora_linear_token_backward(
-            *(grad_y, x, weight, *adapters, task_ptr, shrunk, kept, *settings, *[True] * 5)
+            *(grad_y, x, weight, *adapters, task_ptr, shrunk, kept, *settings, *[True] * 5, None)
         )
         pairs = zip((y, *found[3:]), exact, strict=True)
         errors[tf32] = [relative_error(got, right) for got, right in pairs]
@@ -128,7 +134,7 @@ def test_what_is_launched_is_one_pass_forward_and_two_backward(
     assert [name for name, _ in asked()] == ["token_kernel", "addmm"]
     frozen = (True, False, False, True, True)
     shim_operators.lora_linear_token_backward(
-        grad_y, x, weight, *adapters, task_ptr, shrunk, kept, *settings, *frozen
+        grad_y, x, weight, *adapters, task_ptr, shrunk, kept, *settings, *frozen, None
     )
     passes = ["token_kernel", "addmm", "token_kernel", "sum_token_kernel", "sum_token_kernel"]
     assert [name for name, _ in asked()] == passes

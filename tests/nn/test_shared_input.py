@@ -154,11 +154,12 @@ RUNS = (
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
-def test_whatever_happens_between_the_calls(sharing, run: Run) -> None:
+@pytest.mark.parametrize("route", ["weight", "token"])
+def test_whatever_happens_between_the_calls(sharing, run: Run, route: str) -> None:
     found = []
     for on in (True, False):
         sharing(on)
-        found.append(results(projections("weight"), EQUAL, run))
+        found.append(results(projections(route), EQUAL, run))
     assert_equal(*found)
 
 
@@ -179,17 +180,20 @@ def test_one_cast_under_autocast(sharing) -> None:
         assert shared <= 1.5 * alone
 
 
-def test_gradients_are_added_in_the_products(sharing) -> None:
+@pytest.mark.parametrize(
+    ("route", "ids", "products"), [("weight", EQUAL, 2), ("token", EQUAL, 0), ("token", RAGGED, 0)]
+)
+def test_gradients_are_not_added_by_autograd(sharing, route, ids, products) -> None:
     additions = []
     for on in (True, False):
         sharing(on)
         with torch.profiler.profile() as profile:
-            results(projections("weight"), EQUAL)
+            results(projections(route), ids)
         names = [event.name for event in profile.events()]
         added = names.count("aten::add") + names.count("aten::add_")
         additions.append((added, names.count("aten::baddbmm_")))
     (shared, in_products), (alone, none) = additions
-    assert (in_products, none) == (2, 0) and shared == alone - 2
+    assert (in_products, none) == (products, 0) and shared == alone - 2
 
 
 def test_a_tensor_that_was_written_to_is_read_again(sharing) -> None:
@@ -214,12 +218,13 @@ def test_another_dtype_of_autocast_begins_anew(sharing) -> None:
         assert layers["key"](x).dtype == torch.float32
 
 
-def test_one_output_at_a_time(sharing) -> None:
+@pytest.mark.parametrize("route", ["weight", "token"])
+def test_one_output_at_a_time(sharing, route: str) -> None:
     """The graph of one layer may be gone, and its weight changed, when that of another is used."""
     found: list[list[Tensor]] = []
     for on in (True, False):
         sharing(on)
-        layers = projections("weight")
+        layers = projections(route)
         torch.manual_seed(1)
         leaf = torch.randn(6, 4, 36, dtype=torch.float64, requires_grad=True)
         with tasks(torch.tensor(EQUAL)):
@@ -233,11 +238,12 @@ def test_one_output_at_a_time(sharing) -> None:
     assert_equal(*found)
 
 
-def test_second_derivatives(sharing) -> None:
+@pytest.mark.parametrize("route", ["weight", "token"])
+def test_second_derivatives(sharing, route: str) -> None:
     found = []
     for on in (True, False):
         sharing(on)
-        layers = projections("weight")
+        layers = projections(route)
         torch.manual_seed(1)
         x = torch.randn(6, 2, 36, dtype=torch.float64, requires_grad=True)
         with tasks(torch.tensor(EQUAL)):
@@ -251,9 +257,10 @@ def test_second_derivatives(sharing) -> None:
     assert_equal(*found)
 
 
-def test_backward_twice(sharing) -> None:
+@pytest.mark.parametrize("route", ["weight", "token"])
+def test_backward_twice(sharing, route: str) -> None:
     sharing(True)
-    layers = projections("weight")
+    layers = projections(route)
     x = torch.randn(6, 2, 36, dtype=torch.float64, requires_grad=True)
     with tasks(torch.tensor(EQUAL)):
         total = sum(y.square().sum() for y in called(layers, x))

@@ -54,7 +54,8 @@ def _token_backward() -> tuple[Any, ...]:
         0.3, _seed(), False
     )
     shrunk, kept = torch.randn(7, 3, dtype=F64), torch.zeros(7, 8, dtype=torch.uint8)
-    return (grad_y, x, weight, lora_A, lora_B, task_ptr, shrunk, kept, scaling, *rest)
+    saved = (x, weight, lora_A, lora_B, task_ptr, shrunk, kept)
+    return (grad_y, *saved, scaling, *rest, torch.randn_like(x))
 
 
 def _attention(*rest: Any) -> tuple[Any, ...]:

@@ -56,7 +56,7 @@ def test_lora_linear(route: str, rows: str, size: str, kind: str) -> None:
         forward, backward = map(_native.raw, ("lora_linear_token", "lora_linear_token_backward"))
         options = (0.5, 0.0, None, False)
         _, *kept = forward(x, weight, None, lora_A, lora_B, task_ptr, *options)
-        got = backward(*saved, *kept, *options, *[True] * 5)
+        got = backward(*saved, *kept, *options, *[True] * 5, None)
 
     def plain(*tensors: Tensor) -> tuple[Tensor, ...]:
         return reference.lora_linear_backward(*tensors, task_ptr, 0.5)

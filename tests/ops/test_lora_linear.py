@@ -327,7 +327,9 @@ def test_opcheck(native: None, sizes: tuple[int, int, int]) -> None:
         check(raw.lora_linear_token.default, (*inputs, *dropout))
         kept = raw.lora_linear_token(*inputs, *dropout)[1:]
         for needs in ([True] * 5, [False, True, False, True, False], [False] * 5):
-            check(raw.lora_linear_token_backward.default, (*saved, *kept, 0.5, *dropout, *needs))
+            for grad_x in (None, torch.randn_like(inputs[0])):
+                given = (*saved, *kept, 0.5, *dropout, *needs, grad_x)
+                check(raw.lora_linear_token_backward.default, given)
     for needs in ([True] * 5, [False, True, False, True, False], [False] * 5):
         check(raw.lora_linear_weight_backward.default, (*saved, 0.5, None, False, *needs))
         check(raw.lora_linear_weight_backward.default, (*saved, 0.5, merged, False, *needs))
