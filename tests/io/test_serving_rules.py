@@ -1,8 +1,9 @@
 """Exported adapters against the rules of those who serve them: vLLM, and llama.cpp's conversion.
 
 Both read adapter_config.json and adapter_model.safetensors; the rules are those of vLLM's LoRA
-loader (vllm/lora: peft_helper.py, lora_model.py and utils.py) and of convert_lora_to_gguf.py. With
-LLAMA_CPP naming a checkout of llama.cpp, and its package gguf, the conversion itself is run.
+loader (vllm/lora: peft_helper.py, lora_model.py and utils.py) and of convert_lora_to_gguf.py. Where
+vLLM is installed, its loader itself reads them, on a CPU; with LLAMA_CPP naming a checkout of
+llama.cpp, and its package gguf, the conversion itself is run.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import metalora
 from metalora.io import export_peft
 from tests.io.test_peft_causal import adapted
 
@@ -159,6 +161,30 @@ def test_others_break_the_rules_that_the_documentation_names(
     case: str, wanted: set[str], tmp_path: Path
 ) -> None:
     assert broken(exported(case, tmp_path / "out")) == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["llama", "gemma2"])
+def test_vllm_loads_them(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its layers' updates, the base has the weights that `merge_and_unload` gives."""
+    vllm = pytest.importorskip("vllm.lora.lora_model", reason="needs the package vllm")
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.peft_helper import PEFTHelper
+
+    monkeypatch.setattr(vllm, "PIN_MEMORY", False)  # there may be no GPU to pin it for
+    model = adapted(case)
+    folders = export_peft(model, tmp_path)
+    wanted = metalora.merge_and_unload(model, task=1).state_dict()
+    helper = PEFTHelper.from_local_dir(str(folders[1]), max_position_embeddings=None)
+    helper.validate_legal(LoRAConfig(max_lora_rank=8, max_loras=1))
+    settings = {"lora_model_id": 1, "device": "cpu", "dtype": torch.float32}
+    loaded = vllm.LoRAModel.from_local_checkpoint(str(folders[1]), LAYERS, helper, **settings)
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict()
+    for name, layer in loaded.loras.items():
+        found[f"{name}.weight"] += layer.scaling * layer.lora_b @ layer.lora_a
+    assert len(loaded.loras) == len(helper.target_modules)
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight)
 
 
 @pytest.mark.slow
