@@ -12,7 +12,6 @@ import itertools
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.lib.unused import at_most
@@ -59,22 +58,6 @@ class Part:
         ids = torch.cat([self.ids + count * i for i in range(times)])
         inputs = torch.cat([self.inputs] * times)
         return Part(inputs, self.labels.repeat(times), ids, self.tasks.repeat(times))
-
-
-def halved(dataset: Dataset) -> Dataset:
-    """Returns the images at half their height and width, each pixel the mean of four, rounded."""
-
-    def smaller(images: Images) -> Images:
-        pixels = F.avg_pool2d(images.pixels.float(), 2).round().to(torch.uint8)
-        return Images(pixels, images.labels)
-
-    return Dataset(
-        dataset.name,
-        smaller(dataset.train),
-        smaller(dataset.held_out),
-        dataset.class_names,
-        dataset.sha256,
-    )
 
 
 class Tasks:

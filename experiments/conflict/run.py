@@ -6,7 +6,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.conflict.data import halved
 from experiments.conflict.settings import OF_METHODS, PART_OF, ConflictSettings
 from experiments.conflict.summary import COLUMNS, results_tables, table
 from experiments.conflict.trials import Trials
@@ -18,7 +17,7 @@ from experiments.lib.processes import no_bar
 from experiments.lib.runs import RunFiles, RunFolder
 from experiments.lib.training import Trainings
 from experiments.lib.unused import unused
-from experiments.vision.data import load
+from experiments.vision.data import halved, load
 
 NAME = "conflict"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.lib.errors import DataError, RunError
@@ -78,12 +79,15 @@ class Dataset:
 
 
 def load(name: str, root: Path, download: bool = False) -> Dataset:
-    """Loads "digits" (comes with scikit-learn) or "cifar10" (from ``root``).
+    """Loads "digits" (comes with scikit-learn), or from ``root`` "cifar10" or "cifar10-16".
 
     Raises:
         DataError: nothing is there, or a file is missing or damaged.
     """
-    return load_digits() if name == "digits" else load_cifar10(root, download)
+    if name == "digits":
+        return load_digits()
+    images = load_cifar10(root, download)
+    return images if name == "cifar10" else halved(images)
 
 
 def load_digits() -> Dataset:
@@ -127,6 +131,23 @@ def load_cifar10(root: Path, download: bool = False) -> Dataset:
     raise DataError(
         f"no CIFAR-10 in {root}: neither {TORCHVISION_FOLDER}/ nor {GRID_MANIFEST} is there; "
         "give its folder with --data-root, or add --download where there is a network"
+    )
+
+
+def halved(dataset: Dataset) -> Dataset:
+    """Returns the images at half their height and width, each pixel the mean of four, rounded."""
+
+    def smaller(images: Images) -> Images:
+        pixels = F.avg_pool2d(images.pixels.float(), 2).round().to(torch.uint8)
+        return Images(pixels, images.labels)
+
+    size = dataset.train.pixels.shape[-1] // 2
+    return Dataset(
+        f"{dataset.name}-{size}",
+        smaller(dataset.train),
+        smaller(dataset.held_out),
+        dataset.class_names,
+        dataset.sha256,
     )
 
 

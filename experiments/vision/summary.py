@@ -11,6 +11,7 @@ from experiments.lib import training
 from experiments.lib.retraining_settings import ALL, FINETUNES, METHODS
 from experiments.lib.statistics import summarize, with_error
 from experiments.lib.tables import NAMES, STANDARD, Table, compared
+from experiments.vision.settings import CIFAR10
 
 COLUMNS = (
     *("experiment", "data", "method", "finetune", "shots", "draw", "finetune_lr"),
@@ -109,7 +110,7 @@ def results_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, Table]:
     tables = {"": compared(rows, key, LAST, last), "shots": _by_shots(rows, last)}
     if any(row["metric"] == BEST for row in rows):
         best = compared(rows, key, BEST, f"{_WHAT}, in the best epoch, which is optimistic.")
-        tables["best"] = _with_paper(best) if rows[0]["data"] == "cifar10" else best
+        tables["best"] = _with_paper(best) if rows[0]["data"] in CIFAR10 else best
     return tables
 
 
@@ -158,6 +159,6 @@ def _with_paper(table: Table) -> Table:
 
 def _in_paper(line: Mapping[str, Any]) -> dict[str, float]:
     found = PAPER.get((line["method"], line["finetune"]))
-    if found is None or (line["data"], line["shots"]) != ("cifar10", ALL):
+    if found is None or line["data"] not in CIFAR10 or line["shots"] != ALL:
         return {}
     return dict(zip(("paper", "paper_se"), found, strict=True))

@@ -11,7 +11,7 @@ import torch
 
 import metalora
 from experiments.conflict import changes
-from experiments.conflict.data import FIRST, GROUPS, Tasks, halved
+from experiments.conflict.data import FIRST, GROUPS, Tasks
 from experiments.conflict.run import CONFLICT, main
 from experiments.conflict.settings import METHODS, MODELS, ConflictSettings
 from experiments.conflict.summary import ACCURACY, RATE, VALIDATION, best_finetuning, table
@@ -181,14 +181,6 @@ def test_a_smaller_draw_is_part_of_a_larger_one_and_draws_differ() -> None:
         assert _images(small.inputs[small.ids == task]) <= _images(large.inputs[large.ids == task])
     assert small.tasks.tolist() == (36 + small.ids % 8).tolist()
     assert _images(large.inputs[large.ids == 0]) != _images(large.inputs[large.ids == 8])
-
-
-def test_halved_images_are_means_of_four_pixels() -> None:
-    pixels = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8, generator=drawn())
-    images = Images(pixels, torch.arange(3))
-    small = halved(Dataset("x", images, images, ("a",), "")).train.pixels
-    wanted = (pixels.double().view(3, 3, 4, 2, 4, 2).sum((3, 5)) / 4).round()
-    assert torch.equal(small.double(), wanted)
 
 
 def test_fine_tuning_rates_are_chosen_without_the_test_tasks() -> None:

@@ -64,7 +64,7 @@ def test_settings_without_a_part_in_the_run_or_beyond_the_data_are_said(
     given |= {"reptile_lr": 0.1, "download": True, "train_per_class": 99999}
     VISION.run(vision_settings(**given, out=tmp_path / "run"))
     assert capsys.readouterr().err.splitlines() == [
-        "note: --download has no effect in this run: it is for cifar10 only",
+        "note: --download has no effect in this run: it is for cifar10, cifar10-16 only",
         "note: --rank has no effect in this run: it is for lora-ml, lora only",
         "note: --reptile-lr has no effect in this run: it is for reptile only",
         "note: --train-per-class 99999: a class has at most 110, so all are used",

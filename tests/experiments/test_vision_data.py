@@ -13,10 +13,12 @@ from PIL import Image
 
 from experiments.lib.errors import DataError
 from experiments.vision.data import (
+    Dataset,
     Images,
     binary_tasks,
     few_shot,
     first_per_class,
+    halved,
     load,
     load_cifar10,
     load_digits,
@@ -163,6 +165,20 @@ def test_torchvision_layout(torchvision_folder: Path, capsys: pytest.CaptureFixt
     assert data.held_out.labels.tolist() == stored["labels"]
     assert data.class_names == tuple(f"class {i}" for i in range(10))
     assert capsys.readouterr().out == ""
+
+
+def test_halved_images_are_means_of_four_pixels() -> None:
+    pixels = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+    images = Images(pixels, torch.arange(3))
+    small = halved(Dataset("x", images, images, ("a",), "")).train.pixels
+    wanted = (pixels.double().view(3, 3, 4, 2, 4, 2).sum((3, 5)) / 4).round()
+    assert torch.equal(small.double(), wanted)
+
+
+def test_cifar10_at_half_its_size(torchvision_folder: Path) -> None:
+    whole, half = load("cifar10", torchvision_folder), load("cifar10-16", torchvision_folder)
+    assert half.train.pixels.shape == (100, 3, 16, 16) and half.name == "cifar10-16"
+    assert torch.equal(half.held_out.labels, whole.held_out.labels) and half.sha256 == whole.sha256
 
 
 def test_damaged_torchvision_layout_is_reported_by_name(torchvision_folder: Path) -> None:

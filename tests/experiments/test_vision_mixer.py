@@ -22,7 +22,7 @@ def expected_parameters(c: MixerConfig) -> int:
     return embed + c.depth * block + norm + linear(c.width, c.classes)
 
 
-@pytest.mark.parametrize("data", ["cifar10", "digits"])
+@pytest.mark.parametrize("data", MODELS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_sizes(data: str, bias: bool) -> None:
     config = dataclasses.replace(MODELS[data], bias=bias)
