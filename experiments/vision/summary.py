@@ -19,6 +19,7 @@ COLUMNS = (
 )
 KEY = ("data", "method", "finetune", "shots")
 BEST, LAST = "accuracy_best", "accuracy_last"
+RETRAINING = "validation_last"
 AGAINST = f"{LAST}_vs"  # standard retraining
 # Table 1 of the paper: fine-tuning on all images, best epoch, mean and standard error of 5 trials.
 PAPER: Mapping[tuple[str, str], tuple[float, float]] = {
@@ -99,15 +100,21 @@ def table(lines: Iterable[Mapping[str, Any]]) -> str:
 def results_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, Table]:
     """Returns the tables for the documentation.
 
+    "retraining" is of the retraining tasks, where they were retrained, the others of the test task.
     The main one has the last epoch's accuracy; "shots" has it with a column for each retraining;
     "best" has the best epoch's, where it was measured, and the paper's beside it.
     """
+    retrained = [row for row in rows if not row["finetune"]]
     rows = sorted(complete(rows), key=_place)
     key = {"finetune": "fine-tuning", "shots": "images", "method": "retraining"}
     if any(len(of) > 1 for of in _rates(rows).values()):
         key["finetune_lr"] = "rate"
     last = f"{_WHAT}, after the last epoch."
     tables = {"": compared(rows, key, LAST, last), "shots": _by_shots(rows, last)}
+    if retrained:
+        what = f"{_WHAT.replace('test task', 'retraining tasks')}, after the last epoch."
+        retrained.sort(key=lambda row: METHODS.index(row["method"]))
+        tables["retraining"] = compared(retrained, {"method": "retraining"}, RETRAINING, what)
     if any(row["metric"] == BEST for row in rows):
         best = compared(rows, key, BEST, f"{_WHAT}, in the best epoch, which is optimistic.")
         tables["best"] = _with_paper(best) if rows[0]["data"] in CIFAR10 else best

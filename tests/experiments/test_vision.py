@@ -195,6 +195,13 @@ def test_the_tables_of_the_documentation() -> None:
     digits = results_tables([{**row, "data": "digits"} for row in rows])
     assert "paper" not in digits["best"].header
     assert set(results_tables([r for r in rows if r["metric"] != "accuracy_best"])) == {"", "shots"}
+    retrained = [{**row, "finetune": "", "shots": "", "metric": "validation_last"} for row in rows]
+    found = results_tables([*rows, *retrained[:1], *retrained[4:5]])["retraining"]
+    wanted = [["LoRA-ML", "80.0 (n/a)"], ["standard", "70.0 (n/a)"]]
+    assert [row[:2] for row in found.rows] == wanted
+        ["LoRA-ML", "80.0 (n/a)"],
+        ["standard", "70.0 (n/a)"],
+    ]
 
 
 def test_a_summary_of_several_rates_has_a_line_for_each() -> None:
