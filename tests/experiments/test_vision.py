@@ -199,9 +199,6 @@ def test_the_tables_of_the_documentation() -> None:
     found = results_tables([*rows, *retrained[:1], *retrained[4:5]])["retraining"]
     wanted = [["LoRA-ML", "80.0 (n/a)"], ["standard", "70.0 (n/a)"]]
     assert [row[:2] for row in found.rows] == wanted
-        ["LoRA-ML", "80.0 (n/a)"],
-        ["standard", "70.0 (n/a)"],
-    ]
 
 
 def test_a_summary_of_several_rates_has_a_line_for_each() -> None:
