@@ -14,6 +14,7 @@ COLUMNS = (
     *("task", "trial", "metric", "value"),
 )
 BEFORE, LAST, BEST = "accuracy_before", "accuracy_last", "accuracy_best"
+RETRAINING = "validation_last"
 METRICS = (BEFORE, LAST, BEST)
 KEY = ("method", "finetune", "rank")
 TITLES = {
@@ -76,13 +77,22 @@ def table_of_ranks(lines: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def results_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, Table]:
-    """Returns the tables for the documentation: after the last epoch, and before fine-tuning."""
+    """Returns the tables for the documentation.
+
+    The main one has the test tasks after the last epoch, "before" before fine-tuning; "retraining"
+    has the retraining tasks, if there was retraining and with one rank.
+    """
     what = (
-        "Held-out accuracy in %, mean over test tasks; mean (standard error) over the trials, all "
+        "Held-out accuracy in %, mean over {} tasks; mean (standard error) over the trials, all "
         "on the same held-out turns"
     )
+    test, retrained = what.format("test"), [row for row in rows if not row["finetune"]]
     key = {"finetune": "fine-tuning", "rank": "rank", "method": "retraining"}
-    return {
-        "": compared(rows, key, LAST, f"{what}, after the last epoch."),
-        "before": compared(rows, key, BEFORE, f"{what}, before fine-tuning."),
+    tables = {
+        "": compared(rows, key, LAST, f"{test}, after the last epoch."),
+        "before": compared(rows, key, BEFORE, f"{test}, before fine-tuning."),
     }
+    if retrained and len({row["rank"] for row in rows if row["rank"]}) == 1:
+        caption = what.format("retraining") + ", after the last epoch."
+        tables["retraining"] = compared(retrained, {"method": "retraining"}, RETRAINING, caption)
+    return tables

@@ -43,12 +43,12 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "cifar10-16": {
         "epochs": 50,
         "batch_size": 256,
-        "lr": 3e-3,
+        "lr": 1e-3,
         "weight_decay": 1e-5,
         "finetune_epochs": 50,
         "finetune_batch_size": 256,
-        "finetune_lr": 3e-3,
-        "reptile_inner_lr": 3e-3,
+        "finetune_lr": 1e-2,
+        "reptile_inner_lr": 1e-3,
         "reptile_inner_steps": 20,
     },
     "digits": {
@@ -126,11 +126,11 @@ class VisionSettings(RetrainingSettings):
     batch_size: int = option(
         None, help="of a batch; pooled: of all tasks together (256; digits: 32)"
     )
-    lr: float = option(None, help="of retraining (cifar10: 1e-4, cifar10-16: 3e-3, digits: 1e-2)")
+    lr: float = option(None, help="of retraining (cifar10: 1e-4, cifar10-16: 1e-3, digits: 1e-2)")
     weight_decay: float = option(None, help="of all optimisers but inner ones (1e-5)")
     finetune_epochs: int = option(None, help="of fine-tuning (cifar10: 100, others: 50)")
     finetune_batch_size: int = option(None, help="(256; digits: 32)")
-    finetune_lr: float = option(None, help="(cifar10: 5e-4, cifar10-16: 3e-3, digits: 3e-2)")
+    finetune_lr: float = option(None, help="(cifar10: 5e-4, cifar10-16: 1e-2, digits: 3e-2)")
     finetune_lrs: tuple[float, ...] = option(
         (), help="several rates of fine-tuning, run one by one, to choose from", extends=True
     )
@@ -160,7 +160,9 @@ class VisionSettings(RetrainingSettings):
     reptile_inner_optimizer: str = option(
         None, help="(paper: sgd, tuned: adam)", choices=("adam", "sgd")
     )
-    reptile_inner_lr: float = option(None, help="(paper: 1e-2, tuned: 1e-4; others: 3e-3)")
+    reptile_inner_lr: float = option(
+        None, help="(paper: 1e-2, tuned: 1e-4; cifar10-16: 1e-3, digits: 3e-3)"
+    )
     reptile_inner_steps: int = option(None, help="(20; digits tuned: 7)")
     train_per_class: int | None = option(None, help="use only so many training images a class")
     held_out_per_class: int | None = option(None, help="use only so many held-out images a class")
