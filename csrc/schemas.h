@@ -9,8 +9,8 @@ void define_operators(Library& m) {
   // The two routes of lora_linear. `merged` [T, out, in] are the W_t where they are at hand; with
   // `tf32` the GPU's products may round factors to TF32. `shrunk` [M, r] is what the token route
   // keeps for backward, with dropout also `kept`: a bit for each element of x, rows padded to 64
-  // bits, set where dropout keeps the element. To `grad_x`, where it is given, the gradient of x is
-  // added. Gradients that are not needed come back as empty tensors.
+  // bits, set where dropout keeps the element. `grad_x` is a gradient that x has already: that of
+  // x comes back with it added. Gradients that are not needed come back as empty tensors.
   m.def(
       "lora_linear_weight(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
       "Tensor task_ptr, float scaling, Tensor? merged, bool tf32) -> Tensor");

@@ -92,7 +92,7 @@ class Layer:
     @property
     def added_to(self) -> int:
         """Elements of a gradient of x that are read to be added to."""
-        return self.total * self.in_features if self.adds_to_x else 0
+        return self.total * self.in_features if self.adds_to_x and self.need_x else 0
 
     @property
     def tf32(self) -> bool:
@@ -217,7 +217,7 @@ def _weight_route(layer: Layer) -> Iterator[Call]:
             extra = layer.added_to if tasks == 1 else 0
             for n in filter(None, layer.rows):
                 yield _product(layer, "addmm", "backward", (1, n, inner, outer), extra=extra)
-        if layer.adds_to_x and len(set(layer.rows)) > 1:
+        if layer.added_to and len(set(layer.rows)) > 1:
             yield _add(layer.added_to * layer.activation)
     # The sums over rows of dY come with the products, as one of each product.
     summed = layer.need_weight and layer.bias and layer.activation < 8

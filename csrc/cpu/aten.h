@@ -35,6 +35,11 @@ inline Tensor empty_if(bool needed, std::initializer_list<int64_t> sizes, Scalar
   return needed ? empty(sizes, dtype) : none(dtype);
 }
 
+// a + b, as a − (−1) b: torch's stable interface has `subtract` and no `add`.
+inline Tensor added(const Tensor& a, const Tensor& b) {
+  return torch::stable::subtract(a, b, -1.0);
+}
+
 // run(T{}) with the type of this dtype, float or double.
 template <typename Run>
 auto with_type(ScalarType dtype, const Run& run) {

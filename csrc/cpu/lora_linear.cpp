@@ -409,10 +409,9 @@ struct Cpu {
       cpu::token_backward<Element>(p, g, data<Element>(dy), data<Sum<Element>>(shrunk),
                                    dropout.p > 0 ? data<uint8_t>(kept) : nullptr, dropout.p, need);
     });
-    Tensor own_and_given = cast(g.x, dtype);  // torch's stable interface has no sum
-    if (grad_x && need.x) own_and_given = torch::stable::subtract(own_and_given, *grad_x, -1);
-    return {own_and_given, cast(g.weight, dtype), cast(g.bias, dtype), cast(g.A, dtype),
-            cast(g.B, dtype)};
+    const Tensor own = cast(g.x, dtype);
+    return {grad_x && need.x ? added(own, *grad_x) : own, cast(g.weight, dtype),
+            cast(g.bias, dtype), cast(g.A, dtype), cast(g.B, dtype)};
   }
 };
 

@@ -126,10 +126,9 @@ struct Cpu {
     });
     const Tensor result_A = cast(grad_A, dtype), result_B = cast(grad_B, dtype);
     if (!symmetric) return {cast(grad_weight, dtype), result_A, result_B};
-    // U is both B and Aᵀ: its gradient is the sum of theirs, B − (−1) Aᵀ, since the stable ABI has
-    // subtract and no add.
+    // U is both B and Aᵀ: its gradient is the sum of theirs.
     const Tensor of_A = torch::stable::transpose(result_A, 1, 2);
-    return {cast(grad_weight, dtype), none(dtype), torch::stable::subtract(result_B, of_A, -1.0)};
+    return {cast(grad_weight, dtype), none(dtype), added(result_B, of_A)};
   }
 };
 

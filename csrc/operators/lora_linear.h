@@ -5,7 +5,8 @@
 //   weight_backward(layer, grad_y, merged, tf32, need) -> Gradients
 //   token(layer, bias, dropout, tf32) -> TokenResult
 //   token_backward(layer, grad_y, shrunk, kept, dropout, tf32, need, grad_x) -> Gradients
-// where x and grad_y are dense, and so is grad_x, to which the gradient of x is added.
+// where x and grad_y are dense, and so is grad_x, a gradient that x has already, which the one of x
+// that comes back has in it.
 #pragma once
 
 #include <optional>

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.conflict.settings import OF_METHODS, PART_OF, ConflictSettings
+from experiments.conflict.settings import IMAGES, OF_METHODS, PART_OF, ConflictSettings
 from experiments.conflict.summary import COLUMNS, results_tables, table
 from experiments.conflict.trials import Trials
 from experiments.lib.choices import keep_choices
@@ -17,7 +17,7 @@ from experiments.lib.processes import no_bar
 from experiments.lib.runs import RunFiles, RunFolder
 from experiments.lib.training import Trainings
 from experiments.lib.unused import unused
-from experiments.vision.data import halved, load
+from experiments.vision.data import load
 
 NAME = "conflict"
 
@@ -26,9 +26,7 @@ def prepare(given: ConflictSettings) -> Work:
     """Loads the images; every retraining and every fine-tuning is a unit of work."""
     device = choose_device(given.device)
     settings = given.resolved(device.type)
-    dataset = load(settings.data, settings.data_root, settings.download)
-    if settings.data == "cifar10":
-        dataset = halved(dataset)
+    dataset = load(IMAGES[settings.data], settings.data_root, settings.download)
     points = [(*point, trial) for trial in settings.trials for point in settings.points()]
     for inputs in settings.inputs:  # refuses settings before anything is written
         checked = Trials(settings, dataset, inputs, 0.0, settings.first_seed, device)

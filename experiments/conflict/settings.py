@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 
 from experiments.lib.cli import flag_of, option, unique
 from experiments.lib.retraining_settings import ALL, PER_TASK, RetrainingSettings, part_of
-from experiments.vision.augment import Augmentation
-from experiments.vision.mixer import MixerConfig
+from experiments.vision import settings as vision
 
 
 @dataclass(frozen=True)
@@ -91,22 +90,9 @@ SMOKE = {
     "held_out_per_class": 8,
     "reptile_inner_steps": 1,
 }
-MODELS = {
-    "cifar10": MixerConfig(
-        image_size=16, width=192, token_hidden=64, channel_hidden=96, dropout=0.0
-    ),
-    "digits": MixerConfig(
-        image_size=8,
-        channels=1,
-        patch_size=2,
-        width=64,
-        token_hidden=64,
-        channel_hidden=32,
-        dropout=0.0,
-    ),
-}
-# Mirrored digits are no digits.
-AUGMENTATIONS = {"cifar10": Augmentation(2, flip=True), "digits": Augmentation(1, flip=False)}
+IMAGES = {"cifar10": "cifar10-16", "digits": "digits"}  # as the vision experiment calls them
+MODELS = {name: dataclasses.replace(vision.MODELS[of], dropout=0.0) for name, of in IMAGES.items()}
+AUGMENTATIONS = {name: vision.AUGMENTATIONS[of] for name, of in IMAGES.items()}
 
 
 @dataclasses.dataclass(frozen=True)

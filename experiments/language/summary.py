@@ -80,7 +80,7 @@ def results_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, Table]:
     """Returns the tables for the documentation.
 
     The main one has the test tasks after the last epoch, "before" before fine-tuning; "retraining"
-    has the retraining tasks, if there was retraining and with one rank.
+    has the retraining tasks, if there was retraining, unless LoRA has several ranks.
     """
     what = (
         "Held-out accuracy in %, mean over {} tasks; mean (standard error) over the trials, all "
@@ -92,7 +92,7 @@ def results_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, Table]:
         "": compared(rows, key, LAST, f"{test}, after the last epoch."),
         "before": compared(rows, key, BEFORE, f"{test}, before fine-tuning."),
     }
-    if retrained and len({row["rank"] for row in rows if row["rank"]}) == 1:
+    if retrained and len({row["rank"] for row in rows if row["rank"]}) <= 1:
         caption = what.format("retraining") + ", after the last epoch."
         tables["retraining"] = compared(retrained, {"method": "retraining"}, RETRAINING, caption)
     return tables

@@ -47,7 +47,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "weight_decay": 1e-5,
         "finetune_epochs": 50,
         "finetune_batch_size": 256,
-        "finetune_lr": 1e-2,
+        "finetune_lr": 3e-2,
         "reptile_inner_lr": 1e-3,
         "reptile_inner_steps": 20,
     },
@@ -130,7 +130,7 @@ class VisionSettings(RetrainingSettings):
     weight_decay: float = option(None, help="of all optimisers but inner ones (1e-5)")
     finetune_epochs: int = option(None, help="of fine-tuning (cifar10: 100, others: 50)")
     finetune_batch_size: int = option(None, help="(256; digits: 32)")
-    finetune_lr: float = option(None, help="(cifar10: 5e-4, cifar10-16: 1e-2, digits: 3e-2)")
+    finetune_lr: float = option(None, help="(cifar10: 5e-4, others: 3e-2)")
     finetune_lrs: tuple[float, ...] = option(
         (), help="several rates of fine-tuning, run one by one, to choose from", extends=True
     )

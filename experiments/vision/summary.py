@@ -11,7 +11,6 @@ from experiments.lib import training
 from experiments.lib.retraining_settings import ALL, FINETUNES, METHODS
 from experiments.lib.statistics import summarize, with_error
 from experiments.lib.tables import NAMES, STANDARD, Table, compared
-from experiments.vision.settings import CIFAR10
 
 COLUMNS = (
     *("experiment", "data", "method", "finetune", "shots", "draw", "finetune_lr"),
@@ -30,7 +29,7 @@ PAPER: Mapping[tuple[str, str], tuple[float, float]] = {
     ("standard", "last-layer"): (81.16, 0.22),
     ("reptile", "last-layer"): (72.55, 0.39),
 }
-_WHAT = "Held-out accuracy of the test task in %, mean (standard error) over the trials"
+_WHAT = "Held-out accuracy of the {} in %, mean (standard error) over the trials"
 TITLES = {
     "method": "retraining    ",
     "finetune": "fine-tuning",
@@ -109,15 +108,16 @@ def results_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, Table]:
     key = {"finetune": "fine-tuning", "shots": "images", "method": "retraining"}
     if any(len(of) > 1 for of in _rates(rows).values()):
         key["finetune_lr"] = "rate"
-    last = f"{_WHAT}, after the last epoch."
+    test = _WHAT.format("test task")
+    last = f"{test}, after the last epoch."
     tables = {"": compared(rows, key, LAST, last), "shots": _by_shots(rows, last)}
     if retrained:
-        what = f"{_WHAT.replace('test task', 'retraining tasks')}, after the last epoch."
+        what = f"{_WHAT.format('retraining tasks')}, after the last epoch."
         retrained.sort(key=lambda row: METHODS.index(row["method"]))
         tables["retraining"] = compared(retrained, {"method": "retraining"}, RETRAINING, what)
     if any(row["metric"] == BEST for row in rows):
-        best = compared(rows, key, BEST, f"{_WHAT}, in the best epoch, which is optimistic.")
-        tables["best"] = _with_paper(best) if rows[0]["data"] in CIFAR10 else best
+        best = compared(rows, key, BEST, f"{test}, in the best epoch, which is optimistic.")
+        tables["best"] = _with_paper(best) if rows[0]["data"] == "cifar10" else best
     return tables
 
 
@@ -166,6 +166,6 @@ def _with_paper(table: Table) -> Table:
 
 def _in_paper(line: Mapping[str, Any]) -> dict[str, float]:
     found = PAPER.get((line["method"], line["finetune"]))
-    if found is None or line["data"] not in CIFAR10 or line["shots"] != ALL:
+    if found is None or (line["data"], line["shots"]) != ("cifar10", ALL):
         return {}
     return dict(zip(("paper", "paper_se"), found, strict=True))

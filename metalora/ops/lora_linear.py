@@ -341,7 +341,7 @@ def _merged(
 
 
 class _TokenRoute(torch.autograd.Function):
-    """With ``hands_on``, x is a result too, to whose gradient that of x is added."""
+    """With ``hands_on``, x is a result too, and what comes back through it is added to x's own."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:

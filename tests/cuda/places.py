@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.lib.cost_model import Layer
 from metalora.ops import _native
@@ -18,6 +19,12 @@ def shim_table(shim: Any) -> dict[str, Any]:
         if other.fake_impl.kernel is None:
             torch.library.register_fake(f"metalora_shim::{name}", entry.fake_impl.kernel.func)
     return {name: getattr(shim, name).default for name in _native.operators}
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """The same numbers, dense, at an address that is no multiple of 16."""
+    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:]
+    return memory.copy_(tensor.flatten()).view(tensor.shape)
 
 
 class Calls:

@@ -59,3 +59,19 @@ def test_calls_are_those_of_the_code(
             if call.step == step and call.name != "cast"
         ]
         assert asked() == wanted
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("route", ["weight", "token"])
+def test_a_gradient_that_is_added_to_is_read_once(route: str, rows: tuple[int, ...]) -> None:
+    """By the weight route with different numbers of rows autograd reads two and writes one."""
+    one = layer(rows, "autocast", dropout=0.1 if route == "token" else 0.0)
+    alone, adding = (
+        sum(call.moved for call in layer_calls(replace(one, adds_to_x=adds), route))
+        for adds in (False, True)
+    )
+    size = one.total * one.in_features * one.activation
+    by_autograd = route == "weight" and len(set(rows)) > 1
+    assert adding - alone == (3 if by_autograd else 1) * size
+    frozen = replace(one, adds_to_x=True, need_x=False)
+    assert layer_calls(frozen, route) == layer_calls(replace(one, need_x=False), route)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metalora import reference
 from metalora.ops import _native
+from tests.cuda.places import misaligned
 from tests.ops.long_sums import KINDS, addends, factors, worst
 from tests.ops.problems import relative_error
 from tests.ops.raw_calls import defined_operators, has_kernel
@@ -200,12 +201,6 @@ def test_dropout_mask(shim_operators: Any, seed: int, shape: tuple[int, int]) ->
     got = shim_operators.dropout_mask(torch.tensor(seed), 0.3, *shape)
     assert got.dtype == torch.bool
     assert torch.equal(got, reference.dropout_mask(torch.tensor(seed), 0.3, *shape))
-
-
-def misaligned(tensor: Tensor) -> Tensor:
-    """The same numbers, dense, at an address that is no multiple of 16."""
-    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:]
-    return memory.copy_(tensor.flatten()).view(tensor.shape)
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ def launchers(cache: Path) -> Callable[[str], Path]:
     """The program of all launchers, by sanitizer."""
     sources = [*sorted(build.SHIM.glob("launchers*.cpp")), *build.kernels()]
     sources += [build.CUDA / "tuning.cpp"]
-    return lambda sanitizer: build.program(cache, sources, sanitizer)
+    return functools.cache(lambda sanitizer: build.program(cache, sources, sanitizer))
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])

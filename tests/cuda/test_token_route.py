@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metalora import reference
 from metalora._library import native_available
+from tests.cuda.places import misaligned
 from tests.ops.problems import relative_error
 from tests.pairs import every_pair
 
@@ -77,6 +78,23 @@ def test_agrees_with_the_reference(
         rounded = tf32 and dtype == torch.float32 and rank <= 128
         floor = 2.0**-10 if rounded else FLOOR[dtype]
         assert relative_error(got, right) <= max(2 * relative_error(other, right), floor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gradient_at_any_address_is_added_to(shim_operators: Any, dtype: torch.dtype) -> None:
+    given = problem((70, 70), 24, 40, 8, dtype)
+    grad_y = given.pop("grad_y")
+    task_ptr, settings = torch.tensor([0, 70, 140]), (0.7, 0.3, torch.tensor(11), False)
+    kept = shim_operators.lora_linear_token(*given.values(), task_ptr, *settings)[1:]
+    given.pop("bias")
+    grad_x = torch.randn_like(given["x"])
+    aligned, other = (
+        shim_operators.lora_linear_token_backward(
+            grad_y, *given.values(), task_ptr, *kept, *settings, *[True] * 5, one
+        )[0]
+        for one in (grad_x, misaligned(grad_x))
+    )
+    assert torch.equal(aligned, other)
 
 
 def test_float32_is_rounded_to_tf32_only_where_that_is_allowed(shim_operators: Any) -> None:

@@ -267,3 +267,23 @@ def test_summary_and_table() -> None:
     assert "87.50 (7.50)" in text and "50.00 (n/a)" in text and " 5.00\n" in text
     first, *_ = summary.by_task(rows("lora-ml", [[0.7, 0.9], [0.9, 1.0]]))
     assert first["task"] == "0" and first[LAST] == pytest.approx(80)
+
+
+def test_the_table_of_the_retraining_tasks_is_for_one_rank() -> None:
+    def retrained(method: str, rank: str, value: str) -> dict[str, str]:
+        found = row(COLUMNS, {"method": method, "finetune": "", "rank": rank, "task": ""})
+        return found | {"trial": "0", "metric": summary.RETRAINING, "value": value}
+
+    def tuned(rank: str) -> dict[str, str]:
+        found = row(COLUMNS, {"method": "standard", "finetune": "lora", "rank": rank, "task": "0"})
+        return found | {"trial": "0", "metric": LAST, "value": "0.5"}
+
+    rows = [retrained("standard", "", "0.5"), retrained("lora-ml", "8", "0.6"), tuned("8")]
+    table = summary.results_tables(rows)["retraining"]
+    assert [r[:3] for r in table.rows] == [
+        ["standard", "50.0 (n/a)", ""],
+        ["LoRA-ML", "60.0 (n/a)", "+10.0"],
+    ]
+    assert "retraining" in summary.results_tables(rows[:1])
+    assert "retraining" not in summary.results_tables([*rows, tuned("4")])
+    assert "retraining" not in summary.results_tables(rows[2:])

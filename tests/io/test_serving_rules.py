@@ -88,10 +88,10 @@ VLLM: dict[str, Callable[[Adapter], bool]] = {
         and all(type(name) is str for name in a.config["target_modules"])
     ),
     "r is at most max_lora_rank, at most 512": lambda a: a.config["r"] <= 512,
-    "all layers have the rank r": lambda a: all(
+    "all layers have the rank r (0.33 takes others)": lambda a: all(
         len(factors["A"]) == a.config["r"] for factors in a.layers().values()
     ),
-    "all layers have the scale lora_alpha / r": lambda a: (
+    "all layers have the scale lora_alpha / r (0.33 takes others)": lambda a: (
         not (a.config["alpha_pattern"] or a.config["rank_pattern"] or a.config["use_rslora"])
     ),
     "bias is none": lambda a: a.config["bias"] == "none" and not a.config["lora_bias"],

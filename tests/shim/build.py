@@ -37,8 +37,8 @@ def has_compiler() -> bool:
     return shutil.which(COMPILER) is not None
 
 
-def kernels(folder: Path = CUDA) -> list[Path]:
-    return sorted(folder.rglob("*.cu"))
+def kernels() -> list[Path]:
+    return sorted(CUDA.rglob("*.cu"))
 
 
 def program(cache: Path, sources: Sequence[Path], sanitizer: str) -> Path:

@@ -77,6 +77,8 @@ void check(const TokenCase& c) {
   backward.scale = 1.5, backward.left = left.data(), backward.shrunk = dS.data();
   backward.result = C.data(), backward.outer = outer.data(), backward.sums = sums.data();
   backward.keeps_result = true, backward.tf32 = c.tf32;
+  Array given = Array::random(c.type, M * K);
+  if (r % 2 == 0) backward.addend = given.data();
   if (c.dropout) backward.kept = kept.data();
   launch_token_pass(backward, blocks, c.type, nullptr);
 
@@ -115,7 +117,7 @@ void check(const TokenCase& c) {
         double sum = 0;
         for (int64_t j = 0; j < r; ++j)
           sum += dS_wanted[static_cast<size_t>(m * r + j)] * D[place(t, r, j, K, k)];
-        C_wanted.push_back(keeps(m, k) ? sum : 0);
+        C_wanted.push_back((keeps(m, k) ? sum : 0) + (backward.addend ? given[m * K + k] : 0));
         sums_wanted[static_cast<size_t>(k)] += 0.5 * x[m * K + k];
         const uint8_t byte = kept[static_cast<size_t>(m * bytes + k / 8)];
         if (c.dropout && (byte >> (k % 8) & 1) != keeps(m, k)) {
