@@ -50,6 +50,7 @@ def main() -> list[float]:
             losses.append(loss.detach())
         history.append(float(torch.stack(losses).mean()))
     metalora.unload(accelerator.unwrap_model(model))  # plain again, with the retrained weights
+    accelerator.end_training()  # leaves the other processes, if there are any
     return history
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from metalora.meta import Callback, Checkpoint, init_process_group, lora_ml
@@ -31,6 +32,8 @@ def main(folder: Path) -> None:
     lora_ml(model, rounds(), CONFIG, WITH_HEADS, callbacks=[KillOnce(), checkpoint])
     if os.environ.get("RANK", "0") == "0":
         save_file(model.state_dict(), folder / "end.safetensors")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
