@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from experiments.lib.statistics import Line, summarize, with_error
-from experiments.lib.tables import Table, compared
+from experiments.lib.tables import Table, compared, side_by_side
 
 ACCURACY, VALIDATION, RATE = "accuracy", "validation", "learning_rate"
 RETRAINING = "validation_last"
@@ -87,13 +87,13 @@ def results_tables(rows: Iterable[Mapping[str, str]]) -> dict[str, Table]:
     rows = list(rows)
     what = "Held-out accuracy of {} in %, mean (standard error) over the trials"
     dials = {"inputs": "inputs", "turned": "labels turned"}
-    few = {**dials, "finetune": "fine-tuning", "shots": "images", "method": "retraining"}
+    few = {**dials, "finetune": "fine-tuning", "shots": "images"}
     unseen = what.format("the unseen test tasks") + "."
     numbers = dict.fromkeys(row["shots"] for row in rows if row["shots"])
     return {
-        "": compared(rows, few, ACCURACY, unseen),
+        "": side_by_side(rows, few, ACCURACY, unseen),
         **{
-            f"{n}-images": compared([r for r in rows if r["shots"] == n], few, ACCURACY, unseen)
+            f"{n}-images": side_by_side([r for r in rows if r["shots"] == n], few, ACCURACY, unseen)
             for n in numbers
         },
         RETRAINING_TASKS: compared(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.lib.statistics import Comparison, summarize, with_error
+from experiments.lib.statistics import Comparison, Line, summarize, with_error
 
 STANDARD = {"method": "standard"}
 DIFFERENCE = "difference to standard [95 %]"
@@ -57,9 +57,7 @@ def compared(
     caption: str,
     *,
     title: str = "accuracy, %",
-    scale: float = 100.0,
-    digits: int = 1,
-    lower_is_better: bool = False,
+    **form: Any,
 ) -> Table:
     """Makes a table of one metric: mean, standard error, paired difference to standard retraining.
 
@@ -69,23 +67,87 @@ def compared(
         metric: its name in the rows.
         caption: see `Table`.
         title: of the metric's column.
+        form: see `_measured`.
+    """
+    lines = [
+        [*(_name(n, line[n]) for n in key), mean, *cells, str(line["trials"])]
+        for line, mean, cells in _measured(rows, key, metric, **form)
+    ]
+    header = [*key.values(), title, DIFFERENCE, AHEAD, "trials"]
+    return Table(header, lines, caption, left=len(key))
+
+
+def side_by_side(
+    rows: Iterable[Mapping[str, str]],
+    settings: Mapping[str, str],
+    metric: str,
+    caption: str,
+    **form: Any,
+) -> Table:
+    """Makes the table of `compared` with a column for each retraining, for many settings.
+
+    Standard retraining comes first. The difference to it and the trials ahead stand below the mean.
+
+    Args:
+        rows: of results.csv, with the columns of the settings, method, trial, metric and value.
+        settings: the title of each column that tells the lines apart.
+        metric, caption: see `compared`.
+        form: see `_measured`.
+    """
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    trials: dict[tuple[str, ...], set[int]] = {}
+    methods: dict[str, None] = {}
+    for line, mean, (against, ahead) in _measured(rows, [*settings, "method"], metric, **form):
+        place = tuple(_name(n, line[n]) for n in settings)
+        text = f"{mean}<br>{against}, {ahead}" if against else mean
+        cells.setdefault(place, {})[line["method"]] = text
+        trials.setdefault(place, set()).add(line["trials"])
+        methods.setdefault(line["method"])
+    ordered = sorted(methods, key=lambda method: method != STANDARD["method"])
+    lines = [
+        [
+            *place,
+            *(of.get(method, "") for method in ordered),
+            " to ".join(str(n) for n in sorted({min(trials[place]), max(trials[place])})),
+        ]
+        for place, of in cells.items()
+    ]
+    header = [*settings.values(), *(NAMES[method] for method in ordered), "trials"]
+    told = "Below a mean: the difference to standard [95 %], and in how many trials it is ahead."
+    return Table(header, lines, f"{caption} {told}", left=len(settings))
+
+
+def _measured(
+    rows: Iterable[Mapping[str, str]],
+    key: Iterable[str],
+    metric: str,
+    *,
+    scale: float = 100.0,
+    digits: int = 1,
+    lower_is_better: bool = False,
+) -> Iterator[tuple[Line, str, tuple[str, str]]]:
+    """Yields the lines of a table with the texts of their mean and of their `difference`.
+
+    Args:
+        rows, metric: see `compared`.
+        key: the columns that tell the lines apart.
         scale: what to multiply the values by: 100 for percent.
         digits: after the decimal point.
         lower_is_better: for the trials ahead.
     """
+    key = list(key)
     found = summarize(
-        rows, list(key), [metric], baseline=STANDARD, lower_is_better=lower_is_better, scale=scale
+        rows, key, [metric], baseline=STANDARD, lower_is_better=lower_is_better, scale=scale
     )
     settings = [name for name in key if name not in STANDARD]
     places = {line: place for place, line in enumerate(_values(found, settings))}
-    lines = []
     for line in sorted(found, key=lambda line: places[tuple(line[name] for name in settings)]):
-        names = [(NAMES.get(line[n], line[n]) if n in NAMED else line[n]) or "–" for n in key]
         mean = with_error(line[metric], line[f"{metric}_se"], f".{digits}f")
-        cells = difference(line[f"{metric}_vs"], lambda value: f"{value:.{digits}f}")
-        lines.append([*names, mean, *cells, str(line["trials"])])
-    header = [*key.values(), title, DIFFERENCE, AHEAD, "trials"]
-    return Table(header, lines, caption, left=len(key))
+        yield line, mean, difference(line[f"{metric}_vs"], lambda value: f"{value:.{digits}f}")
+
+
+def _name(column: str, value: str) -> str:
+    return (NAMES.get(value, value) if column in NAMED else value) or "–"
 
 
 def _values(lines: Iterable[Mapping[str, Any]], names: Sequence[str]) -> list[tuple[str, ...]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.lib.statistics import Line, summarize, with_error
-from experiments.lib.tables import NAMES, STANDARD, Table, compared
+from experiments.lib.tables import NAMES, STANDARD, Table, compared, side_by_side
 
 COLUMNS = (
     *("experiment", "model", "method", "finetune", "amount"),
@@ -39,10 +39,7 @@ def summary(rows: Iterable[Mapping[str, str]], metric: str = "") -> list[Line]:
 
 def by_task(rows: Iterable[Mapping[str, str]]) -> list[Line]:
     """Returns the bits of each test task by itself, with the most text."""
-    rows = _shown(rows)
-    most = max((row["amount"] for row in rows if row["metric"] == BITS), key=float, default="")
-    found = [row for row in rows if row["amount"] == most]
-    return summarize(found, (*KEY, "task"), (BITS,))
+    return summarize(_most(rows), (*KEY, "task"), (BITS,))
 
 
 def table(rows: Iterable[Mapping[str, str]]) -> str:
@@ -70,22 +67,26 @@ def results_tables(
         samples: of samples.json.
     """
     rows = _shown(rows)
-    key = {"finetune": "fine-tuning", "amount": "kB of text", "method": "retraining"}
-    form: dict[str, Any] = {"title": "bits per byte", "scale": 1.0, "digits": 3}
-    form["lower_is_better"] = True
+    settings = {"finetune": "fine-tuning", "amount": "kB of text"}
+    form: dict[str, Any] = {"scale": 1.0, "digits": 3, "lower_is_better": True}
+    title = {"title": "bits per byte"}
     unseen = _WHAT.format("held-out text of the unseen test tasks")
+    each = _WHAT.format("held-out text of each unseen test task")
     before = [dict(r, finetune="", amount="") for r in rows if r["metric"] == BEFORE]
     return {
-        "": compared(rows, key, BITS, f"{unseen}.", **form),
-        "before": compared(before, {"method": "retraining"}, BEFORE, f"{unseen}.", **form),
+        "": side_by_side(rows, settings, BITS, f"{unseen}.", **form),
+        "before": compared(before, {"method": "retraining"}, BEFORE, f"{unseen}.", **title, **form),
         "retraining": compared(
             _retraining(rows),
             {"method": "retraining"},
             RETRAINING,
             _WHAT.format("held-out text of the retraining tasks, after the last epoch") + ".",
+            **title,
             **form,
         ),
-        "languages": _languages(rows),
+        "languages": side_by_side(
+            _most(rows), {**settings, "task": "task"}, BITS, f"{each}.", **form
+        ),
         "samples": _samples(samples),
     }
 
@@ -93,6 +94,13 @@ def results_tables(
 def _shown(rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
     """Returns the rows with amounts as one types them: 4 instead of 4.0."""
     return [{**row, "amount": f"{float(row['amount'] or 0):g}"} for row in rows]
+
+
+def _most(rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """Returns the rows of the largest amount of text."""
+    rows = _shown(rows)
+    most = max((row["amount"] for row in rows if row["metric"] == BITS), key=float, default="")
+    return [row for row in rows if row["amount"] == most]
 
 
 def _main(rows: Iterable[Mapping[str, str]]) -> str:
@@ -109,25 +117,6 @@ def _retraining(rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
 def _value(line: Line) -> str:
     text = with_error(line["value"], line["value_se"], ".3f")
     return text if line["value_vs"] is None else f"{text}  {line['value_vs'].text('.3f')}"
-
-
-def _languages(rows: Iterable[Mapping[str, str]]) -> Table:
-    lines = by_task(rows)
-    methods = list(dict.fromkeys(line["method"] for line in lines))
-    cells: dict[tuple[str, str, str], dict[str, str]] = {}
-    for line in lines:
-        place = line["finetune"], line["amount"], line["task"]
-        shown = with_error(line[BITS], line[f"{BITS}_se"], ".3f")
-        cells.setdefault(place, {})[line["method"]] = shown
-    return Table(
-        ["fine-tuning", "kB of text", "task", *(NAMES[method] for method in methods)],
-        [
-            [NAMES[kind], amount, task, *(of.get(method, "") for method in methods)]
-            for (kind, amount, task), of in cells.items()
-        ],
-        _WHAT.format("held-out text of each unseen test task") + ".",
-        left=3,
-    )
 
 
 def _samples(samples: Iterable[Mapping[str, Any]]) -> Table:

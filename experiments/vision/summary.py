@@ -10,7 +10,7 @@ from typing import Any
 from experiments.lib import training
 from experiments.lib.retraining_settings import ALL, FINETUNES, METHODS
 from experiments.lib.statistics import summarize, with_error
-from experiments.lib.tables import NAMES, STANDARD, Table, compared
+from experiments.lib.tables import NAMES, STANDARD, Table, compared, side_by_side
 
 COLUMNS = (
     *("experiment", "data", "method", "finetune", "shots", "draw", "finetune_lr"),
@@ -100,22 +100,22 @@ def results_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, Table]:
     """Returns the tables for the documentation.
 
     "retraining" is of the retraining tasks, where they were retrained, the others of the test task.
-    The main one has the last epoch's accuracy; "shots" has it with a column for each retraining;
-    "best" has the best epoch's, where it was measured, and the paper's beside it.
+    The main one has the last epoch's accuracy; "best" has the best epoch's, where it was measured,
+    and the paper's beside it.
     """
     retrained = [row for row in rows if not row["finetune"]]
     rows = sorted(complete(rows), key=_place)
-    key = {"finetune": "fine-tuning", "shots": "images", "method": "retraining"}
+    settings = {"finetune": "fine-tuning", "shots": "images"}
     if any(len(of) > 1 for of in _rates(rows).values()):
-        key["finetune_lr"] = "rate"
+        settings["finetune_lr"] = "rate"
     test = _WHAT.format("test task")
-    last = f"{test}, after the last epoch."
-    tables = {"": compared(rows, key, LAST, last), "shots": _by_shots(rows, last)}
+    tables = {"": side_by_side(rows, settings, LAST, f"{test}, after the last epoch.")}
     if retrained:
         what = f"{_WHAT.format('retraining tasks')}, after the last epoch."
         retrained.sort(key=lambda row: METHODS.index(row["method"]))
         tables["retraining"] = compared(retrained, {"method": "retraining"}, RETRAINING, what)
     if any(row["metric"] == BEST for row in rows):
+        key = {**settings, "method": "retraining"}
         best = compared(rows, key, BEST, f"{test}, in the best epoch, which is optimistic.")
         tables["best"] = _with_paper(best) if rows[0]["data"] == "cifar10" else best
     return tables
@@ -129,23 +129,6 @@ def number(shots: str) -> float:
 def _place(row: Mapping[str, str]) -> tuple[Any, ...]:
     """Returns where a row belongs in the documentation's tables."""
     return (FINETUNES.index(row["finetune"]), number(row["shots"]), METHODS.index(row["method"]))
-
-
-def _by_shots(rows: Sequence[Mapping[str, str]], caption: str) -> Table:
-    cells: dict[tuple[str, str], dict[str, str]] = {}
-    for line in summary(rows):
-        cell = with_error(line[LAST], line[f"{LAST}_se"], ".1f")
-        cells.setdefault((line["finetune"], line["shots"]), {})[line["method"]] = cell
-    methods = [method for method in METHODS if any(method in of for of in cells.values())]
-    return Table(
-        ["fine-tuning", "images", *(NAMES[method] for method in methods)],
-        [
-            [NAMES[kind], shots, *(of.get(method, "") for method in methods)]
-            for (kind, shots), of in cells.items()
-        ],
-        caption,
-        left=2,
-    )
 
 
 def _with_paper(table: Table) -> Table:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from experiments.lib.errors import RunError
-from experiments.lib.tables import compared
+from experiments.lib.tables import compared, side_by_side
 from experiments.report import __main__ as command
 from experiments.report import pages, registry, results
 from experiments.report.pages import Report
@@ -112,8 +112,8 @@ def test_tables_and_figures_are_written_once(clone: Path, run: Callable[..., Pat
     add(run(), clone)
     assert len(written(clone)) == 4  # two tables, a figure, and the place where it is shown
     page = (clone / "docs" / "few.md").read_text()
-    assert "| LoRA | 10 | LoRA-ML | 85.0 (5.0) | +15.0 [−48.5, +78.5] | 2 of 2 | 2 |" in page
-    assert "| LoRA | 10 | standard | 70.0 (0.0) |  |  | 2 |" in page
+    shown = "| LoRA | 10 | 70.0 (0.0) | 85.0 (5.0)<br>+15.0 [−48.5, +78.5], 2 of 2 | 2 |"
+    assert shown in page
     assert "A CPU, 1 of 2 cores, 24 GiB; 10 min; 2026-11-29; commit 0123456; [rows](../exp" in page
     assert "\n    python -m experiments.vision --shots 10\n" in page
     assert "![Accuracies](figures/few/accuracy.png)" in page
@@ -271,25 +271,44 @@ def test_damaged_results_are_named(clone: Path, run: Callable[..., Path]) -> Non
         written(clone)
 
 
+ERRORS = [
+    {"method": m, "shots": s, "trial": t, "metric": "rmse", "value": v}
+    for m, s, t, v in (
+        ("lora-ml", "5", "0", "0.9"),
+        ("standard", "5", "0", "1.0"),
+        ("standard", "10", "0", "0.8"),
+        ("standard", "10", "1", "0.8"),
+        ("lora-ml", "10", "0", "0.9"),
+        ("lora-ml", "10", "1", "0.6"),
+        ("reptile", "10", "0", "0.7"),
+        ("reptile", "20", "0", "0.5"),
+    )
+]
+
+
 def test_a_method_is_compared_with_standard_retraining_of_the_same_setting() -> None:
-    rows = [
-        {"method": m, "shots": s, "trial": t, "metric": "rmse", "value": v}
-        for m, s, t, v in (
-            ("standard", "5", "0", "1.0"),
-            ("lora-ml", "5", "0", "0.9"),
-            ("standard", "10", "0", "0.8"),
-            ("standard", "10", "1", "0.8"),
-            ("lora-ml", "10", "0", "0.9"),
-            ("lora-ml", "10", "1", "0.6"),
-            ("reptile", "20", "0", "0.5"),
-        )
-    ]
     key = {"shots": "shots", "method": "retraining"}
     options = {"title": "RMSE", "scale": 1.0, "digits": 2, "lower_is_better": True}
-    table = compared(rows, key, "rmse", "", **options)
+    table = compared(ERRORS, key, "rmse", "", **options)
     assert table.header[2] == "RMSE"
     assert [row[:2] + row[3:] for row in table.rows if row[1] != "standard"] == [
         ["5", "LoRA-ML", "−0.10", "1 of 1", "1"],
         ["10", "LoRA-ML", "−0.05 [−1.96, +1.86]", "1 of 2", "2"],
+        ["10", "Reptile", "−0.10", "1 of 1", "1"],
         ["20", "Reptile", "", "", "1"],
     ]
+
+
+def test_retrainings_stand_side_by_side_with_standard_first() -> None:
+    options = {"scale": 1.0, "digits": 2, "lower_is_better": True}
+    table = side_by_side(ERRORS, {"shots": "shots"}, "rmse", "RMSE.", **options)
+    assert table.header == ["shots", "standard", "LoRA-ML", "Reptile", "trials"]
+    assert table.rows == [
+        ["5", "1.00 (n/a)", "0.90 (n/a)<br>−0.10, 1 of 1", "", "1"],
+        [
+            *("10", "0.80 (0.00)", "0.75 (0.15)<br>−0.05 [−1.96, +1.86], 1 of 2"),
+            *("0.70 (n/a)<br>−0.10, 1 of 1", "1 to 2"),
+        ],
+        ["20", "", "", "0.50 (n/a)", "1"],
+    ]
+    assert table.caption.startswith("RMSE. Below a mean: ")

@@ -363,7 +363,7 @@ def test_a_run_is_told_apart_by_its_rows(data: Path, tmp_path: Path) -> None:
     assert {one["method"] for one in samples} == {"none", "lora-ml", "standard"}
     assert all(one["trial"] == 0 and one["prompt"] for one in samples)
     found = results_tables(rows, samples)
-    assert len(found[""].rows) == 6 and len(found["languages"].rows) == 2
+    assert len(found[""].rows) == 2 and len(found["languages"].rows) == 2
     assert {row[0] for row in found["retraining"].rows} == {"LoRA-ML", "standard"}
     assert float(found["retraining"].rows[0][1].split()[0]) > 0  # bits, not minus bits
     assert len(found["samples"].rows) == 3
@@ -381,7 +381,7 @@ def test_written_text_fits_into_a_table() -> None:
     assert found["samples"].rows == [
         ["a", "standard", "x&#95;y", "&#124; &#60;b&#62;&#38; &#96;"],
     ]
-    assert found[""].rows[0][:4] == ["LoRA", "4", "standard", "2.500 (n/a)"]
+    assert found[""].rows == [["LoRA", "4", "2.500 (n/a)", "1"]]
 
 
 def test_rates_of_retraining_are_tuned_without_the_test_tasks(data: Path, tmp_path: Path) -> None:
