@@ -19,19 +19,23 @@ class ReportSettings:
     add: tuple[str, ...] = cli.option(
         (), help="a run folder and a name: commit its numbers as experiments/results/NAME"
     )
+    compare: tuple[str, ...] = cli.option(
+        (), help="a run folder and a name: fail if numbers differ from experiments/results/NAME"
+    )
     check: bool = cli.option(False, help="write nothing; fail if a page differs from the results")
     redraw: bool = cli.option(False, help="also draw figures whose numbers have not changed")
 
     def __post_init__(self) -> None:
-        if len(self.add) not in (0, 2):
-            raise ValueError("argument --add: needs a run folder and a name for its results")
-        if self.check and (self.add or self.redraw):
-            raise ValueError("argument --check: writes nothing, so it goes with no other flag")
+        for flag in ("add", "compare"):
+            if len(getattr(self, flag)) not in (0, 2):
+                raise ValueError(f"argument --{flag}: needs a run folder and a name of results")
+        if self.check + bool(self.add) + bool(self.compare) + self.redraw > 1:
+            raise ValueError("argument --check, --add, --compare, --redraw: give one of them")
 
 
 @cli.main_guard
 def main(argv: Sequence[str] | None = None) -> int:
-    """Adds a run, checks the pages, or writes them."""
+    """Adds or compares a run, checks the pages, or writes them."""
     settings = cli.parse(
         ReportSettings,
         argv,
@@ -42,6 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run, name = settings.add
         print(results.add(Path(run), name))
         return 0
+    if settings.compare:
+        run, name = settings.compare
+        lines, equal = results.compare(Path(run), name)
+        print(*lines, sep="\n")
+        return 0 if equal else 1
     if not (pages.ROOT / "docs").is_dir():
         raise RunError(f"{pages.ROOT / 'docs'} is missing; the report needs a clone of metalora")
     with pages.Report(pages.ROOT, redraw=settings.redraw) as report:

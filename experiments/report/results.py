@@ -9,7 +9,7 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,70 @@ def add(run: Path, name: str, folder: Path | None = None) -> Path:
     with replacing(out / MANIFEST) as file:
         file.write((json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode())
     return out
+
+
+def compare(run: Path, name: str, folder: Path | None = None) -> tuple[list[str], bool]:
+    """Holds the numbers of a run that repeats committed results to these, row by row.
+
+    The run may have made a part of the trials or methods only; what it lacks is counted.
+
+    Args:
+        run: its folder; a run that is not completed is compared as far as its units are finished.
+        name, folder: see `load`.
+
+    Returns:
+        A line for each metric and for each setting that differs, and whether all rows that both
+        have show the same digits.
+
+    Raises:
+        RunError: one of them is missing or damaged, they are of different experiments, or they have
+            no metric or no row in common.
+    """
+    kept, manifest = load(name, folder), _manifest(run)
+    if manifest["experiment"] != kept.manifest["experiment"]:
+        raise RunError(
+            f"--compare: {run} is a run of {manifest['experiment']}, {name} of "
+            f"{kept.manifest['experiment']}"
+        )
+    here = _values(csv.DictReader(io.StringIO(_finished(run, manifest["status"])[1].decode())))
+    there = _values(kept.rows())
+    if not here.keys() & there.keys():
+        raise RunError(f"--compare: {run} and {name} have no row in common")
+    lines = []
+    settings = kept.manifest["settings"]
+    for key in sorted(settings.keys() & manifest["settings"].keys()):
+        values = [json.dumps(of[key]) for of in (manifest["settings"], settings)]
+        if values[0] != values[1] and not any(_PATH.search(value) for value in values):
+            lines.append(f"setting {key}: {values[0]} in the run, {values[1]} in {name}")
+    equal = True
+    for metric in dict.fromkeys(metric for metric, *_ in here):
+        common = [row for row in here if row[0] == metric and row in there]
+        alike = sum(here[row] == there[row] for row in common)
+        new = sum(row[0] == metric for row in here) - len(common)
+        text = f"{metric}: {alike} of {len(common)} rows have the same digits"
+        if alike < len(common):
+            largest = max(abs(float(here[row]) - float(there[row])) for row in common)
+            text += f", the largest difference is {largest:.3g}"
+        if new:
+            text += f"; {new} are not in {name}"
+        lines.append(text)
+        equal = equal and alike == len(common)
+    left = len(there.keys() - here.keys())
+    if left:
+        lines.append(f"{left} of the {len(there)} rows of {name} are not in the run")
+    return lines, equal
+
+
+def _values(rows: Iterable[Mapping[str, str]]) -> dict[tuple[str, ...], str]:
+    """Returns the value of each row by its metric and all other columns; {} without a metric."""
+    found = {}
+    for row in rows:
+        if "metric" in row:
+            others = [
+                f"{key}={text}" for key, text in row.items() if key not in ("metric", "value")
+            ]
+            found[(row["metric"], *others)] = row["value"]
+    return found
 
 
 def command(argv: list[str]) -> str:

@@ -312,3 +312,77 @@ def test_retrainings_stand_side_by_side_with_standard_first() -> None:
         ["20", "", "", "0.50 (n/a)", "1"],
     ]
     assert table.caption.startswith("RMSE. Below a mean: ")
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "equal", "wanted"),
+    [
+        (ROWS, {}, True, ["accuracy_last: 4 of 4 rows have the same digits"]),
+        (
+            "".join(ROWS.splitlines(keepends=True)[:3]),
+            {"shots": ["10"], "epochs": 3},  # a new setting's default is no difference
+            True,
+            [
+                "accuracy_last: 2 of 2 rows have the same digits",
+                "2 of the 4 rows of few are not in the run",
+            ],
+        ),
+        (
+            ROWS.replace("0.8", "0.85").replace("lora,10,0,0.1,0,", "lora,30,0,0.1,0,"),
+            {"shots": ["10", "30"]},
+            False,
+            [
+                'setting shots: ["10", "30"] in the run, ["10"] in few',
+                "accuracy_last: 1 of 2 rows have the same digits, the largest difference is 0.05; "
+                "2 are not in few",
+                "2 of the 4 rows of few are not in the run",
+            ],
+        ),
+    ],
+    ids=["equal", "part", "other"],
+)
+def test_a_run_is_held_to_the_results_that_it_repeats(
+    rows: str,
+    settings: dict[str, Any],
+    equal: bool,
+    wanted: list[str],
+    clone: Path,
+    run: Callable[..., Path],
+) -> None:
+    made = run()
+    add(made, clone)
+    shutil.rmtree(made)
+    changed = manifest()["settings"] | settings
+    found = results.compare(run(rows, settings=changed), "few", clone / "experiments" / "results")
+    assert found == (wanted, equal)
+
+
+def test_runs_that_cannot_be_compared_are_refused(clone: Path, run: Callable[..., Path]) -> None:
+    made = run()
+    add(made, clone)
+    folder = clone / "experiments" / "results"
+    shutil.rmtree(made)
+    with pytest.raises(RunError, match="is a run of text, few of vision"):
+        results.compare(run(experiment="text"), "few", folder)
+    shutil.rmtree(made)
+    for rows in (ROWS.replace("digits", "cifar10"), "statement,measured\n1,2\n"):
+        with pytest.raises(RunError, match="few have no row in common"):
+            results.compare(run(rows), "few", folder)
+        shutil.rmtree(made)
+
+
+def test_the_command_fails_if_numbers_differ(
+    clone: Path,
+    run: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(results, "FOLDER", clone / "experiments" / "results")
+    made = run()
+    add(made, clone)
+    for digit, code in (("0.9", 0), ("0.91", 1)):
+        (made / "results.csv").write_text(ROWS.replace("0.9", digit))
+        with pytest.raises(SystemExit) as ended:
+            command.main(["--compare", str(made), "few"])
+        assert ended.value.code == code
+    assert "4 of 4 rows" in capsys.readouterr().out
