@@ -74,7 +74,7 @@ def _have_named(monkeypatch: pytest.MonkeyPatch, kind: str, name: str, model: nn
     auto = getattr(pytest.importorskip("transformers"), kind)
     original = auto.from_pretrained
 
-    def from_pretrained(wanted: str) -> nn.Module:
-        return model if wanted == name else original(wanted)
+    def from_pretrained(wanted: str, **options: Any) -> nn.Module:
+        return model if wanted == name else original(wanted, **options)
 
     monkeypatch.setattr(auto, "from_pretrained", from_pretrained)

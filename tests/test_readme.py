@@ -14,7 +14,13 @@ from torch import nn
 
 import metalora
 from metalora import meta
-from tests.pages import README, blocks, of_this_machine, small_roberta
+from tests.pages import (
+    README,
+    blocks,
+    decoder_of_this_machine,
+    of_this_machine,
+    small_roberta,
+)
 
 
 class Model(nn.Module):
@@ -131,14 +137,14 @@ def test_the_decoder_snippet_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         num_attention_heads=2, max_position_embeddings=12,
     )  # fmt: skip
     decoder = transformers.LlamaForCausalLM(config)
-    models = {"HuggingFaceTB/SmolLM2-135M": decoder}
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", models.__getitem__)
+    decoder_of_this_machine(monkeypatch, decoder)
     tokens = torch.randint(20, (5, 7))
     labels = tokens.clone()
     labels[:, :3] = -100
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
     ids = torch.tensor([2, 0, 0, 1, 2])
-    names: dict[str, Any] = {"metalora": metalora, "meta": meta, "inputs": inputs, "task_ids": ids}
+    names: dict[str, Any] = {"torch": torch, "metalora": metalora, "meta": meta}
+    names |= {"inputs": inputs, "task_ids": ids}
     *_, fourth = snippets()
     exec(fourth, names)
     assert names["tokens"].tolist() == [4] * 5

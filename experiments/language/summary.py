@@ -80,19 +80,23 @@ def results_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, Table]:
     """Returns the tables for the documentation.
 
     The main one has the test tasks after the last epoch, "before" before fine-tuning; "retraining"
-    has the retraining tasks, if there was retraining, unless LoRA has several ranks.
+    has the retraining tasks, if there was retraining, unless LoRA has several ranks. Ranks have a
+    column if there are several.
     """
     what = (
         "Held-out accuracy in %, mean over {} tasks; mean (standard error) over the trials, all "
         "on the same held-out turns"
     )
     test, retrained = what.format("test"), [row for row in rows if not row["finetune"]]
-    key = {"finetune": "fine-tuning", "rank": "rank", "method": "retraining"}
+    several = len({row["rank"] for row in rows if row["rank"]}) > 1
+    key = {"finetune": "fine-tuning", "method": "retraining"}
+    if several:
+        key = {"finetune": "fine-tuning", "rank": "rank", "method": "retraining"}
     tables = {
         "": compared(rows, key, LAST, f"{test}, after the last epoch."),
         "before": compared(rows, key, BEFORE, f"{test}, before fine-tuning."),
     }
-    if retrained and len({row["rank"] for row in rows if row["rank"]}) <= 1:
+    if retrained and not several:
         caption = what.format("retraining") + ", after the last epoch."
         tables["retraining"] = compared(retrained, {"method": "retraining"}, RETRAINING, caption)
     return tables

@@ -113,8 +113,11 @@ def side_by_side(
         for place, of in cells.items()
     ]
     header = [*settings.values(), *(NAMES[method] for method in ordered), "trials"]
-    told = "Below a mean: the difference to standard [95 %], and in how many trials it is ahead."
-    return Table(header, lines, f"{caption} {told}", left=len(settings))
+    if any("<br>" in cell for line in lines for cell in line):
+        caption += (
+            " Below a mean: the difference to standard [95 %], and in how many trials it is ahead."
+        )
+    return Table(header, lines, caption, left=len(settings))
 
 
 def _measured(

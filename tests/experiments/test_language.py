@@ -287,3 +287,12 @@ def test_the_table_of_the_retraining_tasks_is_for_one_rank() -> None:
     assert "retraining" in summary.results_tables(rows[:1])
     assert "retraining" not in summary.results_tables([*rows, tuned("4")])
     assert "retraining" not in summary.results_tables(rows[2:])
+
+
+def test_the_last_layer_after_lora_ml_is_compared_though_standard_has_no_rank() -> None:
+    rows = []
+    for method, rank, value in (("standard", "", "0.5"), ("lora-ml", "8", "0.6")):
+        given = {"method": method, "finetune": "last-layer", "rank": rank, "task": "0"}
+        rows.append(row(COLUMNS, given) | {"trial": "0", "metric": LAST, "value": value})
+    table = summary.results_tables(rows)[""]
+    assert table.rows[1] == ["last layer", "LoRA-ML", "60.0 (n/a)", "+10.0", "1 of 1", "1"]
