@@ -22,10 +22,12 @@ def unload(model: nn.Module) -> nn.Module:
         model: an adapted model.
 
     Returns:
-        ``model``, all of whose adapted layers are what they were before.
+        ``model``, all of whose adapted layers are what they were before. Heads and embeddings
+        require a gradient if they did before and were not frozen since.
 
     Raises:
-        ValueError: if ``model`` is not adapted, or is sharded. It is then as it was.
+        ValueError: if ``model`` is not adapted, is itself an adapted layer, or is sharded. It is
+            then as it was.
     """
     return _make_plain("unload", model, None)
 
@@ -41,17 +43,23 @@ def merge_and_unload(model: nn.Module, task: int) -> nn.Module:
         task: index of the task, in [0, T).
 
     Returns:
-        ``model``, all of whose adapted layers are what they were before.
+        ``model``, all of whose adapted layers are what they were before. What requires a gradient
+        is as `unload` leaves it; a merged weight requires one if the weight did.
 
     Raises:
-        ValueError: if ``model`` is not adapted, has no such task, or is sharded. It is then as it
-            was.
+        ValueError: if ``model`` is not adapted, is itself an adapted layer, has no such task, or is
+            sharded. It is then as it was.
     """
     return _make_plain("merge_and_unload", model, task)
 
 
 def _make_plain(function: str, model: nn.Module, task: int | None) -> nn.Module:
     check_adapted(function, model)
+    if isinstance(model, TaskLayer):
+        raise ValueError(
+            f"{function}: model must hold the adapted layers, got the layer itself, a "
+            f"{type(model).__name__}; put it into a container, as in nn.Sequential(model)"
+        )
     _check_whole(function, model)
     plain: dict[TaskLayer, nn.Module] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):

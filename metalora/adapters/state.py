@@ -29,7 +29,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if not isinstance(layer, TaskLayer):
             continue
         for name, parameter in layer.own_task_parameters().items():
-            key = f"{prefix}.{name}"
+            key = _joined(prefix, name)
             if isinstance(layer, LoRALayer):
                 del state[key]
             else:
@@ -104,8 +104,13 @@ def _stacked(function: str, model: nn.Module, task: int) -> dict[str, nn.Paramet
     for prefix, layer in adapted_layers(check_adapted(function, model)).items():
         layer.check_task(task)
         for name, parameter in layer.own_task_parameters().items():
-            found[f"{prefix}.{name}"] = parameter
+            found[_joined(prefix, name)] = parameter
     return found
+
+
+def _joined(prefix: str, name: str) -> str:
+    """The name in ``state_dict`` of a layer's parameter; the model itself has the prefix ""."""
+    return f"{prefix}.{name}" if prefix else name
 
 
 def check_plain(function: str, model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from metalora._checks import check_count
 from metalora._files import replacing
 from metalora.meta.identity import shapes_of
-from metalora.meta.training import Callback, Training
+from metalora.meta.training import Callback, Training, rank_of
 
 
 class Progress(Callback):
@@ -53,7 +53,7 @@ class Progress(Callback):
             shown = {k: f"{record[k]:.4g}" for k in ("loss", "validation") if k in record}
             self._bar.set_postfix(shown)
 
-    def on_end(self, training: Training) -> None:
+    def on_stop(self, training: Training) -> None:
         """Closes the bar."""
         if self._bar is not None:
             self._bar.close()
@@ -68,7 +68,7 @@ class MetricsLog(Callback):
     writes.
 
     Args:
-        path: the file.
+        path: the file; its folder is made if it does not exist.
         extra: fields of every line, such as the method and the seed.
     """
 
@@ -77,10 +77,11 @@ class MetricsLog(Callback):
         self._saved: int | None = None
 
     def on_start(self, training: Training) -> None:
-        """Repairs the end of the file, in case a process was killed while it wrote."""
+        """Makes the folder; repairs the end of the file, if a process was killed as it wrote."""
         self._saved = None
         self._writes = training.distribution.rank == 0
         if self._writes:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._replace(0, lambda line: False)
         self._length = self.path.stat().st_size if self.path.exists() else 0
 
@@ -133,7 +134,8 @@ def _is_kept(line: bytes, stale: Callable[[dict[str, Any]], Any]) -> bool:
 class KeepBest(Callback):
     """Keeps the weights of the epoch with the highest validation, and puts them back at the end.
 
-    Of equal epochs the first is kept; epochs whose validation was not measured are passed over.
+    Of equal epochs the first is kept; epochs whose validation was not measured are passed over. A
+    NaN is worse than any number.
     """
 
     def on_start(self, training: Training) -> None:
@@ -148,7 +150,7 @@ class KeepBest(Callback):
         """Copies the weights if they are the best so far."""
         if "validation" not in record:
             return
-        if not self.weights or record["validation"] > self.best:
+        if not self.weights or rank_of(record["validation"]) > rank_of(self.best):
             self.best, self.epoch = record["validation"], record["epoch"]
             self.weights = {k: v.detach().clone() for k, v in training.model.state_dict().items()}
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from metalora._checks import SHORT, check_count, first_line
 from metalora.meta.data import Batch
-from metalora.meta.evaluation import Evaluation, evaluation_mode
+from metalora.meta.evaluation import Evaluation, evaluation_mode, mean_of
 from metalora.nn import TaskBatch, TaskLayer, current_tasks, tasks
 
 IGNORED = -100
@@ -110,7 +110,7 @@ def perplexity(evaluation: Evaluation) -> Evaluation:
     """
     per_task = tuple(torch.tensor(evaluation.per_task, dtype=torch.float64).exp().tolist())
     present = [value for value in per_task if not math.isnan(value)]
-    return Evaluation(per_task, sum(present) / len(present))
+    return Evaluation(per_task, mean_of(present))
 
 
 def token_losses(
@@ -158,9 +158,9 @@ def token_losses(
     if places is not None:
         rows, wanted = rows[places], wanted[places]
         ids = None if ids is None else ids[places]
-    names, parameters = zip(*head.named_parameters(), strict=True)
-    chunks = _Chunks(head, names, ids, chunk_tokens, softcap, rows.device.type)
-    losses: Tensor = _ChunkedLosses.apply(chunks, rows, wanted, *parameters)
+    parameters = dict(head.named_parameters())
+    chunks = _Chunks(head, list(parameters), ids, chunk_tokens, softcap, rows.device.type)
+    losses: Tensor = _ChunkedLosses.apply(chunks, rows, wanted, *parameters.values())
     if places is not None:
         losses = losses.new_zeros(labels.numel()).index_copy(0, places, losses)
     return losses.view(labels.shape)
@@ -194,11 +194,13 @@ class _Chunks:
             # Hooks on the parameters, such as those of SeenTasks, see the sum over chunks alone.
             logits = torch.func.functional_call(self.head, named, (rows,))
         logits = logits.float() if logits.dtype in SHORT else logits
-        if labels.device.type == "cpu" and len(labels) and int(labels.max()) >= logits.shape[-1]:
-            raise ValueError(
-                f"token_losses: labels must be -100 or in 0..{logits.shape[-1] - 1}, the head's "
-                f"vocabulary, got {int(labels.max())}"
-            )
+        if labels.device.type == "cpu":
+            outside = (labels != IGNORED) & ((labels < 0) | (labels >= logits.shape[-1]))
+            if len(wrong := labels[outside]):
+                raise ValueError(
+                    f"token_losses: labels must be -100 or in 0..{logits.shape[-1] - 1}, the "
+                    f"head's vocabulary, got {int(wrong[0])}"
+                )
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")

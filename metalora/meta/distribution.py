@@ -224,11 +224,6 @@ class Distribution:
         self._exchange(dist.all_gather, found, values, group=self.group)
         return found
 
-    def barrier(self) -> None:
-        """Waits for all processes."""
-        if self.world_size > 1:
-            self._exchange(dist.barrier, group=self.group)
-
     def check_same(self, described: Mapping[str, Any], device: torch.device) -> None:
         """Refuses processes that were given other things than process 0.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ class Evaluation:
     """A metric's mean over the samples of each task, and the mean of these over tasks.
 
     Samples count by their sizes, where the loader has these. A task without samples has nan, and no
-    part in the mean.
+    part in the mean, which is nan if there is no other.
     """
 
     per_task: tuple[float, ...]
@@ -93,4 +94,9 @@ def evaluate(
         sums, counts = distribution.total(both + torch.stack([sums, counts]).view(2, -1).to(device))
     per_task = (sums / counts).tolist()
     present = [mean for mean, count in zip(per_task, counts.tolist(), strict=True) if count]
-    return Evaluation(tuple(per_task), sum(present) / len(present))
+    return Evaluation(tuple(per_task), mean_of(present))
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """Their mean; nan if there are none."""
+    return sum(values) / len(values) if values else math.nan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from metalora.meta.precision import matmul_precision
 from metalora.meta.schedule import schedule_factor
 from metalora.meta.seeds import derive_seed, own_random_state, restore_random_state
 from metalora.meta.steps import Step, check_finite
-from metalora.meta.training import Callback, Training, Validation
+from metalora.meta.training import Callback, Training, Validation, rank_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Result:
             validation, validation (the higher the better) and validation_per_task where it was
             measured.
         kept_epoch: the epoch whose weights the model has now.
-        best_epoch: the epoch with the highest validation that was measured; the last, without one.
+        best_epoch: the epoch with the highest validation that was measured, where NaN is worse than
+            any number; the last, without one.
         best_metric: the validation there; None without one. A maximum over epochs of held-out
             data is optimistic: report ``last_metric`` beside it.
         last_metric: the validation of the last epoch; None without one.
@@ -91,16 +92,17 @@ def train(
     with precision, compiling, processes.active():
         if processes.world_size > 1:
             training.identity()  # compares the processes
-        _train(training)
+        with ExitStack() as stops:
+            for callback in training.callbacks:
+                stops.callback(callback.on_stop, training)
+                callback.on_start(training)
+            _train(training)
     return _result(training)
 
 
 def _train(training: Training) -> None:
     model, rounds, step = training.model, training.rounds, training.step
     config, callbacks = training.config, training.callbacks
-    for callback in callbacks:
-        callback.on_start(training)
-
     for epoch in range(training.next_epoch, config.epochs):
         torch.manual_seed(derive_seed("epoch", config.seed, epoch))
         rounds.set_epoch(epoch)
@@ -161,7 +163,7 @@ def _agreed(training: Training, found: Evaluation | float) -> Evaluation | float
 def _result(training: Training) -> Result:
     history: Sequence[dict[str, Any]] = training.history
     validated = [record for record in history if "validation" in record] or history[-1:]
-    best = max(validated, key=lambda record: record.get("validation", 0.0))
+    best = max(validated, key=lambda record: rank_of(record.get("validation", 0.0)))
     return Result(
         history=training.history,
         kept_epoch=training.kept_epoch,

@@ -49,9 +49,11 @@ class TaskOptimizer(Optimizer):
     ``state`` is a copy; `load_state_dict` changes it.
 
     A task is present in a layer if it has samples in a pass whose gradients were added since they
-    were last set to None. Passes without ``backward()``, as in an evaluation, do not count. Nothing
-    waits for a GPU, except that a model with heads alone, with ids on the GPU and no counts, waits
-    once per batch. With several processes in torch.distributed, whose gradients
+    were last set to None, or to zero by this optimiser's `zero_grad`; in a layer that no pass has
+    reached, none is. Passes under ``torch.no_grad()``, as evaluations should be, do not count; one
+    with grad enabled but no ``backward()`` does, if the backward of another follows before the next
+    step. Nothing waits for a GPU, except that a model with heads alone, with ids on the GPU and no
+    counts, waits once per batch. With several processes in torch.distributed, whose gradients
     DistributedDataParallel averages, a task is present if it is in any process; each step then
     exchanges which are.
 
@@ -162,7 +164,7 @@ class TaskOptimizer(Optimizer):
         """Resets all gradients; no task is present then."""
         super().zero_grad(set_to_none)
         for seen in self._recorders():
-            seen.zero_grad()
+            seen.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds shared parameters with settings of their own, as of any optimiser.
@@ -206,6 +208,17 @@ class TaskOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state of any optimiser and, under "wraps", the name of the wrapped class."""
         return {**super().state_dict(), "wraps": qualified_name(type(self.inner))}
+
+    def __getstate__(self) -> Any:
+        """Refuses ``copy.deepcopy`` and ``pickle``: this model's layers tell the tasks present.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "TaskOptimizer: it cannot be copied or pickled, as it belongs to its model's layers; "
+            "make a new TaskOptimizer for the copied model and load its state_dict"
+        )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned, here or for an equal model.

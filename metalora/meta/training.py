@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -145,6 +146,11 @@ def _versions() -> dict[str, str]:
     return {"torch": str(torch.__version__), "code_of_metalora": code.hexdigest()[:16]}
 
 
+def rank_of(validation: float) -> tuple[bool, float]:
+    """What validations are compared by: NaN is worse than any number."""
+    return not math.isnan(validation), validation
+
+
 class Callback:
     """Hooks into the training loop; each may be overridden."""
 
@@ -158,7 +164,13 @@ class Callback:
         """After an epoch and its validation; ``record`` is the newest of the history."""
 
     def on_end(self, training: Training) -> None:
-        """After the last epoch."""
+        """After the last epoch; not if the training fails."""
+
+    def on_stop(self, training: Training) -> None:
+        """At the very end, also if the training fails: closes what `on_start` opened.
+
+        Called in reverse order, last of all, and for those callbacks alone whose `on_start` was.
+        """
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What must survive an interruption: tensors, and values that JSON can hold.

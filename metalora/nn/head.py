@@ -67,6 +67,7 @@ class MultiTaskHead(TaskLayer):
         head.weight = nn.Parameter(linear.weight.detach().repeat(num_tasks, 1, 1))
         bias = linear.bias
         head.bias = None if bias is None else nn.Parameter(bias.detach().repeat(num_tasks, 1))
+        head.note_frozen(linear)
         return head.train(linear.training)
 
     def reset_task_parameters(self) -> None:
@@ -112,8 +113,8 @@ class MultiTaskHead(TaskLayer):
             parts = {name: mean_over_tasks(p) for name, p in own.items()}
         else:
             parts = {name: p[self.check_task(task)].clone() for name, p in own.items()}
-        weight = nn.Parameter(parts["weight"], self.weight.requires_grad)
-        bias = nn.Parameter(parts["bias"], self.weight.requires_grad) if "bias" in parts else None
+        weight = nn.Parameter(parts["weight"], self.is_trained("weight"))
+        bias = nn.Parameter(parts["bias"], self.is_trained("bias")) if "bias" in parts else None
         return as_linear(weight, bias, self.training)
 
 

@@ -27,6 +27,7 @@ class TaskLayer(nn.Module):
     """Records the tasks that the gradients are of, after `watch_tasks` was called."""
 
     _held: tuple[int, list[int]] | None = None  # of how many tasks which are held, if not all
+    _frozen: frozenset[str] = frozenset()  # the per-task parameters that were frozen before
 
     def __init__(self, num_tasks: int, name: str = "") -> None:
         super().__init__()
@@ -44,7 +45,8 @@ class TaskLayer(nn.Module):
     def hold_tasks(self, tasks: Sequence[int]) -> None:
         """Drops all tasks but these, which are numbered 0, 1, ... from now on.
 
-        For task parallelism, where each process holds some tasks.
+        For task parallelism, where each process holds some tasks. Of tasks that are numbered so
+        already some may be dropped again.
 
         Raises:
             ValueError: if there are none, or one is not a task of this layer.
@@ -54,23 +56,37 @@ class TaskLayer(nn.Module):
         chosen = [self.check_task(task) for task in tasks]
         for parameter in self.own_task_parameters().values():
             parameter.data = parameter.data[chosen]
-        self._held = self.num_tasks, chosen
+        if self._held is None:
+            self._held = self.num_tasks, chosen
+        else:
+            total, before = self._held
+            self._held = total, [before[task] for task in chosen]
         self.num_tasks = len(chosen)
 
     def redraw_tasks(self) -> None:
         """Draws the per-task parameters afresh, each as if all tasks were held and drawn here."""
-        if self._held is not None:
-            self.num_tasks = self._held[0]
+        held, self._held = self._held, None
+        if held is not None:
+            self.num_tasks = held[0]
             for parameter in self.own_task_parameters().values():
                 parameter.data = parameter.data.new_empty(self.num_tasks, *parameter.shape[1:])
         self.reset_task_parameters()
-        if self._held is not None:
-            self.hold_tasks(self._held[1])
+        if held is not None:
+            self.hold_tasks(held[1])
 
     def own_task_parameters(self) -> dict[str, nn.Parameter]:
         """The per-task parameters this layer has, by name; each is [T, ...]."""
         found = {name: getattr(self, name) for name in self.task_parameters}
         return {name: parameter for name, parameter in found.items() if parameter is not None}
+
+    def note_frozen(self, plain: nn.Module) -> None:
+        """Remembers which parameters of the plain layer are frozen, for `is_trained`."""
+        self._frozen = frozenset(n for n, p in plain.named_parameters() if not p.requires_grad)
+
+    def is_trained(self, name: str) -> bool:
+        """Whether a per-task parameter requires a gradient in the plain layer that takes it."""
+        trained: bool = getattr(self, name).requires_grad
+        return trained and name not in self._frozen
 
     def check_task(self, task: int) -> int:
         """Returns ``task`` if this layer has it, else raises ValueError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,10 @@ class SeenTasks:
 
     `note` is called by each forward pass under grad, and a hook on the parameters by each backward
     pass, which decides: a forward pass without one, as of an evaluation, has no gradient to tell
-    the tasks of, and ``zero_grad`` may stand before or after a forward pass.
+    the tasks of, and ``zero_grad`` may stand before or after a forward pass. But a backward pass is
+    taken to be of all forward passes under grad since the last backward or step: one that is to
+    have none counts where another's backward follows before a step, so evaluate under
+    ``torch.no_grad()``.
 
     Args:
         num_tasks: number of tasks T.
@@ -28,6 +32,8 @@ class SeenTasks:
         self._passes: set[frozenset[int]] = set()  # of the forward passes since the last backward
         self._latest: set[frozenset[int]] = set()  # of those that the last backward was of
         self._arrived: set[frozenset[int]] = set()  # of all that the gradients are of
+        # The gradients that a zero_grad has set to zero and kept.
+        self._zeros: list[weakref.ref[Tensor]] = []
         # Compiled code writes here, [T] and whether there was a pass: it could change a set as
         # well, but would be guarded on what the set held, and compiled again for each batch.
         self._flags = torch.zeros(num_tasks + 1, dtype=torch.bool)
@@ -49,12 +55,25 @@ class SeenTasks:
             self._passes.add(batch.present(self.num_tasks))
 
     def tasks(self) -> frozenset[int] | None:
-        """The tasks that the gradients are of; None where no backward pass brought any."""
-        return frozenset().union(*self._arrived) if self._arrived else None
+        """The tasks that the gradients are of; None where that is unknown.
 
-    def zero_grad(self) -> None:
-        """The gradients are gone; passes whose backward is still to come are not."""
+        So it is where no backward pass brought any, unless they are those that `zero_grad` has set
+        to zero.
+        """
+        if self._arrived:
+            return frozenset().union(*self._arrived)
+        return frozenset() if self._zeros and self._are_zeros() else None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The gradients are gone, or zero; passes whose backward is still to come are not."""
         self._arrived = set()
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        self._zeros = [] if set_to_none else [weakref.ref(grad) for grad in grads]
+
+    def _are_zeros(self) -> bool:
+        zeros = [zero() for zero in self._zeros]
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        return all(any(grad is zero for zero in zeros) for grad in grads)
 
     def step(self) -> None:
         """The parameters have changed, so no earlier forward pass can have a backward any more."""

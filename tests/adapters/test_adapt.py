@@ -471,3 +471,43 @@ def test_errors_in_forward_name_the_layer():
         tasks(torch.tensor([0, 1, 1])),
     ):
         adapted(torch.randn(2, 3, 4))
+
+
+def test_a_model_that_is_a_layer_of_tasks_has_its_names_and_must_be_put_into_a_container():
+    layer = MultiTaskLoRALinear(3, 4, 2, 1)
+    assert set(base_state_dict(layer)) == {"weight", "bias"}
+    head = MultiTaskHead(3, 4, 2)
+    torch.testing.assert_close(base_state_dict(head)["weight"], head.weight.mean(0))
+    state = task_state_dict(layer, 0)
+    assert {name: list(t.shape) for name, t in state.items()} == {
+        "lora_A": [1, 3], "lora_B": [4, 1],
+    }  # fmt: skip
+    load_task_state_dict(layer, 1, state)
+    assert torch.equal(layer.lora_A[1], layer.lora_A[0])
+    message = "the layer itself, a MultiTaskLoRALinear; put it into a container"
+    with pytest.raises(ValueError, match=f"^unload: .*{message}"):
+        unload(layer)
+    with pytest.raises(ValueError, match=f"^merge_and_unload: .*{message}"):
+        merge_and_unload(layer, 1)
+    assert not list(layer.children())
+    assert type(unload(nn.Sequential(layer))[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("frozen", [{"weight"}, {"bias"}, {"weight", "bias"}])
+@pytest.mark.parametrize("remove", [unload, lambda adapted: merge_and_unload(adapted, 1)])
+def test_what_was_frozen_is_frozen_again(remove, frozen):
+    plain = nn.ModuleDict({
+        "tokens": nn.Embedding(5, 4), "body": nn.Linear(4, 4), "out": nn.Linear(4, 2),
+    })  # fmt: skip
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(name.rpartition(".")[2] not in frozen)
+    before = {name: p.requires_grad for name, p in plain.named_parameters()}
+    adapt(plain, LoRAConfig(rank=1, target_modules=["body"], heads=["tokens", "out"]), 2)
+    assert all(p.requires_grad for layer in (plain["tokens"], plain["out"])
+               for p in layer.parameters())  # fmt: skip
+    remove(copy.deepcopy(plain))
+    remove(plain)
+    assert {name: p.requires_grad for name, p in plain.named_parameters()} == before
+    adapt(plain, LoRAConfig(rank=1, target_modules=["body"], heads=["out"]), 2)
+    plain["out"].requires_grad_(False)
+    assert not any(p.requires_grad for p in remove(plain)["out"].parameters())

@@ -290,3 +290,91 @@ def test_evaluation_runs_each_sample_with_its_own_task():
     source = RoundLoader(swapped.inputs, swapped.targets, swapped.task_ids, batch_size=4)
     other = evaluate(model, source, lambda outputs, batch: outputs[:, 0]).per_task
     assert per_task[0] != pytest.approx(other[1])
+
+
+@pytest.mark.parametrize(
+    ("values", "best"),
+    [
+        ((math.nan, 0.2, 0.1, 0.3), 3),
+        ((math.nan, -math.inf, math.nan, math.nan), 1),
+        ((0.2, math.nan, 0.1, math.nan), 0),
+        ((math.nan,) * 4, 0),
+    ],
+)
+def test_a_validation_that_is_nan_is_worse_than_any_other(values, best):
+    model, record = network(), Record()
+    keep = KeepBest()
+    result = standard(model, rounds(), CONFIG, validation=scores(*values), callbacks=[record, keep])
+    assert (result.kept_epoch, result.best_epoch) == (best, best)
+    assert result.best_metric is result.history[best]["validation"]
+    assert all(torch.equal(v, record.weights[best][k]) for k, v in model.state_dict().items())
+
+
+def test_the_folder_of_the_log_is_made_at_the_start(tmp_path):
+    log = tmp_path / "runs" / "one" / "metrics.jsonl"
+
+    class Look(Callback):
+        def on_step(self, training, loss):
+            assert log.parent.is_dir()
+
+    standard(network(), rounds(), CONFIG, callbacks=[MetricsLog(log), Look()])
+    assert len(log.read_text().splitlines()) == 4
+
+
+class Stops(Callback):
+    def __init__(self, calls, name, fails=""):
+        self.calls, self.name, self.fails = calls, name, fails
+
+    def _call(self, place):
+        self.calls.append(f"{place} {self.name}")
+        if place == self.fails:
+            raise KeyboardInterrupt(place)
+
+    def on_start(self, training):
+        self._call("start")
+
+    def on_step(self, training, loss):
+        if training.steps_done == 3:
+            self._call("step")
+
+    def on_end(self, training):
+        self._call("end")
+
+    def on_stop(self, training):
+        self._call("stop")
+
+
+@pytest.mark.parametrize(
+    ("fails", "called"),
+    [
+        ("", "start a, start b, step a, step b, end a, end b, stop b, stop a"),
+        ("start", "start a, stop a"),
+        ("step", "start a, start b, step a, stop b, stop a"),
+        ("end", "start a, start b, step a, step b, end a, stop b, stop a"),
+    ],
+)
+def test_callbacks_are_stopped_however_a_training_ends(fails, called):
+    calls = []
+    callbacks = [Stops(calls, "a", fails), Stops(calls, "b")]
+    config = TrainConfig(epochs=1, lr=0.05)
+    if fails:
+        with pytest.raises(KeyboardInterrupt, match=f"^{fails}$") as caught:
+            standard(network(), rounds(), config, callbacks=callbacks)
+        assert caught.value.__context__ is None
+    else:
+        standard(network(), rounds(), config, callbacks=callbacks)
+    assert ", ".join(calls) == called
+
+
+def test_the_bar_is_closed_when_a_training_fails(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress = Progress()
+    with pytest.raises(KeyboardInterrupt):
+        standard(network(), rounds(), CONFIG, callbacks=[progress, Crash(1)])
+    assert progress._bar.disable, "closed"
+
+
+def test_an_evaluation_in_which_no_sample_counts_is_nan():
+    sizes = torch.zeros(24, dtype=torch.int64)
+    found = evaluate(network(), rounds(sizes=sizes))
+    assert math.isnan(found.mean) and all(map(math.isnan, found.per_task))

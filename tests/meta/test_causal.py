@@ -479,3 +479,35 @@ def test_perplexity_and_bits_per_byte():
     batch = next(iter(loader(None)))
     with pytest.raises(ValueError, match="the loader must have sizes, the bytes of each sample"):
         bits_per_byte(SampleLosses(torch.ones(2), torch.ones(2)), batch)
+
+
+def test_labels_below_the_vocabulary_are_refused_on_each_path(monkeypatch):
+    hidden, labels = case()
+    labels[1, 2] = -1
+    message = re.escape(
+        "token_losses: labels must be -100 or in 0..10, the head's vocabulary, got -1"
+    )
+    with pytest.raises(ValueError, match=message):
+        token_losses(hidden, labels, heads()["plain"])
+    monkeypatch.setattr("metalora.meta.causal._labelled", lambda labels: None)
+    with pytest.raises(ValueError, match=message):
+        token_losses(hidden, labels, heads()["plain"], chunk_tokens=3)
+
+
+def test_a_head_may_have_no_parameters():
+    hidden, labels = case()
+    fixed = heads()["plain"].requires_grad_(False)
+
+    class Fixed(nn.Module):
+        def forward(self, rows):
+            return rows @ fixed.weight.T
+
+    want, got = (token_losses(hidden, labels, head) for head in (fixed, Fixed()))
+    assert torch.equal(got, want)
+    gradients = [torch.autograd.grad(losses.sum(), hidden)[0] for losses in (want, got)]
+    assert torch.equal(*gradients) and gradients[0].any()
+
+
+def test_the_perplexity_of_no_task_is_nan():
+    found = perplexity(meta.Evaluation((math.nan, math.nan), math.nan))
+    assert math.isnan(found.mean) and all(map(math.isnan, found.per_task))

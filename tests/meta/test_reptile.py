@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metalora.meta import RoundLoader, TrainConfig, reptile
+from metalora.meta import Callback, RoundLoader, TrainConfig, reptile
 from tests.pairs import every_pair
 
 
@@ -88,21 +88,12 @@ def test_equals_the_definition(sign, inner, outer, average):
     assert seen[0] * 2 == steps
 
 
-class CountSteps:
+class CountSteps(Callback):
     def __init__(self, seen):
         self.seen = seen
 
-    def on_start(self, training):
-        pass
-
     def on_step(self, training, loss):
         self.seen.append(training.steps_per_epoch)
-
-    def on_epoch(self, training, record):
-        pass
-
-    def on_end(self, training):
-        pass
 
 
 def test_sgd_with_rate_one_on_one_task_is_the_inner_training_itself():

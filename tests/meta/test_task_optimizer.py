@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import random
 from functools import partial
 
@@ -630,3 +631,64 @@ def test_wrong_arguments_are_named():
         ValueError, "adapter_weight_decay cannot be set, as Rprop has no weight_decay",
         TaskOptimizer, model, torch.optim.Rprop, adapter_weight_decay=0.1,
     )  # fmt: skip
+
+
+class Skipping(nn.Module):
+    """Leaves its middle layer out of some passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.skip = network(), False
+        self.middle = MultiTaskLoRALinear(6, 6, num_tasks=T, rank=2, dtype=torch.float64)
+        nn.init.normal_(self.middle.lora_B)
+        metalora.freeze_base(self.middle)  # torch steps shared weights whose gradients are zero
+
+    def forward(self, x):
+        x = self.model[1](self.model[0](x))
+        return self.model[2](x if self.skip else self.middle(x))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "rmsprop", "adafactor"])
+@pytest.mark.parametrize("skipped", [0, 1])
+@pytest.mark.parametrize("clipped", [False, True])
+def test_a_layer_that_no_pass_reaches_is_left_alone_whether_its_gradients_are_none_or_zero(
+    kind, skipped, clipped
+):
+    models = []
+    for set_to_none in (True, False):
+        model = Skipping()
+        optimizer = make(model, kind)
+        for number, batch in enumerate(batches(6, first_complete=2)):
+            model.skip = number % 2 == skipped
+            optimizer.zero_grad(set_to_none)
+            backward(model, batch)
+            if clipped:  # writes to the gradients, those that are zero too
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            before = [p.detach().clone() for p in task_parameters(model.middle)]
+            optimizer.step()
+            assert same(before, task_parameters(model.middle)) == model.skip
+        models.append(model)
+    assert same(models[0].parameters(), models[1].parameters())
+
+
+def test_gradients_set_by_hand_after_zeros_are_refused():
+    model = network()
+    optimizer = make(model, "adamw")
+    train(model, optimizer, batches(1))
+    backward(model, batches(1)[0])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    before = [p.detach().clone() for p in task_parameters(model)]
+    optimizer.step()
+    assert same(before, task_parameters(model))
+    for parameter in task_parameters(model):
+        parameter.grad = torch.ones_like(parameter)
+    refused(RuntimeError, "unknown which tasks", optimizer.step)
+
+
+def test_it_is_neither_copied_nor_pickled():
+    optimizer = make(network(), "adamw")
+    message = "make a new TaskOptimizer for the copied model and load its state_dict"
+    refused(TypeError, message, copy.deepcopy, optimizer)
+    refused(TypeError, message, copy.copy, optimizer)
+    refused(TypeError, message, pickle.dumps, optimizer)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from metalora.adapters import (
     LoRAConfig,
@@ -66,6 +71,72 @@ def test_one_task_needs_none_and_no_samples_give_none():
     assert none.shape == (0, 3, D)
     with pytest.raises(ValueError, match="'tokens': which task does each sample belong to"):
         embedding()(ids)
+
+
+@pytest.mark.parametrize("wrong", [-1, V, V + 3, -V])
+@pytest.mark.parametrize("kind", ["samples", "packed", "one task"])
+def test_ids_outside_read_no_row_of_another_task(kind, wrong):
+    layer, ids = embedding(), torch.zeros(5, dtype=torch.int64)
+    batch = TaskBatch(torch.tensor([1, 0, 2, 1, 0]), T)
+    if kind == "packed":
+        batch = TaskBatch(torch.tensor([0, 1]), T, lengths=(2, 3))
+    elif kind == "one task":
+        layer, batch = MultiTaskEmbedding.from_embedding(nn.Embedding(V, D), 1, name="tokens"), None
+    ids[3] = wrong
+    message = f"'tokens': ids must be in 0..10, the places of the embedding, got {wrong}; "
+    with pytest.raises(IndexError, match=re.escape(message)) as caught:
+        layer(ids, batch)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_ids_outside_are_refused_in_compiled_code():
+    layer, batch = embedding(), TaskBatch(torch.tensor([0, 1]), T)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    ids = torch.tensor([[3, 0], [V - 1, 2]])
+    assert torch.equal(compiled(ids, batch), layer(ids, batch))
+    for wrong in (-1, V):
+        with pytest.raises(IndexError):
+            compiled(torch.full((2, 2), wrong), batch)
+
+
+def test_fake_ids_are_not_read():
+    layer, batch = embedding(), TaskBatch(torch.tensor([0, 1]), T)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        ids = mode.from_tensor(torch.tensor([[3, 0], [V - 1, 2]]))
+        assert layer(ids, batch).shape == (2, 2, D)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_and_ids_outside_end_in_an_assertion():
+    layer, batch = embedding().cuda(), TaskBatch(torch.tensor([0, 1]), T)
+    ids = torch.tensor([[3, 0], [V - 1, 2]], device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = layer(ids, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got[1], layer.weight[1][ids[1]])
+    program = (
+        "import torch; from metalora.nn import MultiTaskEmbedding, TaskBatch; "
+        f"layer = MultiTaskEmbedding.from_embedding(torch.nn.Embedding({V}, {D}), {T}).cuda(); "
+        f"layer(torch.full((2, 2), {V}).cuda(), TaskBatch(torch.tensor([0, 1]), {T})); "
+        "torch.cuda.synchronize()"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode and "device-side assert" in run.stderr, run.stderr
+
+
+def test_ids_of_tasks_are_kept_on_the_device_of_the_inputs(monkeypatch):
+    asked = []
+    real = TaskBatch.ids_on
+    monkeypatch.setattr(
+        TaskBatch, "ids_on", lambda self, device: asked.append(device) or real(self, device)
+    )
+    embedding()(torch.zeros(2, 3, dtype=torch.int64), TaskBatch(torch.tensor([0, 1]), T))
+    assert asked == [torch.device("cpu")]
 
 
 class Model(nn.Module):

@@ -286,3 +286,18 @@ def test_symmetric_layer_must_be_square():
 def test_unknown_task_is_refused(task):
     with pytest.raises(ValueError, match=rf"task must be in 0\.\.3, got {task}"):
         lora().to_linear(task)
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_tasks_may_be_dropped_twice(make):
+    torch.manual_seed(0)
+    every, some = make(), make()
+    some.hold_tasks([0, 2, 3])
+    some.hold_tasks([2, 1])
+    assert some.num_tasks == 2 and "tasks=2 of 4" in repr(some)
+    for layer in (every, some):
+        torch.manual_seed(1)
+        layer.redraw_tasks()
+    assert some.num_tasks == 2 and "tasks=2 of 4" in repr(some)
+    for name, parameter in some.own_task_parameters().items():
+        assert torch.equal(parameter, getattr(every, name)[[3, 2]])
