@@ -101,7 +101,9 @@ class ConflictSettings(RetrainingSettings):
 
     command: ClassVar[str] = "conflict"
     methods: ClassVar[tuple[str, ...]] = tuple(METHODS)
-    without: ClassVar[tuple[str, ...]] = ("retrained", "evaluate_every")
+    measures_afterwards: ClassVar[bool] = True
+    # The method standard-equal-steps stands for equal_steps, which would add to it.
+    without: ClassVar[tuple[str, ...]] = ("retrained", "evaluate_every", "equal_steps")
     zero: ClassVar[tuple[str, ...]] = (*RetrainingSettings.zero, "turned")
 
     data: str = option("cifar10", help="the images", choices=tuple(DEFAULTS))

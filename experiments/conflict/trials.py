@@ -16,6 +16,7 @@ from experiments.conflict.settings import AUGMENTATIONS, METHODS, MODELS, Confli
 from experiments.conflict.summary import ACCURACY, RATE, VALIDATION
 from experiments.lib import training
 from experiments.lib.errors import RunError
+from experiments.lib.statistics import worth_of
 from experiments.vision.augment import Augmentation, Normalize
 from experiments.vision.data import Dataset
 from experiments.vision.mixer import Mixer
@@ -133,7 +134,7 @@ class Trials(training.Trials[Part]):
         rates = s.lora_rates if kind == "lora" else s.last_layer_rates
         unseen = self._unseen(model, labels, "validation")
         found = {rate: self._accuracy(unseen, labels, rate) for rate in rates}
-        best = max(found, key=lambda rate: found[rate])
+        best = max(found, key=lambda rate: worth_of(found[rate]))
         measured = {VALIDATION: found[best], RATE: best}
         if not s.tune:
             unseen = self._unseen(model, labels, "test")

@@ -13,10 +13,10 @@ from typing import Any
 
 from experiments.language.settings import LanguageSettings
 from experiments.language.summary import tables
-from experiments.lib import cli
+from experiments.lib import cli, units
 from experiments.lib.errors import RunError
 from experiments.lib.manifest import MANIFEST
-from experiments.lib.runs import RunFolder, read_rows
+from experiments.lib.runs import RunFiles, RunFolder, read_rows
 from experiments.lib.units import RESULTS
 
 # These settings may differ between the runs; the trials must.
@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def join(runs: Sequence[Path], out: Path | None) -> tuple[RunFolder, float]:
     """Joins finished runs that differ only in their trials.
 
+    The joined run has the first one's settings and data, and as its trials the smallest range that
+    holds those of all runs.
+
     Returns:
         the folder with the results of all runs and their figures, and the chance level in percent.
 
@@ -61,9 +64,10 @@ def join(runs: Sequence[Path], out: Path | None) -> tuple[RunFolder, float]:
     from experiments.language.figures import draw  # matplotlib takes a second to import
 
     manifests = [_manifest(run) for run in runs]
+    settings = RunFiles(runs[0], manifests[0]).settings(LanguageSettings)
     first = _fixed(manifests[0])
     trials: dict[str, Path] = {}
-    rows: list[dict[str, str]] = []
+    rows: list[list[dict[str, str]]] = []
     for run, manifest in zip(runs, manifests, strict=True):
         fixed = _fixed(manifest)
         other = [name for name in {**first, **fixed} if first.get(name) != fixed.get(name)]
@@ -77,12 +81,21 @@ def join(runs: Sequence[Path], out: Path | None) -> tuple[RunFolder, float]:
             if trial in trials:
                 raise RunError(f"{trials[trial]} and {run} both have trial {trial}")
             trials[trial] = run
-        rows += found
-    chance = 100 / manifests[0]["settings"]["candidates"]
-    settings = JoinSettings(tuple(runs), out)
+        rows.append(found)
+    chance = 100 / settings.candidates
+    every = [_trials(manifest) for manifest in manifests]
+    start, stop = min(of.start for of in every), max(of.stop for of in every)
+    settings = dataclasses.replace(
+        settings, first_seed=start, seeds=stop - start, out=out, resume=False
+    )
     with RunFolder.create(out, settings, experiment="language", tag="joined") as folder:
-        folder.add_rows(rows)
-        folder.note(runs=manifests)
+        for name, sha256 in manifests[0]["data"].items():
+            folder.add_data(name, sha256)
+        folder.note(runs=[_origin(*of) for of in zip(runs, manifests, strict=True)])
+        for run, found in zip(runs, rows, strict=True):
+            folder.add_rows(found)
+            for unit in sorted(units.finished(run, "runs") - folder.units_done):
+                folder.mark_done(unit)
         draw(folder, chance)
     return folder, chance
 
@@ -98,6 +111,17 @@ def _manifest(run: Path) -> dict[str, Any]:
     if status != "completed":
         raise RunError(f"{run} is {status}; finish it with --resume --out {run}")
     return manifest
+
+
+def _trials(manifest: dict[str, Any]) -> range:
+    settings = manifest["settings"]
+    return range(settings["first_seed"], settings["first_seed"] + settings["seeds"])
+
+
+def _origin(run: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Returns what tells where results come from, without any place of this machine."""
+    commit = (manifest.get("git") or {}).get("commit")
+    return {"folder": run.resolve().name, "commit": commit, "trials": list(_trials(manifest))}
 
 
 def _fixed(manifest: dict[str, Any]) -> dict[str, Any]:

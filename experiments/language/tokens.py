@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from experiments.language.dialogues import SILENCE, Dialogue
-from metalora._files import cache_folder, replacing
+from metalora._files import cache_folder, read_tensors, replacing
 from metalora.meta.identity import digest_of_tensors
 
 FORM = 1  # part of the cache's key; increase it when the same input gives other sequences
@@ -235,17 +235,16 @@ def _key(tasks: Sequence[Sequence[Dialogue]], tokenizer: Any, settings: Sequence
 
 def _read(folder: Path, key: str) -> dict[str, Tensor] | None:
     """Returns the tensors under a key; None if there are none or, with a note, if damaged."""
-    from safetensors import SafetensorError, safe_open
-
     path = _path(folder, key)
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if file.metadata() == {"key": key, "sha256": digest_of_tensors(tensors)}:
-                return tensors
+        tensors, facts = read_tensors(path, "language")
+        if facts == {"key": key, "sha256": digest_of_tensors(tensors)}:
+            return tensors
     except FileNotFoundError:
         return None
-    except (OSError, SafetensorError):
+    except (ImportError, MemoryError):
+        raise
+    except Exception:  # of any kind where the file is damaged, see `read_tensors`
         pass
     print(f"note: {path} is damaged; its sequences are made again", file=sys.stderr)
     return None

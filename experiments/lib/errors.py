@@ -10,9 +10,13 @@ from metalora._errors import DivergedError
 
 INTERRUPTED = 130  # the shell's exit code for a process ended by Ctrl-C
 # torch has no class of its own for these: an allocation failed, or the size itself overflowed.
+# Other overflows, of numbers and of buffers, are bugs or divergence.
 _TOO_LARGE = re.compile(
-    r"not enough memory|(can't|cannot) allocate memory|out of memory|overflow", re.IGNORECASE
+    r"not enough memory|(can't|cannot) allocate memory|out of memory"
+    r"|storage size calculation overflowed|numel: integer multiplication overflow",
+    re.IGNORECASE,
 )
+_TOO_LARGE_COUNT = re.compile(r"\bint(eger)?\b")  # a float's overflow is of a number, not of a size
 
 
 class RunError(Exception):
@@ -25,8 +29,10 @@ class DataError(RunError):
 
 def too_large(error: BaseException | None) -> bool:
     """Returns whether an error says that something does not fit this machine's memory, or any."""
-    if isinstance(error, (MemoryError, OverflowError)):
+    if isinstance(error, MemoryError):
         return True
+    if isinstance(error, OverflowError):
+        return _TOO_LARGE_COUNT.search(str(error)) is not None
     return isinstance(error, RuntimeError) and _TOO_LARGE.search(str(error)) is not None
 
 

@@ -146,7 +146,7 @@ def each_unit(
     Raises:
         RunError: a training diverged.
     """
-    with tqdm(units.items(), unit=kind, disable=None) as progress:
+    with tqdm(units.items(), unit=kind, disable=processes.no_bar()) as progress:
         for name, work in progress:
             progress.set_description(name)
             if not folder.done(name):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from experiments.lib.cli import MOST_TRIALS, check_values, flag_of, option, unique
 from experiments.lib.experiment import RunSettings
-from experiments.lib.processes import launched
+from experiments.lib.processes import count, launched
 from metalora.meta.distribution import PARALLEL
 from metalora.meta.precision import MATMUL_PRECISIONS
 
@@ -45,6 +45,8 @@ class RetrainingSettings(RunSettings):
     methods: ClassVar[tuple[str, ...]] = METHODS
     zero: ClassVar[tuple[str, ...]] = ZERO
     without: ClassVar[tuple[str, ...]] = ()  # fields that the experiment has no use for
+    # Whether it measures after a fine-tuning, when a process has only its own tasks' adapters.
+    measures_afterwards: ClassVar[bool] = False
 
     retrain: tuple[str, ...] = option(
         (ALL,), help="retraining methods", choices=(*METHODS, ALL), extends=True
@@ -145,6 +147,12 @@ class RetrainingSettings(RunSettings):
                 given = " ".join(self.finetune)
                 raise ValueError(f"argument --finetune: none stands alone, got {given}")
             object.__setattr__(self, "finetune", ())
+        tasks_apart = self.parallel == "tasks" and count() > 1
+        if tasks_apart and self.finetune and self.measures_afterwards:
+            raise ValueError(
+                f"argument --parallel: must be data, got tasks; after a fine-tuning the "
+                f"{self.command} experiment measures every task in each process"
+            )
         if self.retrained and not self.finetune:
             raise ValueError("argument --retrained: with --finetune none there is nothing to do")
         check_values(self.command, self, zero=self.zero, most={"seeds": MOST_TRIALS})

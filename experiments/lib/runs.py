@@ -83,7 +83,7 @@ class RunFolder(RunFiles):
     "interrupted" (Ctrl-C or SIGTERM: one line, exit code 130 or 143) or "failed" (with the
     traceback in error.txt, and the reason in the manifest). The folder is readable at any moment,
     whatever ends the process. What cannot be written, such as on a full disk, is a `RunError`. Only
-    a new run that asks for more memory than there is, before it has a result, leaves nothing.
+    a new run that has written nothing yet, and asks for more memory than there is, leaves nothing.
 
     Attributes:
         units_done: the units of work that are finished.
@@ -265,9 +265,9 @@ class RunFolder(RunFiles):
                 file=sys.stderr,
             )
             raise SystemExit(TERMINATED if terminated else INTERRUPTED) from None
-        elif too_large(error) and not self.units_done:
+        elif too_large(error) and self._is_untouched():
+            shutil.rmtree(self.folder, ignore_errors=True)  # while no other process can have it
             self.close()
-            shutil.rmtree(self.folder)
         else:
             self._fail(error, "".join(traceback.format_exception(kind, error, trace)))
 
@@ -283,6 +283,14 @@ class RunFolder(RunFiles):
             self.finish("failed")
         if told is not error:
             raise told from None  # type: ignore[misc]
+
+    def _is_untouched(self) -> bool:
+        """Returns whether this run is new and its folder holds only what making it wrote."""
+        if "resumed" in self.manifest:
+            return False
+        with contextlib.suppress(OSError):
+            return {found.name for found in self.folder.iterdir()} <= {lock.NAME, MANIFEST}
+        return False
 
     def _write_manifest(self) -> None:
         self.write_json(MANIFEST, self.manifest)

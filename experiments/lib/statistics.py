@@ -148,16 +148,25 @@ def best_choices(
         rows: of a results.csv, see `summarize`.
         key: the columns that tell apart what is chosen for.
         choice: the column to choose in.
-        metric: what the mean over trials is taken of; of equal means the first wins.
+        metric: what the mean over trials is taken of; of equal means the first wins, and NaN is
+            the worst.
         lower_is_better: whether the lowest mean is the best.
     """
     best: dict[tuple[str, ...], Line] = {}
-    sign = -1 if lower_is_better else 1
+
+    def worth(line: Line) -> tuple[bool, float]:
+        return worth_of(line[metric], lower_is_better=lower_is_better)
+
     for line in summarize(rows, (*key, choice), (metric,)):
         of = tuple(line[k] for k in key)
-        if of not in best or sign * line[metric] > sign * best[of][metric]:
+        if of not in best or worth(line) > worth(best[of]):
             best[of] = line
     return {of: line[choice] for of, line in best.items()}
+
+
+def worth_of(value: float, *, lower_is_better: bool = False) -> tuple[bool, float]:
+    """Returns what values are compared by, highest for the best: NaN is worse than any number."""
+    return not math.isnan(value), -value if lower_is_better else value
 
 
 def standard_error(values: Sequence[float]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from experiments.lib.errors import RunError
 from experiments.lib.manifest import plain
 from experiments.lib.retraining_settings import FINETUNES
 from experiments.lib.runs import read_rows
-from experiments.lib.statistics import summarize
+from experiments.lib.statistics import summarize, worth_of
 from experiments.lib.training import Labels
 from experiments.lib.units import RESULTS
 from experiments.ratings.settings import CHOSEN, FINETUNED, USER_BIAS, RatingsSettings
@@ -168,7 +169,8 @@ def tried(rows: Iterable[Mapping[str, str]]) -> Tried:
         of_candidate = of.setdefault(line["candidate"], {})
         kind = tuple(line[k] for k in finetuning)
         one = (line[RMSE], line["finetune_weight_decay"])
-        of_candidate[kind] = min(one, of_candidate.get(kind, one))
+        known = of_candidate.get(kind, one)
+        of_candidate[kind] = min(one, known, key=lambda found: (math.isnan(found[0]), *found))
     return found
 
 
@@ -185,7 +187,9 @@ def best(found: Tried) -> dict[Retraining, str]:
             )
             for candidate, errors in candidates_of.items()
         }
-        chosen[retraining] = min(means, key=means.__getitem__)
+        chosen[retraining] = max(
+            means, key=lambda candidate: worth_of(means[candidate], lower_is_better=True)
+        )
     return chosen
 
 

@@ -1,8 +1,8 @@
 """The command: every number of retraining users, method, rank, fine-tuning, shots and trial.
 
 A run folder holds, besides what every run folder holds:
-``weights/<method>-<tasks>-<rank>-<trial>.safetensors`` with every retrained model, a
-``.checkpoint`` in its place until it is finished, and the figures.
+``weights/<method>-<tasks>-<rank>-<trial>.safetensors`` with every retrained model,
+``checkpoints/`` of trainings that are not finished, and the figures.
 """
 
 from __future__ import annotations

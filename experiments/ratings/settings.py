@@ -86,6 +86,7 @@ class RatingsSettings(RetrainingSettings):
     """
 
     command: ClassVar[str] = "ratings"
+    measures_afterwards: ClassVar[bool] = True
     without: ClassVar[tuple[str, ...]] = ("equal_steps", "evaluate_every")
     zero: ClassVar[tuple[str, ...]] = (*ZERO, "rank", "finetune_weight_decay")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,10 +31,35 @@ def squared_error(outputs: Tensor, batch: Batch) -> Tensor:
     return (outputs - batch.targets) ** 2
 
 
+@dataclasses.dataclass(frozen=True)
+class RatingBatch(Batch):
+    """A batch, or one process's part of it, that knows how many ratings the whole batch has."""
+
+    whole: int = 0
+
+    def take(self, rows: Tensor | slice, counts: tuple[int, ...] | None = None) -> RatingBatch:
+        part = super().take(rows, counts)
+        assert isinstance(part, RatingBatch)
+        # A part of one process has places; without them, it is a batch of its own, of one task.
+        return part if part.places is not None else replace(part, whole=len(part.task_ids))
+
+
+class RatingLoader(RoundLoader):
+    """Gives batches that know their number of ratings, which a part's loss must be divided by."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            given = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+            yield RatingBatch(**given, whole=len(batch.task_ids))
+
+
 def error_over_ratings(outputs: Tensor, batch: Batch) -> Tensor:
-    """Returns squared errors [B] whose mean by the batch's weights is that over all its ratings."""
-    assert batch.weights is not None
-    return squared_error(outputs, batch) / (len(outputs) * batch.weights.to(outputs))
+    """Returns squared errors [B] whose mean by the batch's weights is that over all its ratings.
+
+    Where several processes train together, these are the ratings of all of them.
+    """
+    assert batch.weights is not None and isinstance(batch, RatingBatch)
+    return squared_error(outputs, batch) / (batch.whole * batch.weights.to(outputs))
 
 
 def clipped_error(outputs: Tensor, batch: Batch) -> Tensor:
@@ -209,7 +236,7 @@ class Trials(training.Trials[Part]):
             whole = len(part) if order in ("proportional", "pooled") else int(part.counts.max())
             batch_size = -(-whole // self.settings.batches)
         device = self.device
-        return RoundLoader(
+        return RatingLoader(
             part.items.to(device),
             part.values.to(device),
             part.tasks.to(device),

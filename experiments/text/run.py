@@ -17,6 +17,7 @@ from tqdm import tqdm
 from experiments.lib.errors import RunError
 from experiments.lib.experiment import Experiment, Report, Work, command
 from experiments.lib.machine import choose_device, keep_freed_memory
+from experiments.lib.processes import no_bar, rank
 from experiments.lib.runs import RunFiles, RunFolder
 from experiments.lib.tables import Table
 from experiments.lib.training import Labels, Trainings
@@ -45,7 +46,7 @@ def prepare(given: TextSettings) -> Work:
         folder.note(**trials.facts())
         trainings = Trainings(folder, trials, COLUMNS, {"experiment": NAME, "model": model})
         plan = [(trial, method) for trial in settings.trials for method in settings.retrain]
-        for trial, method in tqdm(plan, desc=NAME, unit="model", disable=None):
+        for trial, method in tqdm(plan, desc=NAME, unit="model", disable=no_bar()):
             if method == "none":
                 retrained = trials.new_model(trial)
             else:
@@ -54,7 +55,8 @@ def prepare(given: TextSettings) -> Work:
                 for amount in settings.amounts:
                     labels = {"method": method, "finetune": kind, "amount": amount, "trial": trial}
                     trainings.finetuned(labels, retrained, *_watched(folder, trials, labels))
-            folder.write_json(SAMPLES, _samples(folder))
+            if rank() == 0:  # the only one that does not read what another is writing
+                folder.write_json(SAMPLES, _samples(folder))
 
     def figures(folder: RunFolder) -> list[Path]:
         from experiments.text.figures import draw  # matplotlib takes a second to import

@@ -60,6 +60,7 @@ class TextSettings(RetrainingSettings):
     command: ClassVar[str] = "text"
     methods: ClassVar[tuple[str, ...]] = METHODS
     zero: ClassVar[tuple[str, ...]] = (*ZERO, "data_seed", "dropout", "warmup", "generate")
+    measures_afterwards: ClassVar[bool] = True
     # The decoder is called alone and would not be compiled.
     without: ClassVar[tuple[str, ...]] = ("retrained", "evaluate_every", "shared_head", "compile")
 

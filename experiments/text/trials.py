@@ -15,6 +15,7 @@ from torch import nn
 from experiments.lib import training
 from experiments.lib.errors import RunError
 from experiments.lib.retraining_settings import FINETUNES
+from experiments.lib.statistics import worth_of
 from experiments.lib.unused import at_most
 from experiments.text.data import KB, Corpus, Task
 from experiments.text.decoders import Decoders, head_names
@@ -181,7 +182,7 @@ class Trials(training.Trials[Part]):
         s, kind = self.settings, labels["finetune"]
         rates = s.lora_rates if kind == "lora" else s.last_layer_rates
         found = {r: self._adapted(model, labels, "validation", r).mean for r in rates}
-        best = min(found, key=lambda rate: found[rate])
+        best = max(found, key=lambda rate: worth_of(found[rate], lower_is_better=True))
         measured = [
             {"metric": VALIDATION, "value": found[best]},
             {"metric": RATE, "value": best},

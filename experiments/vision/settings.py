@@ -210,7 +210,7 @@ class VisionSettings(RetrainingSettings):
         values = {**DEFAULTS[self.data], **REPTILE[self.reptile], "seeds": 5}
         if self.smoke:
             values |= SMOKE
-        if self.epochs is not None:
+        if self.epochs is not None and "reptile_epochs" not in REPTILE[self.reptile]:
             values["reptile_epochs"] = self.epochs
         values.setdefault("reptile_epochs", values["epochs"])
         for name in ("finetune_lrs", "finetune_lr_from"):

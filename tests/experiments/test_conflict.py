@@ -324,6 +324,7 @@ def test_the_table_compares_trial_by_trial() -> None:
         (["--inputs", "veiws"], "--inputs"),
         (["--retrain", "standard-steps"], "--retrain"),
         (["--inputs", "low-rank", "--distortion-rank", "5"], "--distortion-rank must be at most 4"),
+        (["--equal-steps"], "argument --equal-steps: the conflict experiment has no use for it"),
         (["--rank", "65"], "--rank must be at most 32"),
         (["--data", "cifar10", "--data-root", "nowhere"], "no CIFAR-10 in nowhere"),
     ],

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from experiments.language.join import join, main
+from experiments.language.run import LANGUAGE
 from experiments.language.settings import LanguageSettings
 from experiments.language.summary import COLUMNS, METRICS
 from experiments.lib.errors import RunError
 from experiments.lib.runs import RunFolder
 from experiments.lib.training import row
+from experiments.report import results
 
 
 def made(path: Path, trial: int, value: float, **given: Any) -> Path:
@@ -28,6 +30,7 @@ def made(path: Path, trial: int, value: float, **given: Any) -> Path:
                 for metric in METRICS
             ]
         )
+        run.mark_done(f"finetune lora-ml lora 8 {trial}")
     return path
 
 
@@ -42,7 +45,31 @@ def test_two_trials_become_one_table(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert line.split()[:6] == ["lora-ml", "lora", "8", "2", "30.00", "(10.00)"]
     assert (tmp_path / "joined" / "accuracy.png").stat().st_size > 10_000
     manifest = json.loads((tmp_path / "joined" / "manifest.json").read_text())
-    assert [run["settings"]["first_seed"] for run in manifest["notes"]["runs"]] == [0, 1]
+    assert [run["trials"] for run in manifest["notes"]["runs"]] == [[0], [1]]
+
+
+@pytest.mark.slow
+def test_joined_runs_can_be_committed(tmp_path: Path) -> None:
+    data = {"data": tmp_path / "dialogues", "device": "cpu"}  # places that are not committed
+    runs = [made(tmp_path / "a", 1, 0.2, **data), made(tmp_path / "b", 3, 0.4, seeds=2, **data)]
+    joined, _ = join(runs, tmp_path / "joined")
+    assert joined.settings(LanguageSettings).trials == range(1, 5)
+    results.add(joined.folder, "committed", tmp_path)
+    added = results.load("committed", tmp_path)
+    assert added.rows() == joined.rows()
+    kept = added.manifest
+    assert (kept["status"], kept["finished_units"]) == ("completed", 2)
+    assert kept["data"] == {"valid.jsonl": "0" * 64}
+    assert (kept["settings"]["first_seed"], kept["settings"]["seeds"]) == (1, 4)
+    assert [(run["folder"], run["trials"]) for run in kept["notes"]["runs"]] == [
+        ("a", [1]),
+        ("b", [3, 4]),
+    ]
+    assert all(run.keys() == {"folder", "commit", "trials"} for run in kept["notes"]["runs"])
+    assert LANGUAGE.report is not None
+    (line,) = LANGUAGE.report.tables(added)[""].rows
+    assert "30.0 (10.0)" in line
+    assert [path.name for path in LANGUAGE.report.figures(added)] == ["accuracy.png", "tasks.png"]
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:

@@ -174,6 +174,16 @@ def test_whatever_changes_the_sequences_has_a_file_of_its_own(bert: Path, tmp_pa
         assert len(list(cache.iterdir())) == count
 
 
+def test_a_cache_is_not_mapped_into_memory(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it were, a file that is cut short meanwhile would end the process."""
+    first = made(tokenizer, tmp_path)
+    monkeypatch.delattr("safetensors.safe_open")
+    monkeypatch.delattr("experiments.language.tokens._assemble")  # it is read, not made again
+    assert same(made(tokenizer, tmp_path), first)
+
+
 def damage_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-9] ^= 1

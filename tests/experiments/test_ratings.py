@@ -21,10 +21,10 @@ from experiments.ratings.model import RatingNet
 from experiments.ratings.run import RATINGS
 from experiments.ratings.settings import CHOSEN, RatingsSettings
 from experiments.ratings.summary import OVER_RATINGS, RMSE, summary
-from experiments.ratings.trials import Trials, error_over_ratings
+from experiments.ratings.trials import RatingBatch, Trials, error_over_ratings
 from metalora.adapters import adapted_layers
-from metalora.meta import Batch
 from metalora.meta.mean import sample_weights, weighted_mean
+from tests.processes import needs_gloo, run_processes
 
 CPU = torch.device("cpu")
 
@@ -118,10 +118,31 @@ def test_decay_is_that_of_a_users_own_loss() -> None:
 def test_the_mean_over_ratings_counts_each_alike(pooled: bool) -> None:
     """Whatever the weights: those of eq. 5, or the equal ones of pooled batches."""
     own = torch.full((6,), 1 / 6) if pooled else sample_weights(SOME.tasks)
-    batch = Batch(SOME.items, SOME.values, SOME.tasks, weights=own)
+    batch = RatingBatch(SOME.items, SOME.values, SOME.tasks, weights=own, whole=6)
     outputs = torch.arange(6.0)
     found = weighted_mean(error_over_ratings(outputs, batch), own)
     assert float(found) == pytest.approx(float((outputs - SOME.values).square().mean()))
+
+
+def losses_of_retraining(**given: Any) -> list[float]:
+    _, result = trials(**given).retrain("lora-ml", 0, rank=2)
+    return [epoch["loss"] for epoch in result.history]
+
+
+@needs_gloo
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parallel", "step_per"), [("data", "round"), ("data", "task"), ("tasks", "round")]
+)
+def test_several_processes_minimise_what_one_does(parallel: str, step_per: str) -> None:
+    given = {"step_per": step_per, "tasks": (6,), "finetune": ("none",)}
+    alone = losses_of_retraining(**given)
+    for found in run_processes(_losses, 2, {**given, "parallel": parallel}):
+        assert found == pytest.approx(alone, rel=1e-4)
+
+
+def _losses(given: dict[str, Any]) -> list[float]:
+    return losses_of_retraining(**given)
 
 
 @pytest.mark.slow
@@ -230,6 +251,25 @@ def test_a_mistake_is_one_line_before_anything_is_written(
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1 and message in printed.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_candidate_that_is_not_a_number_is_never_chosen() -> None:
+    same = {
+        "method": "standard",
+        "tasks": "9",
+        "rank": "",
+        "finetune": "lora",
+        "finetune_rank": "2",
+    }
+    rows = [
+        {**same, "candidate": candidate, "finetune_weight_decay": decay, "trial": "0"}
+        | {"metric": RMSE, "value": value}
+        for candidate, decay, value in (("a", "1", "nan"), ("b", "1", "0.9"), ("b", "2", "nan"))
+    ]
+    for order in (rows, rows[::-1]):
+        found = decays.tried(order)
+        assert decays.best(found) == {("standard", "9", ""): "b"}
+        assert found["standard", "9", ""]["b"]["lora", "2"] == (0.9, "1")
 
 
 def test_users_with_too_few_ratings_are_counted_and_listed(

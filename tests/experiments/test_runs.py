@@ -20,8 +20,8 @@ import pytest
 import torch
 
 import metalora
-from experiments.lib import cli, lock
-from experiments.lib.errors import RunError
+from experiments.lib import cli, experiment, lock, runs
+from experiments.lib.errors import RunError, too_large
 from experiments.lib.runs import RunFolder
 from tests.processes import start_interruptible
 
@@ -221,6 +221,86 @@ def test_an_error_is_recorded_and_goes_on(tmp_path: Path) -> None:
         1 / 0  # noqa: B018
     assert manifest(tmp_path / "run")["status"] == "failed"
     assert "ZeroDivisionError" in (tmp_path / "run" / "error.txt").read_text()
+
+
+TOO_LARGE = RuntimeError("CUDA out of memory. Tried to allocate 7 TiB")
+
+
+def test_only_a_new_run_that_has_written_nothing_vanishes_when_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remove(folder: Path, **options: Any) -> None:
+        with pytest.raises(RunError, match="is in use by"):
+            lock.FolderLock(folder)
+        removed(folder, **options)
+
+    removed = runs.shutil.rmtree
+    monkeypatch.setattr(runs.shutil, "rmtree", remove)
+    with pytest.raises(RuntimeError, match="out of memory"), create(tmp_path / "new"):
+        raise TOO_LARGE
+    assert not (tmp_path / "new").exists()
+    begun = create(tmp_path / "begun")
+    begun.log(epoch=0)
+    with pytest.raises(RuntimeError, match="out of memory"), begun:
+        raise TOO_LARGE
+    assert manifest(tmp_path / "begun")["status"] == "failed"
+
+
+def test_a_resumed_run_keeps_its_checkpoints_when_memory_is_short(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    checkpoint = out / "checkpoints" / "x.safetensors"
+    run = create(out)
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"weights")
+    with pytest.raises(SystemExit), run:
+        raise KeyboardInterrupt
+    with pytest.raises(RuntimeError, match="out of memory"), create(out, resume=True):
+        raise TOO_LARGE
+    assert checkpoint.read_bytes() == b"weights"
+    assert manifest(out)["status"] == "failed" and "out of memory" in manifest(out)["reason"]
+    assert "out of memory" in (out / "error.txt").read_text()
+    create(out, resume=True).close()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), True),
+        (TOO_LARGE, True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), True),
+        (RuntimeError("Storage size calculation overflowed with sizes=[9, 9]"), True),
+        (RuntimeError("numel: integer multiplication overflow"), True),
+        (OverflowError("Python int too large to convert to C ssize_t"), True),
+        (OverflowError("cannot fit 'int' into an index-sized integer"), True),
+        (OverflowError("math range error"), False),
+        (RuntimeError("value cannot be converted to type int64_t without overflow"), False),
+        (RuntimeError("stack overflow in worker"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_is_too_large_for_the_memory(error: Exception, told: bool) -> None:
+    assert too_large(error) == told
+
+
+def test_only_the_first_process_shows_a_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bar(*args: Any, **options: Any) -> Any:
+        hidden.append(options["disable"])
+        return tqdm(*args, **{**options, "disable": True})
+
+    hidden: list[bool | None] = []
+    tqdm = experiment.tqdm
+    monkeypatch.setattr(experiment, "tqdm", bar)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with create(tmp_path / "run") as run:
+        for rank in ("0", "1"):
+            monkeypatch.setenv("RANK", rank)
+            experiment.each_unit(run, "cell", {"a": dict}, "--lr")
+    assert hidden == [None, True]
 
 
 WORKER = """

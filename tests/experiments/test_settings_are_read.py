@@ -134,6 +134,27 @@ def test_a_setting_without_a_use_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["conflict", "ratings", "text"])
+def test_tasks_are_not_spread_over_processes_if_all_are_measured_afterwards(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module_name, attribute, arguments = EXPERIMENTS[name]
+    experiment = getattr(importlib.import_module(module_name), attribute)
+    experiment.settings(parallel="tasks")  # in one process there is nothing to spread
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    experiment.settings(parallel="tasks", finetune=("none",))
+    main = command(name, experiment)
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--smoke", "--out", str(tmp_path / "run"), "--parallel", "tasks"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: argument --parallel: must be data, got tasks; after a fine-tuning the "
+        f"{name} experiment measures every task in each process\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_field_that_nobody_reads_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

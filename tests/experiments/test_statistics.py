@@ -83,3 +83,16 @@ def test_the_best_choice_is_that_of_the_mean_over_trials() -> None:
     assert best_choices(rows, ("method",), "rate", "x") == {("a",): "0.2", ("b",): "0.1"}
     lowest = best_choices(rows, ("method",), "rate", "x", lower_is_better=True)
     assert lowest == {("a",): "0.1", ("b",): "0.1"}
+
+
+@pytest.mark.parametrize("lower_is_better", [False, True])
+@pytest.mark.parametrize("values", [("nan", "1", "1"), ("1", "nan", "1"), ("nan", "nan", "1")])
+def test_a_choice_that_is_not_a_number_is_the_worst(
+    values: tuple[str, ...], lower_is_better: bool
+) -> None:
+    rows = [
+        {"rate": str(rate), "trial": "0", "metric": "x", "value": value}
+        for rate, value in enumerate(values)
+    ]
+    found = best_choices(rows, (), "rate", "x", lower_is_better=lower_is_better)
+    assert found == {(): str(values.index("1"))}

@@ -14,9 +14,11 @@ import torch
 pytest.importorskip("transformers")
 
 from experiments.lib.errors import DataError, RunError
+from experiments.lib.processes import FollowedFolder
 from experiments.lib.runs import read_rows
 from experiments.lib.training import load_weights, save_weights
 from experiments.text import manpages
+from experiments.text import run as text_run
 from experiments.text.data import Document, documents, load
 from experiments.text.decoders import Decoders, head_names
 from experiments.text.run import TEXT, main, read
@@ -393,6 +395,23 @@ def test_rates_of_retraining_are_tuned_without_the_test_tasks(data: Path, tmp_pa
     }
     assert "test_tasks" not in folder.manifest["notes"]
     assert "lora" in table(folder.rows())
+
+
+def test_only_the_first_process_shows_a_bar_and_reads_what_was_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def bar(plan: Any, **options: Any) -> Any:
+        hidden.append(options["disable"])
+        return plan
+
+    hidden: list[bool | None] = []
+    work = TEXT.prepare(settings(retrain=("none",), finetune=("none",)))
+    monkeypatch.setattr(text_run, "tqdm", bar)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "metrics.jsonl").write_text('{"phase": ')  # the first is about to write more
+    work.trials(FollowedFolder(tmp_path, {}, set()))
+    assert hidden == [True]
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,8 @@ def test_defaults_are_the_papers_on_cifar10_and_what_is_given_wins() -> None:
     assert (theirs.reptile_epochs, theirs.reptile_inner_steps) == (5, 20)
     assert (theirs.reptile_lr, theirs.reptile_inner_lr) == (1e-5, 1e-2)
     assert theirs.precision == "fp32"
+    assert VisionSettings(reptile="paper", epochs=100).resolved("cpu").reptile_epochs == 5
+    assert VisionSettings(epochs=7, reptile_epochs=3).resolved("cpu").reptile_epochs == 3
     given = VisionSettings(smoke=True, seeds=3, lr=0.5, epochs=7).resolved("cpu")
     assert (given.seeds, given.lr, given.epochs, given.reptile_epochs) == (3, 0.5, 7, 7)
 
