@@ -14,7 +14,7 @@ from experiments.lib.statistics import Line
 
 CHANGES = {
     "none": "Inputs unchanged",
-    "views": "Turned, recoloured, inverted per task",
+    "views": "Rotated, recoloured, inverted per task",
     "low-rank": "Low-rank map of patches per task",
     "patches": "Patches shuffled per task",
 }
