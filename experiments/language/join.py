@@ -64,7 +64,7 @@ def join(runs: Sequence[Path], out: Path | None) -> tuple[RunFolder, float]:
     from experiments.language.figures import draw  # matplotlib takes a second to import
 
     manifests = [_manifest(run) for run in runs]
-    settings = RunFiles(runs[0], manifests[0]).settings(LanguageSettings)
+    every = [RunFiles(*of).settings(LanguageSettings) for of in zip(runs, manifests, strict=True)]
     first = _fixed(manifests[0])
     trials: dict[str, Path] = {}
     rows: list[list[dict[str, str]]] = []
@@ -82,16 +82,15 @@ def join(runs: Sequence[Path], out: Path | None) -> tuple[RunFolder, float]:
                 raise RunError(f"{trials[trial]} and {run} both have trial {trial}")
             trials[trial] = run
         rows.append(found)
-    chance = 100 / settings.candidates
-    every = [_trials(manifest) for manifest in manifests]
-    start, stop = min(of.start for of in every), max(of.stop for of in every)
+    chance = 100 / every[0].candidates
+    start, stop = min(of.trials.start for of in every), max(of.trials.stop for of in every)
     settings = dataclasses.replace(
-        settings, first_seed=start, seeds=stop - start, out=out, resume=False
+        every[0], first_seed=start, seeds=stop - start, out=out, resume=False
     )
     with RunFolder.create(out, settings, experiment="language", tag="joined") as folder:
         for name, sha256 in manifests[0]["data"].items():
             folder.add_data(name, sha256)
-        folder.note(runs=[_origin(*of) for of in zip(runs, manifests, strict=True)])
+        folder.note(runs=[_origin(*of) for of in zip(runs, manifests, every, strict=True)])
         for run, found in zip(runs, rows, strict=True):
             folder.add_rows(found)
             for unit in sorted(units.finished(run, "runs") - folder.units_done):
@@ -113,15 +112,10 @@ def _manifest(run: Path) -> dict[str, Any]:
     return manifest
 
 
-def _trials(manifest: dict[str, Any]) -> range:
-    settings = manifest["settings"]
-    return range(settings["first_seed"], settings["first_seed"] + settings["seeds"])
-
-
-def _origin(run: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+def _origin(run: Path, manifest: dict[str, Any], settings: LanguageSettings) -> dict[str, Any]:
     """Returns what tells where results come from, without any place of this machine."""
     commit = (manifest.get("git") or {}).get("commit")
-    return {"folder": run.resolve().name, "commit": commit, "trials": list(_trials(manifest))}
+    return {"folder": run.resolve().name, "commit": commit, "trials": list(settings.trials)}
 
 
 def _fixed(manifest: dict[str, Any]) -> dict[str, Any]:

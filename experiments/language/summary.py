@@ -89,9 +89,8 @@ def results_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, Table]:
     )
     test, retrained = what.format("test"), [row for row in rows if not row["finetune"]]
     several = len({row["rank"] for row in rows if row["rank"]}) > 1
-    key = {"finetune": "fine-tuning", "method": "retraining"}
-    if several:
-        key = {"finetune": "fine-tuning", "rank": "rank", "method": "retraining"}
+    ranks = {"rank": "rank"} if several else {}
+    key = {"finetune": "fine-tuning", **ranks, "method": "retraining"}
     tables = {
         "": compared(rows, key, LAST, f"{test}, after the last epoch."),
         "before": compared(rows, key, BEFORE, f"{test}, before fine-tuning."),

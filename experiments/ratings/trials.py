@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,9 @@ class RatingBatch(Batch):
         part = super().take(rows, counts)
         assert isinstance(part, RatingBatch)
         # A part of one process has places; without them, it is a batch of its own, of one task.
-        return part if part.places is not None else replace(part, whole=len(part.task_ids))
+        return (
+            part if part.places is not None else dataclasses.replace(part, whole=len(part.task_ids))
+        )
 
 
 class RatingLoader(RoundLoader):

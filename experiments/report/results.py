@@ -222,9 +222,9 @@ def _finished(run: Path, status: str) -> tuple[int, bytes]:
         if status == COMPLETED:  # joined runs have rows without units
             rows = (run / RESULTS).read_bytes()
     except FileNotFoundError as error:
-        raise RunError(f"--add: {error.filename} is missing") from None
+        raise RunError(f"{error.filename} is missing") from None
     if not rows:
-        raise RunError(f"--add: the run in {run} has no finished unit yet")
+        raise RunError(f"the run in {run} has no finished unit yet")
     return count, rows
 
 

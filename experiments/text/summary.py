@@ -69,19 +69,21 @@ def results_tables(
     rows = _shown(rows)
     settings = {"finetune": "fine-tuning", "amount": "kB of text"}
     form: dict[str, Any] = {"scale": 1.0, "digits": 3, "lower_is_better": True}
-    title = {"title": "bits per byte"}
+    title = "bits per byte"
     unseen = _WHAT.format("held-out text of the unseen test tasks")
     each = _WHAT.format("held-out text of each unseen test task")
     before = [dict(r, finetune="", amount="") for r in rows if r["metric"] == BEFORE]
     return {
         "": side_by_side(rows, settings, BITS, f"{unseen}.", **form),
-        "before": compared(before, {"method": "retraining"}, BEFORE, f"{unseen}.", **title, **form),
+        "before": compared(
+            before, {"method": "retraining"}, BEFORE, f"{unseen}.", title=title, **form
+        ),
         "retraining": compared(
             _retraining(rows),
             {"method": "retraining"},
             RETRAINING,
             _WHAT.format("held-out text of the retraining tasks, after the last epoch") + ".",
-            **title,
+            title=title,
             **form,
         ),
         "languages": side_by_side(
