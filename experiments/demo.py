@@ -78,7 +78,7 @@ def run_linear(demo: Path, smoke: bool = False) -> tuple[RunFolder, str]:
 def run_conflict(demo: Path, smoke: bool = False) -> RunFolder:
     """Retrains on pairs of digits that contradict each other, then adapts to pairs with a new one.
 
-    Half of the tasks have their labels turned round.
+    Half of the tasks have their labels flipped.
     """
     from experiments.conflict.run import CONFLICT
     from experiments.conflict.settings import ConflictSettings
@@ -87,8 +87,9 @@ def run_conflict(demo: Path, smoke: bool = False) -> RunFolder:
     settings = ConflictSettings(
         data="digits",
         retrain=METHODS,
+        pairs=("all",),
         inputs=("none",),
-        turned=(0.5,),
+        flipped=(0.5,),
         seeds=SEEDS,
         device="cpu",
         smoke=smoke,

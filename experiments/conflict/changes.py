@@ -92,8 +92,8 @@ def low_rank(
     return LowRank(torch.linalg.qr(gaussian).Q.float(), patch, strength)
 
 
-def turned_tasks(counts: Sequence[int], share: float, generator: torch.Generator) -> Tensor:
-    """Draws in each group of tasks which of them have their labels turned round.
+def flipped_tasks(counts: Sequence[int], share: float, generator: torch.Generator) -> Tensor:
+    """Draws in each group of tasks which of them have their two labels exchanged.
 
     Args:
         counts: tasks of each group.

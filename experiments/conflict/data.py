@@ -9,6 +9,7 @@ on the second.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,15 +21,29 @@ from metalora.meta import derive_seed
 
 RETRAINING_CLASSES = range(8)
 VALIDATION_CLASS, TEST_CLASS = 8, 9
-GROUPS: dict[str, tuple[Pair, ...]] = {
-    "retraining": tuple(itertools.combinations(RETRAINING_CLASSES, 2)),
-    "validation": tuple((kind, VALIDATION_CLASS) for kind in RETRAINING_CLASSES),
-    "test": tuple((kind, TEST_CLASS) for kind in RETRAINING_CLASSES),
-}
 UNSEEN = ("validation", "test")
 UNSEEN_SHARE = 6  # one of so many training images of a class is for each kind of unseen tasks
-# Which task of all, of all groups, is the first of its group.
-FIRST = dict(zip(GROUPS, itertools.accumulate(map(len, GROUPS.values()), initial=0), strict=False))
+
+
+def groups(pairs: str) -> dict[str, tuple[Pair, ...]]:
+    """Returns the pairs of classes of each group of tasks; the first class of a pair has label 0.
+
+    Args:
+        pairs: "all" retrains on every pair of classes, so that most classes have label 0 in some
+            tasks and 1 in others. "consistent" retrains on pairs of one of the classes 0 to 3 and
+            one of 4 to 7, and a class has the same label in all tasks, unseen ones too.
+    """
+    retraining = tuple(itertools.combinations(RETRAINING_CLASSES, 2))
+    second: Sequence[int] = ()  # the classes with label 1
+    if pairs == "consistent":
+        second = RETRAINING_CLASSES[4:]
+        retraining = tuple(itertools.product(RETRAINING_CLASSES[:4], second))
+
+    def with_new(new: int) -> tuple[Pair, ...]:
+        return tuple((new, c) if c in second else (c, new) for c in RETRAINING_CLASSES)
+
+    unseen = (with_new(VALIDATION_CLASS), with_new(TEST_CLASS))
+    return {"retraining": retraining, **dict(zip(UNSEEN, unseen, strict=True))}
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,8 @@ class Tasks:
 
     Args:
         dataset: the images.
-        turned: bool [number of tasks of all groups], whose labels are turned round.
+        of: the pairs of classes of each group, see `groups`.
+        flipped: bool [number of tasks of all groups], whose labels are exchanged.
         seed: of the cut of a class's training images, and of few-shot draws.
         train_per_class: images of each class that a retraining task has. A class's images are dealt
             to its tasks in turn; only if they do not suffice do tasks share some.
@@ -78,12 +94,16 @@ class Tasks:
     def __init__(
         self,
         dataset: Dataset,
-        turned: Tensor,
+        of: Mapping[str, Sequence[Pair]],
+        flipped: Tensor,
         seed: int,
         train_per_class: int,
         held_out_per_class: int,
     ):
-        self._dataset, self._turned, self._seed = dataset, turned, seed
+        self._dataset, self._of, self._flipped, self._seed = dataset, of, flipped, seed
+        # Which task of all, of all groups, is the first of its group.
+        starts = itertools.accumulate(map(len, of.values()), initial=0)
+        self._first = dict(zip(of, starts, strict=False))
         self._train_per_class, self._held_out_per_class = train_per_class, held_out_per_class
         self._members: list[dict[str, Tensor]] = []  # of each class, by group
         for kind in range(10):
@@ -101,12 +121,13 @@ class Tasks:
     def retraining(self) -> Part:
         """Returns the retraining tasks' images to train on."""
         visits = [0] * 10
+        of_class = 2 * len(self._of["retraining"]) // len(RETRAINING_CLASSES)  # a class's tasks
         parts = []
-        for pair in GROUPS["retraining"]:
+        for pair in self._of["retraining"]:
             chosen = []
             for kind in pair:
                 own, visit = self._members[kind]["retraining"], visits[kind]
-                start = visit * len(own) // (len(RETRAINING_CLASSES) - 1)
+                start = visit * len(own) // of_class
                 places = (start + torch.arange(min(self._train_per_class, len(own)))) % len(own)
                 chosen.append(own[places])
                 visits[kind] += 1
@@ -124,7 +145,7 @@ class Tasks:
         """
         parts = []
         for draw in range(draws):
-            for number, (first, second) in enumerate(GROUPS[group]):
+            for number, (first, second) in enumerate(self._of[group]):
                 chosen = self._members[first][group], self._members[second][group]
                 own = self._pair(self._dataset.train, *chosen)
                 seed = derive_seed(f"few-shot {group}", self._seed, draw, number)
@@ -135,7 +156,7 @@ class Tasks:
         """Returns the held-out images of a group's tasks: those to report on, or to choose by."""
         half = 1 if group == "test" else 0
         parts = []
-        for pair in GROUPS[group]:
+        for pair in self._of[group]:
             of = [(self._dataset.held_out.labels == kind).nonzero().flatten() for kind in pair]
             chosen = [own[half::2][: self._held_out_per_class] for own in of]
             parts.append(self._pair(self._dataset.held_out, *chosen))
@@ -148,13 +169,13 @@ class Tasks:
         return Images(images.pixels[torch.cat([first, second])], labels)
 
     def _joined(self, group: str, parts: list[Images]) -> Part:
-        """Joins the images of a group's tasks, which may come several times; turns labels round."""
-        count = len(GROUPS[group])
+        """Joins the images of a group's tasks, which may come several times; flips labels."""
+        count = len(self._of[group])
         sizes = torch.tensor([len(part) for part in parts])
         ids = torch.arange(len(parts)).repeat_interleave(sizes)
-        tasks = FIRST[group] + ids % count
+        tasks = self._first[group] + ids % count
         labels = torch.cat([part.labels for part in parts])
-        labels = torch.where(self._turned[tasks], 1 - labels, labels)
+        labels = torch.where(self._flipped[tasks], 1 - labels, labels)
         return Part(torch.cat([part.pixels for part in parts]), labels, ids, tasks)
 
 

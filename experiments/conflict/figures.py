@@ -12,11 +12,12 @@ from experiments.lib import accuracy_figures, plotting
 from experiments.lib.runs import RunFiles
 from experiments.lib.statistics import Line
 
+PAIRS = {"consistent": "Consistent pairs", "all": "All pairs of classes"}
 CHANGES = {
-    "none": "Inputs unchanged",
-    "views": "Rotated, recoloured, inverted per task",
-    "low-rank": "Low-rank map of patches per task",
-    "patches": "Patches shuffled per task",
+    "none": "images as they are",
+    "views": "rotated, recoloured, inverted per task",
+    "low-rank": "a low-rank map of patches per task",
+    "patches": "patches shuffled per task",
 }
 
 
@@ -27,48 +28,62 @@ def draw(run: RunFiles) -> list[Path]:
         return []
     plotting.style()
     figures: list[Path] = []
-    if len({line["turned"] for line in lines}) > 1:
+    if len({line["flipped"] for line in lines}) > 1:
         figures.append(_dial(run, lines))
     return [*figures, _shots(run, lines)]
 
 
 def _dial(run: RunFiles, lines: list[Line]) -> Path:
-    """Draws accuracy after fine-tuning over the share of turned labels, a panel per inputs."""
+    """Draws accuracy over the share of flipped labels, a panel for each pairs and inputs."""
     shots = [str(n) for n in run.manifest["settings"]["shots"]]
     middle = shots[len(shots) // 2]
     lines = [line for line in lines if line["shots"] == middle]
-    shares = sorted({line["turned"] for line in lines}, key=float)
-    kinds = [kind for kind in CHANGES if any(line["inputs"] == kind for line in lines)]
+    shares = sorted({line["flipped"] for line in lines}, key=float)
+    found = {_panel(line) for line in lines}
+    kinds = [(pairs, inputs) for pairs in PAIRS for inputs in CHANGES if (pairs, inputs) in found]
     fig, axes = plt.subplots(
         1, len(kinds), figsize=(1.2 + 5.4 * len(kinds), 5.6), sharey=True, squeeze=False
     )
     for ax, kind in zip(axes[0], kinds, strict=True):
-        of_kind = [line for line in lines if line["inputs"] == kind]
-        accuracy_figures.over(ax, of_kind, "turned", shares, "value")
+        of_kind = [line for line in lines if _panel(line) == kind]
+        accuracy_figures.over(ax, of_kind, "flipped", shares, "value")
         ax.set_xticks(range(len(shares)), [_percent(share) for share in shares])
-        ax.set_xlabel("tasks with labels turned round")
-        ax.set_title(CHANGES[kind])
-    axes[0][0].set_ylabel(f"accuracy on unseen tasks (%),\n{middle} images each")
+        ax.set_xlabel("tasks with flipped labels")
+        ax.set_title("\n".join(_titles(kind)))
+    axes[0][0].set_ylabel("accuracy on unseen tasks (%)")
+    fig.suptitle(
+        f"{middle} images of each unseen task, mean and standard error of "
+        f"{accuracy_figures.trials_of(lines)}",
+        fontsize=14,
+    )
     plotting.legend_below(fig, axes[0][0])
     return plotting.save(fig, run, "dial", _numbers(lines))
 
 
 def _shots(run: RunFiles, lines: list[Line]) -> Path:
     """Draws accuracy after fine-tuning over shots, at the first setting of the dial."""
-    inputs, turned = lines[0]["inputs"], lines[0]["turned"]
-    lines = [line for line in lines if (line["inputs"], line["turned"]) == (inputs, turned)]
+    panel, flipped = _panel(lines[0]), lines[0]["flipped"]
+    lines = [line for line in lines if (_panel(line), line["flipped"]) == (panel, flipped)]
     shots = sorted({line["shots"] for line in lines}, key=int)
     fig, ax = plt.subplots(figsize=(9.6, 5.4))
     accuracy_figures.over(ax, lines, "shots", shots, "value")
     ax.set_xlabel("images of an unseen task to fine-tune on")
     ax.set_ylabel("accuracy on unseen tasks (%)")
     fig.suptitle(
-        f"{CHANGES[inputs]}, labels turned round in {_percent(turned)} of the tasks\n"
+        f"{', '.join(_titles(panel))}, labels flipped in {_percent(flipped)} of the tasks\n"
         f"(mean and standard error of {accuracy_figures.trials_of(lines)})",
         fontsize=14,
     )
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
     return plotting.save(fig, run, "shots", _numbers(lines))
+
+
+def _panel(line: Line) -> tuple[str, str]:
+    return line["pairs"], line["inputs"]
+
+
+def _titles(panel: tuple[str, str]) -> tuple[str, str]:
+    return PAIRS[panel[0]], CHANGES[panel[1]]
 
 
 def _percent(share: str) -> str:
@@ -77,5 +92,15 @@ def _percent(share: str) -> str:
 
 def _numbers(lines: list[Line]) -> list[dict[str, Any]]:
     """Returns what a csv of the lines holds."""
-    names = ("inputs", "turned", "method", "finetune", "shots", "trials", "value", "value_se")
+    names = (
+        "pairs",
+        "inputs",
+        "flipped",
+        "method",
+        "finetune",
+        "shots",
+        "trials",
+        "value",
+        "value_se",
+    )
     return [{name: line[name] for name in names} for line in lines]

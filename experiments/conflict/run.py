@@ -20,6 +20,7 @@ from experiments.lib.unused import unused
 from experiments.vision.data import load
 
 NAME = "conflict"
+DIALS = ("pairs", "inputs", "flipped")
 
 
 def prepare(given: ConflictSettings) -> Work:
@@ -27,29 +28,36 @@ def prepare(given: ConflictSettings) -> Work:
     device = choose_device(given.device)
     settings = given.resolved(device.type)
     dataset = load(IMAGES[settings.data], settings.data_root, settings.download)
-    points = [(*point, trial) for trial in settings.trials for point in settings.points()]
-    for inputs in settings.inputs:  # refuses settings before anything is written
-        checked = Trials(settings, dataset, inputs, 0.0, settings.first_seed, device)
+    points = [
+        (point, own, trial)
+        for trial in settings.trials
+        for point in settings.points()
+        for own in settings.candidates()
+    ]
+    for panel in settings.panels():  # refuses settings before anything is written
+        checked = Trials(settings, dataset, (*panel, 0.0), settings.first_seed, device)
     if device.type == "cpu":
         keep_freed_memory()
 
     def run(folder: RunFolder) -> None:
         folder.add_data(settings.data, dataset.sha256)
-        for name in OF_METHODS[settings.data]:
+        for name in () if settings.tune else OF_METHODS[settings.data]:
             of_methods = {method: settings.of(method)[name] for method in settings.retrain}
             keep_choices(folder, flag_of(name), name, of_methods)
         same = {"experiment": NAME, "data": settings.data}
-        for inputs, turned, trial in tqdm(points, desc=NAME, unit="point", disable=no_bar()):
-            trials = Trials(settings, dataset, inputs, turned, trial, device)
+        for point, own, trial in tqdm(points, desc=NAME, unit="point", disable=no_bar()):
+            trials = Trials(own, dataset, point, trial, device)
             trainings = Trainings(folder, trials, COLUMNS, same)
-            point = {"inputs": inputs, "turned": turned}
             for method in settings.retrain:
-                labels = {**point, "method": method, "trial": trial}
-                model = trainings.retrained(labels)
+                labels = {**dict(zip(DIALS, point, strict=True)), "method": method}
+                if settings.tune:
+                    given = own.of(method)
+                    labels |= {"batch_size": given["batch_size"], "retrain_lr": given["lr"]}
+                model = trainings.retrained({**labels, "trial": trial})
                 for kind in settings.finetune:
                     for shots in settings.shots:
-                        labels = {**point, "method": method, "finetune": kind, "shots": shots}
-                        trainings.finetuned({**labels, "trial": trial}, model)
+                        few = {"finetune": kind, "shots": shots, "trial": trial}
+                        trainings.finetuned({**labels, **few}, model)
 
     def figures(folder: RunFolder) -> list[Path]:
         from experiments.conflict.figures import draw  # matplotlib takes a second to import
@@ -74,7 +82,7 @@ def _figures_of_results(run: RunFiles) -> list[Path]:
 
 CONFLICT = Experiment(
     NAME,
-    "Retrains a Mixer on 28 pairs of image classes, then fine-tunes it on pairs with a new class.",
+    "Retrains a Mixer on pairs of image classes, then fine-tunes it on pairs with a new class.",
     ConflictSettings,
     prepare,
     Report(lambda run: results_tables(run.rows()), _figures_of_results),

@@ -39,6 +39,8 @@ METHODS = {
 WITH_TASKS = ("lora-ml", "lora-ml-heads", "last-layer-ml")
 LOW_RANK = "low-rank"
 INPUTS = ("none", "views", LOW_RANK, "patches")
+PAIRS = ("consistent", "all")
+Point = tuple[str, str, float]  # pairs, inputs and share of flipped labels: the dials
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "cifar10": {
@@ -104,7 +106,7 @@ class ConflictSettings(RetrainingSettings):
     measures_afterwards: ClassVar[bool] = True
     # The method standard-equal-steps stands for equal_steps, which would add to it.
     without: ClassVar[tuple[str, ...]] = ("retrained", "evaluate_every", "equal_steps")
-    zero: ClassVar[tuple[str, ...]] = (*RetrainingSettings.zero, "turned")
+    zero: ClassVar[tuple[str, ...]] = (*RetrainingSettings.zero, "flipped")
 
     data: str = option("cifar10", help="the images", choices=tuple(DEFAULTS))
     data_root: Path = option(Path("data"), help="where CIFAR-10 is", run_only=True)
@@ -112,17 +114,24 @@ class ConflictSettings(RetrainingSettings):
     retrain: tuple[str, ...] = option(
         (ALL,), help="retraining methods", choices=(*METHODS, ALL), extends=True
     )
+    pairs: tuple[str, ...] = option(
+        PAIRS,
+        extends=True,
+        help="of classes to retrain on: 16 in which a class always has the same label (consistent),"
+        " or all 28, in which most classes have label 0 in some and 1 in others",
+        choices=PAIRS,
+    )
     inputs: tuple[str, ...] = option(
-        ("none", "views", LOW_RANK),
+        ("none", "views"),
         extends=True,
         help="what changes the inputs of each task: nothing; quarter turns, order of channels and "
         "inversion; a map of low rank of each patch; another order of the patches",
         choices=INPUTS,
     )
-    turned: tuple[float, ...] = option(
+    flipped: tuple[float, ...] = option(
         (0.5, 0.0, 0.25),
         extends=True,
-        help="share of the tasks whose two labels are turned round, 0 to 0.5",
+        help="share of the tasks whose two labels are exchanged, 0 to 0.5",
     )
     distortion_rank: int = option(
         None, help="of the map of low rank, I + strength U Uᵀ (cifar10: 4, digits: 1)"
@@ -138,29 +147,34 @@ class ConflictSettings(RetrainingSettings):
         1, help="few-shot draws of each validation task, by which fine-tuning rates are chosen"
     )
     tune: bool = option(
-        False, help="measure on validation tasks only, to choose rates of retraining by"
+        False,
+        help="measure on validation tasks only, every method with each --lr and --batch-size, to "
+        "choose these",
     )
     epochs: int = option(None, help="of retraining (cifar10: 10, digits: 20)")
     batch_size: tuple[int, ...] = option(
         None,
         extends=True,
         help="of a task's batch; standard: of all tasks together; one for all methods, or one for "
-        "each of --retrain (cifar10: 4, standard and reptile 32; digits: 24)",
+        "each of --retrain; with --tune the candidates (cifar10: 4, standard and reptile 32; "
+        "digits: 24)",
     )
     lr: tuple[float, ...] = option(
         None,
         extends=True,
         help="of retraining, the outer one of Reptile: one for all methods, or one for each of "
-        "--retrain (cifar10: 3e-3, digits: 1e-2, standard 3e-3; reptile: 0.5)",
+        "--retrain; with --tune the candidates (cifar10: 3e-3, digits: 1e-2, standard 3e-3; "
+        "reptile: 0.5)",
     )
     weight_decay: float = option(None, help="of all optimisers but inner ones (1e-5)")
     finetune_epochs: int = option(None, help="of fine-tuning (30)")
     finetune_batch_size: int = option(128, help="of a task's batch in fine-tuning")
     lora_rates: tuple[float, ...] = option(
-        (1e-3, 3e-3, 1e-2), help="rates of fine-tuning with LoRA to choose from"
+        (1e-3, 3e-3, 1e-2, 3e-2), help="rates of fine-tuning with LoRA to choose from"
     )
     last_layer_rates: tuple[float, ...] = option(
-        (3e-3, 1e-2, 3e-2, 1e-1), help="rates of fine-tuning of the last layer to choose from"
+        (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+        help="rates of fine-tuning of the last layer to choose from",
     )
     rank: int = option(
         None, help="of LoRA, on every linear layer, with scale 1 (cifar10: 4, digits: 1)"
@@ -175,15 +189,15 @@ class ConflictSettings(RetrainingSettings):
     )
 
     def __post_init__(self) -> None:
-        for name in ("inputs", "turned", "shots", "lora_rates", "last_layer_rates"):
+        for name in ("pairs", "inputs", "flipped", "shots", "lora_rates", "last_layer_rates"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, unique(getattr(self, name)))
         super().__post_init__()
-        for share in self.turned:
+        for share in self.flipped:
             if share > 0.5:
                 raise ValueError(
-                    f"argument --turned: must be from 0 to 0.5, got {share}; with more than half "
-                    f"of the tasks turned round, the others are the exception: use {1 - share:g}"
+                    f"argument --flipped: must be from 0 to 0.5, got {share}; with more than half "
+                    f"of the tasks flipped, the others are the exception: use {1 - share:g}"
                 )
         for shots in self.shots or ():
             if shots < 2:
@@ -195,15 +209,30 @@ class ConflictSettings(RetrainingSettings):
         """Returns the methods, fine-tunings, data and changes of inputs of this run."""
         return {*self.retrain, *self.finetune, self.data, *self.inputs}
 
-    def points(self) -> list[tuple[str, float]]:
-        """Returns the dial's settings: kind of input change and share of turned labels."""
-        return [(inputs, turned) for turned in self.turned for inputs in self.inputs]
+    def points(self) -> list[Point]:
+        """Returns all settings of the dials."""
+        return [(*dials, flipped) for flipped in self.flipped for dials in self.panels()]
+
+    def panels(self) -> list[tuple[str, str]]:
+        """Returns the pairs and changes of inputs over which labels are flipped."""
+        return [(pairs, inputs) for pairs in self.pairs for inputs in self.inputs]
+
+    def candidates(self) -> list[ConflictSettings]:
+        """Returns the settings to retrain with: these or, to tune, one for each rate and batch."""
+        if not self.tune:
+            return [self]
+        return [
+            dataclasses.replace(self, lr=(lr,), batch_size=(batch_size,))
+            for batch_size in self.batch_size
+            for lr in self.lr
+        ]
 
     def defaults(self, device_type: str) -> Mapping[str, Any]:
         chosen = {}
         for name, of_methods in OF_METHODS[self.data].items():
             given = getattr(self, name)
-            if given is not None and len(given) not in (1, len(self.retrain)):
+            several = given is not None and len(given) not in (1, len(self.retrain))
+            if several and not self.tune:
                 raise ValueError(
                     f"argument {flag_of(name)}: must be one value, or one for each of the "
                     f"{len(self.retrain)} methods of --retrain, got {len(given)}"

@@ -13,19 +13,23 @@ RETRAINING_TASKS = "retraining"  # the name of their table
 COLUMNS = (
     "experiment",
     "data",
+    "pairs",
     "inputs",
-    "turned",
+    "flipped",
     "method",
+    "batch_size",
+    "retrain_lr",
     "finetune",
     "shots",
     "trial",
     "metric",
     "value",
 )
-KEY = ("inputs", "turned", "method", "finetune", "shots")
+KEY = ("pairs", "inputs", "flipped", "method", "batch_size", "retrain_lr", "finetune", "shots")
 TITLES = {
+    "pairs": "pairs     ",
     "inputs": "inputs  ",
-    "turned": "turned",
+    "flipped": "flipped",
     "method": "retraining          ",
     "finetune": "fine-tuning",
     "shots": "shots",
@@ -86,7 +90,11 @@ def results_tables(rows: Iterable[Mapping[str, str]]) -> dict[str, Table]:
     """
     rows = list(rows)
     what = "Held-out accuracy of {} in %, mean (standard error) over the trials"
-    dials = {"inputs": "inputs", "turned": "labels turned"}
+    dials = {"pairs": "pairs", "inputs": "inputs", "flipped": "flipped labels"}
+    if any(row["retrain_lr"] for row in rows):
+        grid = {"batch_size": "batch", "retrain_lr": "learning rate"}
+        means = "the validation tasks, over all settings, fine-tunings and numbers of images"
+        return {"": side_by_side(rows, grid, VALIDATION, what.format(means) + ".")}
     few = {**dials, "finetune": "fine-tuning", "shots": "images"}
     unseen = what.format("the unseen test tasks") + "."
     numbers = dict.fromkeys(row["shots"] for row in rows if row["shots"])

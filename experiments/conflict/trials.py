@@ -1,4 +1,4 @@
-"""Retraining on 28 tasks and fine-tuning on eight others, at one setting of the dial."""
+"""Retraining on pairs of classes and fine-tuning on eight others, at one setting of the dial."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments.conflict import changes
-from experiments.conflict.data import GROUPS, UNSEEN, Part, Tasks
-from experiments.conflict.settings import AUGMENTATIONS, METHODS, MODELS, ConflictSettings
+from experiments.conflict.data import UNSEEN, Part, Tasks, groups
+from experiments.conflict.settings import AUGMENTATIONS, METHODS, MODELS, ConflictSettings, Point
 from experiments.conflict.summary import ACCURACY, RATE, VALIDATION
 from experiments.lib import training
 from experiments.lib.errors import RunError
@@ -35,8 +35,7 @@ class Trials(training.Trials[Part]):
     Args:
         settings: resolved settings.
         dataset: the images.
-        inputs: what changes the tasks' inputs.
-        turned: share of the tasks whose labels are turned round.
+        point: setting of the dials.
         seed: the trial's.
         device: where to train.
 
@@ -55,8 +54,7 @@ class Trials(training.Trials[Part]):
         self,
         settings: ConflictSettings,
         dataset: Dataset,
-        inputs: str,
-        turned: float,
+        point: Point,
         seed: int,
         device: torch.device,
     ):
@@ -66,11 +64,12 @@ class Trials(training.Trials[Part]):
         self.inner = {"inner_optimizer": "adam"}
         self._own_heads = False
         self._seed = seed
-        generator = torch.Generator().manual_seed(derive_seed("turned labels", seed))
-        of_task = changes.turned_tasks([len(g) for g in GROUPS.values()], turned, generator)
-        self.tasks = Tasks(
-            dataset, of_task, seed, settings.train_per_class, settings.held_out_per_class
-        )
+        pairs, inputs, flipped = point
+        generator = torch.Generator().manual_seed(derive_seed("flipped labels", seed))
+        of = groups(pairs)
+        of_task = changes.flipped_tasks([len(g) for g in of.values()], flipped, generator)
+        sizes = settings.train_per_class, settings.held_out_per_class
+        self.tasks, self._count = Tasks(dataset, of, of_task, seed, *sizes), len(of["retraining"])
         self.change = self._drawn(inputs, len(of_task))
         mean, deviation = dataset.channel_statistics()
         self._statistics = mean, deviation
@@ -118,7 +117,7 @@ class Trials(training.Trials[Part]):
     ) -> tuple[nn.Module, Result]:
         kind, given = METHODS[method], self.settings.of(method)
         if kind.large_batches:
-            given["batch_size"] *= len(GROUPS["retraining"])
+            given["batch_size"] *= self._count
         own = self._variant(kind.heads, **given)
         own.with_head = (kind.base,) if kind.heads else ()
         if kind.base == "reptile":

@@ -11,16 +11,24 @@ import torch
 
 import metalora
 from experiments.conflict import changes
-from experiments.conflict.data import FIRST, GROUPS, Tasks
+from experiments.conflict.data import Tasks, groups
 from experiments.conflict.run import CONFLICT, main
 from experiments.conflict.settings import METHODS, MODELS, ConflictSettings
-from experiments.conflict.summary import ACCURACY, RATE, VALIDATION, best_finetuning, table
+from experiments.conflict.summary import (
+    ACCURACY,
+    RATE,
+    VALIDATION,
+    best_finetuning,
+    results_tables,
+    table,
+)
 from experiments.conflict.trials import Trials
 from experiments.lib.errors import RunError
 from experiments.vision.data import Dataset, Images, load_digits
 from experiments.vision.mixer import Mixer, MixerConfig, patchify, unpatchify
 
 CPU = torch.device("cpu")
+GROUPS = groups("all")
 COUNT = sum(len(pairs) for pairs in GROUPS.values())
 
 
@@ -28,15 +36,15 @@ def settings(**given: Any) -> ConflictSettings:
     return ConflictSettings(data="digits", smoke=True, device="cpu", **given)
 
 
-def trials(inputs: str = "views", turned: float = 0.5, **given: Any) -> Trials:
+def trials(inputs: str = "views", flipped: float = 0.5, **given: Any) -> Trials:
     data = given.pop("dataset", None) or load_digits()
-    return Trials(settings(**given).resolved("cpu"), data, inputs, turned, 0, CPU)
+    return Trials(settings(**given).resolved("cpu"), data, ("all", inputs, flipped), 0, CPU)
 
 
-def tasks(turned: torch.Tensor | None = None, seed: int = 0, **sizes: int) -> Tasks:
-    turned = torch.zeros(COUNT, dtype=torch.bool) if turned is None else turned
+def tasks(flipped: torch.Tensor | None = None, seed: int = 0, **sizes: int) -> Tasks:
+    flipped = torch.zeros(COUNT, dtype=torch.bool) if flipped is None else flipped
     given = {"train_per_class": 10, "held_out_per_class": 20, **sizes}
-    return Tasks(load_digits(), turned, seed, **given)
+    return Tasks(load_digits(), GROUPS, flipped, seed, **given)
 
 
 def pictures(count: int = 6) -> torch.Tensor:
@@ -120,19 +128,19 @@ def test_adapters_on_the_first_layer_undo_the_low_rank_map_exactly() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
-def test_the_share_of_turned_tasks_is_that_of_every_group(share: float) -> None:
+def test_the_share_of_flipped_tasks_is_that_of_every_group(share: float) -> None:
     sizes = [len(pairs) for pairs in GROUPS.values()]
-    turned = changes.turned_tasks(sizes, share, drawn())
-    for part, size in zip(turned.split(sizes), sizes, strict=True):
+    flipped = changes.flipped_tasks(sizes, share, drawn())
+    for part, size in zip(flipped.split(sizes), sizes, strict=True):
         assert int(part.sum()) == round(share * size)
 
 
-def test_turned_tasks_have_their_labels_exchanged_everywhere() -> None:
-    plain, turned = tasks(), tasks(torch.ones(COUNT, dtype=torch.bool))
+def test_flipped_tasks_have_their_labels_exchanged_everywhere() -> None:
+    plain, flipped = tasks(), tasks(torch.ones(COUNT, dtype=torch.bool))
     for group in GROUPS:
-        assert torch.equal(plain.held_out(group).labels, 1 - turned.held_out(group).labels)
-    assert torch.equal(plain.retraining().labels, 1 - turned.retraining().labels)
-    assert torch.equal(plain.few("test", 4, 2).labels, 1 - turned.few("test", 4, 2).labels)
+        assert torch.equal(plain.held_out(group).labels, 1 - flipped.held_out(group).labels)
+    assert torch.equal(plain.retraining().labels, 1 - flipped.retraining().labels)
+    assert torch.equal(plain.few("test", 4, 2).labels, 1 - flipped.few("test", 4, 2).labels)
 
 
 def test_tasks_are_the_pairs_and_their_images_show_these_classes() -> None:
@@ -142,7 +150,20 @@ def test_tasks_are_the_pairs_and_their_images_show_these_classes() -> None:
     for image, label, task in zip(part.inputs, part.labels, part.tasks, strict=True):
         assert kinds[image.numpy().tobytes()] == GROUPS["retraining"][task][label]
     assert GROUPS["test"] == tuple((c, 9) for c in range(8))
-    assert [FIRST[name] for name in GROUPS] == [0, 28, 36] and COUNT == 44
+    assert [len(pairs) for pairs in GROUPS.values()] == [28, 8, 8]
+    assert part.tasks.unique().tolist() == list(range(28))
+    assert tasks().few("test", 2, 1).tasks.unique().tolist() == list(range(36, 44))
+
+
+def test_consistent_pairs_give_every_class_one_label() -> None:
+    pairs = groups("consistent")
+    assert [len(of) for of in pairs.values()] == [16, 8, 8]
+    label = {kind: place for of in pairs["retraining"] for place, kind in enumerate(of)}
+    for of in pairs.values():
+        for pair in of:
+            assert [label.get(kind, place) for place, kind in enumerate(pair)] == [0, 1]
+    part = Tasks(load_digits(), pairs, torch.zeros(32, dtype=torch.bool), 0, 18, 20).retraining()
+    assert len(_images(part.inputs)) == len(part.inputs) == 16 * 2 * 18
 
 
 def _each(images: Images) -> Any:
@@ -223,6 +244,20 @@ def test_the_rate_taken_is_the_best_on_validation_tasks() -> None:
     assert rows[RATE] == 3e-2 and ACCURACY not in rows
 
 
+def test_tuning_tries_every_rate_with_every_batch_on_validation_tasks_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {**SMALL, "retrain": ("lora-ml",), "flipped": (0.5,), "tune": True}
+    given |= {"lr": (1e-3, 1e-2), "batch_size": (8, 24), "out": tmp_path / "run"}
+    rows = list(CONFLICT.run(settings(**given)).rows())
+    tried = {(row["batch_size"], row["retrain_lr"]) for row in rows}
+    assert tried == set(itertools.product(("8", "24"), ("0.001", "0.01")))
+    assert not any(row["metric"] == ACCURACY for row in rows)
+    found = results_tables(rows)[""]
+    assert found.header == ["batch", "learning rate", "LoRA-ML", "trials"]
+    assert len(found.rows) == 4
+
+
 def test_methods_differ_in_heads_and_batches() -> None:
     def of(method: str, **given: Any) -> torch.Tensor:
         model, _ = trials(train_per_class=30, epochs=1, lr=(1e-2,), **given).retrain(method, 0)
@@ -237,8 +272,9 @@ def test_methods_differ_in_heads_and_batches() -> None:
 
 SMALL: dict[str, Any] = {
     "retrain": ("lora-ml", "standard"),
+    "pairs": ("all",),
     "inputs": ("views",),
-    "turned": (0.5, 0.0),
+    "flipped": (0.5, 0.0),
     "seeds": 1,
 }
 
@@ -277,7 +313,17 @@ def test_a_resumed_run_ends_in_the_same_results(
 def test_the_command_prints_tables_and_draws_the_dial(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--data", "digits", "--smoke", "--turned", "0", "0.5", "--inputs", "views", "none"]
+    arguments = [
+        "--data",
+        "digits",
+        "--smoke",
+        "--flipped",
+        "0",
+        "0.5",
+        "--inputs",
+        "views",
+        "none",
+    ]
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--retrain", "lora-ml", "standard", "--out", str(tmp_path / "run")])
     assert ended.value.code == 0
@@ -288,7 +334,8 @@ def test_the_command_prints_tables_and_draws_the_dial(
 
 
 def row(metric: str, value: float, finetune: str, trial: int = 0, **other: str) -> dict[str, str]:
-    same = {"inputs": "views", "turned": "0.5", "method": "lora-ml", "shots": "10"}
+    same = {"pairs": "all", "inputs": "views", "flipped": "0.5", "method": "lora-ml"}
+    same |= {"batch_size": "", "retrain_lr": "", "shots": "10"}
     own = {"finetune": finetune, "trial": str(trial), "metric": metric, "value": str(value)}
     return {**same, **own, **other}
 
@@ -316,8 +363,8 @@ def test_the_table_compares_trial_by_trial() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--turned", "0.75"], "argument --turned: must be from 0 to 0.5, got 0.75"),
-        (["--turned", "-0.1"], "--turned must be"),
+        (["--flipped", "0.75"], "argument --flipped: must be from 0 to 0.5, got 0.75"),
+        (["--flipped", "-0.1"], "--flipped must be"),
         (["--shots", "1"], "argument --shots: must be at least 2, an image of each class, got 1"),
         (["--shots", "500"], "--shots 500: the test task has only"),
         (["--lr", "0.1", "0.2"], "argument --lr: must be one value, or one for each of the 6"),
@@ -346,7 +393,7 @@ def test_dials_without_effect_are_said(
 ) -> None:
     monkeypatch.setattr("experiments.conflict.figures.draw", lambda run: [])
     given: dict[str, Any] = {**SMALL, "retrain": ("standard",), "finetune": ("last-layer",)}
-    given |= {"distortion_rank": 3, "rank": 2, "train_per_class": 999, "turned": (0.0,)}
+    given |= {"distortion_rank": 3, "rank": 2, "train_per_class": 999, "flipped": (0.0,)}
     CONFLICT.run(settings(**given, out=tmp_path / "run"))
     said = capsys.readouterr().err
     assert "--distortion-rank has no effect in this run: it is for low-rank only" in said

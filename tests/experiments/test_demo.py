@@ -17,9 +17,12 @@ from experiments.synthetic.linear import run as linear
 def test_the_table_holds_mean_and_standard_error() -> None:
     rows = [
         {
+            "pairs": "all",
             "inputs": "views",
-            "turned": "0.5",
+            "flipped": "0.5",
             "method": method,
+            "batch_size": "",
+            "retrain_lr": "",
             "finetune": finetune,
             "shots": shots,
             "trial": trial,

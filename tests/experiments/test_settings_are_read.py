@@ -36,7 +36,10 @@ EXPERIMENTS: dict[str, tuple[str, str, list[str]]] = {
     "conflict": (
         "experiments.conflict.run",
         "CONFLICT",
-        ["--data", "digits", "--seeds", "1", "--turned", "0.5"],
+        [
+            *("--data", "digits", "--seeds", "1", "--flipped", "0.5", "--pairs", "all"),
+            *("--inputs", "none", "low-rank"),
+        ],
     ),
     "ratings": (
         "experiments.ratings.run",
