@@ -52,8 +52,7 @@ def _dial(run: RunFiles, lines: list[Line]) -> Path:
         ax.set_title("\n".join(_titles(kind)))
     axes[0][0].set_ylabel("accuracy on unseen tasks (%)")
     fig.suptitle(
-        f"{middle} images of each unseen task, mean and standard error of "
-        f"{accuracy_figures.trials_of(lines)}",
+        f"{middle} images of each unseen task; {accuracy_figures.shown_of(lines)}",
         fontsize=14,
     )
     plotting.legend_below(fig, axes[0][0])
@@ -71,7 +70,7 @@ def _shots(run: RunFiles, lines: list[Line]) -> Path:
     ax.set_ylabel("accuracy on unseen tasks (%)")
     fig.suptitle(
         f"{', '.join(_titles(panel))}, labels flipped in {_percent(flipped)} of the tasks\n"
-        f"(mean and standard error of {accuracy_figures.trials_of(lines)})",
+        f"({accuracy_figures.shown_of(lines)})",
         fontsize=14,
     )
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
