@@ -114,7 +114,6 @@ def test_help(
         ((*TINY, "--model", "nowhere"), "nowhere"),
         ((*TINY, "--resume", "--out", "nowhere"), "nowhere holds no run"),
         (("experiments.language", "--data", "nowhere"), "nowhere"),
-        (("experiments.language.join", "nowhere"), "nowhere holds no run"),
         (("experiments.synthetic",), "which experiment?"),
         (("experiments.synthetic", "liner"), 'Did you mean "linear"?'),
         (

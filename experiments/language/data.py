@@ -77,7 +77,7 @@ class FileReport:
         counts: the number of dialogues whose persona lies in a cluster ("exact"), in part in a
             cluster ("partial"), in the catch-all cluster, which is left out whatever the match
             ("catch_all"), and in none ("unmatched").
-        unmatched: where each dialogue begins whose persona matches no cluster, and the persona.
+        unmatched: where each dialogue begins that is left out as its persona matches no cluster.
         clusters: how many clusters have dialogues that can be used.
         distractors_drawn: whether the file came without candidate lists.
     """
@@ -85,7 +85,7 @@ class FileReport:
     path: Path
     sha256: dict[str, str]
     counts: dict[str, int]
-    unmatched: tuple[tuple[str, tuple[str, ...]], ...]
+    unmatched: tuple[str, ...]
     clusters: int
     distractors_drawn: bool
 
@@ -116,7 +116,6 @@ def load(
     first_test_task: int | None = None,
     held_out: int = 3,
     test_held_out: int = 2,
-    strict: bool = True,
     per_turn: int = 20,
     seed: int = 0,
 ) -> Corpus:
@@ -138,7 +137,6 @@ def load(
         first_test_task: how many larger clusters of its file precede the first test task; None
             means ``tasks`` with one file, and none with two.
         held_out, test_held_out: how many of a task's last dialogues are held out.
-        strict: leave out personas that match their cluster only in part.
         per_turn: candidates of each turn; distractors are drawn where the file has no lists.
         seed: of the distractors and the order of the candidates.
 
@@ -156,8 +154,8 @@ def load(
         )
     retrain = _Source(retrain_path, per_turn, seed)
     test = retrain if one_file else _Source(test_path, per_turn, seed)
-    test_chosen = test.largest(first + test_tasks, strict)[first:]
-    chosen = retrain.largest(tasks, strict)
+    test_chosen = test.largest(first + test_tasks)[first:]
+    chosen = retrain.largest(tasks)
     tested = {_conversation(d) for _, dialogues in test_chosen for d in dialogues}
     kept = [(c, [d for d in ds if _conversation(d) not in tested]) for c, ds in chosen]
     validated = {_conversation(d) for _, ds in kept for d in ds[len(ds) - held_out :]}
@@ -169,7 +167,7 @@ def load(
     return Corpus(
         tuple(retrain.task(c, ds, held_out) for c, ds in kept),
         tuple(test.task(c, ds, test_held_out) for c, ds in test_chosen),
-        tuple(source.report(strict) for source in dict.fromkeys([retrain, test])),
+        tuple(source.report() for source in dict.fromkeys([retrain, test])),
         sum(len(ds) for _, ds in chosen) - sum(len(ds) for _, ds in kept),
     )
 
@@ -208,7 +206,7 @@ def load_pooled(
             "leaves none of other personas to train on; give more dialogues or hold out fewer"
         )
     task = source.task(CATCH_ALL, [*train, *validated], held_out)
-    report = dataclasses.replace(source.report(strict=False), unmatched=())  # these are used too
+    report = dataclasses.replace(source.report(), unmatched=())  # these are used too
     return Corpus((task,), (), (report,), len(kept) - len(train))
 
 
@@ -279,9 +277,9 @@ class _Source:
             raise DataError(f"{path} holds no dialogues; fetch it again")
         self.lists = _CandidateLists(self.dialogues, per_turn, seed, path)
 
-    def largest(self, count: int, strict: bool) -> list[tuple[int, list[Dialogue]]]:
+    def largest(self, count: int) -> list[tuple[int, list[Dialogue]]]:
         """Returns the ``count`` largest clusters and their dialogues, largest first."""
-        clusters = self._clusters(strict)
+        clusters = self._clusters()
         if len(clusters) < count:
             strangers = [d.where for d in self.dialogues if d.match == UNMATCHED]
             unmatched = f" ({len(strangers)} match none, first {strangers[0]})" if strangers else ""
@@ -291,12 +289,10 @@ class _Source:
             )
         return clusters[:count]
 
-    def _clusters(self, strict: bool) -> list[tuple[int, list[Dialogue]]]:
+    def _clusters(self) -> list[tuple[int, list[Dialogue]]]:
         members: dict[int, list[Dialogue]] = defaultdict(list)
         for dialogue in self.dialogues:
-            if dialogue.cluster not in (None, CATCH_ALL) and (
-                dialogue.match == EXACT or not strict
-            ):
+            if dialogue.cluster not in (None, CATCH_ALL) and dialogue.match == EXACT:
                 members[dialogue.cluster].append(dialogue)
         return sorted(members.items(), key=lambda item: (-len(item[1]), item[0]))
 
@@ -311,7 +307,7 @@ class _Source:
         kept = len(completed) - held_out
         return Task(cluster, completed[:kept], completed[kept:])
 
-    def report(self, strict: bool) -> FileReport:
+    def report(self) -> FileReport:
         in_clusters = [d for d in self.dialogues if d.cluster != CATCH_ALL]
         unmatched = [d for d in in_clusters if d.match == UNMATCHED]
         return FileReport(
@@ -323,8 +319,8 @@ class _Source:
                 "catch_all": len(self.dialogues) - len(in_clusters),
                 "unmatched": len(unmatched),
             },
-            unmatched=tuple((d.where, d.persona) for d in unmatched),
-            clusters=len(self._clusters(strict)),
+            unmatched=tuple(d.where for d in unmatched),
+            clusters=len(self._clusters()),
             distractors_drawn=self.lists.drawn,
         )
 

@@ -32,17 +32,14 @@ class Encoders:
     Args:
         name: a name or folder, "minilm" or "tiny".
         tokenizer: name or folder of the tokenizer; None is the model's own.
-        as_roberta: see `roberta_from_bert`.
         texts: the vocabulary of "tiny" is made of these.
 
     Raises:
         RunError: there is no such model or tokenizer.
     """
 
-    def __init__(
-        self, name: str, tokenizer: str | None, as_roberta: bool, texts: Iterable[str]
-    ) -> None:
-        self._tiny, self._as_roberta = name == TINY, as_roberta
+    def __init__(self, name: str, tokenizer: str | None, texts: Iterable[str]) -> None:
+        self._tiny = name == TINY
         self._name = minilm_folder() if name == MINILM else name
         if tokenizer is None and self._tiny:
             self.tokenizer = word_tokenizer(texts)
@@ -54,14 +51,12 @@ class Encoders:
         """Loads the pretrained encoder ("tiny": makes a random one), its head drawn by seed.
 
         Raises:
-            RunError: there is no such model, or ``as_roberta`` cannot be.
+            RunError: there is no such model.
         """
         torch.manual_seed(derive_seed("model", seed))
         if self._tiny:
-            model = tiny_roberta(self.tokenizer)
-        else:
-            model = load_model(self._name, self.tokenizer)
-        return roberta_from_bert(model, self.tokenizer) if self._as_roberta else model
+            return tiny_roberta(self.tokenizer)
+        return load_model(self._name, self.tokenizer)
 
 
 def minilm_folder() -> str:
@@ -93,7 +88,7 @@ def word_tokenizer(texts: Iterable[str]) -> Any:
 
 
 def tiny_roberta(tokenizer: Any) -> nn.Module:
-    """Makes a RoBERTa of two layers, drawn by torch's generator."""
+    """Makes a RoBERTa of two layers and two labels, drawn by torch's generator."""
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     config = RobertaConfig(
@@ -102,56 +97,15 @@ def tiny_roberta(tokenizer: Any) -> nn.Module:
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=128,
-        **_roberta(tokenizer, TINY_LENGTH),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        # RoBERTa's positions begin after the padding's number.
+        max_position_embeddings=TINY_LENGTH + tokenizer.pad_token_id + 1,
+        type_vocab_size=1,
     )
     model: nn.Module = RobertaForSequenceClassification(config)
     return model
-
-
-def roberta_from_bert(bert: Any, tokenizer: Any) -> nn.Module:
-    """Puts BERT's encoder into the RoBERTa classes, with a new head.
-
-    The last hidden states equal BERT's for tokens of type 0, the only type that RoBERTa has. BERT's
-    pooler is dropped: the first layer of RoBERTa's head takes its place.
-
-    Raises:
-        RunError: ``bert`` is no BERT.
-    """
-    from transformers import RobertaConfig, RobertaForSequenceClassification
-
-    if bert.config.model_type != "bert":
-        raise RunError(f"--as-roberta: wanted a BERT model, got {bert.config.model_type}")
-    kept = (
-        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-        "intermediate_size", "hidden_act", "layer_norm_eps", "hidden_dropout_prob",
-        "attention_probs_dropout_prob",
-    )  # fmt: skip
-    config = RobertaConfig(
-        **{name: getattr(bert.config, name) for name in kept},
-        **_roberta(tokenizer, bert.config.max_position_embeddings),
-    )
-    model = RobertaForSequenceClassification(config)
-    state = {k: v for k, v in bert.bert.state_dict().items() if not k.startswith("pooler.")}
-    positions, types = (
-        f"embeddings.{kind}_embeddings.weight" for kind in ("position", "token_type")
-    )
-    unused = state[positions].new_zeros(tokenizer.pad_token_id + 1, config.hidden_size)
-    state[positions] = torch.cat([unused, state[positions]])
-    state[types] = state[types][:1]
-    model.roberta.load_state_dict(state)
-    return model
-
-
-def _roberta(tokenizer: Any, length: int) -> dict[str, Any]:
-    """Returns special tokens, and positions for ``length`` tokens beside the padding's."""
-    return {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.cls_token_id,
-        "eos_token_id": tokenizer.sep_token_id,
-        "max_position_embeddings": length + tokenizer.pad_token_id + 1,
-        "type_vocab_size": 1,
-        "num_labels": 2,
-    }
 
 
 def head_names(model: Any) -> list[str]:

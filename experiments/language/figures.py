@@ -47,10 +47,10 @@ def _accuracy(run: RunFiles, lines: list[dict[str, Any]], chance: float) -> Path
             ]
             accuracy_figures.dots(ax, of_kind, names, LAST)
         _chance(ax, chance)
-    panels[0][0].set_ylabel("accuracy, 1 of 20 (%)" if chance == 5 else "accuracy (%)")
+    panels[0][0].set_ylabel(f"accuracy among {100 / chance:.0f} candidates (%)")
     fig.suptitle(
-        f"{run.rows()[0]['model']}, fine-tuned on unseen personas: last epoch, mean and standard "
-        f"error of {accuracy_figures.trials_of(lines)}",
+        f"{run.rows()[0]['model']}, fine-tuned on unseen personas: last epoch,\n"
+        f"{accuracy_figures.shown_of(lines)}",
         fontsize=13,
     )
     return plotting.save(fig, run, "accuracy", lines)

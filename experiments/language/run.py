@@ -92,7 +92,6 @@ def load_corpus(settings: LanguageSettings) -> Corpus:
             first_test_task=settings.first_test_task,
             held_out=settings.validation_dialogues,
             test_held_out=settings.held_out_dialogues,
-            strict=settings.strict,
             per_turn=settings.candidates,
             seed=settings.data_seed,
         )

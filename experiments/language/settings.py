@@ -26,7 +26,7 @@ OWN = "own"
 # The fine-tuning that a method prepares for; the others prepare for nothing in particular.
 OWN_FINETUNES = {"lora-ml": ("lora",), "last-layer-ml": ("last-layer",)}
 MINILM, TINY = "minilm", "tiny"
-WARMUPS = ("warmup", "finetune_warmup", "reptile_warmup")
+WARMUPS = ("warmup", "finetune_warmup")
 SCHEDULE_SCALES = ("schedule_scale", "finetune_schedule_scale", "reptile_schedule_scale")
 
 # What stands for None.
@@ -65,13 +65,13 @@ class LanguageSettings(RetrainingSettings):
     command: ClassVar[str] = "language"
     methods: ClassVar[tuple[str, ...]] = METHODS
     zero: ClassVar[tuple[str, ...]] = (*ZERO, "dropout", "data_seed", "first_test_task", *WARMUPS)
+    reptile_warmup: ClassVar[float] = 0.1  # part of Reptile's outer steps in which the rate rises
 
     data: Path | None = option(
         None, help="folder of the ConvAI2 dialogues; --smoke makes some up without", run_only=True
     )
     retrain_file: str | None = option(None, help="in --data (default: the first that is known)")
     test_file: str | None = option(None, help="in --data; may be the same, for tasks of one file")
-    strict: bool = option(True, help="leave out personas that match their cluster only in part")
     candidates: int = option(20, help="candidates of each turn; drawn where a file has no lists")
     data_seed: int = option(
         0,
@@ -87,9 +87,6 @@ class LanguageSettings(RetrainingSettings):
         None,
         help="folder of a finished run of experiments.language.start: every method of every trial "
         "begins with its encoder and head instead of the pretrained model",
-    )
-    as_roberta: bool = option(
-        False, help="run a BERT model's encoder in the RoBERTa classes, with the same outputs"
     )
     tokenizer: str | None = option(None, help="its name or folder (default: the model's)")
     retrain: tuple[str, ...] = option(
@@ -123,13 +120,11 @@ class LanguageSettings(RetrainingSettings):
     first_test_task: int | None = option(
         None,
         help="how many larger personas to pass over before the first test task, which sets others "
-        "aside to choose rates by (default: the retraining tasks, if they are of the same file)",
+        "aside to choose learning rates by (default: the retraining tasks, if they are of the same "
+        "file)",
     )
     dialogues: int | None = option(None, help="train on only so many dialogues a task")
     turns: int | None = option(None, help="use only the first so many turns of a dialogue")
-    list_unmatched: bool = option(
-        False, help="list the dialogues whose persona matches no cluster", run_only=True
-    )
     train_candidates: int | None = option(
         None,
         help="train on the true response and only so many candidates in all; held-out turns keep "
@@ -163,7 +158,6 @@ class LanguageSettings(RetrainingSettings):
     held_out_dialogues: int = option(2, help="the last of each test task, for the accuracy")
     weight_decay: float = option(0.01, help="of AdamW, inner steps of Reptile excepted")
     reptile_lr: float = option(1e-4, help="of the outer AdamW")
-    reptile_warmup: float = option(0.1, help="part of its outer steps in which the rate rises")
     reptile_schedule_scale: float = option(
         6.67, help="length of the outer linear schedule, in retrainings by Reptile"
     )
@@ -246,7 +240,6 @@ class StartSettings(RunSettings):
     candidates: int = option_of(LanguageSettings, "candidates")
     data_seed: int = option_of(LanguageSettings, "data_seed")
     model: str = option_of(LanguageSettings, "model")
-    as_roberta: bool = option_of(LanguageSettings, "as_roberta")
     tokenizer: str | None = option_of(LanguageSettings, "tokenizer")
     dialogues: int | None = option(None, help="train on only so many dialogues")
     turns: int | None = option_of(LanguageSettings, "turns")

@@ -36,7 +36,7 @@ from metalora._files import replacing
 
 NAME = "language-start"
 MODEL, WEIGHTS, SEEN = "model", "model.safetensors", "seen.json"
-SAME = ("model", "tokenizer", "as_roberta")  # settings that a run and its start have in common
+SAME = ("model", "tokenizer")  # settings that a run and its start have in common
 ALIKE = ("history", "max_length")  # and settings that had better be the same
 SAVE = "save the model"  # the unit of work after the training
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.lib import training
-from experiments.lib.statistics import summarize, with_error
-from experiments.lib.tables import Table, compared
+from experiments.lib.statistics import paired_unit, summarize, with_error
+from experiments.lib.tables import Table, compared, one_trial
 
 COLUMNS = (
     *("experiment", "model", "method", "finetune", "rank"),
@@ -31,9 +31,11 @@ TITLES = {
 def summary(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
     """Returns accuracies in percent after each retraining and fine-tuning with each rank.
 
-    For each trial the mean over test tasks is taken first.
+    For each trial the mean over test tasks is taken first; errors are over trials or, with one
+    trial alone, over test tasks.
     """
-    return summarize(rows, KEY, METRICS, scale=100)
+    rows = list(rows)
+    return summarize(rows, KEY, METRICS, unit=paired_unit(rows, LAST, KEY)[0], scale=100)
 
 
 def by_task(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
@@ -54,6 +56,7 @@ def tables(rows: Sequence[Mapping[str, str]], chance: float) -> str:
         "held-out accuracy in %, mean over test tasks; mean (standard error) over trials, all on "
         "the same held-out turns; best: each task at its own best epoch, which is optimistic"
     )
+    text += [line for line in [one_trial(rows, LAST, KEY).strip()] if line]
     return "\n".join([*text, *table_of_ranks(lines)])
 
 

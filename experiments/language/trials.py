@@ -99,9 +99,9 @@ class Trials(training.Trials[TokenizedTurns]):
             for c in (turn.utterance, *turn.candidates)
         )
         if start is None:
-            self.encoders = Encoders(s.model, s.tokenizer, s.as_roberta, texts)
+            self.encoders = Encoders(s.model, s.tokenizer, texts)
         else:
-            self.encoders = Encoders(str(start), None, False, ())
+            self.encoders = Encoders(str(start), None, ())
         model = self.encoders.new(0)
         training.check_rank(model, max(settings.rank))
         self.heads = head_names(model)
@@ -150,20 +150,14 @@ class Trials(training.Trials[TokenizedTurns]):
         return FULL * self.retraining.tokens + EVALUATION * self.validation.tokens
 
     def notes(self) -> list[str]:
-        """Returns lines on what is left out or cut, and on settings beyond what there is.
-
-        On request there is a line for every unmatched dialogue too.
-        """
-        s, lines = self.settings, self._beyond()
+        """Returns lines on what is left out or cut, and on settings beyond what there is."""
+        lines = self._beyond()
         for file in self.corpus.files:
-            if file.unmatched or s.list_unmatched:
-                hint = "" if s.list_unmatched else "; --list-unmatched lists them"
+            if file.unmatched:
                 lines.append(
                     f"note: {file.path}: {len(file.unmatched)} dialogues are left out, whose "
-                    f"personas match no cluster{hint}"
+                    f"personas match no cluster, first {file.unmatched[0]}"
                 )
-            if s.list_unmatched:
-                lines += [f"{where}: {' '.join(persona)}" for where, persona in file.unmatched]
         for name, turns in self._parts().items():
             if turns.truncated:
                 lines.append(

@@ -28,9 +28,25 @@ def panels(lines: Lines) -> tuple[Figure, list[tuple[Axes, str, Lines]]]:
 
 
 def trials_of(lines: Lines) -> str:
-    """Returns in words how many trials the numbers are means of."""
-    trials = max(line["trials"] for line in lines)
-    return f"{trials} trial{'s' if trials > 1 else ''}"
+    """Returns in words how many trials the numbers are means of: "3 trials", "2 to 5 trials"."""
+    counts = {line["trials"] for line in lines}
+    least, most = min(counts), max(counts)
+    count = f"{most}" if least == most else f"{least} to {most}"
+    return f"{count} trial{'s' if most > 1 else ''}"
+
+
+def shown_of(lines: Lines) -> str:
+    """Returns in words what the marks and their bars are.
+
+    With one trial the errors are over test tasks, if they are known: see
+    `experiments.lib.statistics.paired_unit`.
+    """
+    if max(line["trials"] for line in lines) > 1:
+        return f"mean and standard error of {trials_of(lines)}"
+    errors = [value for line in lines for name, value in line.items() if name.endswith("_se")]
+    if all(math.isnan(error) for error in errors):
+        return "1 trial, no error estimate"
+    return "1 trial, mean and standard error over the test tasks"
 
 
 def dots(ax: Axes, lines: Lines, names: Sequence[str], *metrics: str) -> None:
@@ -59,7 +75,10 @@ def dots(ax: Axes, lines: Lines, names: Sequence[str], *metrics: str) -> None:
             va="center",
             fontsize=12,
         )
-    ax.set_xticks(range(len(lines)), [name.replace("Last-Layer", "Last-\nLayer") for name in names])
+    broken = {"Last-Layer": "Last-\nLayer", "Not retrained": "Not\nretrained"}
+    for long, short in broken.items():
+        names = [name.replace(long, short) for name in names]
+    ax.set_xticks(range(len(lines)), names)
     ax.set_xlim(-0.6, len(lines) - 0.4)
     ax.grid(axis="x", visible=False)
 
@@ -76,7 +95,7 @@ def over(ax: Axes, lines: Lines, name: str, values: Sequence[str], metric: str) 
             # Side by side, so that no error bar hides another's.
             [i + 0.06 * (number - (len(methods) - 1) / 2) for i in places],
             [line[metric] for line in of_method],
-            yerr=[0.0 if math.isnan(error) else error for error in errors],
+            yerr=None if all(map(math.isnan, errors)) else errors,  # NaN draws no bar
             color=COLORS[method],
             marker=MARKERS[method],
             capsize=4,

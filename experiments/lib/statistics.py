@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,12 @@ Line = dict[str, Any]  # of a table
 class Comparison:
     """What one method gains over a baseline, from trials that both have made.
 
+    Where a run has a single trial, its tasks stand for the trials: see `paired_unit`.
+
     Attributes:
         difference: mean over trials of the method's value minus the baseline's.
         low, high: the difference's two-sided 95 % interval, of Student's t distribution; NaN for
-            fewer than two trials. It holds for one comparison, not for all of a table together.
+            fewer than two trials. It is not corrected for multiple comparisons.
         ahead: in how many trials the method is better; a draw is none.
         trials: how many there are.
     """
@@ -46,13 +48,25 @@ class Comparison:
 
 
 def compare(
-    values: Mapping[Any, float], baseline: Mapping[Any, float], *, lower_is_better: bool = False
+    values: Mapping[Any, float],
+    baseline: Mapping[Any, float],
+    *,
+    lower_is_better: bool = False,
+    overlap: float = 0.0,
 ) -> Comparison:
     """Compares a method with a baseline, trial by trial.
+
+    With n trials whose differences have the standard deviation s, half the interval's width is
+    t · s · sqrt(1/n + overlap), t being the 97.5 % quantile of Student's t with n - 1 degrees of
+    freedom.
 
     Args:
         values, baseline: the value measured in each trial. What is no trial of both is left out.
         lower_is_better: whether a trial is ahead with the lower value, as with errors.
+        overlap: for trials that draw their training and test samples from the same pool, and are
+            therefore not independent: the number of test samples over that of training samples.
+            This is the corrected resampled t-test of Nadeau and Bengio, "Inference for the
+            generalization error", Machine Learning 52, 2003. Zero is the ordinary paired t-test.
 
     Raises:
         ValueError: they have no trial in common.
@@ -68,7 +82,7 @@ def compare(
     half = math.nan
     if n > 1:
         quantile = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2))  # the inverse of Student's t
-        half = quantile * standard_error(differences)
+        half = quantile * statistics.stdev(differences) * math.sqrt(1 / n + overlap)
     better = [d < 0 if lower_is_better else d > 0 for d in differences]
     return Comparison(mean, mean - half, mean + half, sum(better), n)
 
@@ -78,8 +92,10 @@ def summarize(
     key: Sequence[str],
     metrics: Sequence[str],
     *,
+    unit: str = "trial",
     baseline: Mapping[str, str] | None = None,
     lower_is_better: bool = False,
+    overlap: float | Callable[[Line], float] = 0.0,
     scale: float = 1.0,
 ) -> list[Line]:
     """Returns what was measured for each value of the key's columns, in results' order.
@@ -91,9 +107,13 @@ def summarize(
         rows: of a results.csv, with the columns ``key``, trial, metric and value.
         key: the columns that tell the lines apart.
         metrics: those wanted.
+        unit: the column to take means, errors and differences over instead of trials: "task", where
+            there is only one trial. See `paired_unit`.
         baseline: columns of the key with the value that makes a line the one to compare with, such
             as ``{"method": "standard"}``: of lines that agree in all other columns.
         lower_is_better: for the trials ahead, see `compare`.
+        overlap: of the trials, see `compare`; a function gets the line's columns of the key, where
+            the lines have different ones. It widens the intervals, not the standard errors.
         scale: factor of all values, 100 for percent.
 
     Returns:
@@ -103,35 +123,60 @@ def summarize(
         where it is missing.
     """
     groups: dict[tuple[str, ...], dict[str, dict[str, list[float]]]] = {}
+    trials: dict[tuple[str, ...], set[str]] = {}
     for row in rows:
         if row["metric"] in metrics:
-            group = groups.setdefault(tuple(row[k] for k in key), {m: {} for m in metrics})
-            trials = group[row["metric"]]
-            trials.setdefault(row["trial"], []).append(scale * float(row["value"]))
+            place = tuple(row[k] for k in key)
+            group = groups.setdefault(place, {m: {} for m in metrics})
+            group[row["metric"]].setdefault(row[unit], []).append(scale * float(row["value"]))
+            counted = trials.setdefault(place, set())
+            if row["metric"] == metrics[0]:
+                counted.add(row["trial"])
     means = {
-        values: {m: {t: statistics.fmean(v) for t, v in of.items()} for m, of in group.items()}
+        values: {m: {u: statistics.fmean(v) for u, v in of.items()} for m, of in group.items()}
         for values, group in groups.items()
     }
     lines = []
     for values, of_metric in means.items():
         line: Line = dict(zip(key, values, strict=True))
-        line["trials"] = len(of_metric[metrics[0]])
+        line["trials"] = len(trials[values])
         base: Mapping[str, dict[str, float]] = {}
         if baseline is not None:
             of_base = tuple({**line, **baseline}[k] for k in key)
             base = {} if of_base == values else means.get(of_base, {})
+        wider = overlap(line) if callable(overlap) else overlap
         for metric, found in of_metric.items():
             line[metric] = statistics.fmean(found.values()) if found else math.nan
             line[f"{metric}_se"] = standard_error(list(found.values()))
             if baseline is not None:
                 other = base.get(metric, {})
                 line[f"{metric}_vs"] = (
-                    compare(found, other, lower_is_better=lower_is_better)
+                    compare(found, other, lower_is_better=lower_is_better, overlap=wider)
                     if found.keys() & other.keys()
                     else None
                 )
         lines.append(line)
     return lines
+
+
+def paired_unit(
+    rows: Iterable[Mapping[str, str]], metric: str, key: Sequence[str] = ()
+) -> tuple[str, int]:
+    """Returns the column whose values a metric is averaged and paired over, and how many there are.
+
+    It is "trial"; or "task", if there is one trial only, of several tasks that have no lines of
+    their own.
+
+    Args:
+        rows: of a results.csv.
+        metric: the metric.
+        key: the columns that tell the lines of the table apart.
+    """
+    of_metric = [row for row in rows if row["metric"] == metric]
+    trials, tasks = ({row.get(name) for row in of_metric} for name in ("trial", "task"))
+    if len(trials) == 1 and len(tasks) > 1 and "task" not in key:
+        return "task", len(tasks)
+    return "trial", len(trials)
 
 
 def best_choices(

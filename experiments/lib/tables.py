@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.lib.statistics import Comparison, Line, summarize, with_error
+from experiments.lib.statistics import Comparison, Line, paired_unit, summarize, with_error
 
 STANDARD = {"method": "standard"}
 DIFFERENCE = "difference to standard [95 %]"
@@ -65,16 +65,17 @@ def compared(
         rows: of results.csv, with the columns of the key, trial, metric and value.
         key: the title of each column that tells the lines apart; "method" is one of them.
         metric: its name in the rows.
-        caption: see `Table`.
+        caption: see `Table`. Where there is one trial only, a sentence says so.
         title: of the metric's column.
         form: see `_measured`.
     """
+    rows = list(rows)
     lines = [
         [*(_name(n, line[n]) for n in key), mean, *cells, str(line["trials"])]
         for line, mean, cells in _measured(rows, key, metric, **form)
     ]
     header = [*key.values(), title, DIFFERENCE, AHEAD, "trials"]
-    return Table(header, lines, caption, left=len(key))
+    return Table(header, lines, caption + one_trial(rows, metric, [*key]), left=len(key))
 
 
 def side_by_side(
@@ -94,6 +95,7 @@ def side_by_side(
         metric, caption: see `compared`.
         form: see `_measured`.
     """
+    rows = list(rows)
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     trials: dict[tuple[str, ...], set[int]] = {}
     methods: dict[str, None] = {}
@@ -117,19 +119,39 @@ def side_by_side(
         caption += (
             " Below a mean: the difference to standard [95 %], and in how many trials it is ahead."
         )
+    caption += one_trial(rows, metric, [*settings])
     return Table(header, lines, caption, left=len(settings))
 
 
+def one_trial(rows: Iterable[Mapping[str, str]], metric: str, key: Sequence[str]) -> str:
+    """Returns the sentence of a caption that says what the errors of a single trial are over.
+
+    It begins with a space, and is empty if there are several trials.
+
+    Args:
+        rows, metric, key: see `paired_unit`.
+    """
+    unit, count = paired_unit(rows, metric, key)
+    if unit == "task":
+        return (
+            f" One trial: standard errors, intervals and 'ahead' are over the {count} test tasks."
+        )
+    return " One trial: no error estimate." if count == 1 else ""
+
+
 def _measured(
-    rows: Iterable[Mapping[str, str]],
+    rows: Sequence[Mapping[str, str]],
     key: Iterable[str],
     metric: str,
     *,
     scale: float = 100.0,
     digits: int = 1,
     lower_is_better: bool = False,
+    overlap: float | Callable[[Line], float] = 0.0,
 ) -> Iterator[tuple[Line, str, tuple[str, str]]]:
     """Yields the lines of a table with the texts of their mean and of their `difference`.
+
+    Errors and differences are over trials, or over tasks where there is one trial only.
 
     Args:
         rows, metric: see `compared`.
@@ -137,15 +159,26 @@ def _measured(
         scale: what to multiply the values by: 100 for percent.
         digits: after the decimal point.
         lower_is_better: for the trials ahead.
+        overlap: of the trials, see `summarize`.
     """
     key = list(key)
     found = summarize(
-        rows, key, [metric], baseline=STANDARD, lower_is_better=lower_is_better, scale=scale
+        rows,
+        key,
+        [metric],
+        unit=paired_unit(rows, metric, key)[0],
+        baseline=STANDARD,
+        lower_is_better=lower_is_better,
+        overlap=overlap,
+        scale=scale,
     )
     settings = [name for name in key if name not in STANDARD]
     places = {line: place for place, line in enumerate(_values(found, settings))}
+    known = any(not math.isnan(line[f"{metric}_se"]) for line in found)
     for line in sorted(found, key=lambda line: places[tuple(line[name] for name in settings)]):
-        mean = with_error(line[metric], line[f"{metric}_se"], f".{digits}f")
+        mean = f"{line[metric]:.{digits}f}"
+        if known:
+            mean = with_error(line[metric], line[f"{metric}_se"], f".{digits}f")
         yield line, mean, difference(line[f"{metric}_vs"], lambda value: f"{value:.{digits}f}")
 
 

@@ -67,7 +67,7 @@ def add(run: Path, name: str, folder: Path | None = None) -> Path:
         raise RunError(f"--add: {out} holds results of another experiment; choose another name")
     if manifest["status"] == "failed":
         raise RunError(f"--add: the run in {run} failed: {manifest.get('reason', 'see error.txt')}")
-    count, rows = _finished(run, manifest["status"])
+    count, rows = _finished(run)
     _check_rows(rows, run)
     kept = _trimmed(manifest, of, count)
     files = [run / file for file in (of.report.files if of.report else ())]
@@ -107,7 +107,7 @@ def compare(run: Path, name: str, folder: Path | None = None) -> tuple[list[str]
             f"--compare: {run} is a run of {manifest['experiment']}, {name} of "
             f"{kept.manifest['experiment']}"
         )
-    here = _values(csv.DictReader(io.StringIO(_finished(run, manifest["status"])[1].decode())))
+    here = _values(csv.DictReader(io.StringIO(_finished(run)[1].decode())))
     there = _values(kept.rows())
     if not here.keys() & there.keys():
         raise RunError(f"--compare: {run} and {name} have no row in common")
@@ -216,11 +216,9 @@ def _is_path(text: str) -> bool:
     return text.startswith(("/", "~", "./", "../")) or ("/" in text and Path(text).exists())
 
 
-def _finished(run: Path, status: str) -> tuple[int, bytes]:
+def _finished(run: Path) -> tuple[int, bytes]:
     try:
         count, rows = units.finished_results(run)
-        if status == COMPLETED:  # joined runs have rows without units
-            rows = (run / RESULTS).read_bytes()
     except FileNotFoundError as error:
         raise RunError(f"{error.filename} is missing") from None
     if not rows:

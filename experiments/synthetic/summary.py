@@ -39,6 +39,8 @@ def comparison(
     metric: str,
     middle: Callable[[Sequence[float]], tuple[float, str]],
     caption: str,
+    *,
+    of_means: bool = True,
 ) -> Table:
     """Makes a table of LoRA-ML beside standard retraining, a line for each setting.
 
@@ -47,6 +49,7 @@ def comparison(
         metric: an error, of which less is better.
         middle: returns what stands for the trials' values: a number, and the text to show.
         caption: see `Table`.
+        of_means: whether the difference of the means, with its interval, has a column.
     """
     found = grouped(rows)
     lines = []
@@ -57,6 +60,7 @@ def comparison(
         ratio = f"{high / low:,.0f}" if high >= 100 * low else f"{high / low:.1f}"
         vary, _, value = point.partition("=")
         setting = f"{vary} = {int(value):,}"
-        lines.append([setting, shown, other, ratio, *difference(paired, three_digits)])
-    header = ["setting", "LoRA-ML", "standard", "standard / LoRA-ML", DIFFERENCE, AHEAD]
-    return Table(header, lines, caption)
+        mean, ahead = difference(paired, three_digits)
+        lines.append([setting, shown, other, ratio, *([mean] if of_means else []), ahead])
+    header = ["setting", "LoRA-ML", "standard", "standard / LoRA-ML"]
+    return Table([*header, *([DIFFERENCE] if of_means else []), AHEAD], lines, caption)

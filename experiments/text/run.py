@@ -105,14 +105,10 @@ def _watched(folder: RunFolder, trials: Trials, labels: Labels) -> list[WriteSam
     """Returns what has text written: of LoRA, in the first trial, with the most text."""
     s = trials.settings
     wanted = s.first_seed, max(s.amounts), "lora"
-    if (
-        s.tune
-        or not s.generate
-        or (labels["trial"], labels["amount"], labels["finetune"]) != wanted
-    ):
+    if s.tune or (labels["trial"], labels["amount"], labels["finetune"]) != wanted:
         return []
     tokenizer = trials.decoders.tokenizer
-    return [WriteSamples(folder, labels, trials.unseen["test"], tokenizer, s.generate)]
+    return [WriteSamples(folder, labels, trials.unseen["test"], tokenizer, s.written_tokens)]
 
 
 def _samples(folder: RunFolder) -> list[dict[str, Any]]:

@@ -33,10 +33,8 @@ DEFAULTS: Mapping[str, Any] = {
     "layers": 3,
     "length": 256,
     "train_kb": 64,
-    "held_out_kb": 8,
     "epochs": 2,
     "finetune_steps": 30,
-    "generate": 160,
     "seeds": 3,
 }
 SMOKE: Mapping[str, Any] = {
@@ -45,10 +43,8 @@ SMOKE: Mapping[str, Any] = {
     "layers": 1,
     "length": 32,
     "train_kb": 1,
-    "held_out_kb": 1,
     "epochs": 1,
     "finetune_steps": 2,
-    "generate": 8,
     "seeds": 2,
 }
 
@@ -59,7 +55,7 @@ class TextSettings(RetrainingSettings):
 
     command: ClassVar[str] = "text"
     methods: ClassVar[tuple[str, ...]] = METHODS
-    zero: ClassVar[tuple[str, ...]] = (*ZERO, "data_seed", "dropout", "warmup", "generate")
+    zero: ClassVar[tuple[str, ...]] = (*ZERO, "data_seed", "dropout", "warmup")
     measures_afterwards: ClassVar[bool] = True
     # The decoder is called alone and would not be compiled.
     without: ClassVar[tuple[str, ...]] = ("retrained", "evaluate_every", "shared_head", "compile")
@@ -74,12 +70,11 @@ class TextSettings(RetrainingSettings):
         None, help="folders of the retraining tasks (default: all that are not named below)"
     )
     validation_tasks: tuple[str, ...] = option(
-        None, help="folders of the unseen tasks by which rates are chosen"
+        None, help="folders of the unseen tasks by which learning rates are chosen"
     )
     test_tasks: tuple[str, ...] = option(None, help="folders of the unseen tasks to report on")
     data_seed: int = option(0, help="seed of the order of files, which is that of all trials")
     train_kb: int = option(None, help="kB of text of each retraining task at most (default: 64)")
-    held_out_kb: int = option(None, help="kB of text of each task for measurements (default: 8)")
     amounts: tuple[float, ...] = option(
         None, extends=True, help="kB of text of an unseen task to adapt to (default: 1 4 16)"
     )
@@ -109,7 +104,7 @@ class TextSettings(RetrainingSettings):
         choices=("fresh", "retrained"),
     )
     tune: bool = option(
-        False, help="measure on validation tasks only, to choose rates of retraining by"
+        False, help="measure on validation tasks only, to choose learning rates of retraining by"
     )
     rank: int = option(8, help="of LoRA, on every linear layer but the output layer")
     alpha: float = option(16.0, help="the scale of LoRA is alpha / rank")
@@ -124,17 +119,14 @@ class TextSettings(RetrainingSettings):
     )
     finetune_batch_size: int = option(4, help="sequences per task")
     lora_rates: tuple[float, ...] = option(
-        (2e-3, 6e-3, 2e-2), help="rates of adapting with LoRA to choose from"
+        (2e-3, 6e-3, 2e-2), help="learning rates of adapting with LoRA to choose from"
     )
     last_layer_rates: tuple[float, ...] = option(
-        (2e-3, 6e-3, 2e-2), help="rates of adapting the last layer to choose from"
+        (2e-3, 6e-3, 2e-2), help="learning rates of adapting the last layer to choose from"
     )
     reptile_lr: float = option(0.5, help="outer: how far the weights go to a task's solution")
     reptile_inner_lr: float = option(1e-3, help="of the inner AdamW")
     reptile_inner_steps: int = option(8, help="per task and outer step")
-    generate: int = option(
-        None, help="tokens to write after adapting to the most text (default: 160); 0: none"
-    )
     packed: bool | None = option(
         None, help="run sequences one behind the other, without padding (default: where it works)"
     )
@@ -161,6 +153,16 @@ class TextSettings(RetrainingSettings):
         max_tokens = 8192 if device_type == "cpu" else 32768
         return {**DEFAULTS, **(SMOKE if self.smoke else {}), "max_tokens": max_tokens}
 
+    @property
+    def held_out_kb(self) -> int:
+        """Returns how much text of each task there is for measurements, in kB."""
+        return 1 if self.smoke else 8
+
+    @property
+    def written_tokens(self) -> int:
+        """Returns how many tokens a model writes after adapting to the most text."""
+        return 8 if self.smoke else 160
+
     def kinds(self) -> set[str]:
         """Returns the methods, fine-tunings and model of this run."""
         return {*self.retrain, *self.finetune, self.model}
@@ -173,7 +175,7 @@ PART_OF = part_of(
         **dict.fromkeys(("hidden", "layers"), (SCRATCH,)),
         **dict.fromkeys(("rank", "alpha", "dropout"), ("lora-ml", "lora")),
         **dict.fromkeys(("epochs", "batch_size", "train_kb"), RETRAINED),
-        **dict.fromkeys(("amounts", "generate", "validation_tasks", "test_tasks"), FINETUNES),
+        **dict.fromkeys(("amounts", "validation_tasks", "test_tasks"), FINETUNES),
         "lr": (*WITH_TASKS, "standard"),
         "finetune_head": ("last-layer",),
         "lora_rates": ("lora",),

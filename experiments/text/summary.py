@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.lib.statistics import Line, summarize, with_error
-from experiments.lib.tables import NAMES, STANDARD, Table, compared, side_by_side
+from experiments.lib.statistics import Line, paired_unit, summarize, with_error
+from experiments.lib.tables import NAMES, STANDARD, Table, compared, one_trial, side_by_side
 
 COLUMNS = (
     *("experiment", "model", "method", "finetune", "amount"),
@@ -23,7 +23,8 @@ _WHAT = "Bits per byte of {}, mean (standard error) over the trials; the lower t
 def summary(rows: Iterable[Mapping[str, str]], metric: str = "") -> list[Line]:
     """Returns a metric after each retraining, fine-tuning and amount of text.
 
-    For each trial the mean over tasks is taken first.
+    For each trial the mean over tasks is taken first; errors and differences are over trials or,
+    with one trial alone, over tasks.
 
     Args:
         rows: of results.csv.
@@ -32,7 +33,8 @@ def summary(rows: Iterable[Mapping[str, str]], metric: str = "") -> list[Line]:
     """
     rows = _shown(rows)
     metric = metric or _main(rows)
-    lines = summarize(rows, KEY, (metric,), baseline=STANDARD, lower_is_better=True)
+    unit, _ = paired_unit(rows, metric, KEY)
+    lines = summarize(rows, KEY, (metric,), unit=unit, baseline=STANDARD, lower_is_better=True)
     names = {metric: "value", f"{metric}_se": "value_se", f"{metric}_vs": "value_vs"}
     return [{names.get(k, k): v for k, v in line.items()} for line in lines]
 
@@ -51,6 +53,7 @@ def table(rows: Iterable[Mapping[str, str]]) -> str:
     for line in summary(rows):
         what = f"{line['finetune']:<10} {line['amount']:>5} kB"
         text.append(f"{line['method']:<14} {what} {_value(line)}")
+    text += [line for line in [one_trial(rows, _main(rows), KEY).strip()] if line]
     return "\n".join(text)
 
 
@@ -60,7 +63,7 @@ def results_tables(
     """Returns the tables for the documentation.
 
     The main one has the unseen tasks, "before" the same before they are adapted to, "retraining"
-    the retraining tasks, "languages" each test task, and "samples" written text.
+    the retraining tasks, "languages" each test task, and "samples" text written in one of them.
 
     Args:
         rows: of results.csv.
@@ -122,9 +125,13 @@ def _value(line: Line) -> str:
 
 
 def _samples(samples: Iterable[Mapping[str, Any]]) -> Table:
+    """Returns a table of the text in one task, the first."""
+    samples = list(samples)
+    first = min((str(one["task"]) for one in samples), default="")
     rows = [
-        [str(one["task"]), NAMES[one["method"]], _cell(one["prompt"]), _cell(one["text"])]
-        for one in sorted(samples, key=lambda one: str(one["task"]))
+        [first, NAMES[one["method"]], _cell(one["prompt"]), _cell(one["text"])]
+        for one in samples
+        if str(one["task"]) == first
     ]
     return Table(
         ["task", "retraining", "beginning, from held-out text", "what the model writes"],

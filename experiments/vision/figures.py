@@ -12,6 +12,8 @@ from experiments.lib.runs import RunFiles
 from experiments.lib.statistics import summarize
 from experiments.vision.summary import BEST, LAST, number, summary
 
+TITLES = {"cifar10": "CIFAR-10", "cifar10-16": "CIFAR-10, 16 × 16", "digits": "Digits, 8 × 8"}
+
 
 def draw(run: RunFiles) -> list[Path]:
     """Draws accuracy.png (the table) and curves.png (accuracy during fine-tuning), with numbers.
@@ -48,8 +50,8 @@ def draw_accuracy(run: RunFiles) -> Path:
     if len(shots) == 1 and len(metrics) > 1:
         what = "filled: last epoch, hollow: best epoch"
     fig.suptitle(
-        f"{run.manifest['settings']['data']}: fine-tuned on {images} of the test task; mean and "
-        f"standard error of {accuracy_figures.trials_of(lines)} ({what})",
+        f"{TITLES[run.manifest['settings']['data']]}: fine-tuned on {images} of the test task; "
+        f"{accuracy_figures.shown_of(lines)} ({what})",
         fontsize=13,
     )
     return plotting.save(fig, run, "accuracy", lines)

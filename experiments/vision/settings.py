@@ -132,12 +132,15 @@ class VisionSettings(RetrainingSettings):
     finetune_batch_size: int = option(None, help="(256; digits: 32)")
     finetune_lr: float = option(None, help="(cifar10: 5e-4, others: 3e-2)")
     finetune_lrs: tuple[float, ...] = option(
-        (), help="several rates of fine-tuning, run one by one, to choose from", extends=True
+        (),
+        help="several learning rates of fine-tuning, run one by one, to choose from",
+        extends=True,
     )
     finetune_lr_from: Path | None = option(
         None,
-        help="take the rate of each fine-tuning from the run in this folder: the one of its "
-        "--finetune-lrs with the highest accuracy in the last epoch. Its test task must be another",
+        help="take the learning rate of each fine-tuning from the run in this folder: the one of "
+        "its --finetune-lrs with the highest accuracy in the last epoch. Its test task must be "
+        "another",
     )
     rank: int = option(1, help="of LoRA, on every linear layer, with scale 1")
     bias: bool = option(True, help="linear layers have a bias; the authors' runs leave it out")

@@ -100,16 +100,19 @@ def results_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, Table]:
     """Returns the tables for the documentation.
 
     "retraining" is of the retraining tasks, where they were retrained, the others of the test task.
-    The main one has the last epoch's accuracy; "best" has the best epoch's, where it was measured,
-    and the paper's beside it.
+    The main one has the last epoch's accuracy; "short" has it without differences, a line for each
+    retraining and a column for each number of images, beside that of the retraining tasks; "best"
+    has the best epoch's, where it was measured, and the paper's beside it.
     """
     retrained = [row for row in rows if not row["finetune"]]
     rows = sorted(complete(rows), key=_place)
     settings = {"finetune": "fine-tuning", "shots": "images"}
     if any(len(of) > 1 for of in _rates(rows).values()):
-        settings["finetune_lr"] = "rate"
+        settings["finetune_lr"] = "learning rate"
     test = _WHAT.format("test task")
     tables = {"": side_by_side(rows, settings, LAST, f"{test}, after the last epoch.")}
+    if retrained and rows and "finetune_lr" not in settings:
+        tables["short"] = _short(rows, retrained)
     if retrained:
         what = f"{_WHAT.format('retraining tasks')}, after the last epoch."
         retrained.sort(key=lambda row: METHODS.index(row["method"]))
@@ -119,6 +122,43 @@ def results_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, Table]:
         best = compared(rows, key, BEST, f"{test}, in the best epoch, which is optimistic.")
         tables["best"] = _with_paper(best) if rows[0]["data"] == "cifar10" else best
     return tables
+
+
+def _short(rows: Sequence[Mapping[str, str]], retrained: Sequence[Mapping[str, str]]) -> Table:
+    """Returns a table that has one line for each retraining and fine-tuning.
+
+    Args:
+        rows: of the fine-tunings, in the order of the documentation.
+        retrained: of the retrainings.
+    """
+    shots = list(dict.fromkeys(row["shots"] for row in rows))
+    before = {
+        line["method"]: _cell(line, RETRAINING)
+        for line in summarize(retrained, ("method",), (RETRAINING,), scale=100)
+    }
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    trials: set[int] = set()
+    for line in summarize(rows, KEY, (LAST,), scale=100):
+        cells.setdefault((line["method"], line["finetune"]), {})[line["shots"]] = _cell(line, LAST)
+        trials.add(line["trials"])
+    counted = " to ".join(str(count) for count in sorted({min(trials), max(trials)}))
+    return Table(
+        ["retraining", "fine-tuning", "retraining tasks", *(f"{few} images" for few in shots)],
+        [
+            [
+                *(NAMES[method], NAMES[kind], before.get(method, "")),
+                *(of.get(few, "") for few in shots),
+            ]
+            for (method, kind), of in cells.items()
+        ],
+        "Held-out accuracy in % of the retraining tasks, and of the test task after fine-tuning "
+        f"on so many of its images: mean (standard error) over {counted} trials, last epoch.",
+        left=2,
+    )
+
+
+def _cell(line: Mapping[str, Any], metric: str) -> str:
+    return with_error(line[metric], line[f"{metric}_se"], ".1f")
 
 
 def number(shots: str) -> float:

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 pytest.importorskip("transformers")
 
 from experiments.language import summary
-from experiments.language.encoders import head_names, roberta_from_bert, word_tokenizer
+from experiments.language.encoders import head_names, tiny_roberta, word_tokenizer
 from experiments.language.run import LANGUAGE, load_corpus
 from experiments.language.settings import LanguageSettings
 from experiments.language.summary import COLUMNS, LAST, METRICS
 from experiments.language.trials import choice_accuracy, choice_loss
-from experiments.lib.errors import RunError
 from experiments.lib.training import row
 from metalora.adapters import LoRAConfig, adapt, adapted_layers
 from metalora.meta import Batch, evaluate, learning_rate
@@ -30,7 +29,7 @@ def _no_cache_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("METALORA_CACHE", str(tmp_path / "cache"))
 
 
-def test_what_is_left_out_or_cut_is_said_and_listed_on_request(
+def test_what_is_left_out_or_cut_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     personas = ["i am a cook .", "i have two dogs .", "i do not sleep .", "i fly planes ."]
@@ -49,15 +48,10 @@ def test_what_is_left_out_or_cut_is_said_and_listed_on_request(
     without_part, *printed = capsys.readouterr().err.splitlines()
     assert without_part.startswith("note: --batch-size has no effect in this run")
     path = tmp_path / "valid_self_original_no_cands.txt"
-    left_out = f"note: {path}: 4 dialogues are left out, whose personas match no cluster"
     assert printed[:2] == [
-        f"{left_out}; --list-unmatched lists them",
+        f"note: {path}: 4 dialogues are left out, whose personas match no cluster, first {path}:25",
         "note: retraining: 6 of 6 turns are too long for the model and lose their oldest tokens",
     ]
-    assert "i fly planes" not in "".join(printed)
-    listed = language(**given, validation_dialogues=1, list_unmatched=True).notes()
-    assert listed[:2] == [left_out, f"{path}:25: i fly planes ."]
-    assert [line for line in listed if "fly" in line] == listed[1:5]
 
 
 @pytest.mark.slow
@@ -78,7 +72,7 @@ def test_several_ranks_in_one_run(tmp_path: Path) -> None:
     first, none, lora_ml = text[-3:]
     assert first.split()[-2:] == ["1", "4"]
     assert none.startswith("none ") and lora_ml.startswith("lora-ml ")
-    assert none.count("(n/a)") == lora_ml.count("(n/a)") == 2
+    assert none.count("(") == lora_ml.count("(") == 2 and "n/a" not in none  # errors over tasks
     assert summary.table_of_ranks(lines[2:4]) == []
     assert (folder.folder / "accuracy.png").stat().st_size > 10_000
 
@@ -205,23 +199,15 @@ def test_loss_and_accuracy_of_a_choice() -> None:
     assert choice_accuracy(logits, batch).tolist() == [1.0, 0.0]
 
 
-def test_bert_in_the_roberta_classes_and_the_heads_of_both() -> None:
+def test_the_heads_of_bert_and_of_roberta() -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
     tokenizer = word_tokenizer(["one two three four five six"])
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = BertConfig(vocab_size=len(tokenizer), intermediate_size=32, **small)
-    bert = BertForSequenceClassification(config).eval()
-    roberta: Any = roberta_from_bert(bert, tokenizer).eval()
-    ids = torch.tensor([tokenizer("one two three").input_ids])
-    with torch.no_grad():
-        assert torch.equal(bert.bert(ids)[0], roberta.roberta(ids)[0])
-    with pytest.raises(RunError, match="--as-roberta: wanted a BERT model, got roberta"):
-        roberta_from_bert(roberta, tokenizer)
-
     for model, heads in (
-        (bert, ["bert.pooler.dense", "classifier"]),
-        (roberta, ["classifier.dense", "classifier.out_proj"]),
+        (BertForSequenceClassification(config), ["bert.pooler.dense", "classifier"]),
+        (tiny_roberta(tokenizer), ["classifier.dense", "classifier.out_proj"]),
     ):
         assert head_names(model) == heads
         adapt(model, LoRAConfig(rank=2, heads=head_names(model)), 2)
@@ -281,8 +267,8 @@ def test_the_table_of_the_retraining_tasks_is_for_one_rank() -> None:
     rows = [retrained("standard", "", "0.5"), retrained("lora-ml", "8", "0.6"), tuned("8")]
     table = summary.results_tables(rows)["retraining"]
     assert [r[:3] for r in table.rows] == [
-        ["standard", "50.0 (n/a)", ""],
-        ["LoRA-ML", "60.0 (n/a)", "+10.0"],
+        ["standard", "50.0", ""],
+        ["LoRA-ML", "60.0", "+10.0"],
     ]
     assert "retraining" in summary.results_tables(rows[:1])
     assert "retraining" not in summary.results_tables([*rows, tuned("4")])
@@ -295,4 +281,4 @@ def test_the_last_layer_after_lora_ml_is_compared_though_standard_has_no_rank() 
         given = {"method": method, "finetune": "last-layer", "rank": rank, "task": "0"}
         rows.append(row(COLUMNS, given) | {"trial": "0", "metric": LAST, "value": value})
     table = summary.results_tables(rows)[""]
-    assert table.rows[1] == ["last layer", "LoRA-ML", "60.0 (n/a)", "+10.0", "1 of 1", "1"]
+    assert table.rows[1] == ["last layer", "LoRA-ML", "60.0", "+10.0", "1 of 1", "1"]

@@ -146,8 +146,6 @@ def test_two_files_give_the_largest_tasks_of_each(file: Path) -> None:
     assert shape(corpus) == [(3, 4, 1), (7, 3, 1), (9, 3, 1)] * 2
     with pytest.raises(DataError, match=r"other\.jsonl: wanted 1 tasks, but only 0 persona"):
         load(file.parent, retrain_file="other.jsonl", **OPTIONS)
-    named = load(file.parent, retrain_file="other.jsonl", strict=False, **OPTIONS)
-    assert shape(named) == [(3, 4, 1), (3, 4, 1)]
 
 
 def test_dialogues_of_a_test_task_from_the_other_side_are_not_retrained_on(tmp_path: Path) -> None:
@@ -271,25 +269,24 @@ def test_files_that_are_no_text_or_hold_nothing(file: Path) -> None:
         load(file.parent, **OPTIONS)
 
 
-def test_personas_that_match_no_cluster_are_counted_and_listed(file: Path) -> None:
+def test_personas_that_match_no_cluster_are_counted(file: Path) -> None:
     edit(file, 1, "1 your persona: i fly planes.")
     edit(file, 2, "2 your persona: i never land.")
     report = load(file.parent, **OPTIONS).files[0]
     assert report.counts == {"exact": 12, "partial": 0, "catch_all": 9, "unmatched": 1}
-    assert report.unmatched == ((f"{file}:1", ("i fly planes.", "i never land.")),)
+    assert report.unmatched == (f"{file}:1",)
     with pytest.raises(
         DataError, match=rf"only 3 persona .* \(1 match none, first {file}:1\); ask"
     ):
         load(file.parent, **OPTIONS | {"tasks": 9})
 
 
-def test_partial_matches_only_when_not_strict(file: Path) -> None:
+def test_partial_matches_are_left_out(file: Path) -> None:
     for line in (1, 6):  # two of cluster 7's; of the others only "i am 30", as of every cluster
         edit(file, line + 1, "2 your persona: i've a boat.")
-    strict = load(file.parent, **OPTIONS)
-    assert shape(strict) == [(3, 4, 1), (9, 3, 1)]
-    assert strict.files[0].counts == {"exact": 11, "partial": 2, "catch_all": 9, "unmatched": 0}
-    assert shape(load(file.parent, strict=False, **OPTIONS)) == [(3, 4, 1), (7, 3, 1)]
+    found = load(file.parent, **OPTIONS)
+    assert shape(found) == [(3, 4, 1), (9, 3, 1)]
+    assert found.files[0].counts == {"exact": 11, "partial": 2, "catch_all": 9, "unmatched": 0}
 
 
 def test_sentences_are_compared_without_contractions_and_punctuation(tmp_path: Path) -> None:

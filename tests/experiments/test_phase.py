@@ -102,7 +102,7 @@ def test_cells_and_table() -> None:
     found = cells("T", 1e-3, rows)
     assert found == {(3, 2): Cell(success=0.25, unfinished=0.25)}
     assert cells("n", 1e-3, rows) == {}
-    assert table("T", found).split() == ["T", "=", "3", "k", "=", "2", "25*"]
+    assert table("T", found).split() == ["T", "=", "3", "k", "=", "2", "25†"]
 
 
 @pytest.mark.parametrize(

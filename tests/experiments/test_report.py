@@ -198,7 +198,7 @@ def test_a_manifest_is_trimmed(clone: Path, run: Callable[..., Path]) -> None:
         (["vision/__main__.py", "--data-root", "/a/b", "--seeds", "3"], "vision --data-root DIR"),
         (["vision/__main__.py", "--data-root=/a/b"], "vision --data-root=DIR"),
         (["vision/__main__.py", "--out", "x", "--resume", "--lr", "1e-3"], "vision --lr 1e-3"),
-        (["language/join.py", "../a"], "language.join DIR"),
+        (["text/manpages.py", "../a"], "text.manpages DIR"),
         (["synthetic/__main__.py", "linear"], "synthetic linear"),
     ],
 )

@@ -1,11 +1,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
+import matplotlib.pyplot as plt
 import pytest
 from scipy import stats
 
-from experiments.lib.statistics import best_choices, compare, summarize, with_error
+from experiments.lib.accuracy_figures import over, shown_of, trials_of
+from experiments.lib.statistics import (
+    Comparison,
+    best_choices,
+    compare,
+    paired_unit,
+    summarize,
+    with_error,
+)
+from experiments.lib.tables import compared, side_by_side
 
 ROWS = [
     {"method": method, "shots": "10", "trial": str(trial), "metric": metric, "value": str(value)}
@@ -26,6 +37,34 @@ def test_the_interval_is_that_of_the_paired_t_test() -> None:
     assert found.difference == pytest.approx(1.1)
     assert (found.ahead, found.trials) == (3, 5)  # a draw is not ahead
     assert compare(dict(enumerate(ours)), dict(enumerate(theirs)), lower_is_better=True).ahead == 1
+
+
+def test_overlapping_trials_have_wider_intervals() -> None:
+    # Differences 1, 2, 3: mean 2, standard deviation 1. Student's t with 2 degrees of freedom has
+    # the 97.5 % quantile 4.302653, and sqrt(1/3 + 2/3) = 1.
+    ours, theirs = {0: 2.0, 1: 4.0, 2: 6.0}, {0: 1.0, 1: 2.0, 2: 3.0}
+    found = compare(ours, theirs, overlap=2 / 3)
+    assert (found.low, found.high) == pytest.approx((2 - 4.302653, 2 + 4.302653), abs=1e-6)
+    independent = compare(ours, theirs)
+    assert independent.high == pytest.approx(2 + 4.302653 / math.sqrt(3), abs=1e-6)
+    assert independent == compare(ours, theirs, overlap=0.0)
+
+
+def test_a_summary_with_overlapping_trials() -> None:
+    baseline = {"method": "standard"}
+
+    def half(overlap: float | Callable[[Mapping[str, str]], float]) -> float:
+        lines = summarize(
+            ROWS, ("method", "shots"), ("accuracy",), baseline=baseline, overlap=overlap
+        )
+        assert lines[1]["accuracy_se"] == pytest.approx(0.07 / math.sqrt(3))
+        found: Comparison = lines[1]["accuracy_vs"]
+        return (found.high - found.low) / 2
+
+    # Differences 0.05, 0.02, -0.01: standard deviation 0.03.
+    assert half(0.0) == pytest.approx(4.302653 * 0.03 / math.sqrt(3), abs=1e-6)
+    assert half(2 / 3) == pytest.approx(4.302653 * 0.03, abs=1e-6)
+    assert half(lambda line: {"10": 2 / 3}[line["shots"]]) == half(2 / 3)
 
 
 def test_only_trials_that_both_made_are_compared() -> None:
@@ -61,6 +100,73 @@ def test_rows_of_a_trial_are_averaged_first() -> None:
     assert (line["trials"], line["m"], line["m_se"]) == (2, 2.25, pytest.approx(0.75))
     (line,) = summarize(rows, (), ("m", "other"))
     assert math.isnan(line["other"]) and math.isnan(line["other_se"])
+
+
+def one_trial(trial: str = "0") -> list[dict[str, str]]:
+    """Accuracies of three tasks in one trial."""
+    return [
+        {"method": m, "finetune": "lora", "task": str(task), "trial": trial, "metric": "m"}
+        | {"value": str(value)}
+        for m, values in (("standard", (0.1, 0.2, 0.3)), ("lora-ml", (0.2, 0.4, 0.6)))
+        for task, value in enumerate(values)
+    ]
+
+
+def test_the_tasks_of_a_single_trial_stand_for_trials() -> None:
+    rows = one_trial()
+    assert paired_unit(rows, "m", ("method",)) == ("task", 3)
+    assert paired_unit(rows, "m", ("method", "task")) == ("trial", 1)
+    assert paired_unit([{**row, "task": ""} for row in rows], "m") == ("trial", 1)
+    key = {"finetune": "fine-tuning", "method": "retraining"}
+    table = compared(rows, key, "m", "Accuracy.")
+    # Differences 10, 20, 30: the interval is 20 ± 4.302653 * 10 / sqrt(3).
+    assert table.rows[1] == ["LoRA", "LoRA-ML", "40.0 (11.5)", "+20.0 [−4.8, +44.8]", "3 of 3", "1"]
+    told = "One trial: standard errors, intervals and 'ahead' are over the 3 test tasks."
+    assert table.caption == f"Accuracy. {told}"
+    wide = side_by_side(rows, {"finetune": "fine-tuning"}, "m", "Accuracy.")
+    assert wide.rows == [["LoRA", "20.0 (5.8)", "40.0 (11.5)<br>+20.0 [−4.8, +44.8], 3 of 3", "1"]]
+    assert wide.caption.endswith(told)
+
+
+def test_the_tasks_of_several_trials_do_not_stand_for_trials() -> None:
+    rows = [*one_trial("0"), *one_trial("1")]
+    assert paired_unit(rows, "m", ("method",)) == ("trial", 2)
+    table = compared(rows, {"method": "retraining"}, "m", "Accuracy.")
+    assert table.rows[1] == ["LoRA-ML", "40.0 (0.0)", "+20.0 [+20.0, +20.0]", "2 of 2", "2"]
+    assert table.caption == "Accuracy."
+
+
+def test_a_single_trial_of_one_task_has_no_error() -> None:
+    rows = [row for row in one_trial() if row["task"] == "0"]
+    table = compared(rows, {"method": "retraining"}, "m", "Accuracy.")
+    assert table.rows[1] == ["LoRA-ML", "20.0", "+10.0", "1 of 1", "1"]
+    assert table.caption == "Accuracy. One trial: no error estimate."
+
+
+def test_figures_say_what_their_bars_are() -> None:
+    def lines(*trials: int, error: float = math.nan) -> list[dict[str, float]]:
+        return [{"trials": count, "m": 1.0, "m_se": error} for count in trials]
+
+    assert [trials_of(lines(*of)) for of in ((3, 3), (5, 2), (1, 1))] == [
+        *("3 trials", "2 to 5 trials", "1 trial"),
+    ]
+    assert shown_of(lines(2, 5, error=0.1)) == "mean and standard error of 2 to 5 trials"
+    assert shown_of(lines(1)) == "1 trial, no error estimate"
+    over_tasks = "1 trial, mean and standard error over the test tasks"
+    assert shown_of(lines(1, error=0.1)) == over_tasks
+
+
+@pytest.mark.parametrize(("errors", "bars"), [((0.5, math.nan), 1), ((math.nan, math.nan), 0)])
+def test_an_unknown_error_is_not_drawn(errors: tuple[float, ...], bars: int) -> None:
+    lines = [
+        {"method": "standard", "shots": shots, "m": 1.0, "m_se": error}
+        for shots, error in zip(("1", "2"), errors, strict=True)
+    ]
+    _, ax = plt.subplots()
+    over(ax, lines, "shots", ["1", "2"], "m")
+    drawn = [s for part in ax.collections for s in part.get_segments() if len(s)]  # type: ignore[attr-defined]
+    assert [high[1] - low[1] for low, high in drawn] == [1.0] * bars
+    plt.close()
 
 
 def test_an_error_that_is_not_known() -> None:

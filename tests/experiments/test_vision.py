@@ -195,8 +195,14 @@ def test_the_tables_of_the_documentation() -> None:
     assert set(results_tables([r for r in rows if r["metric"] != "accuracy_best"])) == {""}
     retrained = [{**row, "finetune": "", "shots": "", "metric": "validation_last"} for row in rows]
     found = results_tables([*rows, *retrained[:1], *retrained[4:5]])["retraining"]
-    wanted = [["LoRA-ML", "80.0 (n/a)"], ["standard", "70.0 (n/a)"]]
+    wanted = [["LoRA-ML", "80.0"], ["standard", "70.0"]]
     assert [row[:2] for row in found.rows] == wanted
+    short = results_tables([*rows, *retrained[:1], *retrained[4:5]])["short"]
+    assert short.header[2:] == ["retraining tasks", "10 images", "all images"]
+    assert short.rows == [
+        ["LoRA-ML", "LoRA", "80.0 (n/a)", "60.0 (0.0)", "75.0 (5.0)"],
+        ["standard", "LoRA", "70.0 (n/a)", "55.0 (5.0)", "70.0 (0.0)"],
+    ]
 
 
 def test_a_summary_of_several_rates_has_a_line_for_each() -> None:

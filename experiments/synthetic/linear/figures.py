@@ -24,6 +24,7 @@ Curve = Mapping[str, np.ndarray]
 Curves = Mapping[tuple[str, str], Curve]  # by the point's name and the method
 
 ALL = "figure1"
+ERROR = "squared prediction error"
 
 
 def draw(points: Sequence[Point], curves: Curves, trials: int, folder: RunFiles) -> list[Path]:
@@ -51,7 +52,7 @@ def _draw_sweep(
         _panel(axis, point, curves)
         axis.set_title(f"{point.vary} = {point.value:,}", y=1.0)
         axis.set_xlabel("fine-tuning step")
-    axes[0].set_ylabel("prediction error")
+    axes[0].set_ylabel(f"{ERROR}, summed over n samples")
     title = f"Linear model: error on the test task, varying the {MEANINGS[vary]}"
     title_and_legend(fig, title, shown)
     fig.subplots_adjust(left=0.08, right=0.98, top=0.84, bottom=0.22, wspace=0.12)
@@ -76,7 +77,7 @@ def _draw_all(
         )
         axes[-1, column].set_xlabel("fine-tuning step")
     for row in range(count):
-        axes[row, 0].set_ylabel("prediction error")
+        axes[row, 0].set_ylabel(f"{ERROR},\nsummed over n samples")
     title_and_legend(fig, "Linear model: error on the test task in five sweeps", shown)
     fig.subplots_adjust(left=0.06, right=0.985, top=0.86, bottom=0.12, wspace=0.28, hspace=0.24)
     rows = [row for group in sweeps.values() for row in _rows(group, curves)]

@@ -12,7 +12,7 @@ import numpy as np
 from experiments.lib import plotting
 from experiments.lib.runs import RunFiles
 from experiments.synthetic.phase.settings import RETRAIN_TASKS, PhaseSettings
-from experiments.synthetic.phase.summary import Cells
+from experiments.synthetic.phase.summary import UNFINISHED, Cells
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,25 +33,25 @@ def draw(settings: PhaseSettings, tasks: Cells, samples: Cells, folder: RunFiles
     fig, axes = plt.subplots(1, 2, figsize=(16, 7), width_ratios=shapes)
     ranks = settings.ranks
     _panel(axes[0], settings.tasks, ranks, tasks)
-    axes[0].set_yticks(range(len(ranks)), [f"{k / settings.dim:.2f}" for k in ranks])
-    axes[0].set(xlabel="number of tasks, T", ylabel=f"k / d   (d = {settings.dim})")
+    axes[0].set(xlabel="number of tasks, T")
     axes[0].set_title("Â = A* after retraining")
     _line(axes[0].axvline, settings.tasks, 3, "T ≥ 3")
 
     image = _panel(axes[1], settings.samples, ranks, samples)
-    axes[1].set_yticks(range(len(ranks)), [str(k) for k in ranks])
-    axes[1].set(xlabel="fine-tuning samples, n", ylabel="adapter rank, k")
+    axes[1].set(xlabel="fine-tuning samples, n")
     axes[1].set_title(f"Â + UVᵀ = M after fine-tuning (T = {RETRAIN_TASKS})")
     _line(axes[1].axvline, settings.samples, settings.dim, "n ≥ d", linestyle=":")
     for axis in axes:
+        axis.set_yticks(range(len(ranks)), [str(k) for k in ranks])
+        axis.set_ylabel(f"adapter rank, k   (d = {settings.dim})")
         # The largest k with 3k ≤ d is the last below the line.
         _line(axis.axhline, ranks, settings.dim // 3 + 1, "3k ≤ d", linestyle="--")
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1.06), ncols=2, fontsize=13)
 
-    fig.colorbar(image, ax=axes, label="success probability", shrink=0.9, pad=0.01)
+    fig.colorbar(image, ax=axes, label="recovered trials (%)", shrink=0.9, pad=0.01)
     fig.suptitle(
         f"Exact recovery by LoRA-ML: percent of {settings.trials} trials with relative error "
-        f"≤ {settings.tolerance:g}     (* : some unfinished)",
+        f"≤ {settings.tolerance:g}     ({UNFINISHED}: some descents had not finished)",
         fontsize=17,
     )
     rows = [*_rows("T", tasks), *_rows("n", samples)]
@@ -59,16 +59,18 @@ def draw(settings: PhaseSettings, tasks: Cells, samples: Cells, folder: RunFiles
 
 
 def _panel(axis: Axes, columns: Sequence[int], ranks: Sequence[int], found: Cells) -> AxesImage:
-    success = np.array([[found[column, rank].success for column in columns] for rank in ranks])
+    percent = np.array(
+        [[100 * found[column, rank].success for column in columns] for rank in ranks]
+    )
     image = axis.imshow(
-        success, origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="none"
+        percent, origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=100, interpolation="none"
     )
     axis.set_xticks(range(len(columns)), [str(column) for column in columns])
-    size = 13 if max(success.shape) <= 12 else 9
+    size = 13 if max(percent.shape) <= 12 else 9
     for y, rank in enumerate(ranks):
         for x, column in enumerate(columns):
             cell = found[column, rank]
-            text = f"{100 * cell.success:.0f}" + ("*" if cell.unfinished else "")
+            text = f"{100 * cell.success:.0f}" + (UNFINISHED if cell.unfinished else "")
             color = "white" if cell.success > 0.6 else "black"
             axis.text(x, y, text, ha="center", va="center", color=color, fontsize=size)
     return image

@@ -51,12 +51,12 @@ def cells(diagram: str, tolerance: float, rows: Sequence[Mapping[str, str]]) -> 
 
 
 def table(diagram: str, found: Cells) -> str:
-    """Returns success in percent, the largest rank first; ``*`` marks unfinished trials."""
+    """Returns success in percent, the largest rank first; † marks unfinished trials."""
     columns = sorted({value for value, _ in found})
     lines = [f"{diagram + ' =':>7}" + "".join(f"{value:>6}" for value in columns)]
     for rank in sorted({rank for _, rank in found}, reverse=True):
         row = [found[value, rank] for value in columns]
-        texts = [f"{100 * c.success:.0f}{'*' if c.unfinished else ' '}" for c in row]
+        texts = [f"{100 * c.success:.0f}{UNFINISHED if c.unfinished else ' '}" for c in row]
         lines.append(f"{f'k = {rank}':>7}" + "".join(f"{text:>6}" for text in texts))
     return "\n".join(lines)
 
