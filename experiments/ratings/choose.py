@@ -1,7 +1,8 @@
-"""Chooses the decays on validation users: what stands in `experiments.ratings.settings`.
+"""Chooses the weight decays on validation users.
 
 ``python -m experiments.ratings.choose --data-root DIR`` retrains with every candidate, fine-tunes
-for the validation users with every decay, and prints the best, see `experiments.ratings.decays`.
+for the validation users with every decay, and prints the best, see `experiments.ratings.decays`. It
+also says how many of the choices lie at an end of the grid, beyond which there may be a better one.
 With several ``--tasks`` or ``--rank`` it chooses for each; ``--decays-from`` of the main command
 takes what it has found.
 """
@@ -28,13 +29,14 @@ from experiments.ratings.decays import (
     FINETUNE_GRID,
     GRID,
     best,
+    best_decays,
     candidates,
     name,
     tried,
 )
 from experiments.ratings.run import RANK_WARNING, check, load_ratings, trainings
 from experiments.ratings.settings import DEFAULTS, SMOKE, USER_BIAS, RatingsSettings
-from experiments.ratings.summary import RMSE, TITLES, as_text
+from experiments.ratings.summary import RMSE, TITLES, as_text, ends_counted
 from experiments.ratings.trials import Trials
 
 COLUMNS = (
@@ -122,7 +124,7 @@ class _Unit:
             kind, rank = labels["finetune"], labels["rank"]
             if kind == USER_BIAS:
                 continue
-            decays = FINETUNE_GRID[kind] if rank != 0 or s.lora_head else FINETUNE_GRID[kind][:1]
+            decays = FINETUNE_GRID[kind] if rank != 0 else FINETUNE_GRID[kind][:1]
             for decay in decays:
                 trials.settings = dataclasses.replace(s, finetune_weight_decay=decay)
                 found = trials.finetune(copy.deepcopy(model), labels)
@@ -149,6 +151,7 @@ def _fields(settings: RatingsSettings) -> dict[str, Any]:
 
 def table(rows: Iterable[Mapping[str, str]]) -> Table:
     """Returns a line for each candidate."""
+    rows = list(rows)
     found = tried(rows)
     chosen = best(found)
     kinds = list(
@@ -162,6 +165,7 @@ def table(rows: Iterable[Mapping[str, str]]) -> Table:
     several = [
         place for place in (1, 2) if len({retraining[place] for retraining in found} - {""}) > 1
     ]
+    ends = ends_counted(best_decays(rows).ends)
     lines = []
     for retraining, candidates_of in found.items():
         for candidate, errors in candidates_of.items():
@@ -183,7 +187,7 @@ def table(rows: Iterable[Mapping[str, str]]) -> Table:
         [TITLES["method"], *titles, "candidate", *(NAMES[kind] for kind in kinds), ""],
         lines,
         "RMSE of the validation users' held-out ratings, mean over numbers of shots and trials, "
-        "with the best decay of fine-tuning, --finetune-weight-decay, in brackets.",
+        f"with the best decay of fine-tuning, --finetune-weight-decay, in brackets. {ends}".strip(),
         left=2 + len(several),
     )
 

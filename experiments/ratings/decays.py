@@ -1,4 +1,4 @@
-"""The decays of a run: those of the settings, or those that another run has chosen.
+"""The weight decays of a run: those of the settings, or those that another run has chosen.
 
 A run of `experiments.ratings.choose` tries every candidate of `GRID` for a method. The chosen one
 has the lowest RMSE of the validation users, mean over shots and trials, after the fine-tuning that
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,14 +27,21 @@ from experiments.ratings.summary import RMSE
 
 FLAG = "--decays-from"
 CHOICE = "ratings-choose"
-# The grid of standard retraining ends at 2: at 4 it shrinks all embeddings to zero in trial 2.
+# The highest weight decay of standard retraining, 4, is best in some trials, but shrinks all
+# embeddings to zero in trial 2. Choose on several trials (--seeds), so that this counts.
 GRID: Mapping[str, Mapping[str, Sequence[float]]] = {
-    "lora-ml": {"weight_decay": (0.1, 0.2, 0.4), "adapter_weight_decay": (0.01, 0.03, 0.1)},
-    "last-layer-ml": {"weight_decay": (0.2, 0.4, 0.8), "adapter_weight_decay": (0.2, 0.4, 0.8)},
-    "standard": {"weight_decay": (0.03, 0.06, 0.1, 0.2, 0.4, 0.6, 0.8, 1.2, 2.0)},
+    "lora-ml": {
+        "weight_decay": (0.025, 0.05, 0.1, 0.2, 0.4),
+        "adapter_weight_decay": (0.001, 0.003, 0.01, 0.03, 0.1),
+    },
+    "last-layer-ml": {
+        "weight_decay": (0.2, 0.4, 0.8, 1.6, 3.2),
+        "adapter_weight_decay": (0.05, 0.1, 0.2, 0.4, 0.8),
+    },
+    "standard": {"weight_decay": (0.03, 0.06, 0.1, 0.2, 0.4, 0.6, 0.8, 1.2, 2.0, 3.0, 4.0)},
     "reptile": {"reptile_inner_lr": (3e-3, 1e-2, 3e-2), "reptile_lr": (0.03, 0.1, 0.3)},
 }
-FINETUNE_GRID = {"lora": (2.0, 4.0, 8.0, 16.0), "last-layer": (10.0, 20.0, 40.0, 80.0)}
+FINETUNE_GRID = {"lora": (1.0, 2.0, 4.0, 8.0, 16.0), "last-layer": (5.0, 10.0, 20.0, 40.0, 80.0)}
 MADE_FOR = {"lora-ml": ("lora",), "last-layer-ml": ("last-layer",)}
 # Settings that a choice and the run that uses it may have apart.
 FREE = ("users", "baselines", "first_seed", "decays_from")
@@ -48,10 +54,16 @@ Tried = dict[Retraining, dict[str, dict[Finetuning, tuple[float, str]]]]
 
 @dataclasses.dataclass(frozen=True)
 class Decays:
-    """What is chosen for each training; `CHOSEN` and `FINETUNED` where nothing is."""
+    """What is chosen for each training; `CHOSEN` and `FINETUNED` where nothing is.
+
+    Attributes:
+        retrainings, finetunings: the choices.
+        ends: what `at_ends` returns for them; {} where no run has chosen them.
+    """
 
     retrainings: Mapping[Retraining, Mapping[str, float]]
     finetunings: Mapping[tuple[Retraining, Finetuning], float]
+    ends: Mapping[str, bool] = dataclasses.field(default_factory=dict)
 
     def of_retraining(self, method: str, tasks: int, rank: int | None) -> dict[str, float]:
         """Returns the settings chosen for a retraining."""
@@ -65,11 +77,8 @@ class Decays:
 
     def described(self) -> dict[str, Any]:
         """Returns the choices for a manifest, by a text that says what for."""
-        found: dict[str, Any] = {_named(key): dict(of) for key, of in self.retrainings.items()}
-        for (key, (kind, rank)), decay in self.finetunings.items():
-            ranked = f", rank {rank}" if rank else ""
-            found[f"{_named(key)}: fine-tuning, {kind}{ranked}"] = decay
-        return found
+        of = {_named(key): dict(chosen) for key, chosen in self.retrainings.items()}
+        return {**of, **{_named(*key): decay for key, decay in self.finetunings.items()}}
 
 
 DEFAULT = Decays({}, {})
@@ -90,36 +99,36 @@ def chosen_decays(
     Raises:
         RunError: the run is not finished, has other settings or ratings, or lacks a training.
     """
-    folder, found = settings.decays_from, None
+    folder, rows = settings.decays_from, []
     if folder is not None:
         _check_same(settings, folder, finished_run(folder, FLAG, CHOICE, {"ratings": sha256}))
-        found = tried(read_rows(folder / RESULTS))
-    best_of = {} if found is None else best(found)
+        rows = read_rows(folder / RESULTS)
+    found = best_decays(rows)
     retrainings, finetunings = {}, {}
     for labels, after in trainings:
         method, tasks, rank = labels["method"], labels["tasks"], labels["rank"]
         key = _retraining(method, tasks, rank)
         retrainings[key] = DEFAULT.of_retraining(method, tasks, rank)
-        if found is not None:
-            if key not in found:
+        if folder is not None:
+            if key not in found.retrainings:
                 raise RunError(
                     f"{FLAG}: the run in {folder} has not tried {_named(key)}; resume it with that"
                 )
-            retrainings[key] |= _values(best_of[key])
+            retrainings[key] |= found.retrainings[key]
         for one in after:
             if one["finetune"] == USER_BIAS:
                 continue
             kind = one["finetune"], _text(one["rank"])
             finetunings[key, kind] = DEFAULT.of_finetuning(one, tasks, rank)
-            if found is not None:
-                errors = found[key][best_of[key]]
-                if kind not in errors:
+            if folder is not None:
+                if (key, kind) not in found.finetunings:
                     raise RunError(
                         f"{FLAG}: the run in {folder} has not tried {' '.join(kind).rstrip()} "
                         f"after {_named(key)}; resume it with that"
                     )
-                finetunings[key, kind] = float(errors[kind][1])
-    return Decays(retrainings, finetunings)
+                finetunings[key, kind] = found.finetunings[key, kind]
+    chosen = Decays(retrainings, finetunings)
+    return dataclasses.replace(chosen, ends=at_ends(chosen, rows))
 
 
 def _check_same(settings: RatingsSettings, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -170,7 +179,9 @@ def tried(rows: Iterable[Mapping[str, str]]) -> Tried:
         kind = tuple(line[k] for k in finetuning)
         one = (line[RMSE], line["finetune_weight_decay"])
         known = of_candidate.get(kind, one)
-        of_candidate[kind] = min(one, known, key=lambda found: (math.isnan(found[0]), *found))
+        of_candidate[kind] = max(
+            known, one, key=lambda found: worth_of(found[0], lower_is_better=True)
+        )
     return found
 
 
@@ -193,6 +204,51 @@ def best(found: Tried) -> dict[Retraining, str]:
     return chosen
 
 
+def best_decays(rows: Sequence[Mapping[str, str]]) -> Decays:
+    """Returns all that a run has chosen, from its rows."""
+    found = tried(rows)
+    chosen = best(found)
+    decays = Decays(
+        {key: _values(candidate) for key, candidate in chosen.items()},
+        {
+            (key, kind): float(decay)
+            for key, candidate in chosen.items()
+            for kind, (_, decay) in found[key][candidate].items()
+        },
+    )
+    return dataclasses.replace(decays, ends=at_ends(decays, rows))
+
+
+def at_ends(decays: Decays, rows: Iterable[Mapping[str, str]]) -> dict[str, bool]:
+    """Returns for each choice whether it is the lowest or the highest value that was tried.
+
+    There a wider grid may hold a better one. What had a single value to choose from is left out.
+
+    Args:
+        decays: the choices.
+        rows: of the run that has made them, with all that it tried.
+    """
+    grids: dict[tuple[str, str], set[float]] = {}  # by the names of a training and a setting
+    for row in rows:
+        key = row["method"], row["tasks"], row["rank"]
+        for setting, value in _values(row["candidate"]).items():
+            grids.setdefault((_named(key), setting), set()).add(value)
+        own = _named(key, (row["finetune"], row["finetune_rank"])), "finetune_weight_decay"
+        grids.setdefault(own, set()).add(float(row["finetune_weight_decay"]))
+    chosen = {
+        (_named(key), setting): value
+        for key, of in decays.retrainings.items()
+        for setting, value in of.items()
+    }
+    for training, value in decays.finetunings.items():
+        chosen[_named(*training), "finetune_weight_decay"] = value
+    return {
+        ": ".join(what): value in (min(grids[what]), max(grids[what]))
+        for what, value in chosen.items()
+        if len(grids.get(what, ())) > 1
+    }
+
+
 def _text(rank: int | None) -> str:
     return "" if rank is None else str(rank)
 
@@ -201,6 +257,10 @@ def _retraining(method: str, tasks: int, rank: int | None) -> Retraining:
     return method, str(tasks), _text(rank)
 
 
-def _named(retraining: Retraining) -> str:
+def _named(retraining: Retraining, finetuning: Finetuning | None = None) -> str:
     method, tasks, rank = retraining
-    return f"{method} with {tasks} users" + (f" and rank {rank}" if rank else "")
+    name = f"{method} with {tasks} users" + (f" and rank {rank}" if rank else "")
+    if finetuning is None:
+        return name
+    kind, rank = finetuning
+    return f"{name}: fine-tuning, {kind}" + (f", rank {rank}" if rank else "")

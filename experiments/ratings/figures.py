@@ -11,31 +11,31 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from experiments.lib import plotting
+from experiments.lib.accuracy_figures import trials_of
 from experiments.lib.runs import RunFiles
 from experiments.lib.statistics import Comparison
-from experiments.ratings.summary import RMSE, summary
+from experiments.ratings.summary import PAIRS, RMSE, overlap_of, summary
 
 Lines = Sequence[Mapping[str, Any]]
-BASELINES = {
-    "biases": ("User and item bias", "#999999", "P"),
-    "factors": ("Matrix factorisation", "#000000", "X"),
+SHORT = {"lora": "LoRA", "last-layer": "last layer"}
+# The lines of the figure over shots: each method with the fine-tuning that it is made for, and each
+# with a last layer per user.
+SHOWN: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    ("last-layer-ml", "last-layer"): {"color": plotting.GREEN, "marker": "s", "linestyle": "-"},
+    ("lora-ml", "lora"): {"color": plotting.BLUE, "marker": "o", "linestyle": "-"},
+    ("lora-ml", "last-layer"): {
+        "color": plotting.SKY,
+        "marker": "D",
+        "linestyle": "--",
+        "markerfacecolor": "white",
+    },
+    ("standard", "last-layer"): {"color": plotting.ORANGE, "marker": "^", "linestyle": ":"},
 }
-DASHES = {"lora": "-", "last-layer": "--", "user-bias": ":"}
-SHORT = {"lora": "LoRA", "last-layer": "last layer", "user-bias": "user bias"}
-# The lines of the figure over shots: each method with the fine-tuning that it is made for, standard
-# retraining with all.
-SHOWN = (
-    ("last-layer-ml", "last-layer"),
-    ("lora-ml", "lora"),
-    ("standard", "last-layer"),
-    ("standard", "lora"),
-    ("standard", "user-bias"),
-)
 
 
 def draw(run: RunFiles) -> list[Path]:
     """Draws rmse.png (over shots), tasks.png and rank.png (over several), with their numbers."""
-    lines = summary(run.rows())
+    lines = summary(run.rows(), overlap_of(run))
     if not lines:
         return []
     plotting.style()
@@ -51,63 +51,55 @@ def draw(run: RunFiles) -> list[Path]:
 
 
 def _over_shots(run: RunFiles, lines: Lines) -> Path:
-    """Draws the RMSE less that of matrix factorisation (or as it is, without), over shots."""
-    fig, ax = plt.subplots(figsize=(9.5, 6.0))
-    drawn: list[Mapping[str, Any]] = []
-    relative = any(line["method"] == "factors" for line in lines)
-    for method, (label, color, marker) in BASELINES.items():
-        of = [line for line in lines if line["method"] == method]
-        drawn += _curve(ax, of, relative, 0.91, label=label, color=color, marker=marker)
-    for number, (method, kind) in enumerate(SHOWN, 1):
+    """Draws the RMSE minus matrix factorisation's over shots, or without that the RMSE itself."""
+    fig, ax = plt.subplots(figsize=(9.5, 5.6))
+    drawn = [line for line in lines if line["method"] == "factors"]
+    relative = bool(drawn)
+    if relative:
+        ax.axhline(0, color="black", linewidth=1.6, label="Matrix factorisation")
+    for number, ((method, kind), look) in enumerate(SHOWN.items()):
         of = [line for line in lines if (line["method"], line["finetune"]) == (method, kind)]
-        drawn += _curve(
-            ax,
-            of,
-            relative,
-            1 + 0.03 * (number - 3),
-            markerfacecolor="white" if kind == "user-bias" else None,
-            label=f"{plotting.LABELS[method]}, {SHORT[kind]}",
-            color=plotting.COLORS[method],
-            marker=plotting.MARKERS[method],
-            linestyle=DASHES[kind],
-        )
+        shift = 1 + 0.05 * (number - 1.5)  # so that no bar hides another
+        x = [shift * int(line["shots"]) for line in of]
+        look = {**look, "label": f"{plotting.LABELS[method]}, {SHORT[kind]}"}
+        if of and relative:
+            _with_intervals(ax, x, [line[f"{RMSE}_vs_factors"] for line in of], **look)
+        elif of:
+            ax.plot(x, [line[RMSE] for line in of], **look)
+        drawn += of
     places = sorted({int(line["shots"]) for line in drawn})
     ax.set_xscale("log")
     ax.set_xticks(places, [str(shots) for shots in places], minor=False)
     ax.minorticks_off()
     ax.set_xlabel("ratings of an unseen user to fine-tune on")
-    ax.set_ylabel("RMSE less that of matrix factorisation" if relative else "RMSE")
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=12)
-    trials = max(line["trials"] for line in lines)
-    fig.suptitle(f"Unseen users, {trials} trials (bars: 95 % interval)" if relative else "")
+    less = "RMSE minus matrix factorisation's\n(below 0 is better)"
+    ax.set_ylabel(less if relative else "RMSE")
+    fig.suptitle(_title(run, lines, f"{RMSE}_vs_factors", "95 % interval"))
+    plotting.legend_below(fig, ax)
     return plotting.save(fig, run, "rmse", _plain(drawn))
 
 
-def _curve(ax: Axes, lines: Lines, relative: bool, shift: float, **look: Any) -> Lines:
-    """Draws a line over shots, times ``shift`` so that no bar hides another; returns its lines."""
-    name = f"{RMSE}_vs_factors"
-    if relative and any(line["method"] == "factors" for line in lines):
-        ax.axhline(0, color=look["color"], label=look["label"], linewidth=1.6)
-        return lines
-    shown = [line for line in lines if not relative or line[name] is not None]
-    if not shown:
-        return []
-    x = [shift * int(line["shots"]) for line in shown]
-    if relative:
-        _with_intervals(ax, x, [line[name] for line in shown], **look)
-    else:
-        ax.plot(x, [line[RMSE] for line in shown], **look)
-    return shown
-
-
 def _with_intervals(ax: Axes, x: Sequence[float], found: Sequence[Comparison], **look: Any) -> None:
-    """Draws differences with their intervals."""
-    low, high = ([0 if math.isnan(d) else d for d in of] for of in _sides(found))
-    ax.errorbar(x, [f.difference for f in found], yerr=[low, high], capsize=4, **look)
+    """Draws differences with their intervals, and without a bar where the interval is unknown."""
+    sizes = [f.high - f.difference for f in found]  # NaN draws no bar
+    known = not all(map(math.isnan, sizes))
+    y = [f.difference for f in found]
+    ax.errorbar(x, y, yerr=sizes if known else None, capsize=4, **look)
 
 
-def _sides(found: Sequence[Comparison]) -> tuple[list[float], list[float]]:
-    return [f.difference - f.low for f in found], [f.high - f.difference for f in found]
+def _title(run: RunFiles, lines: Lines, name: str, bars: str) -> str:
+    """Returns what was measured on whom, and what the bars are if there are any.
+
+    Args:
+        name: of the comparison that is drawn.
+        bars: what they are.
+    """
+    settings = run.manifest["settings"]
+    ratings = "Made-up ratings" if settings["smoke"] else "MovieLens"
+    users = settings["test_users" if settings["users"] == "test" else "validation_users"]
+    found = [line[name] for line in lines if line[name] is not None]
+    drawn = f" ({bars})" if any(not math.isnan(f.low) for f in found) else ""
+    return f"{ratings}: {users} unseen users, {trials_of(lines)}{drawn}"
 
 
 def _over_tasks(run: RunFiles, lines: Lines) -> Path:
@@ -120,13 +112,12 @@ def _over_ranks(run: RunFiles, lines: Lines) -> Path:
 
 
 def _differences(run: RunFiles, lines: Lines, name: str, label: str, file: str) -> Path:
-    """Draws RMSE less standard retraining's over a setting, a panel per number of shots."""
+    """Draws the RMSE minus standard retraining's over a setting, a panel per number of shots."""
     reference = f"{RMSE}_vs_standard"
-    pairs = [("lora-ml", "lora"), ("last-layer-ml", "last-layer")]
     shown = [
         line
         for line in lines
-        if (line["method"], line["finetune"]) in pairs and line[reference] is not None
+        if (line["method"], line["finetune"]) in PAIRS and line[reference] is not None
     ]
     shots = list(dict.fromkeys(line["shots"] for line in shown))
     fig, axes = plt.subplots(
@@ -140,7 +131,7 @@ def _differences(run: RunFiles, lines: Lines, name: str, label: str, file: str) 
         ax.axhline(0, color=plotting.COLORS["standard"], label="Standard, same fine-tuning")
         of = [line for line in shown if line["shots"] == few]
         values = sorted({int(line[name]) for line in of})
-        for number, (method, kind) in enumerate(pairs):
+        for number, (method, kind) in enumerate(PAIRS):
             curve = [line for line in of if line["method"] == method]
             if curve:
                 _with_intervals(
@@ -152,9 +143,10 @@ def _differences(run: RunFiles, lines: Lines, name: str, label: str, file: str) 
                     marker=plotting.MARKERS[method],
                 )
         ax.set_xticks(range(len(values)), [str(value) for value in values])
-        ax.set_title(f"{few} shots")
+        ax.set_title(f"{few} ratings")
         ax.set_xlabel(label)
-    axes[0][0].set_ylabel("RMSE less standard's")
+    axes[0][0].set_ylabel("RMSE minus standard's\n(below 0 is better)")
+    fig.suptitle(_title(run, shown or lines, reference, "bars: 95 % interval"))
     plotting.legend_below(fig, axes[0][0])
     return plotting.save(fig, run, file, _plain(shown))
 

@@ -2,7 +2,9 @@
 
 A run folder holds, besides what every run folder holds:
 ``weights/<method>-<tasks>-<rank>-<trial>.safetensors`` with every retrained model,
-``checkpoints/`` of trainings that are not finished, and the figures.
+``checkpoints/`` of trainings that are not finished, and the figures. Its manifest notes how many
+users the ratings have, which the intervals depend on, and with ``--decays-from`` which of the
+chosen weight decays lie at an end of the grid.
 """
 
 from __future__ import annotations
@@ -59,6 +61,9 @@ def prepare(given: RatingsSettings) -> Work:
     def run(folder: RunFolder) -> None:
         folder.add_data("ratings", ratings.sha256)
         keep_choices(folder, FLAG, "decay", decays.described())
+        folder.note(users=ratings.num_users)
+        if decays.ends:
+            folder.note(at_ends=decays.ends)
         for trial in tqdm(settings.trials, desc=NAME, unit="trial", disable=no_bar()):
             for tasks in settings.tasks:
                 trials = Trials(settings, ratings, tasks, trial, device, decays)
@@ -70,7 +75,7 @@ def prepare(given: RatingsSettings) -> Work:
         return draw(folder)
 
     def table(folder: RunFolder) -> str:
-        return as_text(results_tables(folder.rows()).values())
+        return as_text(results_tables(folder).values())
 
     return Work(settings, run, table, figures, tag=settings.users, notes=notes)
 
@@ -172,6 +177,6 @@ RATINGS = Experiment(
     "theirs.",
     RatingsSettings,
     prepare,
-    Report(lambda run: results_tables(run.rows()), _figures_of_results),
+    Report(results_tables, _figures_of_results),
 )
 main = command("python -m experiments.ratings", RATINGS)

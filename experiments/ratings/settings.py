@@ -1,11 +1,13 @@
 """Settings of the ratings experiment.
 
 What stands in `CHOSEN` and `FINETUNED` was found by ``python -m experiments.ratings.choose`` on the
-validation users, who are the same in every trial and no test users of any. Its grids say what was
-tried. ``--users validation`` evaluates any other setting on them.
+validation users, who are the same in every trial and no test users of any. The grids were narrower
+then: three values of each decay of LoRA-ML and Last-Layer-ML, of standard retraining those up to 2,
+and of each fine-tuning all but the lowest. ``--users validation`` evaluates any other setting on
+the validation users.
 
-Rates, epochs, batches and the network's size are not in the grids. They come from some forty
-settings tried by hand on the validation users of trial 0, most with ``weighting="users"``: 60
+Learning rates, epochs, batches and the network's size are not in the grids. They come from some
+forty settings tried by hand on the validation users of trial 0, most with ``weighting="users"``: 60
 epochs for 20, 100 and 200 steps of fine-tuning for 30, and embeddings of 8 and 32 for 16 were not
 better by more than about 0.002.
 """
@@ -30,6 +32,9 @@ from experiments.lib.retraining_settings import (
 
 BASELINES = ("global-mean", "biases", "factors")
 USER_BIAS = "user-bias"  # beside the fine-tunings, a bias per user in closed form
+SHOT_POOL = 50  # ratings of an unseen user that shots are drawn from, at most; others are held out
+VALIDATION_SHARE = 0.1  # part of a retraining user's ratings that the epoch is chosen by
+REPTILE_BATCHES = 4  # of an epoch of Reptile
 
 # What stands for None in the retrainings, by method.
 CHOSEN: Mapping[str, Mapping[str, Any]] = {
@@ -116,18 +121,10 @@ class RatingsSettings(RetrainingSettings):
         help="ratings of an unseen user to fine-tune on (default: 1 2 5 10 20 50)",
         extends=True,
     )
-    shot_pool: int = option(
-        50,
-        help="ratings of an unseen user that shots are drawn from, at most; the others are "
-        "held out",
-    )
     held_out: int = option(
         10,
         help="ratings of an unseen user that are held out, at least; a user without so many "
         "beside the shots is left out",
-    )
-    validation_share: float = option(
-        0.1, help="part of a retraining user's ratings that the epoch is chosen by"
     )
     list_users: bool = option(
         False, help="list the unseen users who have too few ratings", run_only=True
@@ -139,7 +136,6 @@ class RatingsSettings(RetrainingSettings):
         help="of LoRA, on both linear layers; several are run one by one; 0: no adapters",
         extends=True,
     )
-    lora_head: bool = option(False, help="beside LoRA, a last layer per user")
     order: str = option(
         "proportional",
         help="lora-ml, last-layer-ml, reptile: batches of every user in proportion to the number "
@@ -175,7 +171,6 @@ class RatingsSettings(RetrainingSettings):
         choices=("fresh", "retrained"),
     )
     reptile_epochs: int = option(None, help="(default: 8)")
-    reptile_batches: int = option(4, help="of an epoch")
     reptile_optimizer: str = option("sgd", help="outer", choices=("adam", "sgd"))
     reptile_lr: float = option(0.1, help="outer")
     reptile_inner_lr: float = option(1e-2, help="of the inner Adam")
@@ -191,15 +186,9 @@ class RatingsSettings(RetrainingSettings):
         for name in ("tasks", "shots", "rank"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, unique(getattr(self, name)))
-        if self.validation_share >= 1:
-            raise ValueError(
-                f"argument --validation-share: must be below 1, got {self.validation_share}"
-            )
         for shots in self.shots or ():
-            if shots > self.shot_pool:
-                raise ValueError(
-                    f"argument --shots: must be at most --shot-pool, {self.shot_pool}, got {shots}"
-                )
+            if shots > SHOT_POOL:
+                raise ValueError(f"argument --shots: must be at most {SHOT_POOL}, got {shots}")
 
     @property
     def batch_size(self) -> int:
@@ -209,7 +198,7 @@ class RatingsSettings(RetrainingSettings):
     @property
     def finetune_batch_size(self) -> int:
         """Returns the ratings of a user in a step of fine-tuning: all that there are."""
-        return self.shot_pool
+        return SHOT_POOL
 
     def defaults(self, device_type: str) -> Mapping[str, Any]:
         if self.decays_from is not None:
@@ -237,7 +226,7 @@ class RatingsSettings(RetrainingSettings):
             if getattr(self, name) is None or self.decays_from is not None
         }
         if method == "reptile":
-            missing["batches"] = self.reptile_batches
+            missing["batches"] = REPTILE_BATCHES
         filled = dataclasses.replace(self, **missing)
         assert filled.weight_decay is not None
         shared, own = filled.weight_decay / tasks, filled.adapter_weight_decay
@@ -264,7 +253,6 @@ PART_OF = part_of(
         "weighting": WITH_TASKS,
         "shared_head": ("last-layer-ml",),
         "rank": ("lora-ml", "lora"),
-        "lora_head": ("lora-ml", "lora"),
         **dict.fromkeys(("epochs", "batches", "weight_decay"), METHODS),
     },
 )

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from experiments.lib.runs import RunFiles
 from experiments.lib.statistics import compare, summarize, with_error
 from experiments.lib.tables import NAMES, Table, difference
+from experiments.ratings.settings import USER_BIAS
 
 COLUMNS = (
     *("experiment", "method", "finetune", "tasks", "rank", "shots"),
@@ -14,48 +16,78 @@ COLUMNS = (
 )
 KEY = ("method", "finetune", "tasks", "rank", "shots")
 # Root mean squared errors: of all users alike, each one's mean over its held-out ratings first; and
-# of all held-out ratings alike.
+# of all held-out ratings alike, which is in results.csv only.
 RMSE, OVER_RATINGS = "rmse", "rmse_over_ratings"
 # What a line is compared with: standard retraining before the same fine-tuning, or a baseline.
 REFERENCES: Mapping[str, Mapping[str, str]] = {
     "standard": {"method": "standard"},
-    "biases": {"method": "biases", "finetune": "", "rank": ""},
     "factors": {"method": "factors", "finetune": "", "rank": ""},
 }
+# Each method with the fine-tuning that it is made for.
+PAIRS = (("lora-ml", "lora"), ("last-layer-ml", "last-layer"))
+MOVIELENS_USERS = 943  # of runs whose manifest does not say how many there are
 SHOWN = {
     **NAMES,
     "global-mean": "global mean",
     "biases": "user and item bias",
     "factors": "matrix factorisation",
-    "user-bias": "user bias",
+    USER_BIAS: "user bias",
 }
-TITLES = {"method": "retraining", "finetune": "fine-tuning", "tasks": "users", "rank": "rank"}
-_UNSEEN = "RMSE of unseen users' held-out ratings, a column for each number of shots: over {trials}"
-_MEAN = f"{_UNSEEN} trials the mean (standard error)."
+TITLES = {
+    "method": "retraining",
+    "finetune": "fine-tuning",
+    "tasks": "users",
+    "rank": "rank",
+    "shots": "ratings",
+}
+COLUMN_TITLES = {"tasks": "{} users", "rank": "rank {}", "shots": "{}"}
+_UNSEEN = "on unseen users' held-out ratings, for each number of ratings to fine-tune on"
 _DIFFERENCE = (
-    "trials the mean difference, by trial, to {0} [95 % interval], below zero where better, and in "
-    "how many trials it is."
+    "mean of {trials} trials, paired by trial (below 0 is better) [95 % interval, corrected for "
+    "users that trials share], and in how many trials it is below 0."
 )
 CAPTIONS = {
-    RMSE: f"{_MEAN} It is the root of the mean over users of each user's mean squared error, so "
-    "that every user counts the same.",
-    OVER_RATINGS: f"{_MEAN} All held-out ratings count the same.",
-    "standard": f"{_UNSEEN} "
-    + _DIFFERENCE.format("standard retraining before the same fine-tuning"),
-    "biases": f"{_UNSEEN} {_DIFFERENCE.format('biases of users and items')}",
-    "factors": f"{_UNSEEN} {_DIFFERENCE.format('matrix factorisation')}",
+    RMSE: f"RMSE {_UNSEEN}: mean of {{trials}} trials (standard error). All users count the same.",
+    "standard": f"RMSE minus standard's with the same fine-tuning, {_UNSEEN}: {_DIFFERENCE}",
+    "factors": f"RMSE minus matrix factorisation's, {_UNSEEN}: {_DIFFERENCE}",
 }
 
 
-def summary(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Returns both errors after each retraining and fine-tuning, for each number of shots and T.
+def overlap_of(run: RunFiles) -> float:
+    """Returns by how much intervals are widened because trials share users.
+
+    It is the ``overlap`` of `experiments.lib.statistics.compare`: the test users over the other
+    users whom a trial can draw. The fraction of their test users that two trials share on average
+    does not depend on how many of the others they retrain on, nor does this number, which follows
+    from it; with all of the others it is the ratio of test to retraining users that Nadeau and
+    Bengio have. Where users with few ratings are left out, both kinds lose the same part of them.
+    """
+    settings = run.manifest["settings"]
+    users = run.manifest.get("notes", {}).get("users", MOVIELENS_USERS)
+    test: int = settings["test_users"]
+    return test / (users - settings["validation_users"] - test)
+
+
+def ends_counted(ends: Mapping[str, bool]) -> str:
+    """Returns as a sentence what `experiments.ratings.decays.at_ends` has found, "" for nothing."""
+    if not ends:
+        return ""
+    return f"{sum(ends.values())} of {len(ends)} chosen decays lie at an end of the grid."
+
+
+def summary(rows: Iterable[Mapping[str, str]], overlap: float) -> list[dict[str, Any]]:
+    """Returns the RMSE after each retraining and fine-tuning, for each number of shots and users.
 
     ``rmse_vs_<reference>`` is a `Comparison` with one of `REFERENCES`: below zero the line is
     better; None where there is none. ``users`` is the number of unseen users, or the least and the
     largest of the trials.
+
+    Args:
+        rows: of results.csv.
+        overlap: see `overlap_of`.
     """
     rows = list(rows)
-    lines = summarize(rows, KEY, (RMSE, OVER_RATINGS))
+    lines = summarize(rows, KEY, (RMSE,))
     values: dict[tuple[str, ...], dict[str, float]] = {}
     users: dict[tuple[str, ...], set[int]] = {}
     for row in rows:
@@ -70,22 +102,35 @@ def summary(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
         for name, changed in REFERENCES.items():
             other = tuple({**line, **changed}[k] for k in KEY)
             line[f"{RMSE}_vs_{name}"] = (
-                compare(values[key], values[other], lower_is_better=True)
+                compare(values[key], values[other], lower_is_better=True, overlap=overlap)
                 if other != key and values[key].keys() & values.get(other, {}).keys()
                 else None
             )
     return lines
 
 
-def results_tables(rows: Sequence[Mapping[str, str]]) -> dict[str, Table]:
-    """Returns the tables for the documentation, with a column for each number of shots.
+def results_tables(run: RunFiles) -> dict[str, Table]:
+    """Returns the tables for the documentation.
 
-    The main one has the RMSE of every user alike; "rmse_over_ratings" has that of every rating
-    alike; "standard", "biases" and "factors" have the differences to these.
+    The main one has the RMSE. "standard" and "factors" have the differences to these, without the
+    global mean and the biases per user, and with several numbers of users for `PAIRS` alone.
     """
-    lines = summary(rows)
-    tables = {name: _by_shots(lines, name) for name in (RMSE, OVER_RATINGS, *REFERENCES)}
-    return {"" if name == RMSE else name: table for name, table in tables.items()}
+    lines = summary(run.rows(), overlap_of(run))
+    ends = ends_counted(run.manifest.get("notes", {}).get("at_ends", {}))
+    compared = [
+        line
+        for line in lines
+        if (line["method"], line["finetune"]) in PAIRS
+        or (
+            len(run.manifest["settings"]["tasks"]) == 1
+            and line["method"] != "global-mean"
+            and line["finetune"] != USER_BIAS
+        )
+    ]
+    return {
+        "": _by_shots(lines, RMSE, ends),
+        **{name: _by_shots(compared, name, ends) for name in REFERENCES},
+    }
 
 
 def as_text(tables: Iterable[Table]) -> str:
@@ -103,35 +148,37 @@ def as_text(tables: Iterable[Table]) -> str:
     return "\n".join(parts).rstrip()
 
 
-def _by_shots(lines: Sequence[Mapping[str, Any]], name: str) -> Table:
-    """Makes the table of a metric, or of the differences to a reference.
+def _by_shots(lines: Sequence[Mapping[str, Any]], name: str, ends: str) -> Table:
+    """Makes the table of the RMSE, or of the differences to a reference.
 
-    Numbers of retraining users and ranks have columns if there are several.
+    There is a column for each number of users, if there are several, or rank, or number of shots.
+    ``ends`` is a sentence for the caption.
     """
-    several = [k for k in ("tasks", "rank") if len({line[k] for line in lines} - {""}) > 1]
-    key = ["method", "finetune", *several]
-    shots = sorted({line["shots"] for line in lines}, key=int)
+    varied = [k for k in ("tasks", "rank") if len({line[k] for line in lines} - {""}) > 1]
+    across, *others = [*varied, "shots"]
+    key = ["method", "finetune", *others]
+    columns = sorted({line[across] for line in lines}, key=lambda value: int(value or -1))
     rows: dict[tuple[str, ...], dict[str, str]] = {}
     for line in lines:
-        if name in CAPTIONS and name not in REFERENCES:
-            cell = with_error(line[name], line[f"{name}_se"], ".4f")
+        if name == RMSE:
+            cell = with_error(line[RMSE], line[f"{RMSE}_se"], ".4f")
         else:
             found = line[f"{RMSE}_vs_{name}"]
             cells = difference(found, lambda value: f"{value:.4f}")
             cell = "" if found is None else ", ".join(cells)
-        rows.setdefault(tuple(line[k] for k in key), {})[line["shots"]] = cell
+        rows.setdefault(tuple(line[k] for k in key), {})[line[across]] = cell
     trials = sorted({str(line["trials"]) for line in lines}, key=int)
     users = {line["shots"]: line["users"] for line in lines}
-    counted = ", ".join(f"{users[few]} at {few}" for few in shots)
+    counted = ", ".join(f"{users[few]} at {few}" for few in sorted(users, key=int))
     cells_of = [
-        [*(SHOWN.get(value, value or "–") for value in names), *(of.get(few, "") for few in shots)]
+        [*(SHOWN.get(value, value or "–") for value in names), *(of.get(c, "") for c in columns)]
         for names, of in rows.items()
         if any(of.values())
     ]
     caption = CAPTIONS[name].format(trials=" or ".join(trials))
     return Table(
-        [*(TITLES[k] for k in key), *shots],
+        [*(TITLES[k] for k in key), *(COLUMN_TITLES[across].format(c or "–") for c in columns)],
         cells_of,
-        f"{caption} Unseen users: {counted} shots.",
+        f"{caption} Unseen users: {counted} ratings. {ends}".rstrip(),
         left=len(key),
     )

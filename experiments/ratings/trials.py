@@ -17,7 +17,13 @@ from experiments.ratings import baselines
 from experiments.ratings.data import HIGHEST, LOWEST, Part, Ratings, Unseen, split
 from experiments.ratings.decays import DEFAULT, Decays
 from experiments.ratings.model import ADAPTED, HEADS, RatingNet
-from experiments.ratings.settings import PART_OF, USER_BIAS, RatingsSettings
+from experiments.ratings.settings import (
+    PART_OF,
+    SHOT_POOL,
+    USER_BIAS,
+    VALIDATION_SHARE,
+    RatingsSettings,
+)
 from experiments.ratings.summary import OVER_RATINGS, RMSE
 from metalora.adapters import LoRAConfig
 from metalora.meta import Batch, Callback, Result, RoundLoader, derive_seed, evaluate
@@ -36,13 +42,14 @@ class RatingBatch(Batch):
 
     whole: int = 0
 
-    def take(self, rows: Tensor | slice, counts: tuple[int, ...] | None = None) -> RatingBatch:
-        part = super().take(rows, counts)
-        assert isinstance(part, RatingBatch)
-        # A part of one process has places; without them, it is a batch of its own, of one task.
-        return (
-            part if part.places is not None else dataclasses.replace(part, whole=len(part.task_ids))
-        )
+    def by_task(self) -> list[Batch]:
+        """Returns one batch per task; where they are no parts of one process, each is whole."""
+        return [
+            dataclasses.replace(part, whole=len(part.task_ids))
+            if part.places is None and isinstance(part, RatingBatch)
+            else part
+            for part in super().by_task()
+        ]
 
 
 class RatingLoader(RoundLoader):
@@ -111,8 +118,8 @@ class Trials(training.Trials[Part]):
             validation_users=s.validation_users,
             test_users=s.test_users,
             held_out=s.held_out,
-            shot_pool=s.shot_pool,
-            validation_share=s.validation_share,
+            shot_pool=SHOT_POOL,
+            validation_share=VALIDATION_SHARE,
         )
         self.retraining, self.validation = found.retraining, found.validation
         self.choosing = found.choosing
@@ -138,7 +145,7 @@ class Trials(training.Trials[Part]):
         over_ratings = self.settings.weighting == "ratings"
         if method in WITH_TASKS and over_ratings:
             own.loss = {"loss": error_over_ratings}
-        if method == "lora-ml" and rank == 0 and not self.settings.lora_head:
+        if method == "lora-ml" and rank == 0:
             method, own._balanced = "standard", not over_ratings
         model, result = training.Trials.retrain(own, method, seed, *callbacks, rank=rank)
         assert isinstance(model, RatingNet)
@@ -153,7 +160,7 @@ class Trials(training.Trials[Part]):
         few, held_out = self.unseen.few(shots)
         if kind == USER_BIAS:
             return self._with_biases(model, shots)
-        if kind != "lora" or labels["rank"] != 0 or self.settings.lora_head:
+        if kind != "lora" or labels["rank"] != 0:
             own = copy.copy(self)
             chosen = self.decays.of_finetuning(labels, self.tasks, self._retrained_rank(labels))
             own.settings = self.settings.of_finetune(chosen, few.num_tasks, shots)
@@ -218,11 +225,8 @@ class Trials(training.Trials[Part]):
         return len(self.retraining)
 
     def lora(self, rank: int | None) -> LoRAConfig:
-        heads = HEADS if self.settings.lora_head else ()
-        if rank == 0:
-            return LoRAConfig(target_modules=(), heads=heads)
-        assert rank is not None
-        return LoRAConfig(rank=rank, target_modules=ADAPTED, heads=heads)
+        assert rank  # none and zero are for models without adapters
+        return LoRAConfig(rank=rank, target_modules=ADAPTED)
 
     def held_out(self, part: Part) -> Callable[[nn.Module], float]:
         """Returns the root of the mean over users of their mean squared error, less than zero."""

@@ -7,20 +7,31 @@ import json
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import LineCollection
 
 from experiments.lib.errors import RunError
 from experiments.lib.experiment import command
 from experiments.lib.machine import one_thread
-from experiments.ratings import baselines, decays
+from experiments.lib.runs import RunFiles
+from experiments.lib.statistics import Comparison
+from experiments.ratings import baselines, choose, decays, figures
 from experiments.ratings.choose import RATINGS_CHOOSE
 from experiments.ratings.data import Part, Ratings, made_up
 from experiments.ratings.model import RatingNet
 from experiments.ratings.run import RATINGS
 from experiments.ratings.settings import CHOSEN, RatingsSettings
-from experiments.ratings.summary import OVER_RATINGS, RMSE, summary
+from experiments.ratings.summary import (
+    OVER_RATINGS,
+    RMSE,
+    ends_counted,
+    overlap_of,
+    results_tables,
+    summary,
+)
 from experiments.ratings.trials import RatingBatch, Trials, error_over_ratings
 from metalora.adapters import adapted_layers
 from metalora.meta.mean import sample_weights, weighted_mean
@@ -202,25 +213,103 @@ def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for name in ("rmse", "tasks", "rank"):
         assert (out / f"{name}.png").stat().st_size > 10_000
         assert (out / f"{name}.csv").read_text().count("\n") > 1
-    assert "Unseen users: 10 at 3 shots" in printed.out
+    assert manifest["notes"]["users"] == 60 and "at_ends" not in manifest["notes"]
+    assert "Unseen users: 10 at 3 ratings." in printed.out
     assert printed.err == ""
 
 
-def test_differences_are_paired_by_trial() -> None:
-    def row(method: str, trial: int, value: float) -> dict[str, str]:
-        kind = "" if method == "factors" else "lora"
-        same = {"experiment": "ratings", "finetune": kind, "tasks": "6", "rank": "", "shots": "5"}
-        measured = {"users": "9", "metric": RMSE, "value": str(value)}
-        return {**same, "method": method, "trial": str(trial), **measured}
+def measured(method: str, trial: int, value: float, kind: str = "lora") -> dict[str, str]:
+    """A row of results.csv."""
+    same = {"experiment": "ratings", "tasks": "6", "rank": "", "shots": "5", "users": "9"}
+    own = {"method": method, "finetune": "" if method == "factors" else kind, "trial": str(trial)}
+    return {**same, **own, "metric": RMSE, "value": str(value)}
 
-    values = {"lora-ml": (1.0, 2.0, 3.0), "standard": (1.1, 2.2, 3.0), "factors": (0.5, 1.5, 2.5)}
-    rows = [row(m, t, value) for m, of in values.items() for t, value in enumerate(of)]
-    first = summary(rows)[0]
-    found = first["rmse_vs_standard"]
-    assert found.difference == pytest.approx(-0.1) and (found.ahead, found.trials) == (2, 3)
-    half = 4.302653 * 0.1 / 3**0.5  # Student's t with two degrees of freedom
-    assert (found.low, found.high) == pytest.approx((-0.1 - half, -0.1 + half), abs=1e-6)
-    assert first["rmse_vs_factors"].difference == pytest.approx(0.5)
+
+def run_of(
+    folder: Path, rows: list[dict[str, str]], notes: dict[str, Any], **given: Any
+) -> RunFiles:
+    """A run's folder with these rows."""
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    chosen = {"test_users": 203, "validation_users": 100, "tasks": [6], "rank": [2]}
+    found = {"smoke": False, "users": "test", **chosen, **given}
+    return RunFiles(folder, {"settings": found, "notes": notes})
+
+
+THREE = {"lora-ml": (1.0, 2.0, 3.0), "standard": (1.1, 2.2, 3.0), "factors": (0.5, 1.5, 2.5)}
+
+
+def test_differences_are_paired_by_trial_and_wider_for_shared_users() -> None:
+    rows = [measured(m, t, value) for m, of in THREE.items() for t, value in enumerate(of)]
+    for overlap in (0.0, 203 / 640):
+        first = summary(rows, overlap)[0]
+        found = first["rmse_vs_standard"]
+        assert found.difference == pytest.approx(-0.1) and (found.ahead, found.trials) == (2, 3)
+        # Student's t with two degrees of freedom, corrected as by Nadeau and Bengio
+        half = 4.302653 * 0.1 * (1 / 3 + overlap) ** 0.5
+        assert (found.low, found.high) == pytest.approx((-0.1 - half, -0.1 + half), abs=1e-6)
+        assert first["rmse_vs_factors"].difference == pytest.approx(0.5)
+
+
+def test_the_overlap_is_that_of_the_test_users_whatever_the_retraining_users(
+    tmp_path: Path,
+) -> None:
+    rows = [measured("standard", 0, 1.0)]
+    assert overlap_of(run_of(tmp_path, rows, {})) == 203 / 640  # MovieLens
+    assert overlap_of(run_of(tmp_path, rows, {"users": 943}, tasks=[20, 40])) == 203 / 640
+    of_smoke = run_of(tmp_path, rows, {"users": 60}, test_users=10, validation_users=8)
+    assert overlap_of(of_smoke) == 10 / 42
+
+
+def test_tables_have_corrected_intervals_and_say_how_many_choices_lie_at_an_end(
+    tmp_path: Path,
+) -> None:
+    kinds = [(m, k) for m in ("lora-ml", "standard") for k in ("lora", "user-bias")]
+    rows = [measured(m, t, THREE[m][t], kind) for m, kind in kinds for t in range(3)]
+    rows += [measured("factors", t, value) for t, value in enumerate(THREE["factors"])]
+    tables = results_tables(run_of(tmp_path, rows, {"at_ends": {"a": True, "b": False}}))
+    assert set(tables) == {"", "standard", "factors"}
+    half = 4.302653 * 0.1 * (1 / 3 + 203 / 640) ** 0.5
+    interval = f"[−{0.1 + half:.4f}, +{half - 0.1:.4f}]"
+    assert tables["standard"].rows == [["LoRA-ML", "LoRA", f"−0.1000 {interval}, 2 of 3"]]
+    assert [line[:2] for line in tables[""].rows] == [
+        *(["LoRA-ML", kind] for kind in ("LoRA", "user bias")),
+        *(["standard", kind] for kind in ("LoRA", "user bias")),
+        ["matrix factorisation", "–"],
+    ]
+    for table in tables.values():
+        assert table.caption.endswith("1 of 2 chosen decays lie at an end of the grid.")
+    tables = results_tables(run_of(tmp_path, rows, {}))
+    assert tables["standard"].caption.endswith("Unseen users: 9 at 5 ratings.")
+
+
+def test_an_unknown_interval_is_no_bar() -> None:
+    known = Comparison(0.1, 0.0, 0.2, 0, 3)
+    unknown = Comparison(0.1, float("nan"), float("nan"), 0, 1)
+    fig, ax = plt.subplots()
+    figures._with_intervals(ax, [1, 2], [known, unknown])
+    (bars,) = ax.collections
+    assert isinstance(bars, LineCollection)
+    drawn, *none = [segment for segment in bars.get_segments() if np.isfinite(segment).all()]
+    assert drawn[:, 1] == pytest.approx([0.0, 0.2]) and not np.size(none)
+    plt.close(fig)
+    fig, ax = plt.subplots()
+    figures._with_intervals(ax, [1], [unknown])
+    assert not ax.collections
+    plt.close(fig)
+
+
+def test_a_figure_says_whom_and_what_its_bars_are(tmp_path: Path) -> None:
+    rows = [measured(m, t, value) for m, of in THREE.items() for t, value in enumerate(of)]
+    run = run_of(tmp_path, rows, {})
+    lines = summary(rows, overlap_of(run))
+    title = figures._title(run, lines, "rmse_vs_standard", "bars: 95 % interval")
+    assert title == "MovieLens: 203 unseen users, 3 trials (bars: 95 % interval)"
+    one = summary(rows[::3], 0.0)
+    title = figures._title(run, one, "rmse_vs_standard", "bars: 95 % interval")
+    assert title == "MovieLens: 203 unseen users, 1 trial"
 
 
 @pytest.mark.parametrize(
@@ -230,10 +319,9 @@ def test_differences_are_paired_by_trial() -> None:
         ("--data-root nowhere", "nowhere does not exist; give ml-100k.inter"),
         ("--smoke --tasks 100", "118 users are needed (100 to retrain, 8 to validate, 10 to test)"),
         ("--smoke --shots 40", "--shots 40: no unseen user has as many ratings"),
-        ("--smoke --shots 60", "--shots: must be at most --shot-pool, 50, got 60"),
+        ("--smoke --shots 60", "--shots: must be at most 50, got 60"),
         ("--smoke --rank 18", "--rank must be at most 17, the largest of any linear layer"),
         ("--smoke --rank -1", "--rank must be an int >= 0, got -1"),
-        ("--smoke --validation-share 1", "--validation-share: must be below 1, got 1.0"),
         ("--smoke --baselines none biases", "--baselines: none stands alone, got none biases"),
         ("--smoke --baselines bias", 'Did you mean "biases"'),
         ("--smoke --users train", "--users"),
@@ -314,8 +402,8 @@ def test_an_interrupted_run_resumed_equals_one_never_stopped(
         RATINGS.run(settings(**given, out=cut))
     part = (cut / "results.csv").read_text()
     assert whole.startswith(part) and part != whole
-    with pytest.raises(RunError, match=r"other settings .*: shot_pool \(was"):
-        RATINGS.run(settings(**given, shot_pool=20, out=cut, resume=True))
+    with pytest.raises(RunError, match=r"other settings .*: held_out \(was"):
+        RATINGS.run(settings(**given, held_out=9, out=cut, resume=True))
     RATINGS.run(settings(**given, out=cut, resume=True))
     assert (cut / "results.csv").read_text() == whole
 
@@ -324,7 +412,6 @@ SWITCHES: list[tuple[str, dict[str, Any]]] = [
     ("lora-ml", {"adapter_lr": 1e-4}),
     ("lora-ml", {"adapter_weight_decay": 9.0}),
     ("lora-ml", {"adapter_steps": 2}),
-    ("lora-ml", {"lora_head": True}),
     ("lora-ml", {"order": "rounds"}),
     ("lora-ml", {"weighting": "users"}),
     ("last-layer-ml", {"weighting": "users"}),
@@ -334,7 +421,6 @@ SWITCHES: list[tuple[str, dict[str, Any]]] = [
     ("standard", {"batches": 4}),
     ("standard", {"embedding": 8}),
     ("standard", {"hidden": 8}),
-    ("standard", {"validation_share": 0.5}),
     ("reptile", {"reptile_inner_steps": 1}),
     ("reptile", {"reptile_inner_lr": 1e-3}),
     ("reptile", {"reptile_optimizer": "adam"}),
@@ -362,6 +448,8 @@ def test_the_choice_is_the_lowest_mean(tmp_path: Path, capsys: pytest.CaptureFix
     assert candidate in printed and " chosen\n" in printed
     assert exit_code(RATINGS_CHOOSE, "--smoke --weight-decay 1") == 2
     assert "--weight-decay: the grid holds it" in capsys.readouterr().err
+    # The smoke run has one candidate, but every decay of fine-tuning.
+    assert " of 1 chosen decays lie at an end of the grid." in printed
 
     def row(candidate: str, kind: str, decay: str, trial: int, value: float) -> dict[str, str]:
         same = {"method": "lora-ml", "tasks": "9", "rank": "2", "metric": RMSE, "shots": "5"}
@@ -389,15 +477,32 @@ def test_decays_are_taken_for_each_number_of_users_and_rank(
     sizes = "--smoke --retrain lora-ml standard --finetune lora --tasks 12 24 --rank 0 2"
     assert exit_code(RATINGS_CHOOSE, sizes, "--out", str(source)) == 0
     # The first candidate of the grid is all that a smoke run tries; another one wins here.
-    rows = (source / "results.csv").read_text().replace("--weight-decay 0.1 ", "--weight-decay 9 ")
+    smallest = "--weight-decay 0.025 "
+    rows = (source / "results.csv").read_text().replace(smallest, "--weight-decay 9 ")
     (source / "results.csv").write_text(rows)
     run = f"{sizes} --seeds 1 --baselines none --decays-from {source} --out {out}"
     assert exit_code(RATINGS, run) == 0
     chosen = json.loads((out / "manifest.json").read_text())["notes"]["decay"]
-    of_lora_ml = {"weight_decay": 9.0, "adapter_weight_decay": 0.01}
+    of_lora_ml = {"weight_decay": 9.0, "adapter_weight_decay": 0.001}
     assert chosen["lora-ml with 12 users and rank 2"] == of_lora_ml
     assert chosen["lora-ml with 24 users and rank 0"]["weight_decay"] == 0.03  # standard's grid
-    assert chosen["standard with 24 users: fine-tuning, lora, rank 2"] in (2.0, 4.0, 8.0, 16.0)
+    of_finetuning = chosen["standard with 24 users: fine-tuning, lora, rank 2"]
+    assert of_finetuning in decays.FINETUNE_GRID["lora"]
+    ends = json.loads((out / "manifest.json").read_text())["notes"]["at_ends"]
+    # One candidate, and one decay at rank 0, are no choice.
+    assert set(ends) == {
+        f"{method}{rank}: fine-tuning, lora, rank 2: finetune_weight_decay"
+        for users in (12, 24)
+        for method, rank in ((f"lora-ml with {users} users", " and rank 2"),)
+    } | {
+        f"standard with {users} users: fine-tuning, lora, rank 2: finetune_weight_decay"
+        for users in (12, 24)
+    }
+    grid = decays.FINETUNE_GRID["lora"]
+    at_end = "standard with 24 users: fine-tuning, lora, rank 2: finetune_weight_decay"
+    assert ends[at_end] == (of_finetuning in (grid[0], grid[-1]))
+    counted = f"{sum(ends.values())} of 4 chosen decays lie at an end of the grid."
+    assert counted in capsys.readouterr().out
 
     capsys.readouterr()
     for change, message in (
@@ -411,4 +516,33 @@ def test_decays_are_taken_for_each_number_of_users_and_rank(
     rows = rows.replace("--weight-decay 9 ", "--weight-decay 8 ")
     (source / "results.csv").write_text(rows)
     assert exit_code(RATINGS, f"{run} --resume") == 2
-    assert "was {'weight_decay': 9.0, 'adapter_weight_decay': 0.01}" in capsys.readouterr().err
+    assert "was {'weight_decay': 9.0, 'adapter_weight_decay': 0.001}" in capsys.readouterr().err
+
+
+def test_choices_at_an_end_of_what_was_tried_are_found() -> None:
+    def row(weight: str, own: str, kind: str, decay: str, value: float) -> dict[str, str]:
+        name = f"--weight-decay {weight} --adapter-weight-decay {own}"
+        same = {"method": "lora-ml", "tasks": "9", "rank": "2", "shots": "5", "trial": "0"}
+        rank = {"finetune": kind, "finetune_rank": "2" if kind == "lora" else ""}
+        tried = {"candidate": name, "finetune_weight_decay": decay, "metric": RMSE}
+        return {**same, **rank, **tried, "value": str(value)}
+
+    rows = [
+        row(weight, own, "lora", decay, abs(float(weight) - 2) + float(own) + float(decay))
+        for weight in ("1", "2", "3")
+        for own in ("0.1", "0.2", "0.3")
+        for decay in ("4", "8")
+    ]
+    rows += [row("2", "0.1", "last-layer", "7", 1.0)]  # nothing to choose from
+    found = decays.best_decays(rows)
+    key = "lora-ml", "9", "2"
+    assert found.retrainings == {key: {"weight_decay": 2.0, "adapter_weight_decay": 0.1}}
+    assert found.finetunings == {(key, ("lora", "2")): 4.0, (key, ("last-layer", "")): 7.0}
+    assert found.ends == {
+        "lora-ml with 9 users and rank 2: weight_decay": False,
+        "lora-ml with 9 users and rank 2: adapter_weight_decay": True,
+        "lora-ml with 9 users and rank 2: fine-tuning, lora, rank 2: finetune_weight_decay": True,
+    }
+    counted = "2 of 3 chosen decays lie at an end of the grid."
+    assert ends_counted(found.ends) == counted and choose.table(rows).caption.endswith(counted)
+    assert ends_counted({}) == ""
