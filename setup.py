@@ -155,7 +155,9 @@ def extensions(cuda: bool) -> list[Any]:
 
     # Fused multiply-adds and `omp simd` reductions are asked for by name; fast-math is not.
     cxx = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fopenmp-simd", "-fvisibility=hidden"]
-    cxx += ["-Wall", TORCH_TARGET]
+    # Without the debug information that Python's own flags ask for: objects are a seventh as large,
+    # and made in three quarters of the time.
+    cxx += ["-Wall", "-g0", TORCH_TARGET]
     version = f'-DMETALORA_TORCH_VERSION="{torch.__version__}"'
     built = [
         CppExtension(

@@ -1,22 +1,27 @@
 """The whole first contact with a GPU: builds, tests, sanitizes, measures and draws.
 
-python -m benchmarks.gpu_report --out DIR                    # all parts, about an hour
-python -m benchmarks.gpu_report --part build first --out DIR # what says most, in a few minutes
-python -m benchmarks.gpu_report --device cpu --smoke         # the same commands on tiny shapes
+python -m benchmarks.gpu_report --out DIR                         # what fits into 560 seconds
+python -m benchmarks.gpu_report --deadline-seconds 6000 --out DIR # all parts
+python -m benchmarks.gpu_report --device cpu --smoke              # the same on tiny shapes
 
-Every part is a process of its own and ends within eight minutes on 16 cores and one GPU; `first`,
-the headlines of every route with their gradients checked, within three. Parts come in the order of
-what they are worth. Each writes its tables to the folder, and its output to PART.log;
-gpu_report.md says how each part ended, and `predicted` sets the measurements beside what
-benchmarks.model predicts. On a GPU `tune` writes the launches that it finds quickest to
+Every part is a process of its own and ends within eight minutes on 16 cores and one GPU, or when
+the report's time is up; `test-gpu`, the tests that need a GPU, and `first`, the headlines of every
+route with their gradients checked, within three. Parts come in the order of what they are worth,
+and none follows a build that failed. Each writes its tables to the folder, and its output to
+PART.log; gpu_report.md says how each part ended, and `predicted` sets the measurements beside what
+benchmarks.model predicts. Whenever the report is ended, what was there at the end of the last part
+is in the folder and in --archive. On a GPU `tune` writes the launches that it finds quickest to
 csrc/cuda/tuning_table.h, and `build-tuned` builds with them. With --resume measurements of an
 earlier run are kept, and only those left out are made.
+
+The report reads its own arguments, so that it runs without cyclopts, as the build and the tests
+that need a GPU do. Packages that other parts need and do not find are named on its first line.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
-import json
 import os
 import re
 import shlex
@@ -24,21 +29,26 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
-from benchmarks.lib.cli import check_folder, program
 from benchmarks.lib.registry import MODULES
-from benchmarks.lib.tables import markdown, read_json
-from experiments.lib.cli import main_guard, option, parse
-from experiments.synthetic.settings import DEVICES
+from benchmarks.lib.tables import markdown, read_json, write_json
 from metalora._checks import did_you_mean
+from metalora._files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET, LIMIT = 380, 480  # seconds that a part plans for, and after which it is ended
 FIRST_BUDGET, FIRST_LIMIT = 140, 180  # of the first measurements
+GPU_TESTS_LIMIT = 150
+DEADLINE = 560.0  # of a first contact in one command of ten minutes
+SHORTEST = 15.0  # seconds, in less of which no part gets anywhere
+SHOWN_LINES, SHOWN_COLUMNS = 40, 160  # of the log of a part that failed
 FOUND_ERRORS = 86  # the sanitizer's exit code, none of pytest's
 # Compiling takes a minute or more for every case, so only the headlines are compiled.
 HEADLINES = {
@@ -58,6 +68,32 @@ TOOLS = ("memcheck", "racecheck", "initcheck")
 # launches many times slower gets through in a part.
 LAYER_TESTS = ("tests/cuda/test_lora_linear.py", "tests/cuda/test_on_gpu.py", "tests/ops")
 TRAINER_TESTS = ("tests/cuda/test_linear_training.py", "tests/cuda/test_shallow_training.py")
+# All files with tests that need a GPU, the most telling first.
+GPU_TESTS = (
+    "tests/cuda/test_on_gpu.py",
+    "tests/cuda/test_lora_linear.py",
+    "tests/ops/test_dropout.py",
+    "tests/nn/test_embedding.py",
+    *TRAINER_TESTS,
+    "tests/hf/test_packing.py",
+    "tests/hf/test_causal.py",
+    "tests/benchmarks/test_measure.py",
+    "tests/benchmarks/test_lora_linear.py",
+    "tests/experiments/test_phase.py",
+)
+# What parts import beyond torch, by the name of the module; and the wheels to carry for it to
+# where nothing can be fetched: those of a package with what it needs and few machines have.
+PACKAGES = {
+    "pybind11": ("pybind11",),
+    "ninja": ("ninja",),
+    "setuptools": ("setuptools",),
+    "pytest": ("pytest", "iniconfig", "pluggy"),
+    "hypothesis": ("hypothesis", "sortedcontainers"),
+    "cyclopts": ("cyclopts", "docstring-parser", "rich-rst"),
+    "transformers": ("transformers",),
+    "peft": ("peft",),
+    "matplotlib": ("matplotlib",),
+}
 # Rounds at the size of the paper's: 10 tasks with 8 turns of 20 candidates.
 PAPER = ("--model", "roberta-base-size", "--tasks", "10", "--turns", "8", "--precision", "bf16")
 
@@ -72,11 +108,12 @@ class Part:
     tests: bool = False
     missing: str = ""  # the reason if the part cannot run here
     limit: float = LIMIT  # seconds
+    packages: Sequence[str] = ()  # those of PACKAGES that it imports
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended: "done", "failed" or "not run"."""
+    """How a part ended: "done", "failed" or "not run"; or that it is "running"."""
 
     part: str
     status: str
@@ -84,12 +121,20 @@ class Outcome:
     note: str = ""
 
 
-def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) -> list[Part]:
-    """All parts, in order."""
+def parts(
+    device: str,
+    out: Path,
+    *,
+    smoke: bool = False,
+    resume: bool = False,
+    left: float = float("inf"),
+) -> list[Part]:
+    """All parts, in order; those that measure plan for the seconds that are left."""
     flags = ["--device", device, "--write", str(out)] + ["--smoke"] * smoke
     goals, others = ("autocast", "tf32"), ("bf16", "fp32")
     compiled = ("metalora", "merged", "compiled")
-    budget = ["--budget-seconds", str(BUDGET), *(["--resume"] * resume)]
+    planned = _planned(BUDGET, LIMIT, left)
+    budget = ["--budget-seconds", planned, *(["--resume"] * resume)]
 
     def layers(
         name: str,
@@ -100,7 +145,7 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
     ) -> Part:
         what = ["--cases", *cases, "--precisions", *precisions, "--baselines", *baselines]
         what += ["--name", f"lora_linear_{device}_{name}", *(["--frozen"] * frozen)]
-        return Part(name, _module("lora_linear", *what, *budget, *flags))
+        return _measured(name, "lora_linear", *what, *budget, *flags)
 
     first = [
         *("--cases", *FIRST),
@@ -108,7 +153,8 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
         *("--baselines", "merged", "loop"),
     ]
     first += ["metalora", "--name", f"lora_linear_{device}_first"]
-    first += ["--budget-seconds", str(FIRST_BUDGET), *(["--resume"] * resume), *flags]
+    first += ["--budget-seconds", _planned(FIRST_BUDGET, FIRST_LIMIT, left)]
+    first += [*(["--resume"] * resume), *flags]
     layer_files = sorted(map(str, out.glob(f"lora_linear_{device}*.json")))
     predicted = ("--cases", "goal", "b", "ragged", FIRST[2], "--precisions", *goals, *others)
     files = sorted(
@@ -116,25 +162,23 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
     )
     cases = ("--cases", HEADLINES["a"][0], "c", "--precisions", *goals)
     profiled = (*cases, "--baselines", "metalora", "--profile")
-    missing = "" if importlib.util.find_spec("matplotlib") else "matplotlib is not installed"
-    building = _python("setup.py", "build_ext", "--inplace")
-    built = {"METALORA_BUILD": "none" if smoke else device}
-    tuning = ["--budget-seconds", str(BUDGET), *flags]
+    tuning = ["--budget-seconds", planned, *flags]
     if device == "cuda" and not smoke:
         tuning.append("--install")
     return [
-        Part("build", building, built),
-        Part("first", _module("lora_linear", *first), limit=FIRST_LIMIT),
-        _test(device, smoke),
+        _build("build", device, smoke),
+        _gpu_tests(device),
+        Part("first", _module("lora_linear", *first), limit=FIRST_LIMIT, packages=["cyclopts"]),
         *(_sanitize(tool, device, "layers", LAYER_TESTS) for tool in TOOLS),
-        Part("ceilings", _module("ceilings", *flags)),
+        _measured("ceilings", "ceilings", *flags),
         Part(
             "tune",
             _module("tune", *tuning),
             missing=_unless(device == "cuda" or smoke, "there is nothing to tune on a CPU"),
+            packages=["cyclopts"],
         ),
-        Part("build-tuned", building, built),
-        *(Part(name, _module(name, *budget, *flags)) for name in MODULES if name != "lora_linear"),
+        _build("build-tuned", device, smoke),
+        *(_measured(name, name, *budget, *flags) for name in MODULES if name != "lora_linear"),
         *(_sanitize(tool, device, "trainers", TRAINER_TESTS) for tool in TOOLS),
         _encoders("steps", *budget, *flags),
         _encoders("language", *PAPER, *flags),
@@ -150,29 +194,64 @@ def parts(device: str, out: Path, *, smoke: bool = False, resume: bool = False) 
             for g in HEADLINES
             for p in goals
         ),
-        Part("profile", _module("lora_linear", *profiled, *flags)),
+        _measured("profile", "lora_linear", *profiled, *flags),
         Part(
             "predicted",
             _module("model", *predicted, "--measured", *layer_files),
             missing=_unless(layer_files, "no results"),
+            packages=["cyclopts"],
         ),
-        Part("plot", _module("plot", *files), missing=missing or _unless(files, "no results")),
+        Part(
+            "plot",
+            _module("plot", *files),
+            missing=_unless(files, "no results"),
+            packages=["cyclopts", "matplotlib"],
+        ),
+        _all_tests(smoke),
     ]
+
+
+def _planned(budget: int, limit: int, left: float) -> str:
+    """The seconds to plan for in a part that is ended when those left are over."""
+    return str(int(budget * min(1.0, left / limit)))
+
+
+def _build(name: str, device: str, smoke: bool) -> Part:
+    """Builds for the GPU that is there, and not for the usual two architectures."""
+    environment = {"METALORA_BUILD": "none" if smoke else device}
+    if device == "cuda":
+        environment["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST", "native")
+    packages = ["pybind11", "ninja", "setuptools"]
+    return Part(name, _python("setup.py", "build_ext", "--inplace"), environment, packages=packages)
+
+
+def _measured(name: str, module: str, *arguments: str) -> Part:
+    return Part(name, _module(module, *arguments), packages=["cyclopts"])
 
 
 def _encoders(name: str, *arguments: str) -> Part:
     """A benchmark that trains encoders of transformers, also through PEFT."""
-    absent = [name for name in ("transformers", "peft") if not importlib.util.find_spec(name)]
-    missing = f"{' and '.join(absent)} not installed" if absent else ""
     # The versions allocate pieces of unlike sizes, which would fragment the memory.
     memory = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    return Part(name, _module(name, *arguments), memory, missing=missing)
+    packages = ["cyclopts", "transformers", "peft"]
+    return Part(name, _module(name, *arguments), memory, packages=packages)
 
 
-def _test(device: str, smoke: bool) -> Part:
+def _pytest(name: str, *arguments: str, limit: float = LIMIT) -> Part:
+    """Tests; those of packages that are absent cannot be collected, and the others still run."""
+    command = _python("-m", "pytest", "--continue-on-collection-errors", *arguments)
+    return Part(name, command, tests=True, limit=limit, packages=["pytest", "hypothesis"])
+
+
+def _gpu_tests(device: str) -> Part:
+    part = _pytest("test-gpu", "-m", "gpu", "-v", "--tb=short", *GPU_TESTS, limit=GPU_TESTS_LIMIT)
+    return replace(part, missing=_unless(device == "cuda", "these tests need a GPU"))
+
+
+def _all_tests(smoke: bool) -> Part:
     where = ["tests/test_readme.py"] if smoke else []
     workers = ["-n", "8"] if not smoke and importlib.util.find_spec("xdist") else []
-    return Part("test", _python("-m", "pytest", "-q", *where, *workers), tests=True)
+    return _pytest("test", "-q", *where, *workers)
 
 
 def _sanitize(tool: str, device: str, what: str, tests: Sequence[str]) -> Part:
@@ -192,7 +271,8 @@ def _sanitize(tool: str, device: str, what: str, tests: Sequence[str]) -> Part:
     pytest += ["-x", "-q"]
     caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     name = f"sanitize-{what}-{tool}"
-    return Part(name, [*command, *pytest], caching, tests=True, missing=missing)
+    packages = ["pytest", "hypothesis"]
+    return Part(name, [*command, *pytest], caching, True, missing, packages=packages)
 
 
 def _python(*arguments: str) -> list[str]:
@@ -207,19 +287,43 @@ def _unless(there: object, missing: str) -> str:
     return "" if there else missing
 
 
+def absent(part: Part) -> list[str]:
+    """The packages that the part imports and that are not installed."""
+    return [name for name in part.packages if not importlib.util.find_spec(name)]
+
+
+def missing_packages(every: Sequence[Part]) -> str:
+    """One line that names the packages which parts need and do not find, and how to carry them."""
+    names = list(dict.fromkeys(name for part in every for name in absent(part)))
+    if not names:
+        return ""
+    wheels = " ".join(wheel for name in names for wheel in PACKAGES[name])
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return (
+        f"not installed: {', '.join(names)}; where nothing can be fetched, carry wheels: "
+        f"`pip download --no-deps --only-binary=:all: --python-version {version} -d .whl {wheels}` "
+        "elsewhere, then here `pip install --no-index --no-deps --target /tmp/site .whl/*.whl` and "
+        "`export PYTHONPATH=/tmp/site`"
+    )
+
+
 def run(part: Part, out: Path) -> Outcome:
     """Runs one part with its output in PART.log; ends it and its children at the limit."""
-    if part.missing:
-        return Outcome(part.name, "not run", 0.0, part.missing)
+    missing = part.missing
+    if not missing and absent(part):
+        missing = f"not installed: {', '.join(absent(part))}"
+    if missing:
+        return Outcome(part.name, "not run", 0.0, missing)
     start = time.monotonic()
-    log = out / f"{part.name}.log"
+    log = log_of(part.name, out)
     with log.open("w", encoding="utf-8") as file:
         file.write(shlex.join(part.command) + "\n")
         file.flush()
         process = subprocess.Popen(
             part.command,
             cwd=ROOT,
-            env=os.environ | part.environment,
+            # A part that is ended has its output in the log up to there.
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **part.environment},
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -243,6 +347,16 @@ def run(part: Part, out: Path) -> Outcome:
     return Outcome(part.name, status, time.monotonic() - start, note)
 
 
+def log_of(name: str, out: Path) -> Path:
+    return out / f"{name}.log"
+
+
+def last_lines(log: Path) -> str:
+    """The end of a log, short enough for a terminal that keeps little."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]
+    return "\n".join("  | " + line[:SHOWN_COLUMNS] for line in lines)
+
+
 def _test_counts(text: str) -> tuple[str, str]:
     """pytest's last line, and the problem if no test passed: running nothing is no success."""
     lines = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|skipped)", line)]
@@ -257,63 +371,124 @@ def write_summary(outcomes: Sequence[Outcome], out: Path) -> str:
     path = out / "gpu_report.json"
     before = read_json(path) if path.exists() else []
     known = {one["part"]: one for one in before} | {o.part: asdict(o) for o in outcomes}
-    path.write_text(json.dumps(list(known.values()), indent=1) + "\n", encoding="utf-8")
+    write_json(path, list(known.values()))
     rows = [[o["part"], o["status"], f"{o['seconds']:.0f}", o["note"]] for o in known.values()]
     text = markdown(["part", "", "seconds", ""], rows) + "\n"
-    (out / "gpu_report.md").write_text(text, encoding="utf-8")
+    with replacing(out / "gpu_report.md") as file:
+        file.write(text.encode())
     return text
+
+
+def write_archive(path: Path, out: Path) -> None:
+    """Replaces the archive, in one step, by one of all files of the folder."""
+    files = sorted(p for p in out.iterdir() if p.is_file() and p.resolve() != path.resolve())
+    with replacing(path) as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
+        for one in files:
+            archive.add(one, one.name)
 
 
 PARTS = tuple(part.name for part in parts("cpu", Path()))
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Settings of the report."""
+class Arguments(argparse.ArgumentParser):
+    """Arguments whose mistakes are one line, as those of other commands are."""
 
-    part: tuple[str, ...] = option(
-        ("all",), help=f"the parts to run, or how their names begin: {', '.join(PARTS)}"
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}\n")
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The report's arguments, with the names of its parts in order."""
+    parser = Arguments(
+        prog="python -m benchmarks.gpu_report",
+        description=__doc__,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=98),
     )
-    out: Path | None = option(None, help="folder to write (default: benchmarks/results)")
-    device: str = option("cuda", choices=DEVICES, help="where to measure")
-    smoke: bool = option(False, help="tiny shapes and a few samples")
-    resume: bool = option(False, help="keep what was measured before")
+    add = parser.add_argument
+    about = f"the parts to run, or how their names begin (default: all): {', '.join(PARTS)}"
+    add("--part", nargs="+", action="extend", metavar="PART", help=about)
+    add("--out", type=Path, help="folder to write (default: benchmarks/results)")
+    add("--archive", type=Path, help="a .tgz of that folder, made anew after every part")
+    add("--device", choices=("cpu", "cuda"), default="cuda", help="where to measure")
+    add("--smoke", action="store_true", help="tiny shapes and a few samples")
+    add("--resume", action="store_true", help="keep what was measured before")
+    deadline = f"seconds after which all is ended (default: {DEADLINE:.0f})"
+    add("--deadline-seconds", type=float, default=DEADLINE, help=deadline)
+    given = parser.parse_args(argv)
+    wanted: set[str] = set()
+    for word in given.part or PARTS:
+        found = PARTS if word == "all" else [n for n in PARTS if n == word]
+        found = found or [n for n in PARTS if n.startswith(word)]
+        if not found:
+            parser.error(
+                f"argument --part: there is no {word!r}; there are {', '.join(PARTS)}"
+                f"{did_you_mean(word, PARTS)}"
+            )
+        wanted.update(found)
+    given.part = [name for name in PARTS if name in wanted]
+    if not given.deadline_seconds > 0:
+        parser.error(f"argument --deadline-seconds: must be > 0, got {given.deadline_seconds}")
+    given.out = (given.out or ROOT / "benchmarks" / "results").resolve()
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: {given.out}: {error.strerror}")
+    return given
 
-    def __post_init__(self) -> None:
-        check_folder("out", self.out)
-        self.parts()
 
-    def parts(self) -> list[str]:
-        """The names of the parts to run, in order."""
-        wanted: set[str] = set()
-        for word in PARTS if "all" in self.part else self.part:
-            found = [word] if word in PARTS else [n for n in PARTS if n.startswith(word)]
-            if not found:
-                raise ValueError(
-                    f"argument --part: there is no {word!r}; there are {', '.join(PARTS)}"
-                    f"{did_you_mean(word, PARTS)}"
-                )
-            wanted.update(found)
-        return [name for name in PARTS if name in wanted]
+def _ended(number: int, frame: object) -> NoReturn:
+    sys.exit(128 + number)  # so that the part that runs is ended, too
 
 
-@main_guard
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the parts; 1 if one of them failed, else 0."""
-    settings = parse(Settings, argv, prog=program("gpu_report"), description=__doc__ or "")
-    out = (settings.out or ROOT / "benchmarks" / "results").resolve()
-    out.mkdir(parents=True, exist_ok=True)
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs the parts; ends with 1 if one of them failed, else with 0."""
+    start = time.monotonic()
+    given = arguments(argv)
+    make = partial(parts, given.device, given.out, smoke=given.smoke, resume=given.resume)
+    told = missing_packages([part for part in make() if part.name in given.part])
+    if told:
+        print(told, flush=True)
     outcomes: list[Outcome] = []
-    for name in settings.parts():
-        # Made anew for every part: the last one draws the files of those before it.
-        every = parts(settings.device, out, smoke=settings.smoke, resume=settings.resume)
-        part = next(p for p in every if p.name == name)
+    before = signal.signal(signal.SIGTERM, _ended)
+    try:
+        text = _run_all(given, make, start, outcomes)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if given.archive:  # with the log of a part that was interrupted
+            write_archive(given.archive, given.out)
+    print(text, flush=True)
+    sys.exit(any(outcome.status == "failed" for outcome in outcomes))
+
+
+def _run_all(
+    given: argparse.Namespace,
+    make: Callable[..., list[Part]],
+    start: float,
+    outcomes: list[Outcome],
+) -> str:
+    """Runs the parts that were asked for, adds how they ended, and returns the summary."""
+    stopped = ""
+    for name in given.part:
+        left = given.deadline_seconds - (time.monotonic() - start)
+        # Made anew for every part: the last ones draw the files of those before them.
+        part = next(p for p in make(left=left) if p.name == name)
+        if not stopped and left < SHORTEST:
+            stopped = f"the {given.deadline_seconds:.0f} s were over"
+        if stopped:
+            outcomes.append(Outcome(name, "not run", 0.0, stopped))
+            continue
         print(f"{name} …", flush=True)
-        outcomes.append(run(part, out))
-        print(f"  {outcomes[-1].status}, {outcomes[-1].seconds:.0f} s {outcomes[-1].note}")
-        text = write_summary(outcomes, out)
-    print(text)
-    return int(any(outcome.status == "failed" for outcome in outcomes))
+        write_summary([*outcomes, Outcome(name, "running", 0.0)], given.out)
+        outcome = run(replace(part, limit=min(part.limit, left)), given.out)
+        outcomes.append(outcome)
+        print(f"  {outcome.status}, {outcome.seconds:.0f} s {outcome.note}", flush=True)
+        if outcome.status == "failed":
+            print(last_lines(log_of(name, given.out)), flush=True)
+            stopped = f"{name} failed" if name.startswith("build") else ""
+        write_summary(outcomes, given.out)
+        if given.archive:
+            write_archive(given.archive, given.out)
+    return write_summary(outcomes, given.out)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -72,9 +73,12 @@ def _load_cuda(cpu: ModuleType | None) -> tuple[str | None, str]:
 
 
 def _built(name: str, folder: Path = _HERE) -> Path | None:
-    """The library's file in the package's folder; editable and plain installs put it there."""
-    found = sorted(folder.glob(f"{name}.*so")) + sorted(folder.glob(f"{name}.pyd"))
-    return found[0] if found else None
+    """The library's file in the package's folder; editable and plain installs put it there.
+
+    Beside it may lie the files of builds for other Pythons.
+    """
+    files = (folder / f"{name}{suffix}" for suffix in EXTENSION_SUFFIXES)
+    return next((file for file in files if file.is_file()), None)
 
 
 def _shadowed(name: str) -> Path | None:

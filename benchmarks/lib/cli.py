@@ -9,8 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from experiments.lib.cli import option
 from experiments.synthetic.settings import DEVICES, check_device
+from metalora._library import gpu_problem
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,19 @@ class BenchmarkSettings:
     def __post_init__(self) -> None:
         check_folder("write", self.write)
         check_device(self.device)
+        check_kernels(self.device)
         if self.name is not None and Path(self.name).name != self.name:
             raise ValueError(f"argument --name: must be a file name, got {self.name!r}")
+
+
+def check_kernels(device: str) -> None:
+    """Raises ValueError where a GPU would be measured without our kernels: PyTorch under our name.
+
+    A library that does not run on this GPU counts as none.
+    """
+    problem = gpu_problem(torch.cuda.current_device()) if device == "cuda" else None
+    if problem:
+        raise ValueError(f"argument --device: cuda measures nothing of metalora's here: {problem}")
 
 
 def check_folder(name: str, folder: Path | None) -> None:

@@ -17,6 +17,7 @@ from benchmarks.lib.tuning import chosen
 TILE = 128  # rows and columns of the tiles that products are charged in
 LEAST = 64  # of either side that a product of the BLAS is charged for
 FLOAT = 4  # bytes
+PLANNED_PROCESSORS = 132  # kPlannedProcessors of csrc/cuda/token_plan.h
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,9 @@ def _token_route(layer: Layer) -> Iterator[Call]:
     yield _token_pass(layer, "forward", inner, outer, 2, drawn=drawn)
     # What stands in y is added to.
     yield _product(layer, "addmm", "forward", (1, rows, outer, inner), extra=rows * outer)
-    own_B = 8 * token_blocks(layer) * layer.rank <= layer.activation * rows
+    addends = 8 * token_blocks(layer) * layer.rank
+    own_B = addends <= layer.activation * rows
+    own_A = addends <= (2 if drawn else 1) * layer.activation * rows
     yield from _token_table(layer, "backward")
     if layer.need_weight:
         yield _product(layer, "mm", "backward", (1, outer, inner, rows))
@@ -256,10 +259,13 @@ def _token_route(layer: Layer) -> Iterator[Call]:
     yield _token_pass(layer, "backward", outer, written, products, sums=own_B, extra=extra)
     if layer.need_x:
         yield _product(layer, "addmm", "backward", (1, rows, inner, outer), extra=rows * inner)
-    if own_B or drawn:
+    if own_A:
         yield _token_pass(layer, "backward", inner, 0, 1, sums=True)
         yield _token_sum(layer, inner * layer.rank, layer.tasks)
     else:
+        if drawn:
+            moved = 2 * rows * inner * layer.activation + rows * inner // 8
+            yield Call("kept_kernel", "backward", moved)
         yield from _outer_products(layer, layer.rank, inner)
     if own_B:
         yield _token_sum(layer, outer * layer.rank, layer.tasks)
@@ -274,8 +280,26 @@ def token_blocks(layer: Layer) -> int:
     """How many blocks the rows are cut into: `plan_token_blocks` of token_rows.cu."""
     tile = 16 if layer.activation == 8 else 64
     wanted = chosen("token_rows", layer.activation, layer.rank).blocks
-    block = tile * max(layer.total // tile // wanted, 1)
+    block = token_block_rows(layer.rows, tile, wanted)
     return sum(ceil(n / block) for n in layer.rows)
+
+
+def token_block_rows(
+    rows: Sequence[int], tile: int, wanted: int, processors: int = PLANNED_PROCESSORS
+) -> int:
+    """Rows of a block, of so many rows of each task: csrc/cuda/token_plan.h."""
+
+    def count(tiles: int) -> int:
+        return sum(ceil(n / (tiles * tile)) for n in rows)
+
+    def of_busiest(tiles: int) -> int:
+        return ceil(count(tiles) / processors) * tiles
+
+    middle = max(sum(rows) // tile // wanted, 1)
+    step, steps = max(middle // 16, 1), min(8, 512 // max(len(rows), 1))
+    offered = [middle + sign * n * step for n in range(1, steps + 1) for sign in (1, -1)]
+    offered = [t for t in offered if t >= 1 and wanted <= 2 * count(t) <= 4 * wanted]
+    return min([middle, *offered], key=of_busiest) * tile
 
 
 def _token_table(layer: Layer, step: str) -> Iterator[Call]:

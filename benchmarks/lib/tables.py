@@ -59,7 +59,7 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} is damaged or no JSON file") from None
 
 
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
+def write_json(path: Path, record: Mapping[str, Any] | Sequence[Any]) -> None:
     """Replaces the file in one step, so that it is whole whenever it is read."""
     with replacing(path) as file:
         file.write((json.dumps(record, indent=1) + "\n").encode())

@@ -145,13 +145,19 @@ std::unique_ptr<T[]> transposed_each(const Tensor& matrices, int64_t count, int6
   return result;
 }
 
-// result [elements] = the sum of partial [count, elements].
+// result [elements] = the sum of partial [count, elements], in parallel over blocks of columns that
+// the first-level cache holds the sums of.
 template <typename T, typename Partial>
 void sum_partials(T* result, const Partial* partial, int64_t count, int64_t elements) {
-  const auto sum = scratch<double>(elements);
-  std::fill_n(sum.get(), elements, 0.0);
-  add_rows(sum.get(), partial, elements, count, elements);
-  for (int64_t i = 0; i < elements; ++i) result[i] = static_cast<T>(sum[i]);
+  constexpr int64_t kColumns = 2048;
+  parallel((elements + kColumns - 1) / kColumns, kColumns * count, [&](int64_t block) {
+    const int64_t first = block * kColumns, columns = std::min(kColumns, elements - first);
+    std::array<double, kColumns> sum;
+    std::fill_n(sum.data(), columns, 0.0);
+    add_rows(sum.data(), partial + first, elements, count, columns);
+    for (int64_t i = 0; i < columns; ++i)
+      result[first + i] = static_cast<T>(sum[static_cast<size_t>(i)]);
+  });
 }
 
 // result [count of tasks, elements] = sum over the chunks of each task of partial [chunks,

@@ -125,17 +125,28 @@ __device__ inline void forget(unsigned& value) { asm volatile("" : "+r"(value));
 // Keeps the loads that follow from being started earlier, where they would hold registers.
 __device__ inline void hold_loads() { asm volatile("bar.warp.sync 0xFFFFFFFF;" ::: "memory"); }
 
-inline void check_launch(const char* kernel) {
+inline void check(const std::string& what, cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(error));
+}
+
+// The error of a kernel or a call before ours is not to be reported under our kernel's name.
+inline void check_earlier(const char* kernel) {
   const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess) check(std::string("found before the launch of ") + kernel, error);
 }
 
 template <typename Kernel>
-void allow_shared(Kernel* kernel, size_t bytes) {
-  if (bytes > 48 * 1024)  // beyond this CUDA wants to be asked
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         static_cast<int>(bytes));
+void allow_shared(const char* name, Kernel* kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return;  // beyond this CUDA wants to be asked
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error != cudaSuccess)
+    check(std::string(name) + " with " + std::to_string(bytes) + " bytes of shared memory", error);
+}
+
+inline void check_launch(const char* kernel) {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) check(kernel, error);
 }
 
 }  // namespace metalora::cuda
@@ -143,7 +154,8 @@ void allow_shared(Kernel* kernel, size_t bytes) {
 // METALORA_LAUNCH((kernel<float>), blocks, threads, shared_bytes, stream, arguments...)
 #define METALORA_LAUNCH(kernel, blocks, threads, shared_bytes, stream, ...) \
   do {                                                                      \
-    ::metalora::cuda::allow_shared(kernel, shared_bytes);                   \
+    ::metalora::cuda::check_earlier(#kernel);                               \
+    ::metalora::cuda::allow_shared(#kernel, kernel, shared_bytes);          \
     kernel<<<(blocks), (threads), (shared_bytes), (stream)>>>(__VA_ARGS__); \
     ::metalora::cuda::check_launch(#kernel);                                \
   } while (false)

@@ -49,6 +49,23 @@ __global__ void dropout_kernel(T* result, const T* x, DropoutArguments dropout, 
     result[first + lane] = dropped(lane, result[first + lane], x[first + lane]);
 }
 
+// Elements are only moved, so that their width is all that matters.
+template <typename Word>
+__global__ void kept_kernel(Word* result, const Word* x, const uint8_t* kept, int64_t rows,
+                            int64_t columns, bool aligned) {
+  const int64_t eights = ceil_div(columns, 8);
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, row = i / eights;
+  if (row >= rows) return;
+  const int64_t column = 8 * (i % eights), first = row * columns + column;
+  const unsigned bits = kept[row * ceil_div(columns, 64) * 8 + column / 8];
+  const int left = left_of(columns, column, 8);
+  Pack<Word, 8> values = load_row<8>(x + first, left, aligned);
+#pragma unroll
+  for (int e = 0; e < 8; ++e)
+    if (!(bits >> e & 1)) values.lane[e] = 0;
+  store_row(result + first, values, left, aligned);
+}
+
 template <typename T>
 void launch_typed(void* result, const void* x, const DropoutArguments& dropout, int64_t elements,
                   bool accumulate, cudaStream_t stream) {
@@ -64,6 +81,22 @@ void launch_dropout_mask(bool* kept, const int64_t* seed, uint32_t threshold, in
   if (elements == 0) return;
   METALORA_LAUNCH(dropout_mask_kernel, blocks_for(elements), kThreads, 0, stream, kept, seed,
                   threshold, elements);
+}
+
+void launch_kept(void* result, const void* x, const uint8_t* kept, Type type, int64_t rows,
+                 int64_t columns, cudaStream_t stream) {
+  if (rows * columns == 0) return;
+  const auto launch_as = [&](auto word) {
+    using Word = decltype(word);
+    METALORA_LAUNCH(kept_kernel<Word>, blocks_of(ceil_div(rows * ceil_div(columns, 8), kThreads)),
+                    kThreads, 0, stream, static_cast<Word*>(result), static_cast<const Word*>(x),
+                    kept, rows, columns, columns % 8 == 0 && aligned_16(result) && aligned_16(x));
+  };
+  switch (bytes_of(type)) {
+    case 8: return launch_as(uint64_t{});
+    case 4: return launch_as(uint32_t{});
+    default: return launch_as(uint16_t{});
+  }
 }
 
 void launch_dropout(void* result, const void* x, Type type, const DropoutArguments& dropout,

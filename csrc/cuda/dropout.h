@@ -24,4 +24,9 @@ void launch_dropout_mask(bool* kept, const int64_t* seed, uint32_t threshold, in
 void launch_dropout(void* result, const void* x, Type type, const DropoutArguments& dropout,
                     int64_t elements, bool accumulate, cudaStream_t stream);
 
+// result [rows, columns] = x where its bit of kept [rows, whole 8 bytes] is set, the lowest first,
+// else 0.
+void launch_kept(void* result, const void* x, const uint8_t* kept, Type type, int64_t rows,
+                 int64_t columns, cudaStream_t stream);
+
 }  // namespace metalora::cuda

@@ -191,6 +191,15 @@ Tensor kept_of(const LoraLayer& p, double dropout_p) {
                        : none(p.x, ScalarType::Byte);
 }
 
+// x [M, in] where the bits of kept_of are set, else 0; x itself without bits.
+Tensor kept_part(const LoraLayer& p, const uint8_t* kept) {
+  if (!kept) return p.x;
+  const Tensor result = torch::stable::empty_like(p.x);
+  launch_kept(result.mutable_data_ptr(), p.x.const_data_ptr(), kept, type_of(p.x.scalar_type()),
+              p.rows, p.in, current_stream(p.x));
+  return result;
+}
+
 // Ranks beyond those of token_rows.cu: products of such a size belong to the BLAS.
 namespace large_ranks {
 
@@ -253,7 +262,10 @@ class TokenRows {
   Tensor addends(bool needed, int64_t elements) const {
     return empty_if(needed, x_, {blocks_.blocks * elements}, work_dtype(x_));
   }
-  bool addends_pay(int64_t rank) const { return token_addends_pay(blocks_, rank, type_); }
+  // Rather than so many passes over the rows.
+  bool addends_pay(int64_t rank, int64_t passes) const {
+    return token_addends_pay(blocks_, rank, type_, passes);
+  }
   void run(TokenPass pass) const {
     pass.tf32 = tf32_;
     launch_token_pass(pass, blocks_, type_, stream_);
@@ -345,8 +357,9 @@ struct Gpu {
     const ScalarType dtype = p.x.scalar_type();
     const Tensor A = as_contiguous(p.lora_A), B = as_contiguous(p.lora_B);
     const TokenRows rows(p, tf32);
-    const bool own_A = need.A && (branch.p > 0 || rows.addends_pay(p.rank));
-    const bool own_B = need.B && rows.addends_pay(p.rank);
+    // With dropout the BLAS needs drop(x), which is to be written and read.
+    const bool own_A = need.A && rows.addends_pay(p.rank, branch.p > 0 ? 2 : 1);
+    const bool own_B = need.B && rows.addends_pay(p.rank, 1);
     Gradients g{empty_if(need.x, p.x, {p.rows, p.in}, dtype),
                 need.weight ? product(transposed(dy), p.x) : none(p.x, dtype),
                 empty_if(need.bias, p.x, {p.out}, dtype),
@@ -388,7 +401,7 @@ struct Gpu {
       rows.run(of_x);
       rows.sum(g.A, of_A, p.in, p.rank, 1, true, false);
     } else if (need.A) {
-      g.A = task_outer_products(p, grad_S, p.x, 1);
+      g.A = task_outer_products(p, grad_S, kept_part(p, bits), 1);
     }
     if (own_B)
       rows.sum(g.B, of_B, p.out, p.rank, p.scaling, false, false);

@@ -15,6 +15,7 @@
 #include <algorithm>
 
 #include "../philox.h"
+#include "token_plan.h"
 #include "token_products.h"
 #include "token_rows.h"
 #include "tuning.h"
@@ -100,19 +101,31 @@ struct Pass {
   }
 
   // factor(j, column) of `matrix` for columns from column0 on, to [ranks, kColumns] or, where
-  // `for_expand`, to [kColumns, ranks]; 0 beyond either.
+  // `for_expand`, to [kColumns, ranks]; 0 beyond either. Several are on their way at once: a store
+  // in between would hold up the loads that follow it.
   __device__ void load_factor(const void* matrix, bool by_columns, int64_t columns, int64_t column0,
                               bool for_expand) const {
     const int rank = static_cast<int>(a.pass.rank);
     const T* factor = static_cast<const T*>(matrix) + place.task * rank * columns;
-    for (int i = static_cast<int>(threadIdx.x); i < Products::kRanks * kColumns; i += kThreads) {
-      const int j = by_columns ? i % Products::kRanks : i / kColumns;
-      const int c = by_columns ? i / Products::kRanks : i % kColumns;
-      T value{};
-      if (j < rank && column0 + c < columns)
-        value = by_columns ? factor[(column0 + c) * rank + j] : factor[j * columns + column0 + c];
-      shared.factor()[for_expand ? c * Shared::kRankPitch + j : j * Shared::kPitch + c] =
-          Products::rounded(value);
+    constexpr int kEach = Products::kRanks * kColumns / kThreads, kOnce = kEach < 8 ? kEach : 8;
+    static_assert(kEach % kOnce == 0);
+    const auto rank_of = [&](int i) { return by_columns ? i % Products::kRanks : i / kColumns; };
+    const auto column_of = [&](int i) { return by_columns ? i / Products::kRanks : i % kColumns; };
+#pragma unroll 1
+    for (int i0 = static_cast<int>(threadIdx.x); i0 < kEach * kThreads; i0 += kOnce * kThreads) {
+      T values[kOnce];
+#pragma unroll
+      for (int n = 0; n < kOnce; ++n) {
+        const int j = rank_of(i0 + n * kThreads), c = column_of(i0 + n * kThreads);
+        const int64_t at = by_columns ? (column0 + c) * rank + j : j * columns + column0 + c;
+        values[n] = j < rank && column0 + c < columns ? factor[at] : T{};
+      }
+#pragma unroll
+      for (int n = 0; n < kOnce; ++n) {
+        const int j = rank_of(i0 + n * kThreads), c = column_of(i0 + n * kThreads);
+        shared.factor()[for_expand ? c * Shared::kRankPitch + j : j * Shared::kPitch + c] =
+            Products::rounded(values[n]);
+      }
     }
   }
 
@@ -197,12 +210,33 @@ struct Pass {
     });
   }
 
+  // Of two neighbouring columns each lane sums some rows, two of every 2 * kGroups, which lie in
+  // other banks than those of other lanes; rows that are not there are 0.
   __device__ void add_sums(const T* tile, int64_t column0) const {
-    const int column = static_cast<int>(threadIdx.x);
-    if (column >= kColumns || column0 + column >= a.pass.columns) return;
-    S sum = 0;
-    for (int row = 0; row < rows; ++row) sum += widen(tile[row * Shared::kPitch + column]);
-    add(a.pass.sums, blockIdx.x * a.pass.columns + column0 + column, sum);
+    constexpr int kLanes = kColumns / 2 / (kThreads / 32), kGroups = 32 / kLanes;
+    static_assert(kRows % (2 * kGroups) == 0);
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    const int column = 2 * (warp * kLanes + lane % kLanes), group = lane / kLanes;
+    S sums[2] = {};
+#pragma unroll
+    for (int begin = 0; begin < kRows; begin += 2 * kGroups)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const T* two = tile + (begin + 2 * group + i) * Shared::kPitch + column;
+        Pack<T, 2> values;
+        if constexpr (Products::kAsync)  // whose rows are aligned in shared memory
+          values = load_pack<2>(two);
+        else
+          values = {{two[0], two[1]}};
+        sums[0] += widen(values.lane[0]), sums[1] += widen(values.lane[1]);
+      }
+#pragma unroll
+    for (int lanes = kLanes; lanes < 32; lanes *= 2)
+      for (int i = 0; i < 2; ++i) sums[i] += __shfl_xor_sync(0xFFFFFFFFu, sums[i], lanes);
+    if (group) return;
+    const int64_t first = blockIdx.x * a.pass.columns + column0 + column;
+    for (int i = 0; i < 2; ++i)
+      if (column0 + column + i < a.pass.columns) add(a.pass.sums, first + i, sums[i]);
   }
 
   // Starts to fill a buffer, or with nothing a group of copies.
@@ -402,17 +436,14 @@ int64_t tile_rows(Type type) { return type == Type::f64 ? 16 : 64; }
 }  // namespace
 
 TokenBlocks plan_token_blocks(const int64_t* task_ptr, int64_t tasks, Type type, int64_t rank) {
-  const int64_t rows = task_ptr[tasks], tile = tile_rows(type);
+  const int64_t rows = task_ptr[tasks];
   const int64_t wanted = tuned(Tuned::token_rows, bytes_of(type), rank).blocks;
-  TokenBlocks plan{tasks, rows, tile * std::max<int64_t>(rows / tile / wanted, 1), 0, 0};
+  const int64_t block_rows = token_block_rows(task_ptr, tasks, tile_rows(type), wanted);
   const int64_t each = rows / tasks;
   bool equal = each > 0;
-  for (int64_t t = 0; t < tasks; ++t) {
-    plan.blocks += ceil_div(task_ptr[t + 1] - task_ptr[t], plan.block_rows);
-    equal = equal && task_ptr[t + 1] - task_ptr[t] == each;
-  }
-  plan.rows_each = equal ? each : 0;
-  return plan;
+  for (int64_t t = 0; t < tasks; ++t) equal = equal && task_ptr[t + 1] - task_ptr[t] == each;
+  return {tasks, rows, block_rows, token_block_count(task_ptr, tasks, block_rows),
+          equal ? each : 0};
 }
 
 std::vector<int64_t> token_table(const TokenBlocks& plan, const int64_t* task_ptr) {

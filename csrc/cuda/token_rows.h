@@ -27,11 +27,11 @@ struct TokenBlocks {
 TokenBlocks plan_token_blocks(const int64_t* task_ptr, int64_t tasks, Type type, int64_t rank);
 std::vector<int64_t> token_table(const TokenBlocks& plan, const int64_t* task_ptr);
 
-// Whether the addends of outer products, written and read, take no more than another pass over the
-// rows; otherwise the BLAS, which has tiles to keep its sums in, had better make that pass.
-inline bool token_addends_pay(const TokenBlocks& plan, int64_t rank, Type type) {
+// Whether the addends of outer products, written and read, take no more than so many passes over
+// the rows; otherwise the BLAS, which has tiles to keep its sums in, had better make these passes.
+inline bool token_addends_pay(const TokenBlocks& plan, int64_t rank, Type type, int64_t passes) {
   const int64_t element = bytes_of(type), addend = std::max<int64_t>(element, 4);
-  return 2 * addend * plan.blocks * rank <= element * plan.rows;
+  return 2 * addend * plan.blocks * rank <= passes * element * plan.rows;
 }
 
 // One pass over `read` [M, columns], block by block. What is null is left out:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +37,11 @@ def usable(tensor: Tensor) -> bool:
 
 def autocasting(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Within, operators compute in the dtype of their inputs."""
+    return torch.autocast(device_type, enabled=False) if autocasting(device_type) else nullcontext()
 
 
 def autocast(tensor: Tensor) -> Tensor:

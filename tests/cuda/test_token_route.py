@@ -156,3 +156,45 @@ def test_what_is_launched_is_one_pass_forward_and_two_backward(
     )
     passes = ["token_kernel", "addmm", "token_kernel", "sum_token_kernel", "sum_token_kernel"]
     assert [name for name, _ in asked()] == passes
+
+
+def test_with_dropout_large_ranks_leave_lora_a_to_the_blas(
+    shim_operators: Any, asked: Callable[[], list[tuple[str, tuple[int, ...]]]]
+) -> None:
+    """Addends of many ranks would be more than two passes over x."""
+    given = problem((70, 70), 24, 40, 32, torch.float64)
+    grad_y, (x, weight, bias, *adapters) = given.pop("grad_y"), given.values()
+    task_ptr, settings = torch.tensor([0, 70, 140]), (0.7, 0.3, torch.tensor(3), False)
+    _, shrunk, kept = shim_operators.lora_linear_token(
+        x, weight, bias, *adapters, task_ptr, *settings
+    )
+    asked()
+    found = shim_operators.lora_linear_token_backward(
+        grad_y, x, weight, *adapters, task_ptr, shrunk, kept, *settings, *[True] * 5, None
+    )
+    names = [name for name, _ in asked()]
+    assert names.count("token_kernel") == 1 and names.count("kept_kernel") == 1
+    exact = reference.lora_linear_backward(grad_y, x, weight, *adapters, task_ptr, *settings[:3])
+    assert all(relative_error(a, b) < 1e-12 for a, b in zip(found, exact, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("out", [1, 7, 64, 130])
+def test_the_gradient_of_the_bias_is_summed_once_over_every_row(
+    shim_operators: Any, dtype: torch.dtype, tf32: bool, out: int
+) -> None:
+    given = problem((70, 0, 129), 16, out, 3, dtype)
+    grad_y, (x, weight, _, *adapters) = given.pop("grad_y"), given.values()
+    task_ptr = torch.tensor([0, 70, 70, 199])
+    shrunk, kept = x.new_zeros(199, 3), torch.empty(0, dtype=torch.uint8)
+    settings = (1.0, 0.0, None, tf32)
+    grads = [
+        shim_operators.lora_linear_token_backward(
+            *(grad_y, x, weight, *adapters, task_ptr, shrunk, kept, *settings),
+            *(False, False, True, False, False, None),
+        )[2]
+        for _ in range(2)
+    ]
+    assert torch.equal(*grads)
+    assert relative_error(grads[0], grad_y.double().sum(0)) < FLOOR[dtype]

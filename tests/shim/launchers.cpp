@@ -65,10 +65,32 @@ void check_dropout() {
       }
 }
 
+// Rows of whole eights and of others, more bits than columns, at aligned places and not.
+void check_kept() {
+  for (Type type : {Type::f64, Type::f32, Type::bf16, Type::f16})
+    for (int64_t columns : {1, 8, 70, 128})
+      for (int64_t shift : {0, 1}) {
+        const int64_t rows = 5, bytes = (columns + 63) / 64 * 8;
+        Array x = Array::random(type, rows * columns + shift), result(type, rows * columns);
+        std::vector<uint8_t> kept(static_cast<size_t>(rows * bytes));
+        for (uint8_t& byte : kept) byte = static_cast<uint8_t>(generator());
+        std::vector<double> wanted;
+        for (int64_t row = 0; row < rows; ++row)
+          for (int64_t c = 0; c < columns; ++c) {
+            const bool keeps = kept[static_cast<size_t>(row * bytes + c / 8)] >> (c % 8) & 1;
+            wanted.push_back(keeps ? x[row * columns + c + shift] : 0);
+          }
+        const char* first = static_cast<const char*>(x.data()) + shift * bytes_of(type);
+        launch_kept(result.data(), first, kept.data(), type, rows, columns, nullptr);
+        compare(std::string("kept ") + name_of(type), result, wanted, 0);
+      }
+}
+
 void dropout() {
   check_too_many_blocks();
   check_dropout_mask();
   check_dropout();
+  check_kept();
 }
 
 void task_ends() {

@@ -13,16 +13,19 @@ void add(Sum<Element>* __restrict sum, const Element* __restrict source, int64_t
   for (; i < n; ++i) sum[i] += value(source[i]);
 }
 
+// Columns go by within some rows, and not rows within some columns: memory is read in streams, and
+// not a page for every row.
 template <typename Element>
 void add_rows(double* __restrict sum, const Element* __restrict source, int64_t stride,
               int64_t groups, int64_t n) {
   using Real = Sum<Element>;
   constexpr int64_t kColumns = 64, kGroups = 32;
-  for (int64_t first = 0; first < n; first += kColumns) {
-    const int64_t columns = n - first < kColumns ? n - first : kColumns;
-    for (int64_t g = 0; g < groups;) {
-      const int64_t end = groups - g < kGroups ? groups : g + kGroups;
+  for (int64_t begin = 0; begin < groups; begin += kGroups) {
+    const int64_t end = groups - begin < kGroups ? groups : begin + kGroups;
+    for (int64_t first = 0; first < n; first += kColumns) {
+      const int64_t columns = n - first < kColumns ? n - first : kColumns;
       Real some[kColumns] = {};
+      int64_t g = begin;
       for (; g + 8 <= end; g += 8) {
         const Element* s0 = source + g * stride + first;
         const Element *s1 = s0 + stride, *s2 = s1 + stride, *s3 = s2 + stride;
