@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,8 @@ def _rates(cases: Sequence[Mapping[str, Any]]) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel(f"{one['work']['unit']} relative to the authors' schedule")
         title, _, rest = one["title"].partition(", ")
-        axes.set_title(f"{title}\n{rest}", loc="left", fontsize=14)
+        wrapped = textwrap.fill(rest, 40)  # as wide as the bars
+        axes.set_title(f"{title}\n{wrapped}", loc="left", fontsize=14)
     return fig
 
 

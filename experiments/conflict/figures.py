@@ -36,23 +36,24 @@ def draw(run: RunFiles) -> list[Path]:
 def _dial(run: RunFiles, lines: list[Line]) -> Path:
     """Draws accuracy over the share of flipped labels, a panel for each pairs and inputs."""
     shots = [str(n) for n in run.manifest["settings"]["shots"]]
-    middle = shots[len(shots) // 2]
-    lines = [line for line in lines if line["shots"] == middle]
+    fewest = min(shots, key=int)
+    lines = [line for line in lines if line["shots"] == fewest]
     shares = sorted({line["flipped"] for line in lines}, key=float)
     found = {_panel(line) for line in lines}
     kinds = [(pairs, inputs) for pairs in PAIRS for inputs in CHANGES if (pairs, inputs) in found]
     fig, axes = plt.subplots(
-        1, len(kinds), figsize=(1.2 + 5.4 * len(kinds), 5.6), sharey=True, squeeze=False
+        1, len(kinds), figsize=(max(9.6, 1.2 + 5.4 * len(kinds)), 5.8), sharey=True, squeeze=False
     )
     for ax, kind in zip(axes[0], kinds, strict=True):
         of_kind = [line for line in lines if _panel(line) == kind]
         accuracy_figures.over(ax, of_kind, "flipped", shares, "value")
         ax.set_xticks(range(len(shares)), [_percent(share) for share in shares])
         ax.set_xlabel("tasks with flipped labels")
-        ax.set_title("\n".join(_titles(kind)))
+        if len(kinds) > 1:
+            ax.set_title("\n".join(_titles(kind)))
     axes[0][0].set_ylabel("accuracy on unseen tasks (%)")
     fig.suptitle(
-        f"{middle} images of each unseen task; {accuracy_figures.shown_of(lines)}",
+        f"{fewest} images of each unseen task; {accuracy_figures.shown_of(lines)}",
         fontsize=14,
     )
     plotting.legend_below(fig, axes[0][0])

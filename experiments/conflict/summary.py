@@ -87,10 +87,13 @@ def results_tables(rows: Iterable[Mapping[str, str]]) -> dict[str, Table]:
     """Returns the tables for the documentation: unseen tasks, and the retraining tasks.
 
     Of the unseen tasks there is one with all numbers of images, and one for each, ``10-images``.
+    Dials that stand still have no column.
     """
     rows = list(rows)
     what = "Held-out accuracy of {} in %, mean (standard error) over the trials"
-    dials = {"pairs": "pairs", "inputs": "inputs", "flipped": "flipped labels"}
+    rows.sort(key=lambda row: float(row["flipped"]))
+    titles = {"pairs": "pairs", "inputs": "inputs", "flipped": "flipped labels"}
+    dials = {k: title for k, title in titles.items() if len({row[k] for row in rows}) > 1}
     if any(row["retrain_lr"] for row in rows):
         grid = {"batch_size": "batch", "retrain_lr": "learning rate"}
         means = "the validation tasks, over all settings, fine-tunings and numbers of images"

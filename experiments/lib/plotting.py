@@ -44,7 +44,7 @@ MARKERS = {
 }
 LABELS = {
     "lora-ml": "LoRA-ML",
-    "lora-ml-heads": "LoRA-ML, own heads",
+    "lora-ml-heads": "LoRA-ML, a head per task",
     "last-layer-ml": "Last-Layer-ML",
     "standard": "Standard",
     "standard-equal-steps": "Standard, equal steps",

@@ -52,7 +52,7 @@ def _draw_sweep(
         _panel(axis, point, curves)
         axis.set_title(f"{point.vary} = {point.value:,}", y=1.0)
         axis.set_xlabel("fine-tuning step")
-    axes[0].set_ylabel(f"{ERROR}, summed over n samples")
+    axes[0].set_ylabel(f"{ERROR},\nsummed over n samples")
     title = f"Linear model: error on the test task, varying the {MEANINGS[vary]}"
     title_and_legend(fig, title, shown)
     fig.subplots_adjust(left=0.08, right=0.98, top=0.84, bottom=0.22, wspace=0.12)
