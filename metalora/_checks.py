@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
+import reprlib
 import sys
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -26,8 +29,20 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its class where there is none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, or the name of its class where there is none.
+
+    It has at most 500 characters.
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
+
+
+def short(value: Any) -> str:
+    """``repr`` on one line, however long or deep the value is."""
+    return _REPR.repr(value)
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200
 
 
 # Numbers and choices. Each check returns the value that it accepts.
@@ -60,16 +75,24 @@ def check_nonnegative(function: str, argument: str, value: Any) -> float:
 def check_count(
     function: str, argument: str, value: Any, minimum: int = 1, maximum: int | None = None
 ) -> int:
-    """An int >= ``minimum`` and, unless None, <= ``maximum``.
+    """An int >= ``minimum`` and, unless None, <= ``maximum``, returned as an int.
+
+    NumPy's integers and tensors of one count as ints.
 
     Raises:
         TypeError, ValueError: if it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"{function}: {argument} must be an int >= {minimum}, got {type(value).__name__} "
-            f"{value!r}"
-        )
+    if type(value) is not int:
+        try:
+            number = None if _is_bool(value) else operator.index(value)
+        except TypeError:
+            number = None
+        if number is None:
+            raise TypeError(
+                f"{function}: {argument} must be an int >= {minimum}, got {type(value).__name__} "
+                f"{value!r}"
+            )
+        value = number
     if value < minimum:
         raise ValueError(f"{function}: {argument} must be an int >= {minimum}, got {value}")
     if maximum is not None and value > maximum:
@@ -84,6 +107,19 @@ def check_choice(function: str, argument: str, value: Any, choices: Iterable[str
         hint = did_you_mean(str(value), choices)
         raise ValueError(f"{function}: {argument} must be one of {choices}, got {value!r}{hint}")
     return str(value)
+
+
+def check_probability(function: str, argument: str, p: float) -> float:
+    """A number p with 0 <= p < 1, returned as a float.
+
+    Raises:
+        TypeError, ValueError: if it is not.
+    """
+    if isinstance(p, bool) or not isinstance(p, (int, float, Real)):
+        raise TypeError(f"{function}: {argument} must be a number in [0, 1), got {p!r}")
+    if not 0 <= p < 1:
+        raise ValueError(f"{function}: {argument} must be in [0, 1), got {p!r}")
+    return float(p)
 
 
 def check_matrix_rank(
@@ -105,8 +141,12 @@ def check_scaling(function: str, scaling: Any) -> float:
     return float(scaling)
 
 
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool
+
+
 def _finite_number(function: str, argument: str, value: Any, wanted: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(
             f"{function}: {argument} must be {wanted}, got {type(value).__name__} {value!r}"
         )
@@ -155,8 +195,9 @@ def check_float(function: str, argument: str, value: Any) -> Tensor:
 def check_constant(
     function: str, argument: str, value: Any, like: str = "", other: Tensor | None = None
 ) -> Tensor:
-    """A float32 or float64 tensor that needs no gradient, if ``other`` is given as in `check_like`.
+    """A float32 or float64 tensor that does not require grad.
 
+    With ``other``, also checked by `check_like`.
     For the linear model and the shallow network, whose functions are not differentiable.
     """
     check_tensor(function, argument, value)

@@ -71,8 +71,12 @@ def read_tensors(path: Path, function: str) -> tuple[dict[str, Tensor], dict[str
         ImportError: if safetensors is not installed; the message begins with ``function``.
         Exception: of any kind, if the file cannot be read or is damaged.
     """
+    return parse_tensors(path.read_bytes(), function)
+
+
+def parse_tensors(data: bytes, function: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `read_tensors` returns, of the bytes of a file."""
     safetensors = safetensors_torch(function)
-    data = path.read_bytes()
     tensors = safetensors.load(data)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return dict(sorted(tensors.items())), header.get("__metadata__", {})

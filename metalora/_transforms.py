@@ -8,6 +8,11 @@ from torch.autograd import forward_ad
 from metalora._library import constant_when_compiled
 
 
+def faking() -> bool:
+    """Whether tensors are made without values here, under FakeTensorMode."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 @constant_when_compiled
 def transformed() -> bool:
     """Whether `torch.func` transforms what is computed here, or forward-mode derivatives are taken.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from typing import Any
 
-from metalora._checks import check_choice, check_count, check_nonnegative, check_positive
+from metalora._checks import check_choice, check_count, check_positive, check_probability, short
 from metalora.ops import ROUTES
 
 
@@ -25,10 +24,11 @@ class LoRAConfig:
             whole name matches; or names, of which one is the module's name or its last parts
             (``"query"`` or ``"attention.query"`` for ``"layer.0.attention.query"``).
             "all-linear" leaves out the heads, and what ``model.get_output_embeddings()`` returns.
-        exclude_modules: regular expression or names, in the same form: never with an adapter. They
-            must match something too.
-        heads: names, in the same form, of the layers that exist once per task: nn.Linear, or
-            nn.Embedding. Naming a module that holds linear layers makes heads of them all.
+        exclude_modules: regular expression or names, in the same form: never with an adapter, and
+            no head. An entry that matches no module is an error.
+        heads: names of the layers that exist once per task: nn.Linear, or nn.Embedding. A module's
+            whole name means that module alone; any other name means all whose last parts it is.
+            Naming a module that holds linear layers makes heads of them all.
         symmetric: whether the adapters are U_t U_tᵀ instead of B_t A_t; for square layers.
         route, keep_merged: how the layers compute, see `metalora.ops.lora_linear`.
 
@@ -48,11 +48,13 @@ class LoRAConfig:
     keep_merged: bool = False
 
     def __post_init__(self) -> None:
-        check_count("LoRAConfig", "rank", self.rank)
+        numbers: dict[str, Any] = {"rank": check_count("LoRAConfig", "rank", self.rank)}
         if self.alpha is not None:
-            check_positive("LoRAConfig", "alpha", self.alpha)
-        if check_nonnegative("LoRAConfig", "dropout", self.dropout) >= 1:
-            raise ValueError(f"LoRAConfig: dropout must be >= 0 and < 1, got {self.dropout}")
+            numbers["alpha"] = check_positive("LoRAConfig", "alpha", self.alpha)
+        numbers["dropout"] = check_probability("LoRAConfig", "dropout", self.dropout)
+        for name, number in numbers.items():
+            if type(getattr(self, name)) not in (int, float):  # but of NumPy, as accepted
+                object.__setattr__(self, name, number)
         if self.symmetric and self.dropout > 0:
             raise ValueError("LoRAConfig: symmetric adapters have no dropout; set dropout=0")
         check_choice("LoRAConfig", "route", self.route, ROUTES)
@@ -113,16 +115,9 @@ def check_peft_fields(
             default = field.default_factory()
         if values[name] != default:
             raise ValueError(
-                f"{where}: peft.LoraConfig field {name}={shown(values[name])} is not supported by "
+                f"{where}: peft.LoraConfig field {name}={short(values[name])} is not supported by "
                 f"metalora; leave it at {default!r}"
             )
-
-
-def shown(value: Any) -> str:
-    """``repr(value)`` for an error message: what is long or deeply nested is cut."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 200
-    return short.repr(value)
 
 
 def _from_peft(config: Any) -> LoRAConfig:

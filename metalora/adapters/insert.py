@@ -10,6 +10,7 @@ from torch import nn
 from metalora._checks import check_count, check_module
 from metalora.adapters.config import LoRAConfig, as_lora_config
 from metalora.adapters.fused_paths import check_batch_first, close_fused_paths
+from metalora.adapters.known_models import check_sample_order, check_without_peft
 from metalora.adapters.select import check_fan_in_fan_out, check_linear_alone, select
 from metalora.adapters.state import adapted_layers
 from metalora.nn import (
@@ -54,8 +55,9 @@ def adapt(
             "adapt: the model must not be wrapped in DistributedDataParallel, which would not know "
             "the adapters; adapt the model first, then wrap it"
         )
+    check_without_peft(model)
     config = as_lora_config(lora_config)
-    check_count("adapt", "num_tasks", num_tasks)
+    num_tasks = check_count("adapt", "num_tasks", num_tasks)
     held = num_tasks if tasks is None else len(tasks)
     for name, layer in adapted_layers(model).items():
         if layer.num_tasks != held:
@@ -69,7 +71,9 @@ def adapt(
         check_fan_in_fan_out(lora_config, selection)
     places = [names for _, names in selection.targets + selection.heads]
     if num_tasks > 1:
-        check_batch_first(model, [name for names in places for name in names])
+        names_of_all = [name for names in places for name in names]
+        check_batch_first(model, names_of_all)
+        check_sample_order(model, names_of_all)
     layers = [
         _holding(tasks, _adapter_on(linear, names[0], config, num_tasks))
         for linear, names in selection.targets

@@ -12,6 +12,7 @@ from torch import nn
 from metalora._checks import did_you_mean
 from metalora._warn import warn_user
 from metalora.adapters.config import LoRAConfig
+from metalora.adapters.known_models import reader_of_weight
 from metalora.nn import TaskLayer
 from metalora.nn.plain import features_of, is_conv1d, is_linear
 
@@ -32,8 +33,9 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     _check_not_quantised(modules)
-    head_names = _find_heads(modules, config.heads)
-    target_names = _find_targets(model, modules, config, head_names)
+    excluded = _matches("exclude_modules", config.exclude_modules, modules)
+    head_names = _find_heads(modules, config.heads, excluded)
+    target_names = _find_targets(model, modules, config, {*head_names, *excluded})
     if not target_names and not head_names:
         raise ValueError(
             "adapt: nothing to adapt: target_modules and heads match no linear layer of the model"
@@ -83,19 +85,28 @@ def check_fan_in_fan_out(config: Any, selection: Selection) -> None:
         )
 
 
-def _find_heads(modules: dict[str, nn.Module], wanted: Sequence[str]) -> list[str]:
+def _find_heads(
+    modules: dict[str, nn.Module], wanted: Sequence[str], excluded: list[str]
+) -> list[str]:
+    """The layers that the names mean; a module's whole name means that module alone."""
     found = []
     for name in wanted:
-        matches = [full for full in modules if _named(full, name)]
+        matches = [name] if name in modules else [full for full in modules if _named(full, name)]
         if not matches:
             raise _unknown("heads", name, modules)
+        matches = [match for match in matches if match not in excluded]
+        if not matches:
+            raise ValueError(
+                f"adapt: heads: exclude_modules leaves nothing of {name!r}; leave it out of one of "
+                "the two"
+            )
         for match in matches:
             inside = [full for full in modules if full == match or full.startswith(f"{match}.")]
             layers = [full for full in inside if isinstance(modules[full], nn.Linear)]
             if isinstance(modules[match], nn.Embedding):
                 layers = [match]
             _check_nothing_else(modules, match, layers)
-            found += layers
+            found += [layer for layer in layers if layer not in excluded]
     for name in found:
         module = modules[name]
         if isinstance(module, nn.Embedding):
@@ -129,9 +140,8 @@ def _check_nothing_else(modules: dict[str, nn.Module], head: str, linears: list[
 
 
 def _find_targets(
-    model: nn.Module, modules: dict[str, nn.Module], config: LoRAConfig, heads: list[str]
+    model: nn.Module, modules: dict[str, nn.Module], config: LoRAConfig, excluded: set[str]
 ) -> list[str]:
-    excluded = {*heads, *_matches("exclude_modules", config.exclude_modules, modules)}
     if config.target_modules == "all-linear":
         excluded |= _output_embedding(model, modules)
         return _all_linear(modules, excluded, config.symmetric)
@@ -177,6 +187,8 @@ def _obstacle(modules: dict[str, nn.Module], name: str, symmetric: bool = False)
         return "it has one already; metalora.unload(model) takes adapters out"
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight and never calls it"
+    if reader := reader_of_weight(modules, name):
+        return f"{reader} reads its weight"
     if type(module) is not nn.Linear and not is_conv1d(module):
         return f"it is a {type(module).__name__}, not an nn.Linear"
     if isinstance(module.weight, nn.parameter.UninitializedParameter):

@@ -37,6 +37,33 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def load_base_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads what `base_state_dict` returned, or the plain model's ``state_dict``.
+
+    Adapters stay as they are; a head is given to every task.
+
+    Raises:
+        ValueError: if ``model`` is not adapted, or names or shapes differ; nothing is changed then.
+    """
+    name = "load_base_state_dict"
+    mine = base_state_dict(check_adapted(name, model))
+    for key in state:
+        if key not in mine:
+            raise ValueError(f"{name}: the plain model has no {key!r}{did_you_mean(key, mine)}")
+    whole = dict(model.state_dict())
+    for key, tensor in mine.items():
+        if key not in state:
+            raise ValueError(f"{name}: {key!r} is missing from state")
+        given = state[key]
+        if isinstance(tensor, Tensor) and isinstance(given, Tensor):  # and no extra state
+            if given.shape != tensor.shape:
+                wanted, got = list(tensor.shape), list(given.shape)
+                raise ValueError(f"{name}: {key!r} must be {wanted}, got {got}")
+            given = given.expand_as(whole[key])
+        whole[key] = given
+    model.load_state_dict(whole)
+
+
 def task_state_dict(model: nn.Module, task: int) -> dict[str, Tensor]:
     """What task ``task`` has of its own, copied: per layer lora_A [r, in] and lora_B [out, r] (or
     lora_U [d, k]), per head weight [out, in] and bias [out].

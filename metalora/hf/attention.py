@@ -79,11 +79,6 @@ class Packing:
         shift = torch.repeat_interleave(shift, counts, output_size=len(tokens))
         return cls(to_device(ends.int(), device), max(lengths), tuple(blocks), tokens + shift)
 
-    @property
-    def firsts(self) -> Tensor:
-        """int32 [S]: where each sequence has its first token."""
-        return self.ends[:-1]
-
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on ``device``, made without waiting on the host."""

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from metalora._checks import check_count
+from metalora._checks import check_count, short
 from metalora.meta import RoundLoader
 
 Feature = Mapping[str, Any]
+_NUMBER = "number the tasks, as in numbers = {name: i for i, name in enumerate(sorted(set(names)))}"
 
 
 class TaskCollator:
@@ -33,7 +34,8 @@ class TaskCollator:
             and the first waits for a GPU.
 
     Raises:
-        ValueError: if a feature has no task, or the batch is of several rounds of `TaskRounds`.
+        ValueError: if a feature has no task, or one that is no number, or the batch is of several
+            rounds of `TaskRounds`.
     """
 
     def __init__(
@@ -75,7 +77,13 @@ class TaskCollator:
                 f"TaskCollator: features must have {self.key!r}, got {sorted(feature)}; name it "
                 "with key=, and with transformers.Trainer set remove_unused_columns=False"
             )
-        task = int(feature[self.key])
+        given = feature[self.key]
+        try:
+            task = int(given)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"TaskCollator: {self.key!r} must be a number from 0, got {short(given)}; {_NUMBER}"
+            ) from None
         if task < 0:
             raise ValueError(f"TaskCollator: {self.key!r} must be >= 0, got {task}")
         return task
@@ -101,7 +109,8 @@ class TaskRounds(Dataset[list[Any]]):
             every task is in every round.
 
     Raises:
-        ValueError: if lengths differ, a task has no samples, or a number is outside its range.
+        ValueError: if lengths differ, a task has no samples or no number, or a number is outside
+            its range.
     """
 
     def __init__(
@@ -114,7 +123,12 @@ class TaskRounds(Dataset[list[Any]]):
         shuffle: bool = True,
         max_rounds: int | None = None,
     ) -> None:
-        ids = torch.as_tensor(task_ids)
+        try:
+            ids = torch.as_tensor(task_ids)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"TaskRounds: task_ids must be numbers from 0, got {short(task_ids)}; {_NUMBER}"
+            ) from None
         if len(dataset) != len(ids):
             raise ValueError(
                 f"TaskRounds: dataset and task_ids must have the same length, got {len(dataset)} "

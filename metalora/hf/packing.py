@@ -110,6 +110,11 @@ def _enable(model: nn.Module) -> None:
         )
     if _HANDLES in inner.__dict__:
         return
+    if getattr(inner.config, "vocab_size", None) is None:
+        raise ValueError(
+            f"enable_packing: {type(inner).__name__} is no model of token sequences: its "
+            "configuration has no vocab_size"
+        )
     if not inner._can_set_attn_implementation():
         raise ValueError(
             f"enable_packing: {type(inner).__name__} has an attention of its own, not transformers'"
@@ -194,7 +199,7 @@ class _FirstTokens:
 
 
 def _pick(hidden: Tensor, packing: Packing) -> Tensor:
-    return hidden[0].index_select(0, packing.firsts)[:, None]
+    return hidden[0].index_select(0, packing.ends[:-1])[:, None]
 
 
 def _difference(model: nn.Module) -> str | None:

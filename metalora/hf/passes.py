@@ -13,6 +13,7 @@ from metalora.hf.attention import Packing, to_device
 from metalora.hf.sequences import Sequences
 from metalora.meta.causal import IGNORED
 from metalora.meta.data import Batch
+from metalora.nn.task_batch import with_parts
 
 
 class SequencePasses:
@@ -72,7 +73,7 @@ class SequencePasses:
             yield Batch(
                 self._packed(samples[rows]) if self.packed else self._padded(samples[rows]),
                 self._take(batch.targets, rows),
-                ids[rows],
+                with_parts(ids[rows], lengths.shape[1]),
                 tuple(torch.bincount(ids[rows]).tolist()),
                 lengths=tuple(lengths[rows].sum(1).tolist()) if self.packed else None,
                 weights=None if weights is None else self._take(weights, rows),

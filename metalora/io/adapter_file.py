@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metalora._checks import did_you_mean, first_line
+from metalora._checks import did_you_mean, first_line, short
 from metalora._files import read_tensors
-from metalora.adapters.config import shown
 from metalora.io.config_file import read_settings
 from metalora.io.folder import CONFIG, PREFIX, WEIGHTS, PeftFolderError, restore
 from metalora.nn.plain import is_conv1d, is_linear
@@ -91,12 +90,12 @@ def _parts(folder: Path, key: str, tensor: Tensor) -> tuple[str, str, str | None
     factor = re.fullmatch(r"(.+)\.(lora_[AB])", module) if parameter == "weight" else None
     if name == key or not module or (factor and tensor.dim() != 2):
         raise PeftFolderError(
-            f"import_peft: {folder / WEIGHTS} has {shown(key)} of shape {list(tensor.shape)}, "
+            f"import_peft: {folder / WEIGHTS} has {short(key)} of shape {list(tensor.shape)}, "
             "which is no part of a LoRA adapter"
         )
     if tensor.dtype not in _DTYPES:
         raise PeftFolderError(
-            f"import_peft: {folder / WEIGHTS} has {shown(key)} of {tensor.dtype}; the tensors of "
+            f"import_peft: {folder / WEIGHTS} has {short(key)} of {tensor.dtype}; the tensors of "
             "an adapter must be floating-point"
         )
     return (factor[1], parameter, factor[2]) if factor else (module, parameter, None)
@@ -138,5 +137,5 @@ def _check_names(folder: Path, model: nn.Module, layers: list[str], heads: list[
             if name not in known:
                 raise PeftFolderError(
                     f"import_peft: {folder} is for another base: it has an adapter for "
-                    f"{shown(name)}, which is no {what} of the model{did_you_mean(name, known)}"
+                    f"{short(name)}, which is no {what} of the model{did_you_mean(name, known)}"
                 )

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from metalora._checks import check_count, check_nonnegative, check_positive
-from metalora.adapters.config import check_peft_fields, shown
+from metalora._checks import check_count, check_positive, check_probability, short
+from metalora.adapters.config import check_peft_fields
 from metalora.io.folder import CONFIG, PeftFolderError
 from metalora.io.patterns import PatternError, first_matches
 
@@ -47,7 +47,7 @@ class Settings:
         try:
             places = first_matches(tuple(patterns), names)
         except PatternError as error:
-            pattern = shown(list(patterns)[error.place])
+            pattern = short(list(patterns)[error.place])
             raise PeftFolderError(f"import_peft: {self.path}: {field}: {pattern} {error}") from None
         values = [*patterns.values()]
         chosen = [otherwise if place is None else values[place] for place in places]
@@ -65,12 +65,12 @@ def read_settings(peft: Any, folder: Path) -> Settings:
     values = _read(path)
     kind = values.get("peft_type") if isinstance(values, dict) else values
     if kind != "LORA":
-        raise PeftFolderError(f"import_peft: {path} must have peft_type 'LORA', got {shown(kind)}")
+        raise PeftFolderError(f"import_peft: {path} must have peft_type 'LORA', got {short(kind)}")
     known = {f.name for f in fields(peft.LoraConfig)}
     unknown = [name for name, value in values.items() if value and name not in known]
     if unknown:
         raise PeftFolderError(
-            f"import_peft: {path} has the field {shown(unknown[0])}, which peft {peft.__version__} "
+            f"import_peft: {path} has the field {short(unknown[0])}, which peft {peft.__version__} "
             "does not know; upgrade peft"
         )
     try:
@@ -105,15 +105,12 @@ def _parse(path: Path, kind: Any, values: dict[str, Any]) -> Settings:
         ignored = _READ_HERE | {"init_lora_weights"}
     check_peft_fields(where, kind, values, ignored)
     given = {f.name: values.get(f.name, f.default) for f in fields(kind)}
-    dropout = check_nonnegative(where, "lora_dropout", given["lora_dropout"])
-    if dropout >= 1:
-        raise ValueError(f"{where}: lora_dropout must be >= 0 and < 1, got {dropout}")
     return Settings(
         path=path,
         base=given["base_model_name_or_path"],
         rank=check_count(where, "r", given["r"]),
         alpha=check_positive(where, "lora_alpha", given["lora_alpha"]),
-        dropout=dropout,
+        dropout=check_probability(where, "lora_dropout", given["lora_dropout"]),
         use_rslora=given["use_rslora"],
         fan_in_fan_out=given["fan_in_fan_out"],
         rank_pattern=_patterns(where, "rank_pattern", values, _INTEGER, check_count),
@@ -130,7 +127,7 @@ def _patterns(
 ) -> dict[str, Any]:
     found = {}
     for key, value in (values.get(field) or {}).items():
-        name = f"{field}[{shown(key)}]"
+        name = f"{field}[{short(key)}]"
         wanted.check(where, name, value)
         found[key] = check(where, name, value)
     return found
@@ -146,7 +143,7 @@ class _Type:
     def check(self, where: str, name: str, value: Any) -> None:
         """Raises TypeError if ``value`` is of another type."""
         if not self.accepts(value):
-            raise TypeError(f"{where}: {name} must be {self.words}, got {shown(value)}")
+            raise TypeError(f"{where}: {name} must be {self.words}, got {short(value)}")
 
 
 def _is_list_of(kind: type, value: Any) -> bool:

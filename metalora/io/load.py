@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from metalora._checks import check_module
+from metalora._checks import check_module, short
 from metalora._optional import require
 from metalora.adapters import LoRAConfig, adapt, load_task_state_dict
-from metalora.adapters.config import shown
 from metalora.adapters.state import check_plain
 from metalora.io.adapter_file import Adapter, read_adapter
 from metalora.io.folder import PeftFolderError
@@ -62,7 +61,7 @@ def _paths(folders: Any) -> list[Path]:
     given = [folders] if isinstance(folders, str | Path) else folders
     if not isinstance(given, Sequence) or not all(isinstance(f, str | Path) for f in given):
         raise TypeError(
-            f"import_peft: folders must be a folder or a list of folders, got {shown(folders)}"
+            f"import_peft: folders must be a folder or a list of folders, got {short(folders)}"
         )
     if not given:
         raise ValueError("import_peft: folders must hold at least one folder, got none")

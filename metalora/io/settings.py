@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from metalora._checks import first_line
 from metalora.io.folder import PREFIX
 from metalora.io.twin import twin_of
 from metalora.nn import TaskLayer
@@ -82,8 +83,9 @@ def ask_peft(peft: Any, plain: nn.Module, settings: Any) -> tuple[set[str], list
     try:
         theirs = peft.get_peft_model(twin_of(plain, empty=True), settings, low_cpu_mem_usage=True)
     except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"export_peft: peft does not take these adapters: {reason}") from error
+        raise ValueError(
+            f"export_peft: peft does not take these adapters: {first_line(error)}"
+        ) from error
     wanted = set(peft.get_peft_model_state_dict(theirs, save_embedding_layers=False))
     saved = list(dict.fromkeys(settings.modules_to_save))
     return wanted, [name for name in saved if not _lies_in(name, saved)] or None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -48,6 +49,10 @@ def causal_lm_losses(
     is predicted from the tokens before it, so the first of a sequence is never used. Losses that
     a model adds to this one, such as those of routers, are left out.
 
+    The decoder and the output layer are called by themselves, so what acts in the ``forward`` of a
+    wrapper does not act here. In a loop of one's own with DistributedDataParallel, wrap a module
+    whose ``forward`` calls this function on the model.
+
     Example:
         ``lora_ml(model, rounds, config, lora, forward=causal_lm_losses, loss=mean_token_loss)``
 
@@ -60,7 +65,8 @@ def causal_lm_losses(
     Raises:
         ValueError: if there are no labels, or the logits of ``model`` are not its output layer
             applied to what its decoder returns (a cap on them as in Gemma is known), which is tried
-            once for each model; or if it is compiled, as its decoder is called alone.
+            once for each model; or if it is compiled, or wrapped in DistributedDataParallel, whose
+            own ``forward`` would not be called.
     """
     if "labels" not in inputs:
         raise ValueError(f"causal_lm_losses: inputs must have 'labels', got {sorted(inputs)}")
@@ -265,14 +271,12 @@ _tried: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module, float | None]:
     """The decoder, the output layer and the cap on the logits of a model, tried once."""
-    if model._compiled_call_impl is not None:
-        raise ValueError(
-            "causal_lm_losses: the model is compiled, but its decoder is called alone; compile "
-            "that one instead, as in model.base_model.compile()"
-        )
-    inner: Any = next(
-        (m for m in model.modules() if hasattr(type(m), "get_output_embeddings")), None
-    )
+    inner: Any = None
+    for module in model.modules():  # the wrappers come first
+        _check_called(module)
+        if hasattr(type(module), "get_output_embeddings"):
+            inner = module
+            break
     head = None if inner is None else inner.get_output_embeddings()
     if head is None or inner.base_model is inner or inner.config.is_encoder_decoder:
         raise ValueError(
@@ -284,6 +288,23 @@ def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module, float | None]:
         _try(inner, head, softcap)
         _tried.add(inner)
     return inner.base_model, head, softcap
+
+
+def _check_called(module: nn.Module) -> None:
+    """Refuses a module whose own call, which is left out here, does what is needed."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "causal_lm_losses: DistributedDataParallel must not be around the model, as its "
+            "forward, which is not called, prepares the exchange of gradients; put it around a "
+            "module whose forward calls causal_lm_losses"
+        )
+    dynamo = sys.modules.get("torch._dynamo")  # imported by torch.compile alone
+    wrapped = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+    if wrapped or module._compiled_call_impl is not None:
+        raise ValueError(
+            "causal_lm_losses: the model is compiled, but its decoder is called alone; compile "
+            "that one instead, as in model.base_model.compile()"
+        )
 
 
 def _try(inner: Any, head: nn.Module, softcap: float | None) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metalora._checks import check_count, check_nonnegative
-from metalora._files import read_tensors, remove_partials, replacing, safetensors_torch
+from metalora._checks import check_count, check_nonnegative, first_line, short
+from metalora._files import parse_tensors, remove_partials, replacing, safetensors_torch
 from metalora._warn import warn_user
 from metalora.adapters import adapted_layers
 from metalora.meta.identity import (
@@ -24,10 +24,10 @@ from metalora.meta.identity import (
     differences,
     digest_of_tensors,
     shapes_of,
-    short,
 )
+from metalora.meta.optimizer import NAMED
 from metalora.meta.seeds import random_state
-from metalora.meta.shards import Shard, join, split
+from metalora.meta.shards import Shard, beginning, join, split
 from metalora.meta.stacked_steps import TASKS_WITH_STATE
 from metalora.meta.steps import check_finite
 from metalora.meta.task_optimizer import TaskOptimizer
@@ -50,9 +50,7 @@ _VALUES = {
 }
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
 _STATES: dict[type, tuple[str, ...]] = {
-    torch.optim.Adam: _ADAM,
-    torch.optim.AdamW: _ADAM,
-    torch.optim.SGD: (),
+    kind: () if kind is torch.optim.SGD else _ADAM for kind in NAMED.values()
 }
 """The state that these optimisers, as metalora makes them, keep of each parameter."""
 
@@ -114,7 +112,7 @@ class Checkpoint(Callback):
         self.path, self.resume = Path(path), resume
         self.min_seconds = check_nonnegative("Checkpoint", "min_seconds", min_seconds)
         if every_steps is not None:
-            check_count("Checkpoint", "every_steps", every_steps)
+            every_steps = check_count("Checkpoint", "every_steps", every_steps)
         self.every_steps = every_steps
         self._identity: dict[str, Any] = {}
 
@@ -194,8 +192,7 @@ class Checkpoint(Callback):
         entry: dict[str, Any] = {"file": name, "tasks": processes.tasks}
         with _in_all_processes(training):
             if processes.tasks:
-                write(self.path.with_name(name), own, {"tasks": processes.tasks})
-                data = self.path.with_name(name).read_bytes()
+                data = write(self.path.with_name(name), own, {"tasks": processes.tasks})
                 entry["sha256"] = hashlib.sha256(data).hexdigest()
         entries = map(json.loads, processes.gather_text(json.dumps(entry), training.device))
         return [found for found in entries if found["tasks"]]
@@ -235,13 +232,19 @@ def _in_all_processes(training: Training) -> Iterator[None]:
             raise CheckpointError(text)
 
 
-def write(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+def write(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> bytes:
     """Writes tensors and JSON values to ``path``, whole or not at all.
+
+    Returns:
+        What the file holds.
 
     Raises:
         CheckpointError: if that fails; an older file is then still there.
     """
-    kept = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    # Copies, as some tensors share memory, which safetensors refuses.
+    kept = {
+        name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for name, t in tensors.items()
+    }
     text = json.dumps({"format": _FORMAT, **values})
     metadata = {"metalora": text, "sha256": _digest(kept, text)}
     data = safetensors_torch("Checkpoint").save(kept, metadata=metadata)
@@ -252,16 +255,22 @@ def write(path: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> Non
         raise CheckpointError(
             f"Checkpoint: {path} could not be written ({error}); what was there is unchanged"
         ) from error
+    return data
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: Path, data: bytes | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads what `write` wrote.
+
+    Args:
+        path: the file.
+        data: what it holds, if that has been read already.
 
     Raises:
         CheckpointError: if the file is damaged or something else.
     """
     try:
-        tensors, metadata = read_tensors(path, "Checkpoint")
+        data = path.read_bytes() if data is None else data
+        tensors, metadata = parse_tensors(data, "Checkpoint")
         if "metalora" not in metadata:
             raise CheckpointError(f"Checkpoint: {path} is no checkpoint of metalora")
         if _digest(tensors, metadata["metalora"]) != metadata.get("sha256"):
@@ -282,7 +291,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"Checkpoint: {path} is damaged or no checkpoint: {_one_line(error)}")
+    return CheckpointError(f"Checkpoint: {path} is damaged or no checkpoint: {first_line(error)}")
 
 
 def _collect(
@@ -326,7 +335,7 @@ def _checked(path: Path, training: Training, identity: dict[str, Any]) -> Callab
     if values["shards"] or training.distribution.by_task:
         _check_same(path, "the training", saved, identity)
         tensors |= join(training, _read_shards(path, values["shards"]))
-    model = _part(tensors, "model.")
+    model = beginning("model.", tensors)
     _check_same(path, "the model", shapes_of(model), shapes_of(training.model.state_dict()))
     _check_same(path, "the adapters", values["layers"], _layers(training))
     _check_same(path, "the training", saved, identity)
@@ -336,15 +345,15 @@ def _checked(path: Path, training: Training, identity: dict[str, Any]) -> Callab
     scaler = training.step.scaler
     _check_scaler(path, values["scaler"], scaler.state_dict())
     optimizer = training.step.optimizer
-    state = _optimizer_state(path, _part(tensors, "optimizer."), optimizer)
+    state = _optimizer_state(path, beginning("optimizer.", tensors), optimizer)
     device = training.device
     for place, callback in enumerate(training.callbacks):
-        own = {k: t.to(device) for k, t in _part(tensors, f"callback.{place}.").items()}
+        own = {k: t.to(device) for k, t in beginning(f"callback.{place}.", tensors).items()}
         try:
             callback.load_state(own, values["callbacks"][place]["values"])
         except Exception as error:
             raise CheckpointError(
-                f"Checkpoint: {path} does not fit {kinds[place]}: {_one_line(error)}"
+                f"Checkpoint: {path} does not fit {kinds[place]}: {first_line(error)}"
             ) from error
 
     def restore() -> None:
@@ -375,9 +384,10 @@ def _read_shards(path: Path, entries: list[Any]) -> list[Shard]:
                 f"Checkpoint: {shard} is missing, which {path} needs for tasks {entry['tasks']}; "
                 "all processes must see one folder"
             )
-        if hashlib.sha256(shard.read_bytes()).hexdigest() != entry["sha256"]:
+        data = shard.read_bytes()
+        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise CheckpointError(f"Checkpoint: {shard} is damaged: its checksum does not match")
-        tensors, values = read(shard)
+        tensors, values = read(shard, data)
         found.append((values["tasks"], tensors))
     return found
 
@@ -421,7 +431,7 @@ def _check_progress(
     steps = training.steps_per_epoch if done < training.config.epochs else 1
     losses = tensors.get("losses", torch.zeros(0))
     kinds = {"cpu", training.device.type}  # of another kind of device there is no generator here
-    random = {k: t for k, t in _part(tensors, "random.").items() if k in kinds}
+    random = {k: t for k, t in beginning("random.", tensors).items() if k in kinds}
     wrong = None
     if not 0 <= done <= training.config.epochs:
         wrong = "next_epoch", done
@@ -503,7 +513,7 @@ def _optimizer_state(
                     f"{list(parameter.shape)}"
                 )
         if own:
-            state[number] = own
+            state[number] = {key: _laid_out(value, parameter) for key, value in own.items()}
     if by_number:
         prefix, own = next(iter(by_number.items()))
         name = short(f"{prefix}.{next(iter(own))}")
@@ -512,6 +522,16 @@ def _optimizer_state(
             "parameters"
         )
     return state
+
+
+def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+    """The value in the parameter's memory format, which a file does not keep.
+
+    Fused optimisers step by the order in memory.
+    """
+    if value.shape != parameter.shape or parameter.is_contiguous():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _fits(key: str, state: Tensor, parameter: Tensor, apart: bool) -> bool:
@@ -525,13 +545,5 @@ def _fits(key: str, state: Tensor, parameter: Tensor, apart: bool) -> bool:
     return state.dtype == parameter.dtype and state.shape == parameter.shape
 
 
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
-
-
 def _digest(tensors: dict[str, Tensor], text: str) -> str:
     return hashlib.sha256((text + digest_of_tensors(tensors)).encode()).hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from metalora._checks import check_choice, check_count, check_nonnegative, check_positive
 from metalora.meta.distribution import PARALLEL
@@ -80,31 +82,36 @@ class TrainConfig:
     parallel: str | None = None
 
     def __post_init__(self) -> None:
-        check_count("TrainConfig", "epochs", self.epochs)
-        check_positive("TrainConfig", "lr", self.lr)
-        check_nonnegative("TrainConfig", "weight_decay", self.weight_decay)
-        if self.adapter_lr is not None:
-            check_positive("TrainConfig", "adapter_lr", self.adapter_lr)
-        if self.adapter_weight_decay is not None:
-            check_nonnegative("TrainConfig", "adapter_weight_decay", self.adapter_weight_decay)
-        check_count("TrainConfig", "adapter_steps", self.adapter_steps)
+        self._check("epochs", check_count)
+        self._check("lr", check_positive)
+        self._check("weight_decay", check_nonnegative)
+        self._check("adapter_lr", check_positive)
+        self._check("adapter_weight_decay", check_nonnegative)
+        self._check("adapter_steps", check_count)
         check_choice("TrainConfig", "optimizer", self.optimizer, NAMED)
         check_choice("TrainConfig", "schedule", self.schedule, ("constant", "cosine", "linear"))
         check_choice("TrainConfig", "schedule_unit", self.schedule_unit, ("epoch", "step"))
-        if check_nonnegative("TrainConfig", "warmup", self.warmup) > 1:
+        self._check("warmup", check_nonnegative)
+        if self.warmup > 1:
             raise ValueError(f"TrainConfig: warmup must be a fraction in 0..1, got {self.warmup}")
         self._check_warmup_steps()
-        if check_positive("TrainConfig", "schedule_scale", self.schedule_scale) < 1:
+        self._check("schedule_scale", check_positive)
+        if self.schedule_scale < 1:
             raise ValueError(f"TrainConfig: schedule_scale must be >= 1, got {self.schedule_scale}")
-        if self.grad_clip is not None:
-            check_positive("TrainConfig", "grad_clip", self.grad_clip)
+        self._check("grad_clip", check_positive)
         check_choice("TrainConfig", "precision", self.precision, ("fp32", "bf16", "fp16"))
         check_choice("TrainConfig", "matmul_precision", self.matmul_precision, MATMUL_PRECISIONS)
         check_choice("TrainConfig", "step_per", self.step_per, ("round", "task"))
-        check_count("TrainConfig", "seed", self.seed, minimum=0)
+        self._check("seed", check_count, minimum=0)
         if not isinstance(self.compile, bool):
             raise TypeError(f"TrainConfig: compile must be True or False, got {self.compile!r}")
         self._check_parallel()
+
+    def _check(self, field: str, check: Callable[..., Any], **limits: int) -> None:
+        """Keeps the plain number that ``check`` returns for a field; None stays if it may be."""
+        value = getattr(self, field)
+        if value is not None or getattr(type(self), field, 0) is not None:
+            object.__setattr__(self, field, check("TrainConfig", field, value, **limits))
 
     def _check_parallel(self) -> None:
         if self.parallel is None:
@@ -124,7 +131,7 @@ class TrainConfig:
     def _check_warmup_steps(self) -> None:
         if self.warmup_steps is None:
             return
-        check_count("TrainConfig", "warmup_steps", self.warmup_steps, minimum=0)
+        self._check("warmup_steps", check_count, minimum=0)
         if self.warmup > 0:
             raise ValueError(
                 "TrainConfig: give warmup or warmup_steps, not both, got "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate, compress
 from typing import Any, Protocol
 
 import torch
@@ -54,18 +55,22 @@ class Batch:
         """The tasks with samples here, ascending; without ``counts`` it waits for the device."""
         if self.counts is None:
             return self.task_ids.unique().tolist()
-        return [task for task, count in enumerate(self.counts) if count]
+        last = len(self.counts) - 1
+        if last >= 0 and 0 < self.counts[last] == len(self.task_ids):  # a part of `by_task`
+            return [last]
+        return list(compress(range(len(self.counts)), self.counts))
 
     def by_task(self) -> list[Batch]:
         """One batch per task that has samples here."""
         parts = []
+        ends = None if self.counts is None else list(accumulate(self.counts))
         for task in self.tasks_present():
-            if self.counts is None:
+            if self.counts is None or ends is None:
                 rows: Any = (self.task_ids == task).nonzero()[:, 0]
                 count = len(rows)
             else:
-                start, count = sum(self.counts[:task]), self.counts[task]
-                rows = slice(start, start + count)
+                count = self.counts[task]
+                rows = slice(ends[task] - count, ends[task])
             parts.append(self.take(rows, (0,) * task + (count,)))
         return parts
 
@@ -139,13 +144,28 @@ class Rounds(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
 
+def check_rounds(function: str, rounds: Any, argument: str = "rounds") -> None:
+    """Raises TypeError if ``rounds`` is no loader for tasks, such as a ``DataLoader``."""
+    if not hasattr(rounds, "num_tasks"):
+        raise TypeError(
+            f"{function}: {argument} must be a metalora.meta.RoundLoader, or have all that "
+            f"metalora.meta.Rounds has, got {type(rounds).__name__}; {_OWN_DATA}"
+        )
+
+
+_OWN_DATA = (
+    "RoundLoader takes tensors or a mapping of them, or of other data the samples' numbers, "
+    "torch.arange(N), with collate= to fetch them (docs/how-to/own-data.md)"
+)
+
+
 def samples_per_task(rounds: Rounds) -> Sequence[int]:
     """How many samples each task has in an epoch, by which tasks are spread over processes.
 
     Of a loader that does not say so, ``rounds_per_task`` is taken.
     """
-    found: Sequence[int] = getattr(rounds, "samples_per_task", rounds.rounds_per_task)
-    return found
+    found: Sequence[int] | None = getattr(rounds, "samples_per_task", None)
+    return rounds.rounds_per_task if found is None else found
 
 
 def by_task(rounds: Rounds) -> Rounds:
@@ -244,16 +264,15 @@ class RoundLoader:
         collate: Collate | None = None,
         sizes: Tensor | None = None,
     ) -> None:
-        check_count("RoundLoader", "batch_size", batch_size)
-        check_count("RoundLoader", "seed", seed, minimum=0)
+        self.batch_size = check_count("RoundLoader", "batch_size", batch_size)
+        self.seed = check_count("RoundLoader", "seed", seed, minimum=0)
         self.order = check_choice("RoundLoader", "order", order, ORDERS)
         if max_rounds is not None:
-            check_count("RoundLoader", "max_rounds", max_rounds)
+            max_rounds = check_count("RoundLoader", "max_rounds", max_rounds)
         ids = _checked_ids(inputs, targets, task_ids, sizes)
         self.sizes = sizes
         self.inputs, self.targets, self.task_ids = inputs, targets, task_ids.to(targets.device)
-        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
-        self.transform, self.collate = transform, collate
+        self.shuffle, self.transform, self.collate = shuffle, transform, collate
         self.num_tasks = int(ids.max()) + 1
         self._ids = ids
         self._of_task = [(ids == task).nonzero()[:, 0] for task in range(self.num_tasks)]
@@ -289,8 +308,7 @@ class RoundLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of the next iteration."""
-        check_count("RoundLoader.set_epoch", "epoch", epoch, minimum=0)
-        self._epoch = epoch
+        self._epoch = check_count("RoundLoader.set_epoch", "epoch", epoch, minimum=0)
 
     @property
     def pooled(self) -> bool:
@@ -407,6 +425,11 @@ def _checked_ids(
     parts = {"inputs": inputs}
     if isinstance(inputs, Mapping):
         parts = {f"inputs[{name!r}]": value for name, value in inputs.items()}
+    for name, value in parts.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"RoundLoader: {name} must be a tensor, got {type(value).__name__}; {_OWN_DATA}"
+            )
     if sizes is not None:
         parts["sizes"] = sizes
     for name, value in {**parts, "targets": targets, "task_ids": task_ids}.items():

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from metalora._checks import check_choice, check_count
+from metalora._checks import check_choice, check_count, first_line
 from metalora.meta.data import Batch
 from metalora.meta.identity import differences
 from metalora.meta.mean import sample_weights
@@ -109,17 +110,27 @@ class Distribution:
             batch = replace(batch, weights=weights)
         if not self.by_task:
             return self._strided(batch)
+        if batch.counts is not None:
+            return self._ranges(batch, batch.counts)
         ids = batch.task_ids
         if ids.device not in self._local:
             self._local[ids.device] = next(iter(self._local.values())).to(ids.device)
         local = self._local[ids.device][ids]
         rows = (local >= 0).nonzero()[:, 0]
-        counts = None
-        if batch.counts is not None:
-            present = dict(enumerate(batch.counts))
-            counts = tuple(present.get(task, 0) for task in self.tasks)
-        part = replace(batch, places=torch.arange(len(ids))).take(rows, counts)
+        part = replace(batch, places=torch.arange(len(ids))).take(rows)
         return replace(part, task_ids=local[rows])
+
+    def _ranges(self, batch: Batch, counts: Sequence[int]) -> Batch:
+        """The samples of this process's tasks, sorted by task; nothing waits for a device."""
+        starts = [0, *accumulate(counts)]
+        tasks = [task for task in self.tasks if task < len(counts)]
+        ranges = [torch.arange(starts[task], starts[task + 1]) for task in tasks]
+        places = torch.cat([torch.arange(0), *ranges])
+        own = tuple(counts[task] for task in tasks) + (0,) * (len(self.tasks) - len(tasks))
+        local = torch.arange(len(own)).repeat_interleave(torch.tensor(own, dtype=torch.int64))
+        device = batch.task_ids.device
+        part = replace(batch, places=None).take(places.to(device, non_blocking=True), own)
+        return replace(part, task_ids=local.to(device, non_blocking=True), places=places)
 
     def _strided(self, batch: Batch) -> Batch:
         """Every world_size-th sample of the batch sorted by task."""
@@ -175,8 +186,15 @@ class Distribution:
             pieces = flat.split([p.numel() for p in own] + [len(tail)] * (dtype == precise))
             found.update(zip(own, pieces, strict=False))
             tail = pieces[-1] if dtype == precise else tail
-        for parameter, anywhere in zip(parameters, tail[1:].tolist(), strict=True):
-            parameter.grad = found[parameter].view_as(parameter) if anywhere else None
+        # What this process has, one has; only of the others the exchanged flags must be read.
+        missing = any(p.grad is None for p in parameters)
+        flags = tail[1:].tolist() if missing else [True] * len(parameters)
+        for parameter, anywhere in zip(parameters, flags, strict=True):
+            whole = found[parameter].view_as(parameter)
+            if not parameter.is_contiguous():
+                # Fused optimisers step by the order in memory, as of channels_last.
+                whole = torch.empty_like(parameter).copy_(whole)
+            parameter.grad = whole if anywhere else None
         return tail[0].clone()
 
     def clip_gradients(
@@ -201,12 +219,12 @@ class Distribution:
         nn.utils.clip_grads_with_norm_([*shared, *own], max_norm, total)
 
     def broadcast(self, numbers: Sequence[float], device: torch.device) -> list[float]:
-        """The numbers of process 0, as many as there are here."""
+        """Process 0's numbers, in every process; all must pass equally many."""
+        if self.world_size == 1:
+            return [float(number) for number in numbers]
         values = torch.tensor(numbers, dtype=torch.float64, device=device)
-        if self.world_size > 1:
-            values = values if self.rank == 0 else torch.zeros_like(values)
-            values = self.total(values)
-        return list(values.tolist())
+        values = values if self.rank == 0 else torch.zeros_like(values)
+        return list(self.total(values).tolist())
 
     def gather_text(self, text: str, device: torch.device) -> list[str]:
         """The text of every process."""
@@ -273,11 +291,10 @@ class Distribution:
         try:
             operation(*args, **options)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:160]
             raise ProcessGroupError(
                 f"train: process {self.rank} of {self.world_size} lost the others, of which one "
-                f"has ended or did not answer in time ({reason}); start all again, which goes on "
-                "from the last checkpoint"
+                f"has ended or did not answer in time ({first_line(error)}); start all again, "
+                "which goes on from the last checkpoint"
             ) from error
 
     @contextmanager

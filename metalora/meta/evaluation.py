@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metalora.meta.data import Batch, Rounds
+from metalora.meta.data import Batch, Rounds, check_rounds
 from metalora.meta.distribution import Distribution, active_distribution
 from metalora.meta.steps import Forward, call_model
 from metalora.nn import tasks
@@ -33,8 +33,27 @@ class Evaluation:
 
 
 def accuracy(outputs: Tensor, batch: Batch) -> Tensor:
-    """1 for each sample whose largest logit is its target's, else 0."""
+    """1 for each sample whose largest logit is its target's, else 0.
+
+    Raises:
+        ValueError: if ``outputs`` are no logits [B, classes], or targets no class numbers [B].
+    """
+    targets = batch.targets
+    if not _are_logits(outputs) or targets.is_floating_point() or targets.dim() != 1:
+        got = type(outputs).__name__
+        if isinstance(outputs, Tensor):
+            got = f"{str(outputs.dtype).removeprefix('torch.')} {list(outputs.shape)}"
+        raise ValueError(
+            "accuracy: outputs must be logits [B, classes] and targets class numbers [B], got "
+            f"{got} and {str(targets.dtype).removeprefix('torch.')} {list(targets.shape)}; measure "
+            "something else by a function, validation=lambda model: -evaluate(model, loader, "
+            "metric).mean, with metric(outputs, batch) a number for each sample"
+        )
     return (outputs.argmax(-1) == batch.targets).to(torch.float64)
+
+
+def _are_logits(outputs: Any) -> bool:
+    return isinstance(outputs, Tensor) and outputs.dim() == 2 and outputs.shape[1] > 1
 
 
 @contextmanager
@@ -59,39 +78,40 @@ def evaluate(
 ) -> Evaluation:
     """Runs ``model`` in evaluation mode over one epoch of ``loader``.
 
+    Inside a training on several processes, such as in its validation, each process runs its part
+    of the samples, and all return the same.
+
     Args:
         model: plain or adapted; its mode is as before afterwards.
         loader: the samples.
         metric: what to average.
         forward: how the model is called.
 
-    Inside a training on several processes, such as in its validation, each process runs its part
-    of the samples, and all return the same.
-
     Raises:
+        TypeError: if ``loader`` is none for tasks, such as a ``DataLoader``.
         ValueError: if each process has tasks of its own, and ``loader`` has others.
     """
+    check_rounds("evaluate", loader, "loader")
     distribution = active_distribution() or Distribution(None, ())
     if distribution.by_task and loader.num_tasks != distribution.num_tasks:
         raise ValueError(
             f"evaluate: loader must have the {distribution.num_tasks} tasks of the training, which "
             f"are spread over processes, got {loader.num_tasks}"
         )
-    sums = counts = torch.zeros(())
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    zeros = torch.zeros(loader.num_tasks, dtype=torch.float64, device=device)
+    sums = counts = zeros
     parts = (distribution.part(whole) for whole in loader)
     with evaluation_mode(model):
         for batch in (one for part in parts if len(part.task_ids) for one in part.passes()):
             with tasks(batch.task_ids, counts=batch.counts, lengths=batch.lengths):
-                values = metric(forward(model, batch.inputs), batch).double()
-            zeros = values.new_zeros(loader.num_tasks)
-            ids = distribution.global_ids(batch.task_ids).to(values.device, non_blocking=True)
+                values = metric(forward(model, batch.inputs), batch).to(zeros)
+            ids = distribution.global_ids(batch.task_ids).to(device, non_blocking=True)
             sizes = torch.ones_like(values) if batch.sizes is None else batch.sizes.to(values)
-            sums = sums.to(values.device) + zeros.index_add(0, ids, values * sizes)
-            counts = counts.to(values.device) + zeros.index_add(0, ids, sizes)
+            sums = sums + zeros.index_add(0, ids, values * sizes)
+            counts = counts + zeros.index_add(0, ids, sizes)
     if distribution.world_size > 1:
-        device = next(model.parameters()).device
-        both = torch.zeros(2, loader.num_tasks, dtype=torch.float64, device=device)
-        sums, counts = distribution.total(both + torch.stack([sums, counts]).view(2, -1).to(device))
+        sums, counts = distribution.total(torch.stack([sums, counts]))
     per_task = (sums / counts).tolist()
     present = [mean for mean, count in zip(per_task, counts.tolist(), strict=True) if count]
     return Evaluation(tuple(per_task), mean_of(present))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from metalora._checks import short
 
 SAMPLE_BYTES = 2**24
 """How many bytes of a data tensor are read for its digest."""
@@ -116,12 +117,3 @@ def differences(name: str, saved: Any, wanted: Any, here: str = "here") -> Itera
             yield from differences(inner, saved.get(key, ABSENT), wanted.get(key, ABSENT), here)
     elif saved != wanted:
         yield f"{name} {short(saved)}, {here} {short(wanted)}".lstrip()
-
-
-def short(value: Any) -> str:
-    """``repr`` on one line, however long or deep the value is."""
-    return _REPR.repr(value)
-
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 200

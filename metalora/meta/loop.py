@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -10,16 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metalora._checks import check_count
+from metalora._checks import check_count, short
+from metalora._warn import warn_user
+from metalora.adapters import adapted_layers
 from metalora.meta.compiling import compiled
 from metalora.meta.config import TrainConfig
-from metalora.meta.data import Rounds
+from metalora.meta.data import Rounds, check_rounds
 from metalora.meta.evaluation import Evaluation, evaluate
 from metalora.meta.precision import matmul_precision
 from metalora.meta.schedule import schedule_factor
 from metalora.meta.seeds import derive_seed, own_random_state, restore_random_state
-from metalora.meta.steps import Step, check_finite
+from metalora.meta.steps import ReptileStep, Step, check_finite
+from metalora.meta.task_optimizer import TaskOptimizer
 from metalora.meta.training import Callback, Training, Validation, rank_of
+
+ENOUGH_STEPS, FEW_STEPS = 8, 3
+"""In fewer steps an adapter may be absent by chance, as those of experts and dropped layers are; at
+the end of a training there are no more to come."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ def train(
     Every epoch seeds torch's generator from (seed, epoch), so it does not depend on what came
     before, and `Checkpoint` can resume between any two. Afterwards the generator is as the caller
     left it. All threads share it: trainings that run at the same time and draw from it, as dropout
-    does, do not repeat bit for bit.
+    does, do not repeat bit for bit. No gradients are left on the model, also after an error.
 
     Args:
         model: plain or adapted.
@@ -74,7 +82,12 @@ def train(
         validation, validate_every, callbacks: see `Watch`; a validation loader is run with the
             step's ``forward``.
 
+    Returns:
+        A `Result`, whose ``adapters`` are empty: the model has them still.
+
     Raises:
+        TypeError: if ``validation`` is neither a loader for tasks nor a function, or ``callbacks``
+            are not some of `Callback`.
         DivergedError: if the loss is NaN or infinite. On a CPU this is found before the step is
             taken, so the weights are those of the last good step. On a GPU it is found only at the
             end of the epoch, where the host waits anyway; the weights may be NaN by then.
@@ -82,10 +95,13 @@ def train(
             ``model`` is wrapped by ``torch.compile``.
         ProcessGroupError: if processes that train together differ, or one ends or does not answer.
     """
-    check_count("train", "validate_every", validate_every)
+    validate_every = check_count("train", "validate_every", validate_every)
     per_epoch = step.per_epoch(rounds)
+    callbacks = _checked_callbacks(callbacks)
+    if validation is not None and not callable(validation):
+        check_rounds("train", validation, "validation")
     training = Training(
-        model, rounds, step, config, validation, list(callbacks), per_epoch, validate_every
+        model, rounds, step, config, validation, callbacks, per_epoch, validate_every
     )
     compiling = compiled(model) if config.compile else nullcontext()
     precision, processes = matmul_precision(config.matmul_precision), step.distribution
@@ -93,6 +109,7 @@ def train(
         if processes.world_size > 1:
             training.identity()  # compares the processes
         with ExitStack() as stops:
+            stops.callback(step.optimizer.zero_grad)  # the last step's are not the caller's
             for callback in training.callbacks:
                 stops.callback(callback.on_stop, training)
                 callback.on_start(training)
@@ -100,9 +117,27 @@ def train(
     return _result(training)
 
 
+def _checked_callbacks(callbacks: Iterable[Callback]) -> list[Callback]:
+    if not isinstance(callbacks, Iterable):
+        got = type(callbacks).__name__
+        raise TypeError(
+            f"train: callbacks must be a list of metalora.meta.Callback, got {got}; put it in a "
+            f"list, callbacks=[{got}()]"
+        )
+    found = list(callbacks)
+    for callback in found:
+        if isinstance(callback, type) or not hasattr(callback, "on_epoch"):
+            raise TypeError(
+                "train: each of callbacks must be an object with the methods of "
+                f"metalora.meta.Callback, got {short(callback)}"
+            )
+    return found
+
+
 def _train(training: Training) -> None:
     model, rounds, step = training.model, training.rounds, training.step
     config, callbacks = training.config, training.callbacks
+    warned = False
     for epoch in range(training.next_epoch, config.epochs):
         torch.manual_seed(derive_seed("epoch", config.seed, epoch))
         rounds.set_epoch(epoch)
@@ -127,7 +162,9 @@ def _train(training: Training) -> None:
         factor = schedule_factor(config, epoch, training.steps_done - 1, training.steps_per_epoch)
         # The epoch's only wait for the device.
         loss = float(torch.stack(training.losses).mean())
-        check_finite(loss, f"the mean loss of epoch {epoch}", config)
+        first = _began_so(training, loss)
+        check_finite(loss, f"the mean loss of epoch {epoch}", config, first=first)
+        warned = warned or _warn_of_unreached(training, epoch)
         lr = config.lr * factor
         record = {"epoch": epoch, "loss": loss, "lr": lr, **_validate(training, epoch)}
         training.history.append(record)
@@ -138,6 +175,39 @@ def _train(training: Training) -> None:
 
     for callback in callbacks:
         callback.on_end(training)
+
+
+def _warn_of_unreached(training: Training, epoch: int) -> bool:
+    """Warns of adapters and heads that no step has reached; False if it is too early to tell."""
+    last = epoch + 1 == training.config.epochs
+    optimizer = training.step.optimizer
+    if not isinstance(optimizer, TaskOptimizer) or training.distribution.by_task:
+        return True
+    if optimizer.steps < (FEW_STEPS if last else ENOUGH_STEPS):
+        return False
+    unreached = {id(p) for p in optimizer.unreached}
+    names = [
+        name
+        for name, layer in adapted_layers(training.model).items()
+        if any(id(p) in unreached for p in layer.own_task_parameters().values())
+    ]
+    if names and training.distribution.rank == 0:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        shown = ", ".join(map(repr, names[:5])) + more
+        warn_user(
+            f"train: no gradient has reached the adapters of {shown} in {optimizer.steps} steps: "
+            "the model does not call these layers (it may read their weights instead), or the loss "
+            "does not depend on them; leave them out by exclude_modules or target_modules"
+        )
+    return True
+
+
+def _began_so(training: Training, mean: float) -> bool:
+    """Whether the mean loss of an epoch is not finite as the very first loss was not."""
+    if math.isfinite(mean) or training.steps_done > len(training.losses):
+        return False
+    one_step = not isinstance(training.step, ReptileStep) and training.config.adapter_steps == 1
+    return one_step and not bool(training.losses[0].isfinite())
 
 
 def _validate(training: Training, epoch: int) -> dict[str, Any]:

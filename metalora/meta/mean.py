@@ -28,8 +28,8 @@ def task_mean(
         losses: [B], the loss of each sample, of any floating-point dtype.
         task_ids: int64 [B], the task of each sample, in any order, on the CPU or where the losses
             are; or a `TaskBatch`.
-        sizes: [B], what each sample counts in its task's mean, of any dtype and on the device of
-            the ids; None: all the same. A task whose sizes are all 0 adds nothing.
+        sizes: [B], what each sample counts in its task's mean, of any dtype, on the CPU or where
+            the losses are; None: all the same. A task whose sizes are all 0 is not present.
 
     Returns:
         A scalar, in float32 for losses in half precision. It is 0 for an empty batch, which adds
@@ -55,22 +55,30 @@ def sample_weights(
 ) -> Tensor:
     """float64 [B]: size / (number of tasks present · sum of the own task's sizes), as in eq. 5.
 
+    They are on the device of the ids, or of the sizes where the ids are on the CPU.
+
     Args:
         task_ids: int64 [B].
         sorted_ids: the same in ascending order, where they are at hand.
-        sizes: [B], what each sample counts in its task's mean; None: 1 each.
+        sizes: [B], what each sample counts in its task's mean; None: 1 each. A task whose sizes
+            are all 0 is not present.
     """
+    if sizes is not None and task_ids.device.type == "cpu":
+        # To the sizes, as the other way the host would wait for a GPU.
+        task_ids = task_ids.to(sizes.device, non_blocking=True)
+        sorted_ids = None if sorted_ids is None else sorted_ids.to(sizes.device, non_blocking=True)
     if sorted_ids is None:
         sorted_ids = task_ids.sort().values
-    present = 1 + (sorted_ids[1:] != sorted_ids[:-1]).sum()
     first = torch.searchsorted(sorted_ids, task_ids)
     if sizes is None:
+        present = 1 + (sorted_ids[1:] != sorted_ids[:-1]).sum()
         counts = torch.searchsorted(sorted_ids, task_ids, right=True) - first
         return 1 / (counts * present).double()
     # Each task has a place of its own, that of its first sample among the sorted ones.
     sizes = sizes.to(task_ids.device).double()
-    totals = torch.zeros_like(sizes).index_add(0, first, sizes)[first]
-    return sizes / (totals * present).clamp(min=torch.finfo(torch.float64).tiny)
+    totals = torch.zeros_like(sizes).index_add(0, first, sizes)
+    weighed = totals[first] * (totals > 0).sum()
+    return sizes / weighed.clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:

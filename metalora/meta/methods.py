@@ -25,7 +25,7 @@ from metalora.adapters import (
 )
 from metalora.adapters.state import check_plain
 from metalora.meta.config import TrainConfig
-from metalora.meta.data import Rounds
+from metalora.meta.data import Rounds, check_rounds
 from metalora.meta.distribution import Distribution
 from metalora.meta.loop import Result, train
 from metalora.meta.restore import as_before_on_error
@@ -46,10 +46,13 @@ def standard(
         config: settings.
         options: see `Options`.
 
+    Returns:
+        A `Result`, whose ``adapters`` are empty.
+
     Raises:
         ValueError: if ``model`` has adapters.
     """
-    check_call("standard", model, options)
+    check_call("standard", model, rounds, options)
     return train_by_gradient(model, rounds, config, options)
 
 
@@ -72,10 +75,13 @@ def lora_ml(
             ``peft.LoraConfig``.
         options: see `Options`; in validation each sample runs with its own task's adapters.
 
+    Returns:
+        A `Result`; its ``adapters`` are the adapters and heads of each task.
+
     Raises:
         ValueError: if ``model`` has adapters already, or ``lora_config`` does not fit it.
     """
-    check_call("lora_ml", model, options)
+    check_call("lora_ml", model, rounds, options)
     named = model.named_parameters(remove_duplicate=False)
     trainable = {name: parameter.requires_grad for name, parameter in named}
     torch.manual_seed(derive_seed("adapters", config.seed))
@@ -110,10 +116,13 @@ def last_layer_ml(
         heads: names of the layers that exist once per task.
         options: see `Options`; in validation each sample runs with its own task's head.
 
+    Returns:
+        A `Result`; its ``adapters`` are the heads of each task.
+
     Raises:
         ValueError: if ``model`` has adapters already, or ``heads`` are not in it.
     """
-    check_call("last_layer_ml", model, options)
+    check_call("last_layer_ml", model, rounds, options)
     return lora_ml(model, rounds, config, _heads_only("last_layer_ml", heads), **options)
 
 
@@ -144,10 +153,13 @@ def reptile(
         average: one outer step for the mean over tasks, instead of one per task.
         options: see `Options`.
 
+    Returns:
+        A `Result`, whose ``adapters`` are empty.
+
     Raises:
         ValueError: if ``model`` has adapters, or a setting is outside its range.
     """
-    check_call("reptile", model, options)
+    check_call("reptile", model, rounds, options)
     calls, watch = split_options(options)
     step = ReptileStep(
         model,
@@ -178,6 +190,16 @@ def finetune_lora(
     Several tasks are fine-tuned side by side. Their mean loss gives each 1/T of the gradient that
     it would have alone. Adam is invariant to that factor, but ``grad_clip`` clips them together.
 
+    Parameters are frozen, running statistics are not: batch normalisation normalises a batch by the
+    samples of all tasks in it, and updates statistics that the tasks share. To keep those of
+    ``model``, run these layers in evaluation mode by a ``forward`` of your own::
+
+        def forward(model, inputs):
+            for module in model.modules():
+                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+            return model(inputs)
+
     Args:
         model: a plain model; it is left adapted and frozen; after an error it is as it was.
             `metalora.merge_and_unload` takes one task's adapters into the weights.
@@ -187,10 +209,13 @@ def finetune_lora(
         fresh_heads: whether the heads start anew, instead of from the model's.
         options: see `Options`.
 
+    Returns:
+        A `Result`; its ``adapters`` are the adapters and heads of each task, copied from the model.
+
     Raises:
         ValueError: if ``model`` has adapters already, or ``lora_config`` does not fit it.
     """
-    check_call("finetune_lora", model, options)
+    check_call("finetune_lora", model, rounds, options)
     with as_before_on_error(model):
         torch.manual_seed(derive_seed("adapters", config.seed))
         processes = distribution_of(config, rounds)
@@ -222,22 +247,26 @@ def finetune_last_layer(
         fresh: whether the heads start anew, instead of from the model's.
         options: see `Options`.
 
+    Returns:
+        A `Result`; its ``adapters`` are the heads of each task, copied from the model.
+
     Raises:
         ValueError: if ``model`` has adapters already, or ``heads`` are not in it.
     """
-    check_call("finetune_last_layer", model, options)
+    check_call("finetune_last_layer", model, rounds, options)
     heads_only = _heads_only("finetune_last_layer", heads)
     return finetune_lora(model, rounds, config, heads_only, fresh_heads=fresh, **options)
 
 
-def check_call(function: str, model: nn.Module, options: Options) -> None:
+def check_call(function: str, model: nn.Module, rounds: Rounds, options: Options) -> None:
     """Checks what all methods take.
 
     Raises:
-        TypeError: if a keyword is not one of `Options`.
+        TypeError: if a keyword is not one of `Options`, or ``rounds`` is no loader for tasks.
         ValueError: if ``model`` has adapters.
     """
     check_options(function, options)
+    check_rounds(function, rounds)
     check_plain(function, model)
 
 

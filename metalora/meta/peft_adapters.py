@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metalora._optional import require
 from metalora.adapters.fused_paths import close_fused_paths, reopen_fused_paths
-from metalora.meta.peft_fit import check_first_call, insertion
+from metalora.meta.peft_fit import check_first_call, insertion, kind_of
 from metalora.nn import current_tasks
 from metalora.nn.head import mean_over_tasks
 
@@ -141,7 +141,7 @@ def _insert(
         for parameter, value in start:
             parameter.data.copy_(value)
         raise ValueError(
-            f"{function}: {_kind(peft_config)} starts by changing the weights that all tasks "
+            f"{function}: {kind_of(peft_config)} starts by changing the weights that all tasks "
             "share; choose another initialisation, such as init_lora_weights=True"
         )
     return adapted, own
@@ -179,7 +179,7 @@ def _check(
         raise ValueError(
             f"{function}: the model has adapters of peft already; pass what its unload() returns"
         )
-    kind = _kind(peft_config)
+    kind = kind_of(peft_config)
     if kind in _REFUSED:
         raise ValueError(f"{function}: {kind} {_REFUSED[kind]}; choose another method")
     if train_shared and kind in _DETACHED:
@@ -189,7 +189,3 @@ def _check(
         )
     if peft_config.is_prompt_learning and peft_config.task_type is None:
         raise ValueError(f"{function}: {kind} needs a task_type, such as task_type='SEQ_CLS'")
-
-
-def _kind(peft_config: Any) -> str:
-    return str(getattr(peft_config.peft_type, "value", peft_config.peft_type))

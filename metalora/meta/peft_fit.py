@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from metalora._checks import first_line
+
 _OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
@@ -87,10 +89,14 @@ def _pair(peft: ModuleType, model: nn.Module, peft_config: Any) -> str:
     versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in packages}
     found = sorted(name for name in packages if versions[name])
     of = " and ".join(f"{name} {versions[name]}" for name in found) or f"torch {torch.__version__}"
-    kind = getattr(peft_config.peft_type, "value", peft_config.peft_type)
-    return f"{kind} of peft {peft.__version__} on {type(model).__name__} of {of}"
+    return f"{kind_of(peft_config)} of peft {peft.__version__} on {type(model).__name__} of {of}"
+
+
+def kind_of(peft_config: Any) -> str:
+    """What peft calls the method, such as "LORA"."""
+    return str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+    kind, line = type(error).__name__, first_line(error).rstrip(".")
+    return kind if line == kind else f"{kind}: {line}"

@@ -56,8 +56,8 @@ def peft_ml(
             ``peft.PeftModel`` in ``training.model``.
 
     Returns:
-        The result, with the adapters as `lora_ml` returns them, or for peft's own layers as
-        ``peft.get_peft_model_state_dict`` does.
+        A `Result`; its ``adapters`` are as `lora_ml` returns them, or for peft's own layers what
+        ``peft.get_peft_model_state_dict`` gives for each task.
 
     Raises:
         ImportError: if peft is needed and not installed, or not in a supported version.
@@ -68,7 +68,7 @@ def peft_ml(
             installed versions of peft and of the model's package.
         DivergedError: if the loss is not finite, see `train`.
     """
-    check_call("peft_ml", model, options)
+    check_call("peft_ml", model, rounds, options)
     lora_config = _as_fused(model, peft_config) if fused else None
     if lora_config is not None:
         return lora_ml(model, rounds, config, lora_config, **options)
@@ -95,6 +95,10 @@ def finetune_peft(
         peft_config: a ``peft.PeftConfig``.
         options: see `peft_ml`.
 
+    Returns:
+        A `Result`; its ``adapters`` are what ``peft.get_peft_model_state_dict`` gives for each
+        task.
+
     Raises:
         ImportError: see `peft_ml`.
         TypeError: if ``peft_config`` is no configuration.
@@ -103,7 +107,7 @@ def finetune_peft(
         RuntimeError: see `peft_ml`.
         DivergedError: if the loss is not finite, see `train`.
     """
-    check_call("finetune_peft", model, options)
+    check_call("finetune_peft", model, rounds, options)
     with as_before_on_error(model):
         return _train(
             "finetune_peft", model, rounds, config, peft_config, options, train_shared=False

@@ -8,6 +8,7 @@ import os
 import torch
 import torch.distributed as dist
 
+from metalora._checks import first_line
 from metalora.meta.distribution import ProcessGroupError
 
 
@@ -47,9 +48,8 @@ def init_process_group(
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = str(error).partition("\n")[0][:200]
         raise ProcessGroupError(
             f"init_process_group: process {os.environ['RANK']} cannot join the others at {where} "
-            f"({reason}); if another program uses the port, choose another with torchrun "
-            "--master-port, or take --standalone"
+            f"({first_line(error)}); if another program uses the port, choose another with "
+            "torchrun --master-port, or take --standalone"
         ) from error

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from metalora.adapters import LoRAConfig, adapted_layers
 from metalora.adapters.select import select
 from metalora.meta.config import TrainConfig
-from metalora.meta.data import Rounds
+from metalora.meta.data import Rounds, check_rounds
 from metalora.meta.loop import Result
 from metalora.meta.methods import train_by_gradient
 from metalora.meta.training import Options, check_options
@@ -41,11 +41,15 @@ def refit_heads(
         heads: names of the layers to fit.
         options: see `Options`.
 
+    Returns:
+        A `Result`, whose ``adapters`` are empty.
+
     Raises:
         ValueError: if ``model`` has adapters or heads of tasks, or has no shared head of that name.
         DivergedError: if the loss is not finite, see `train`.
     """
     check_options("refit_heads", options)
+    check_rounds("refit_heads", rounds)
     if adapted_layers(model):
         raise ValueError(
             "refit_heads: the model has adapters or heads of tasks, and no head that they share; "

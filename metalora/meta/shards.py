@@ -49,7 +49,7 @@ def join(training: Training, shards: Sequence[Shard]) -> Tensors:
     names = [name for name in parts[0][1] if not name.startswith("optimizer.")]
     found = {name: torch.stack([tensors[name][i] for i, tensors in parts]) for name in names}
     for number in _numbers(training):
-        states = [(i, _of_number(tensors, number)) for i, tensors in parts]
+        states = [(i, beginning(f"optimizer.{number}.", tensors)) for i, tensors in parts]
         for key, value in _join_states(states).items():
             found[f"optimizer.{number}.{key}"] = value
     return found
@@ -105,6 +105,6 @@ def _numbers(training: Training) -> list[int]:
     return [number for number, p in enumerate(parameters) if id(p) in own]
 
 
-def _of_number(tensors: Tensors, number: int) -> Tensors:
-    prefix = f"optimizer.{number}."
+def beginning(prefix: str, tensors: Tensors) -> Tensors:
+    """The tensors whose names begin with ``prefix``, by the rest of their names."""
     return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Optimizer
 
-KINDS: tuple[type[Optimizer], ...] = (SGD, Adam, AdamW)
 TASKS_WITH_STATE = "tasks_with_state"  # bool [T], in the state of a parameter whose tasks are apart
 _PARAMETER, _GRAD, _STEP, _BUFFER = "parameter", "grad", "step", "momentum_buffer"
 
@@ -67,7 +66,7 @@ def step_tasks(
     """Steps tasks as torch's fused optimiser of each task alone would.
 
     Args:
-        kind: one of `KINDS`.
+        kind: SGD, Adam or AdamW.
         settings: of the group that the parameters are in.
         tasks: of each parameter, which has a gradient, those to step.
         grad_scale: what gradients are divided by first.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
+from types import FunctionType
 from typing import Any, TypedDict
 
 import torch
@@ -48,14 +49,47 @@ class Calls(TypedDict, total=False):
 
 
 def cross_entropy(outputs: Tensor, batch: Batch) -> Tensor:
-    """Each sample's cross-entropy [B] of the logits [B, classes], in fp32 or better."""
+    """Each sample's cross-entropy [B] of the logits [B, classes], in fp32 or better.
+
+    Raises:
+        TypeError: if the outputs are not a tensor.
+        ValueError: if they are not [B, classes], or targets neither class numbers nor
+            probabilities.
+    """
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            "cross_entropy: the model must return logits [B, classes], or have them as .logits or "
+            f"['logits'], got {type(outputs).__name__}; pass loss=, a function of (outputs, batch)"
+        )
+    if outputs.dim() != 2:
+        hint = "pass loss=, a function of (outputs, batch) that returns one loss per sample"
+        if outputs.dim() == 3:
+            hint = (
+                "of a causal language model pass forward=causal_lm_losses, loss=mean_token_loss "
+                f"(metalora.meta), otherwise {hint}"
+            )
+        raise ValueError(
+            f"cross_entropy: logits must be [B, classes], got {list(outputs.shape)}; {hint}"
+        )
+    targets = batch.targets
+    if targets.is_floating_point() and (targets.shape != outputs.shape or outputs.shape[1] == 1):
+        raise ValueError(
+            "cross_entropy: targets must be class numbers [B] or probabilities [B, classes], got "
+            f"{str(targets.dtype).removeprefix('torch.')} {list(targets.shape)}; for a regression "
+            "pass loss=lambda outputs, batch: (outputs - batch.targets).square().mean(1)"
+        )
     logits = outputs.float() if outputs.dtype in SHORT else outputs
-    return F.cross_entropy(logits, batch.targets, reduction="none")
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """``model(inputs)``, of a mapping ``model(**inputs)``; of outputs with logits these."""
+    """``model(inputs)``, of a mapping ``model(**inputs)``; of outputs with logits these.
+
+    Logits are an attribute of the outputs, or one of the values of a mapping.
+    """
     outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    if isinstance(outputs, Mapping) and "logits" in outputs:
+        return outputs["logits"]
     return getattr(outputs, "logits", outputs)
 
 
@@ -82,7 +116,7 @@ class Objective:
     ) -> None:
         self.model, self.config, self.pooled = model, config, pooled
         self.distribution = Distribution(None, ()) if distribution is None else distribution
-        self.loss, self.forward = loss, forward
+        self.loss, self.forward = _checked_loss(loss), forward
         first = next(model.parameters())
         self.device = first.device
         self._dtype_of_losses = torch.float32 if first.dtype in SHORT else first.dtype
@@ -131,10 +165,10 @@ class Objective:
         with context, _own_masks(batch, seed):
             with autocast:
                 losses = self.loss(self.forward(self.model, batch.inputs), batch)
-            if losses.shape != batch.task_ids.shape:
+            if not isinstance(losses, Tensor) or losses.shape != batch.task_ids.shape:
+                got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
                 raise ValueError(
-                    f"loss: must return one loss per sample, [{len(batch.task_ids)}], "
-                    f"got {list(losses.shape)}"
+                    f"loss: must return one loss per sample, [{len(batch.task_ids)}], got {got}"
                 )
             value = weighted_mean(losses, batch.weights)
             # peft switches off the gradients of adapters that are not in use.
@@ -151,6 +185,21 @@ class Objective:
         if not self.pooled:
             return sample_weights(batch.task_ids, sizes=batch.sizes)
         return sample_weights(torch.zeros_like(batch.task_ids), sizes=batch.sizes)
+
+
+def _checked_loss(loss: Any) -> Loss:
+    """A function of (outputs, batch), which none of torch's own losses is."""
+    inner = getattr(loss, "func", loss)  # of functools.partial
+    function = isinstance(inner, FunctionType)
+    module = inner.__module__ if function else type(inner).__module__
+    if callable(loss) and module not in ("torch.nn.functional", "torch.nn.modules.loss"):
+        return loss
+    got = inner.__name__ if function else type(inner).__name__
+    raise TypeError(
+        f"loss: must be a function of (outputs, batch) that returns one loss per sample, [B], got "
+        f"{got}; for instance loss=lambda outputs, batch: torch.nn.functional.cross_entropy("
+        "outputs, batch.targets, reduction='none')"
+    )
 
 
 @contextmanager
@@ -176,12 +225,14 @@ class Step(ABC):
         config: settings.
         pooled: whether the loss is the mean over samples, see `Objective`.
         settings: what else it is made with, as JSON can hold it: a checkpoint's must agree.
+        own: what the tasks have of their own; None means the adapters and heads that
+            `metalora.adapt` puts in.
         calls: see `Calls`.
     """
 
     optimizer: torch.optim.Optimizer
     number: int = 0
-    """Of the step that comes next, from the beginning of the training."""
+    """Index of the next step, from 0."""
 
     def __init__(
         self,
@@ -191,6 +242,7 @@ class Step(ABC):
         *,
         pooled: bool,
         settings: Mapping[str, Any],
+        own: Sequence[nn.Parameter] | None = None,
         **calls: Unpack[Calls],
     ) -> None:
         self.model, self.config = model, config
@@ -206,7 +258,7 @@ class Step(ABC):
             "forward": identity_of(self.objective.forward),
         }
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        of_tasks = {id(p) for p in task_parameters(model)}
+        of_tasks = {id(p) for p in (task_parameters(model) if own is None else own)}
         self.own = [p for p in self.parameters if id(p) in of_tasks]
         self.shared = [p for p in self.parameters if id(p) not in of_tasks]
         if not self.parameters:
@@ -262,7 +314,9 @@ class Step(ABC):
                 chosen = {id(p) for p in only}
                 exchanged = [p for p in exchanged if id(p) in chosen]
             value = distribution.sum_gradients(exchanged, value)
-            self._check_finite(value)
+            # None of Reptile's tasks, nor the first of several steps, has changed a weight before.
+            first = self.number == 0 and not any(place[-1:])
+            self._check_finite(value, first=first and only is not self.shared)
         if self.config.grad_clip is not None:
             self.scaler.unscale_(optimizer)
             if alone:
@@ -273,9 +327,10 @@ class Step(ABC):
         self.scaler.update()
         return value
 
-    def _check_finite(self, loss: Tensor) -> None:
+    def _check_finite(self, loss: Tensor, first: bool = False) -> None:
         if loss.device.type == "cpu":  # reading it waits for nothing
-            check_finite(float(loss), "the loss of a step", self.config)
+            what = "the loss of the first step" if first else "the loss of a step"
+            check_finite(float(loss), what, self.config, first=first)
 
 
 class GradientStep(Step):
@@ -290,8 +345,7 @@ class GradientStep(Step):
         model: plain or adapted; its trainable parameters are trained.
         rounds: the loader.
         config: settings.
-        own: what the tasks have of their own; None means the adapters and heads that
-            `metalora.adapt` puts in.
+        own: see `Step`.
         calls: see `Calls`.
     """
 
@@ -307,11 +361,9 @@ class GradientStep(Step):
         if rounds.pooled and config.step_per == "task":
             raise ValueError("train: pooled rounds ignore tasks; use step_per='round' with them")
         settings = {"pooled": rounds.pooled}
-        super().__init__(model, rounds, config, pooled=rounds.pooled, settings=settings, **calls)
-        if own is not None:
-            of_tasks = {id(p) for p in own}
-            self.own = [p for p in self.parameters if id(p) in of_tasks]
-            self.shared = [p for p in self.parameters if id(p) not in of_tasks]
+        super().__init__(
+            model, rounds, config, pooled=rounds.pooled, settings=settings, own=own, **calls
+        )
         if config.adapter_steps > 1 and not (self.own and self.shared):
             lacking = "weights that the tasks share" if self.own else "adapters or heads of tasks"
             raise ValueError(
@@ -404,7 +456,7 @@ class ReptileStep(Step):
                 f"reptile: adapter_steps must be 1, as there are no adapters, "
                 f"got {config.adapter_steps}"
             )
-        settings = {
+        settings: dict[str, Any] = {
             "inner_steps": check_count("reptile", "inner_steps", inner_steps),
             "inner_lr": check_positive("reptile", "inner_lr", inner_lr),
             "inner_optimizer": check_choice("reptile", "inner_optimizer", inner_optimizer, NAMED),
@@ -412,7 +464,8 @@ class ReptileStep(Step):
             "average": average,
         }
         super().__init__(model, rounds, config, pooled=False, settings=settings, **calls)
-        self.inner_steps, self.inner_lr, self.average = inner_steps, float(inner_lr), average
+        self.inner_steps, self.inner_lr = settings["inner_steps"], settings["inner_lr"]
+        self.average = average
         self.inner_optimizer = inner_optimizer
         self.sign = 1.0 if outer_sign == "towards" else -1.0
         self.optimizer = make_optimizer(
@@ -488,12 +541,16 @@ def distribution_of(config: TrainConfig, rounds: Rounds) -> Distribution:
     return Distribution(config.parallel, samples_per_task(rounds))
 
 
-def check_finite(loss: float, what: str, config: TrainConfig) -> None:
-    """Raises DivergedError if ``loss`` is NaN or infinite."""
-    if not math.isfinite(loss):
-        raise DivergedError(
-            f"train: {what} is {loss}; lower lr={config.lr:g} or clip gradients with grad_clip"
-        )
+def check_finite(loss: float, what: str, config: TrainConfig, *, first: bool = False) -> None:
+    """Raises DivergedError if ``loss`` is NaN or infinite; ``first``: before any weight changed."""
+    if math.isfinite(loss):
+        return
+    if first:
+        advice = "look for NaN and infinity in inputs, targets and initial weights"
+    else:
+        clip = " or clip gradients with grad_clip" if config.grad_clip is None else ""
+        advice = f"lower lr={config.lr:g}{clip}, if inputs and targets are finite"
+    raise DivergedError(f"train: {what} is {loss}; {advice}")
 
 
 def group_by_task(batches: list[Batch]) -> list[list[Batch]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from torch.optim import Optimizer
 from metalora._checks import check_module, check_nonnegative
 from metalora.adapters import adapted_layers
 from metalora.meta.identity import qualified_name
-from metalora.meta.optimizer import can_fuse
-from metalora.meta.stacked_steps import KINDS, TASKS_WITH_STATE, StackedState, step_tasks
+from metalora.meta.optimizer import NAMED, can_fuse
+from metalora.meta.stacked_steps import TASKS_WITH_STATE, StackedState, step_tasks
 from metalora.nn import SeenTasks
 
 # Fewer tasks than these are stepped slice by slice if one is absent, which is faster then: AdamW on
@@ -77,6 +78,10 @@ class TaskOptimizer(Optimizer):
             or not known to ``optimizer``, or ``optimizer`` needs several passes per step, as LBFGS.
     """
 
+    steps: int
+    """How many steps this object has taken."""
+    unreached: set[Tensor]
+    """The trainable adapters and heads that had no gradient in any of them."""
     _inner: Optimizer | None = None  # until it is made
 
     def __init__(
@@ -92,13 +97,14 @@ class TaskOptimizer(Optimizer):
         _check_class(optimizer, options)
         self._task_parallel = task_parallel
         self._seen = _watch(model, optimizer, task_parallel)
+        self._recorders = list(dict.fromkeys(chain.from_iterable(self._seen.values())))
         trainable = [p for p in model.parameters() if p.requires_grad]
         own = [p for p in trainable if p in self._seen]
         shared = [p for p in trainable if p not in self._seen]
         if not trainable:
             raise ValueError("TaskOptimizer: the model has no trainable parameters; it is frozen")
-        self._fused = optimizer in KINDS and _fuses(options) and can_fuse(trainable)
-        if optimizer in KINDS:
+        self._fused = optimizer in NAMED.values() and _fuses(options) and can_fuse(trainable)
+        if optimizer in NAMED.values():
             options = {"fused": self._fused and not options.get("momentum"), **options}
         self._whole = optimizer in _ELEMENTWISE
         # The parameters that `step_tasks` steps, as their tasks are apart and it can.
@@ -108,13 +114,14 @@ class TaskOptimizer(Optimizer):
         self._leaves: dict[Tensor, list[Tensor]] = {
             p: [p] if self._whole else _slices(p) for p in own
         }
+        self.steps = 0
+        self.unreached = set(own)
         groups: list[dict[str, Any]] = [{"params": part} for part in (shared, own) if part]
         inner = optimizer([{"params": self._flat(group)} for group in groups], **options)
         for name, value in (("lr", adapter_lr), ("weight_decay", adapter_weight_decay)):
             if value is not None:
-                check_nonnegative("TaskOptimizer", f"adapter_{name}", value)
                 _check_settable(name, optimizer, inner, own)
-                groups[-1][name] = value
+                groups[-1][name] = check_nonnegative("TaskOptimizer", f"adapter_{name}", value)
         super().__init__(groups, inner.defaults)
         self._inner = inner
 
@@ -156,33 +163,57 @@ class TaskOptimizer(Optimizer):
                 step_tasks(type(self.inner), group, tasks, **scaling)
         for leaf in slices:
             leaf.grad = None  # shares the memory of a gradient that zero_grad frees
-        for seen in self._recorders():
+        for seen in self._recorders:
             seen.step()
+        self.steps += 1
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Resets all gradients; no task is present then."""
         super().zero_grad(set_to_none)
-        for seen in self._recorders():
+        for seen in self._recorders:
             seen.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds shared parameters with settings of their own, as of any optimiser.
+        """Gives shared parameters settings of their own, in a group behind the others.
+
+        Those that are trained already leave their group, with what the optimiser keeps of them.
+        Schedules, and `load_state_dict`, come after the groups are made.
+
+        Example:
+            No weight decay for the shared biases and norms, which have one dimension::
+
+                flat = [p for p in model.parameters() if p.requires_grad and p.dim() == 1]
+                optimizer.add_param_group({"params": flat, "weight_decay": 0.0})
 
         Raises:
             ValueError: if they are adapters or heads.
         """
-        super().add_param_group(param_group)
-        if self._inner is None:
+        if self._inner is None:  # called by torch's constructor
+            super().add_param_group(param_group)
             return
-        group = self.param_groups[-1]
-        if any(p in self._seen for p in group["params"]):
-            self.param_groups.pop()
+        given = param_group["params"]
+        added = [given] if isinstance(given, Tensor) else list(given)
+        if any(p in self._seen for p in added):
             raise ValueError(
-                "TaskOptimizer.add_param_group: adapters and heads cannot be added; make a new "
+                "TaskOptimizer.add_param_group: adapters and heads cannot be added; their settings "
+                "are adapter_lr and adapter_weight_decay, and for any that were frozen make a new "
                 "TaskOptimizer once they require a gradient"
             )
-        self.inner.add_param_group(dict(group))
+        before = [group["params"] for group in self.param_groups]
+        moved = {id(p) for p in added}
+        for group in self.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in moved]
+        try:
+            super().add_param_group({**param_group, "params": added})
+        except Exception:
+            for group, parameters in zip(self.param_groups, before, strict=True):
+                group["params"] = parameters
+            raise
+        *others, last = self.param_groups
+        for group, inner in zip(others, self.inner.param_groups, strict=True):
+            inner["params"] = self._flat(group)
+        self.inner.add_param_group(dict(last))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -319,9 +350,6 @@ class TaskOptimizer(Optimizer):
         """What the wrapped optimiser steps for the parameters of a group."""
         return [leaf for p in group["params"] for leaf in self._leaves.get(p, [p])]
 
-    def _recorders(self) -> list[SeenTasks]:
-        return list({seen: None for every in self._seen.values() for seen in every})
-
     def _give_groups(self) -> None:
         """Hands on what schedules set in ``param_groups``."""
         for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
@@ -339,12 +367,14 @@ class TaskOptimizer(Optimizer):
                 "replaces parameters, such as FSDP, is not supported"
             )
         device = next(iter(self._seen)).device
-        present = _present(self._recorders(), device, alone=self._task_parallel)
+        present = _present(self._recorders, device, alone=self._task_parallel)
         slices: list[Tensor] = []
         stacked: dict[Tensor, list[int]] = {}
         for parameter in self._leaves:
             if parameter.grad is not None:
                 tasks = self._tasks(parameter, present)
+                if tasks and self.unreached:
+                    self.unreached.discard(parameter)
                 if self._is_whole(parameter) and len(tasks) < len(parameter):
                     self._take_apart(parameter)
                 if parameter in self._stacked:
@@ -363,7 +393,8 @@ class TaskOptimizer(Optimizer):
 
     def _is_whole(self, parameter: Tensor) -> bool:
         """Whether the wrapped optimiser steps it as one."""
-        return any(leaf is parameter for leaf in self._leaves[parameter])
+        leaves = self._leaves[parameter]
+        return bool(leaves) and leaves[0] is parameter
 
     def _tasks(
         self, parameter: Tensor, present: Mapping[SeenTasks, frozenset[int] | None]

@@ -15,13 +15,13 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from metalora._checks import did_you_mean
+from metalora._checks import did_you_mean, short
 from metalora.adapters import task_parameters
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds
 from metalora.meta.distribution import Distribution
 from metalora.meta.evaluation import Evaluation
-from metalora.meta.identity import digest_of_tensors, identity_of, short
+from metalora.meta.identity import digest_of_tensors, identity_of
 from metalora.meta.steps import Calls, Step
 
 Validation = Rounds | Callable[[nn.Module], Evaluation | float]

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from numbers import Number
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metalora.nn.context import current_tasks, tasks
 
-_PLAIN = (bool, int, float, complex, str, type(None))
+_PLAIN = (
+    *(Number, str, bytes, type(None), Enum, slice, range),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Generator),
+)
 
 
 def call_sorted(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -19,8 +26,9 @@ def call_sorted(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
 
     Where the samples of a batch are in no order, every adapted layer sorts its inputs by task and
     restores the order of its outputs. Here the arguments are sorted once for all layers, and what
-    the model returns is brought back into the caller's order. Samples that are sorted already are
-    passed on as they are.
+    the model returns is brought back into the caller's order. Samples that are sorted already keep
+    their places, but are checked alike, so that no error depends on the order of a batch. A single
+    sample, and packed ones, are passed on as they are.
 
     The caller vouches that every tensor passed or returned has the samples along its first
     dimension, and along no other, and that the model treats a sample alike wherever it stands. It
@@ -31,14 +39,15 @@ def call_sorted(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
 
     Args:
         model: an adapted model, or what is around it, such as DistributedDataParallel.
-        args, kwargs: tensors [B, ...] or without dimensions, numbers, strings and None; dicts,
-            lists and tuples of them.
+        args, kwargs: tensors [B, ...] or without dimensions, numbers, strings, dtypes, devices and
+            None; dicts, lists, tuples and dataclasses of them.
 
     Returns:
-        What the model returns, made of the same.
+        What the model returns, made of the same. It must hold no cache of keys and values, as a
+        decoder of transformers returns one: pass ``use_cache=False``.
 
     Raises:
-        TypeError: if samples have to be sorted but cannot be found in some value.
+        TypeError: if samples cannot be found in some value, whether they have to be sorted or not.
         ValueError: if a tensor is not [B, ...], or there is no `metalora.tasks` context around.
     """
     batch = current_tasks()
@@ -47,7 +56,7 @@ def call_sorted(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
             "call_sorted: which task does each sample belong to? Call it inside "
             "`with metalora.tasks(task_ids):`"
         )
-    if batch.order is None or batch.size == 0:
+    if batch.size < 2 or batch.packed_rows is not None:
         return model(*args, **kwargs)
     arguments = _Samples(batch.sort, batch.size, (list, tuple))
     args = tuple(arguments.permuted(f"argument {i}", value) for i, value in enumerate(args))
@@ -84,12 +93,27 @@ class _Samples:
             return self.permute(value)
         if isinstance(value, _PLAIN):
             return value
+        if is_dataclass(value) and not isinstance(value, (type, dict)):
+            return self._permuted_fields(name, value)
         parts, spec = pytree.tree_flatten(value, is_leaf=lambda part: part is not value)
         one_each = isinstance(value, self.sequences) and len(parts) == self.size
         if one_each or (len(parts) == 1 and parts[0] is value):
             what = f"a {type(value).__name__}" + (f" of {self.size} elements" if one_each else "")
+            hint = ""
+            if what.endswith("Cache"):
+                hint = (
+                    "pass use_cache=False (a cache of keys and values serves generation only), or "
+                )
             raise TypeError(
                 f"call_sorted: {name} must be made of tensors [B={self.size}, ...], got {what}, "
-                "whose samples cannot be told; call the model itself, whose layers then sort"
+                f"whose samples cannot be told; {hint}call the model itself, whose layers then sort"
             )
         return pytree.tree_unflatten([self.permuted(name, part) for part in parts], spec)
+
+    def _permuted_fields(self, name: str, value: Any) -> Any:
+        """The same with the fields of a dataclass; what else it holds is kept."""
+        found = copy(value)
+        for field in fields(value):
+            part = self.permuted(f"{name}.{field.name}", getattr(value, field.name))
+            object.__setattr__(found, field.name, part)  # it may be frozen
+        return found

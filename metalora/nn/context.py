@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from metalora._checks import check_count
 from metalora.nn.task_batch import TaskBatch
 
 P = ParamSpec("P")
@@ -56,7 +57,7 @@ _of_thread = _OfThread()
 
 @contextmanager
 def tasks(
-    task_ids: Tensor | TaskBatch,
+    task_ids: Tensor | int | TaskBatch,
     num_tasks: int | None = None,
     *,
     counts: Sequence[int] | None = None,
@@ -75,17 +76,24 @@ def tasks(
     If a generator yields inside the block, its caller is inside too until the generator resumes.
 
     Args:
-        task_ids: int64 [B], the task of each sample, in any order; or a `TaskBatch`.
-        num_tasks: see `TaskBatch`.
-        counts: see `TaskBatch`.
-        lengths: see `TaskBatch`.
+        task_ids: int64 [B], the task of each sample, in any order; an int, the task of all
+            samples; or a `TaskBatch`.
+        num_tasks: number of tasks T; ids are then checked at once, those of a `TaskBatch` too.
+        counts, lengths: see `TaskBatch`, which has its own.
 
     Raises:
+        TypeError: if ``counts`` or ``lengths`` are given beside a `TaskBatch`.
+        TypeError, ValueError: as `TaskBatch` does.
         RuntimeError: on leaving, if the context is not the innermost one of this thread or
             coroutine: contexts are left in the reverse order.
     """
     if isinstance(task_ids, TaskBatch):
         batch = task_ids
+        if counts is not None or lengths is not None:
+            given = "lengths" if counts is None else "counts"
+            raise TypeError(f"tasks: {given} must be given to the TaskBatch itself, not beside it")
+        if num_tasks is not None:
+            batch.check_range(check_count("tasks", "num_tasks", num_tasks))
     else:
         batch = TaskBatch(task_ids, num_tasks, counts=counts, lengths=lengths)
     with _entered(batch):
@@ -149,6 +157,7 @@ def _entered(batch: TaskBatch | None, problem: str | None = None) -> Iterator[No
         yield
     finally:
         scope.left, scope.problem = True, _LEFT
+        scope.shared = None  # copies of the context may live on
         if _scope.get() is not scope:
             raise RuntimeError(
                 "tasks: left a `with metalora.tasks(...)` block that is not the innermost one "

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from metalora._checks import check_count
+from metalora._transforms import faking
+from metalora._warn import warn_user
 from metalora.nn.context import current_tasks
 from metalora.nn.seen_tasks import SeenTasks
 from metalora.nn.task_batch import TaskBatch
@@ -28,6 +30,7 @@ class TaskLayer(nn.Module):
 
     _held: tuple[int, list[int]] | None = None  # of how many tasks which are held, if not all
     _frozen: frozenset[str] = frozenset()  # the per-task parameters that were frozen before
+    _order_noted: bool = False  # whether it was warned that the order of rows is not known
 
     def __init__(self, num_tasks: int, name: str = "") -> None:
         super().__init__()
@@ -134,14 +137,49 @@ class TaskLayer(nn.Module):
         fits = x.shape[0] == batch.size or (batch.size > 0 and x.shape[0] % batch.size == 0)
         if not fits and not batch.packs(x):
             packed = f" or packed [1, {batch.packed_rows}, in]" if batch.packed_rows else ""
+            shared = ", as relative positions are," if x.shape[0] == 1 else " or routed to experts,"
             raise ValueError(
                 f"{self._where()}: x must have its samples first, [B={batch.size}, ..., in] or "
                 f"[B·n, ..., in] sample by sample{packed}, as task_ids are [{batch.size}]; "
-                f"got {list(x.shape)}"
+                f"got {list(x.shape)}; if this input is shared by all samples{shared} exclude the "
+                "layer (exclude_modules)"
             )
+        if not torch.compiler.is_compiling():
+            self._note_order(x, batch)
         if self.seen is not None and torch.is_grad_enabled():
             self.seen.note(batch)
         return batch
+
+    def _note_order(self, x: Tensor, batch: TaskBatch) -> None:
+        """Warns, once, if rows [B·n, ...] may be in another order than sample by sample.
+
+        They are in that order if a layer before, or who made the ids, has shown that samples have
+        n parts each; any order will do if all samples are of one task.
+        """
+        size = batch.size
+        if x.shape[0] == size or size == 0:
+            if x.dim() > 2 and not faking():
+                batch.parts.add(math.prod(x.shape[1:-1]))
+            return
+        if self._order_noted or self.num_tasks == 1 or batch.packs(x) or faking():
+            return
+        parts = x.shape[0] // size
+        if parts in batch.parts or batch.of_one_task():
+            return
+        self._order_noted = True
+        if batch.order_noted:  # one warning for all layers of a model
+            return
+        batch.order_noted = True
+        first = ""
+        if x.dim() > 2 and x.shape[1] == size:
+            first = " If it is sequence-first, [L, B, ...], have the samples first."
+        warn_user(
+            f"sample order: {self._where()} takes x {list(x.shape)} for {parts} rows of each of "
+            f"the {size} samples in turn, as of a flattened [B={size}, {parts}, ...]. If it holds "
+            f"{parts} views of the samples, one batch behind the other, give "
+            f"task_ids.repeat({parts}).{first} If it is right, say so with "
+            "warnings.filterwarnings('ignore', 'sample order')"
+        )
 
     def sort_rows(self, x: Tensor, batch: TaskBatch | None) -> tuple[Tensor, Tensor]:
         """x [B, ..., in] → its rows [M, in] in task order, and task_ptr [T + 1] on the CPU."""

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from metalora import ops
-from metalora._checks import check_choice, check_count, check_nonnegative, check_positive
+from metalora._checks import FLOATS, check_choice, check_count, check_positive, check_probability
 from metalora._warn import warn_user
 from metalora.nn.layer import TaskLayer, new_parameter
 from metalora.nn.plain import as_conv1d, as_linear, features_of, is_conv1d
 from metalora.nn.sample_dropout import drops_by_sample
 from metalora.nn.shared_input import hand_on, may_share, rows_handed_on
 from metalora.nn.task_batch import TaskBatch
-from metalora.ops.lora_linear import lora_linear_handing_on
+from metalora.ops._native import autocasting
+from metalora.ops.lora_linear import dtypes_differ, lora_linear_handing_on
 
 
 class LoRALayer(TaskLayer):
@@ -71,9 +72,7 @@ class LoRALayer(TaskLayer):
         self.rank = check_count(function, "rank", rank)
         self.alpha = float(rank) if alpha is None else check_positive(function, "alpha", alpha)
         self.scaling = self.alpha / self.rank
-        self.dropout = check_nonnegative(function, "dropout", dropout)
-        if self.dropout >= 1:
-            raise ValueError(f"{function}: dropout must be >= 0 and < 1, got {dropout}")
+        self.dropout = check_probability(function, "dropout", dropout)
         self.route = check_choice(function, "route", route, ops.ROUTES)
         self.keep_merged = bool(keep_merged)
         shapes = self._shapes()
@@ -114,9 +113,12 @@ class LoRALayer(TaskLayer):
             tasks: the samples' tasks; None takes those of the `metalora.tasks` context around.
 
         Raises:
+            TypeError: if x has another dtype than the weight, without autocast.
             ValueError: if shapes do not fit or no tasks are known.
         """
         batch = self.batch_of(x, tasks)
+        if x.dtype != self.weight.dtype and x.dtype in FLOATS and not autocasting(x.device.type):
+            raise TypeError(dtypes_differ(self._where(), x, self.weight))
         if self.training and self.dropout > 0 and drops_by_sample():
             return self._forward_by_sample(x, batch)
         rows, task_ptr = self.sort_rows(x, batch)

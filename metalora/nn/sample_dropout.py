@@ -51,9 +51,9 @@ class SampleDropout:
         return mask.div_(1 - p)
 
     def seeds(self, sequences: int, device: torch.device) -> Tensor | None:
-        """int64 [sequences] in [0, 2**63): a seed for each, of which every sample has as many.
+        """int64 [sequences] in [0, 2**63); None if samples cannot have equally many.
 
-        None if samples cannot have as many each.
+        One seed per sequence; every sample must have the same number of sequences.
         """
         samples = self._places_on(device)
         if not len(samples) or sequences % len(samples):

@@ -15,12 +15,12 @@ from metalora.nn.task_batch import TaskBatch
 class SeenTasks:
     """The tasks whose samples have contributed to the gradients of a layer's parameters.
 
-    `note` is called by each forward pass under grad, and a hook on the parameters by each backward
-    pass, which decides: a forward pass without one, as of an evaluation, has no gradient to tell
-    the tasks of, and ``zero_grad`` may stand before or after a forward pass. But a backward pass is
-    taken to be of all forward passes under grad since the last backward or step: one that is to
-    have none counts where another's backward follows before a step, so evaluate under
-    ``torch.no_grad()``.
+    `note` is called by each forward pass under grad; its tasks count once a gradient has been added
+    to a parameter's ``grad``, which a hook tells. So a forward pass without a backward pass does
+    not count, as of an evaluation, nor one whose gradients ``torch.autograd.grad`` returns, and
+    ``zero_grad`` may stand before or after a forward pass. But a backward pass is taken to be of
+    all forward passes under grad since the last backward pass or step: one that is to have none
+    counts where another's backward follows before a step, so evaluate under ``torch.no_grad()``.
 
     Args:
         num_tasks: number of tasks T.
@@ -44,7 +44,8 @@ class SeenTasks:
         for parameter in parameters:
             if not any(parameter is watched for watched in self._parameters):
                 self._parameters.append(parameter)
-                parameter.register_hook(self._on_gradient)
+                parameter.register_hook(self._before_gradient)
+                parameter.register_post_accumulate_grad_hook(self._after_gradient)
 
     def note(self, batch: TaskBatch) -> None:
         """A forward pass has begun whose gradients may come."""
@@ -80,15 +81,18 @@ class SeenTasks:
         self._passes = set()
         self._on_host[:] = False
 
-    def _on_gradient(self, grad: Tensor) -> None:
-        """Before a gradient is added to one of the parameters'."""
+    def _before_gradient(self, grad: Tensor) -> None:
+        """Before a gradient is added to one of the parameters', or returned."""
+        if all(parameter.grad is None for parameter in self._parameters):
+            self._arrived = set()  # as after model.zero_grad()
+
+    def _after_gradient(self, parameter: Tensor) -> None:
+        """After a gradient was added to the parameter's."""
         if self._on_host[-1]:
             self._passes.add(frozenset(self._on_host[:-1].nonzero()[0].tolist()))
             self._on_host[:] = False
         if self._passes:
             self._latest, self._passes = self._passes, set()
-        if all(parameter.grad is None for parameter in self._parameters):
-            self._arrived = set()  # as after model.zero_grad()
         self._arrived = self._arrived | self._latest
 
     def __reduce__(self) -> Any:

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from metalora._checks import check_count
-from metalora._transforms import transformed
+from metalora._transforms import faking, transformed
+
+_PARTS = "_metalora_parts"
+
+
+def with_parts(task_ids: Tensor, parts: int) -> Tensor:
+    """Notes on the ids that each sample has this many rows, sample by sample; the same tensor."""
+    setattr(task_ids, _PARTS, parts)
+    return task_ids
 
 
 class TaskBatch:
@@ -25,7 +33,8 @@ class TaskBatch:
     be made and used under `torch.inference_mode` and still serve a training later.
 
     Args:
-        task_ids: int64 [B], the task of each sample, in any order.
+        task_ids: int64 [B], the task of each sample, in any order. An int is the task of all
+            samples, however many there are; to the batch they are then a single one.
         num_tasks: number of tasks T; ids are then checked at once, else by the first layer.
         counts: the number of samples of each task, at most T numbers, for ids that ascend; they
             are checked against ids on the CPU and trusted elsewhere. A sorted batch costs its
@@ -35,7 +44,7 @@ class TaskBatch:
             behind the other. The ids must ascend, and be on the CPU or come with ``counts``.
 
     Raises:
-        TypeError: if ``task_ids`` is no int64 tensor.
+        TypeError: if ``task_ids`` is neither an int64 tensor nor an int.
         ValueError: if it is not one-dimensional, an id is outside 0..T-1, or ``counts`` or
             ``lengths`` do not fit the ids.
         RuntimeError: under FakeTensorMode, which has no ids to read. Layers run in it with a batch
@@ -45,26 +54,32 @@ class TaskBatch:
     @torch.inference_mode(False)  # see `kept_tensors`
     def __init__(
         self,
-        task_ids: Tensor,
+        task_ids: Tensor | int,
         num_tasks: int | None = None,
         *,
         counts: Sequence[int] | None = None,
         lengths: Sequence[int] | None = None,
     ) -> None:
-        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        if faking():
             raise RuntimeError(
                 "tasks: under FakeTensorMode the ids have no values to read; make the TaskBatch "
                 "before entering FakeTensorMode(allow_non_fake_inputs=True)"
             )
+        if isinstance(task_ids, int) and not isinstance(task_ids, bool):
+            task_ids = torch.tensor([task_ids])
         if not isinstance(task_ids, Tensor):
             got = type(task_ids).__name__
-            raise TypeError(f"tasks: task_ids must be an int64 tensor [B], got {got}")
+            raise TypeError(
+                f"tasks: task_ids must be an int64 tensor [B], or an int for samples of one task, "
+                f"got {got}"
+            )
         if task_ids.dtype != torch.int64:
             raise TypeError(
                 f"tasks: task_ids must be int64 [B], got {task_ids.dtype}; use task_ids.long()"
             )
         if task_ids.dim() != 1:
             raise ValueError(f"tasks: task_ids must be [B], got shape {list(task_ids.shape)}")
+        parts = None if torch.compiler.is_compiling() else getattr(task_ids, _PARTS, None)
         task_ids = task_ids.clone()
         self.task_ids = task_ids
         on_host = task_ids.device.type == "cpu"
@@ -93,6 +108,9 @@ class TaskBatch:
         self._present: dict[int, frozenset[int]] = {}
         self._moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._ids: dict[torch.device, Tensor] = {}
+        # In how many parts the rows of a sample are known to come, sample by sample.
+        self.parts: set[int] = set() if parts is None else {parts}
+        self.order_noted = False  # see `TaskLayer`
         if num_tasks is not None:
             self.check_range(check_count("tasks", "num_tasks", num_tasks))
 
@@ -145,6 +163,17 @@ class TaskBatch:
             inside = (self.sorted_ids[0] >= 0) & (self.sorted_ids[-1] < num_tasks)
             torch._assert_async(inside, f"tasks: task_ids must be in 0..{num_tasks - 1}")
         self._known[num_tasks] = None
+
+    def of_one_task(self) -> bool:
+        """Whether the host knows that all samples are of the same task."""
+        if self._range is not None:
+            return self._range[0] == self._range[1]
+        return self._starts is not None and int((self._starts.diff() > 0).sum()) <= 1
+
+    def counts_known(self, num_tasks: int) -> bool:
+        """Whether `task_ptr` waits for no device."""
+        on_host = self._starts is not None or self.task_ids.device.type == "cpu"
+        return on_host or (num_tasks, 1) in self._pointers
 
     def task_ptr(self, num_tasks: int, rows_per_sample: int | None) -> Tensor:
         """int64 [T + 1] on the CPU: sorted rows ``task_ptr[t]:task_ptr[t + 1]`` are task t's.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metalora import reference
-from metalora._checks import check_count
+from metalora._checks import check_count, check_probability
 from metalora.ops._native import raw, register, usable
 
 
@@ -37,14 +37,6 @@ def dropout_mask(seed: int | Tensor, p: float, rows: int, columns: int) -> Tenso
     if usable(seed):
         return raw("dropout_mask")(seed, p, rows, columns)
     return reference.dropout_mask(seed, p, rows, columns)
-
-
-def check_probability(function: str, argument: str, p: float) -> float:
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
-        raise TypeError(f"{function}: {argument} must be a number in [0, 1), got {p!r}")
-    if not 0 <= p < 1:
-        raise ValueError(f"{function}: {argument} must be in [0, 1), got {p!r}")
-    return float(p)
 
 
 def seed_tensor(

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from metalora import reference
-from metalora._checks import SHORT, check_float, check_like, check_scaling, check_shape
+from metalora._checks import (
+    SHORT,
+    check_float,
+    check_like,
+    check_probability,
+    check_scaling,
+    check_shape,
+)
 from metalora.ops._native import (
     autocast,
     autocasting,
@@ -20,7 +27,7 @@ from metalora.ops._native import (
     usable,
     where_needed,
 )
-from metalora.ops.dropout import check_probability, seed_tensor
+from metalora.ops.dropout import seed_tensor
 from metalora.ops.route import (
     ROUTE_OF,
     check_route,
@@ -438,6 +445,9 @@ def _check(layer: _Layer) -> None:
         )
     check_float(name, "lora_B", lora_B)
     check_shape(name, "lora_B", lora_B, ("T", "out", "r"), (tasks, out_features, rank))
+    short = weight.dtype == torch.float32 and x.dtype in SHORT  # as under autocast
+    if x.dtype != weight.dtype and not (short and (bias is None or bias.dtype == x.dtype)):
+        raise TypeError(dtypes_differ(name, x, weight))
     if bias is not None:
         check_like(name, "bias", bias, "x", x)
         check_shape(name, "bias", bias, ("out",), (out_features,))
@@ -449,15 +459,28 @@ def _check(layer: _Layer) -> None:
             f"{got}{grad}; row counts become offsets with torch.cumsum"
         )
     check_shape(name, "task_ptr", task_ptr, ("T+1",), (tasks + 1,))
-    short = weight.dtype == torch.float32 and x.dtype in SHORT  # as under autocast
-    check_like(name, "weight", weight, "x", x, dtype=not short)
-    check_like(name, "lora_A", lora_A, "weight", weight)
-    check_like(name, "lora_B", lora_B, "weight", weight)
+    check_like(name, "weight", weight, "x", x, dtype=False)
+    for argument, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        check_like(name, argument, factor, "weight", weight, dtype=False)
+        if factor.dtype != weight.dtype:
+            raise TypeError(
+                f"{name}: {argument} must have the dtype of weight, {weight.dtype}, got "
+                f"{factor.dtype}; keep both in float32 (model.float()) and compute in a short "
+                "dtype with torch.autocast, or convert one of them with .to()"
+            )
     if not task_ptr.is_cpu and task_ptr.device != x.device:
         raise ValueError(
             f"{name}: task_ptr must be on the CPU, or on the device of x, {x.device}, got "
             f"{task_ptr.device}; move it with .cpu()"
         )
+
+
+def dtypes_differ(where: str, x: Tensor, weight: Tensor) -> str:
+    """What an error says if x and weight have dtypes that do not go together."""
+    return (
+        f"{where}: x must have the dtype of weight, {weight.dtype}, got {x.dtype}; convert one of "
+        "them with .to(), or compute under torch.autocast"
+    )
 
 
 def _explain(layer: Any) -> None:

@@ -16,7 +16,14 @@ from metalora._checks import (
     check_scaling,
     check_shape,
 )
-from metalora.ops._native import call, register, tf32_allowed, usable, where_needed
+from metalora.ops._native import (
+    call,
+    register,
+    tf32_allowed,
+    usable,
+    where_needed,
+    without_autocast,
+)
 
 
 def merge_lora(
@@ -58,7 +65,8 @@ def merge_lora(
     scaling = check_scaling(function, scaling)
     dtype = _check_dtype(function, dtype, weight)
     if not usable(weight):
-        return reference.merge_lora(weight, lora_A, lora_B, scaling).to(dtype)
+        with without_autocast(weight.device.type):
+            return reference.merge_lora(weight, lora_A, lora_B, scaling).to(dtype)
     return _MergeLora.apply(weight, lora_A, lora_B, scaling, dtype)
 
 
@@ -88,7 +96,8 @@ def merge_lora_symmetric(
     check_rank(function, "lora_U", lora_U, lora_U.shape[2])
     dtype = _check_dtype(function, dtype, weight)
     if not usable(weight):
-        return reference.merge_lora_symmetric(weight, lora_U).to(dtype)
+        with without_autocast(weight.device.type):
+            return reference.merge_lora_symmetric(weight, lora_U).to(dtype)
     return _MergeLoraSymmetric.apply(weight, lora_U, dtype)
 
 
@@ -123,7 +132,8 @@ class _MergeLora(torch.autograd.Function):
         lora_A, lora_B = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated
             grad = grad.to(lora_A.dtype)
-            gradients = reference.merge_lora_backward(grad, lora_A, lora_B, ctx.scaling)
+            with without_autocast(grad.device.type):
+                gradients = reference.merge_lora_backward(grad, lora_A, lora_B, ctx.scaling)
         else:
             tf32 = tf32_allowed(grad.dtype, grad.is_cuda)
             gradients = call("merge_lora_backward", grad, lora_A, lora_B, ctx.scaling, tf32)
@@ -141,7 +151,8 @@ class _MergeLoraSymmetric(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         (lora_U,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            gradients = reference.merge_lora_symmetric_backward(grad.to(lora_U.dtype), lora_U)
+            with without_autocast(grad.device.type):
+                gradients = reference.merge_lora_symmetric_backward(grad.to(lora_U.dtype), lora_U)
         else:
             tf32 = tf32_allowed(grad.dtype, grad.is_cuda)
             gradients = call("merge_lora_symmetric_backward", grad, lora_U, tf32)

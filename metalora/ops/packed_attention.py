@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 
 from metalora import reference
-from metalora._checks import check_count, check_float, check_like, check_positive, check_shape
+from metalora._checks import (
+    check_count,
+    check_float,
+    check_like,
+    check_positive,
+    check_probability,
+    check_shape,
+)
 from metalora.ops._native import autocast, autocasting, call, register, usable
-from metalora.ops.dropout import check_probability, seed_tensor
+from metalora.ops.dropout import seed_tensor
 
 
 def packed_attention(

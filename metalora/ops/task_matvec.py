@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metalora import reference
 from metalora._checks import check_float, check_like, check_rank, check_shape
-from metalora.ops._native import call, register, usable, where_needed
+from metalora.ops._native import call, register, usable, where_needed, without_autocast
 
 # Above this many features the BLAS behind torch.bmm is faster than loops that know the shapes.
 _SMALL = 64
@@ -27,7 +27,7 @@ def task_matvec(weight: Tensor, x: Tensor, lora_U: Tensor | None = None) -> Tens
         lora_U: [T, d, k], or None.
 
     Returns:
-        [T, n, out], in the dtype of ``weight``.
+        [T, n, out], in the dtype of ``weight``, also under autocast.
 
     Raises:
         TypeError, ValueError: for shapes, dtypes or devices that do not fit together.
@@ -49,7 +49,8 @@ def task_matvec(weight: Tensor, x: Tensor, lora_U: Tensor | None = None) -> Tens
     full_precision = weight.dtype in (torch.float32, torch.float64)
     if small and full_precision and usable(weight):
         return _TaskMatvec.apply(weight, x, lora_U)
-    return reference.task_matvec(weight, x, lora_U)
+    with without_autocast(weight.device.type):
+        return reference.task_matvec(weight, x, lora_U)
 
 
 class _TaskMatvec(torch.autograd.Function):
@@ -63,7 +64,8 @@ class _TaskMatvec(torch.autograd.Function):
         arguments = (grad_y, *ctx.saved_tensors)
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True: gradients that can be differentiated
-            gradients = reference.task_matvec_backward(*arguments)
+            with without_autocast(grad_y.device.type):
+                gradients = reference.task_matvec_backward(*arguments)
         else:
             gradients = call("task_matvec_backward", *arguments, *needed)
         return tuple(where_needed(needed, gradients))

@@ -13,6 +13,7 @@ from metalora.adapters import (
     adapted_layers,
     base_state_dict,
     freeze_base,
+    load_base_state_dict,
     load_task_state_dict,
     merge_and_unload,
     reset_adapters,
@@ -161,6 +162,37 @@ def test_base_state_dict_loads_strictly_into_the_plain_model():
     assert torch.equal(plain.blocks[0].query.weight, adapted.blocks[0].query.weight)
     torch.testing.assert_close(plain.head.weight, adapted.head.weight.mean(0))
     torch.testing.assert_close(plain.head.bias, adapted.head.bias.mean(0))
+
+
+def test_load_base_state_dict_gives_a_head_to_all_tasks():
+    config = LoRAConfig(rank=2, heads=["head"])
+    source, target = (randomise(adapt(model(seed), config, 3)) for seed in (1, 2))
+    kept = task_state_dict(target, 1)
+    load_base_state_dict(target, base_state_dict(source))
+    torch.testing.assert_close(base_state_dict(target), base_state_dict(source), rtol=0, atol=0)
+    mean = base_state_dict(source)["head.weight"]
+    assert torch.equal(target.head.weight, mean.expand(3, -1, -1))
+    now = task_state_dict(target, 1)
+    assert all(torch.equal(now[name], kept[name]) for name in kept if "lora" in name)
+    load_base_state_dict(target, model().state_dict())  # the plain model's own
+    assert torch.equal(target.embed.weight, model().embed.weight)
+
+
+def test_base_state_that_does_not_fit_changes_nothing():
+    adapted = adapt(model(), LoRAConfig(rank=2, heads=["head"]), 3)
+    before, good = copy.deepcopy(adapted.state_dict()), model(5).state_dict()
+    bad = [
+        (good | {"haed.weight": good["head.weight"]}, "the plain model has no 'haed.weight'; did"),
+        ({n: p for n, p in good.items() if n != "head.bias"}, "'head.bias' is missing from state"),
+        (good | {"head.bias": torch.zeros(4)}, "'head.bias' must be [3], got [4]"),
+        (adapted.state_dict(), "the plain model has no 'embed.lora_A'"),
+    ]
+    for state, message in bad:
+        with pytest.raises(ValueError, match=re.escape(f"load_base_state_dict: {message}")):
+            load_base_state_dict(adapted, state)
+        assert all(torch.equal(p, before[n]) for n, p in adapted.state_dict().items())
+    with pytest.raises(ValueError, match="load_base_state_dict: the model has no adapters"):
+        load_base_state_dict(model(), good)
 
 
 def test_task_state_dict_moves_a_task():
@@ -324,6 +356,40 @@ def test_heads_that_cannot_be_are_refused(head, message):
     whole = nn.ModuleDict({"body": nn.Linear(4, 4), "classifier": head})
     with pytest.raises(ValueError, match=re.escape(message)):
         adapt(whole, LoRAConfig(rank=1, heads=["classifier"]), 2)
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(4, 4)}) for _ in range(2))
+        self.fc = nn.Linear(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "heads"),
+    [
+        ({"heads": ["fc"]}, ["fc"]),
+        ({"heads": ["0.fc"]}, ["blocks.0.fc"]),
+        ({"heads": ["blocks"]}, ["blocks.0.fc", "blocks.1.fc"]),
+        ({"heads": ["blocks"], "exclude_modules": ["1.fc"]}, ["blocks.0.fc"]),
+        ({"heads": ["fc"], "exclude_modules": "blocks.*"}, ["fc"]),
+    ],
+)
+def test_a_whole_name_is_one_head_and_exclusions_hold_for_heads(settings, heads):
+    layers = adapted_layers(adapt(Nested(), LoRAConfig(rank=1, **settings), 2))
+    assert [name for name, layer in layers.items() if type(layer) is MultiTaskHead] == heads
+
+
+def test_heads_are_known_by_their_place_in_nested_containers():
+    inner = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    outer = nn.Sequential(inner, nn.Linear(4, 2))
+    layers = adapted_layers(adapt(outer, LoRAConfig(rank=1, heads=["1"]), 2))
+    assert [name for name, layer in layers.items() if type(layer) is MultiTaskHead] == ["1"]
+
+
+def test_a_head_that_is_excluded_is_refused():
+    with pytest.raises(ValueError, match="heads: exclude_modules leaves nothing of 'fc'"):
+        adapt(Nested(), LoRAConfig(rank=1, heads=["fc"], exclude_modules=["fc"]), 2)
 
 
 class OwnLinear(nn.Linear):

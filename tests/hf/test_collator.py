@@ -79,6 +79,15 @@ def test_bad_features_are_refused():
         TaskCollator(collate)([{"x": 1.0}])
     with pytest.raises(ValueError, match="'cluster' must be >= 0, got -1"):
         TaskCollator(collate, key="cluster")([{"x": 1.0, "cluster": -1}])
+    for name in ("german", None):
+        with pytest.raises(
+            ValueError, match=f"'task_id' must be a number from 0, got .?{name}.?; nu"
+        ):
+            TaskCollator(collate)([{"x": 1.0, "task_id": name}])
+    with pytest.raises(
+        ValueError, match=r"TaskRounds: task_ids must be numbers from 0, got \['a', "
+    ):
+        TaskRounds(FEATURES[:3], ["a", "b", "c"], batch_size=1)
     with pytest.raises(ValueError, match="dataset and task_ids must have the same length, got 8 a"):
         TaskRounds(FEATURES, IDS[:-1], batch_size=1)
 

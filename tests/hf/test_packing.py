@@ -301,6 +301,11 @@ def test_other_modules_are_refused():
     with pytest.raises(ValueError, match=r"must be one of transformers, got Linear$"):
         enable_packing(nn.Linear(2, 2))
     assert packing_problem(nn.Linear(2, 2)) == "model must be one of transformers, got Linear"
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 4}
+    vit = transformers.ViTModel(transformers.ViTConfig(**sizes, intermediate_size=8, patch_size=2))
+    wanted = "ViTModel is no model of token sequences: its configuration has no vocab_size"
+    assert packing_problem(vit) == wanted
     assert disable_packing(nn.Linear(2, 2)).in_features == 2
 
 

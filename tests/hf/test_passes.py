@@ -7,6 +7,7 @@ import torch
 
 from metalora.hf import SequencePasses, Sequences
 from metalora.meta import Batch, RoundLoader
+from metalora.nn import MultiTaskLoRALinear, tasks
 from tests.hf.models import PAD, sequences
 
 LENGTHS = [5, 2, 9, 1, 2, 12, 1, 7, 4, 4, 3, 8]  # two of each sample
@@ -149,3 +150,14 @@ IDS = torch.arange(6)
 def test_sequences_that_do_not_fit_are_refused(fields, starts, per_sample, error, message):
     with pytest.raises(error, match=message):
         Sequences(fields, torch.tensor(starts), per_sample)
+
+
+@pytest.mark.filterwarnings("error:sample order")
+@pytest.mark.parametrize("packed", [True, False])
+def test_layers_know_that_the_sequences_of_a_sample_come_together(packed):
+    (part,) = passes_of(packed)(batch_of([2, 0, 2, 0, 3, 0]))
+    layer = MultiTaskLoRALinear(4, 3, num_tasks=4, rank=1)
+    with tasks(part.task_ids, counts=part.counts, lengths=part.lengths):
+        layer(torch.randn(2 * SAMPLES, 1, 4))  # as of first tokens
+    with tasks(part.task_ids.clone()), pytest.raises(UserWarning, match="sample order"):
+        layer(torch.randn(2 * SAMPLES, 1, 4))

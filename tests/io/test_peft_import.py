@@ -219,7 +219,7 @@ def edit(folder, **fields):
         ({"lora_alpha": NAN}, r"config\.json: lora_alpha must be a finite number > 0, got nan"),
         ({"lora_alpha": -math.inf}, "lora_alpha must be a finite number > 0, got -inf"),
         ({"lora_alpha": 10**400}, "lora_alpha must be a finite number > 0, got 1000000"),
-        ({"lora_dropout": 1}, r"config\.json: lora_dropout must be >= 0 and < 1, got 1"),
+        ({"lora_dropout": 1}, r"config\.json: lora_dropout must be in \[0, 1\), got 1"),
         ({"use_rslora": 1}, r"config\.json: use_rslora must be true or false, got 1"),
         ({"base_model_name_or_path": ["x"]}, "base_model_name_or_path must be a string or null, g"),
         ({"target_modules": [1]}, "target_modules must be a string, a list of strings or null, go"),

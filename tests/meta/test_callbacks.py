@@ -23,6 +23,7 @@ from metalora.meta import (
     lora_ml,
     standard,
 )
+from tests.meta.given import GivenRounds
 
 
 def rounds(**options):
@@ -378,3 +379,20 @@ def test_an_evaluation_in_which_no_sample_counts_is_nan():
     sizes = torch.zeros(24, dtype=torch.int64)
     found = evaluate(network(), rounds(sizes=sizes))
     assert math.isnan(found.mean) and all(map(math.isnan, found.per_task))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_gradients_are_left_on_the_model(fails):
+    model = network()
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            standard(model, rounds(), CONFIG, callbacks=[Crash(1)])
+    else:
+        standard(model, rounds(), CONFIG)
+    assert [p.grad for p in model.parameters()] == [None] * len(list(model.parameters()))
+
+
+def test_an_evaluation_of_nothing_is_nan():
+    found = evaluate(network(), GivenRounds([], 2))
+    assert math.isnan(found.mean) and len(found.per_task) == 2
+    assert all(map(math.isnan, found.per_task))

@@ -511,3 +511,15 @@ def test_a_head_may_have_no_parameters():
 def test_the_perplexity_of_no_task_is_nan():
     found = perplexity(meta.Evaluation((math.nan, math.nan), math.nan))
     assert math.isnan(found.mean) and all(map(math.isnan, found.per_task))
+
+
+def test_wrappers_whose_forward_would_be_left_out_are_refused():
+    model = llama()
+    parallel = nn.parallel.DistributedDataParallel
+    wrapped = parallel.__new__(parallel)  # which a process group would be needed for
+    nn.Module.__init__(wrapped)
+    wrapped.module = model
+    with pytest.raises(ValueError, match="put it around a module whose forward calls causal_lm_l"):
+        causal_lm_losses(wrapped, padded(*sentences()))
+    with pytest.raises(ValueError, match="the model is compiled"):
+        causal_lm_losses(torch.compile(model, backend="eager"), padded(*sentences()))

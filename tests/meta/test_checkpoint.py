@@ -528,3 +528,34 @@ def test_killed_at_a_random_moment_it_goes_on(tmp_path):
         )
     for got, want in zip(models[1].parameters(), models[0].parameters(), strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_model_of_another_memory_format_goes_on_in_the_same_bits(optimizer, tmp_path):
+    """The file keeps no strides, by which fused optimisers step."""
+    config = TrainConfig(epochs=3, lr=0.01, optimizer=optimizer)
+    inputs = torch.randn(12, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    data = RoundLoader(inputs, torch.arange(12) % 2, torch.arange(12) // 6, batch_size=3)
+    found = []
+    for stops in [()], [(2,), ()]:
+        for stop in stops:
+            torch.manual_seed(1)
+            model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(36, 2))
+            model.to(memory_format=torch.channels_last)
+            path = tmp_path / str(len(stops))
+            callbacks = [Interrupt(*stop) if stop else Nothing(0), Checkpoint(path, every_steps=1)]
+            try:
+                standard(model, data, config, callbacks=callbacks)
+            except KeyboardInterrupt:
+                continue
+        found.append([p.detach() for p in model.parameters()])
+    for uninterrupted, resumed in zip(*found, strict=True):
+        assert resumed.stride() == uninterrupted.stride()
+        assert torch.equal(resumed, uninterrupted)
+
+
+def test_what_a_file_holds_is_returned(tmp_path):
+    path, shared = tmp_path / "file", torch.arange(6.0)
+    data = write(path, {"a": shared, "b": shared.view(2, 3).T}, {"n": 1})
+    assert path.read_bytes() == data
+    assert torch.equal(read(path, data)[0]["b"], shared.view(2, 3).T)

@@ -3,10 +3,14 @@
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import TensorDataset
 
-from metalora.meta import Batch, RoundLoader
+from metalora.meta import Batch, Checkpoint, RoundLoader, TrainConfig, standard
+from metalora.meta.data import samples_per_task
 
 IDS = torch.tensor([0, 1, -1, 2, 0, 0, 1, 0, 0, -1, 2, 0, 0])  # 7, 2, 2 samples, 2 left out
 X = torch.arange(len(IDS))[:, None].float()
@@ -220,7 +224,13 @@ def test_taking_samples_keeps_what_belongs_to_them():
         ),
         ({"order": "block"}, ValueError, "got 'block'; did you mean 'blocked'?"),
         ({"max_rounds": 0}, ValueError, "max_rounds must be an int >= 1"),
-        ({"inputs": [1]}, TypeError, "inputs must be a tensor, got list"),
+        (
+            {"inputs": [1]},
+            TypeError,
+            "inputs must be a tensor, got list; RoundLoader takes tensors",
+        ),
+        ({"inputs": X.numpy()}, TypeError, "got ndarray; RoundLoader takes tensors"),
+        ({"inputs": TensorDataset(X)}, TypeError, "numbers, torch.arange(N), with collate= to"),
         ({"inputs": {"x": X, "y": 1}}, TypeError, "inputs['y'] must be a tensor, got int"),
         ({"targets": Y[:3]}, ValueError, "must have the same length, got 13, 3 and 13"),
         ({"inputs": {"x": X, "y": X[:2]}}, ValueError, "inputs['y'], targets and task_ids must"),
@@ -254,3 +264,45 @@ def test_batches_have_the_sizes_of_their_samples():
     assert loader.identity() != without.identity()
     with pytest.raises(ValueError, match="sizes, targets and task_ids must have the same length"):
         RoundLoader(inputs, inputs, ids, batch_size=2, sizes=sizes[1:])
+
+
+class Unsliced(tuple):
+    """Counts of which no part is taken, as would take long for many tasks."""
+
+    def __getitem__(self, index):
+        assert not isinstance(index, slice)
+        return super().__getitem__(index)
+
+
+def test_a_batch_is_cut_by_task_in_one_go():
+    ids = torch.tensor([0, 0, 2])
+    batch = Batch(X[:3], Y[:3], ids, Unsliced((2, 0, 1)))
+    assert batch.tasks_present() == [0, 2]
+    assert [part.tasks_present() for part in batch.by_task()] == [[0], [2]]
+    assert Batch(X[:0], Y[:0], ids[:0], (0, 0)).tasks_present() == []
+    assert [part.targets.tolist() for part in batch.by_task()] == [[0, 10], [20]]
+
+
+def test_a_loader_that_knows_its_samples_is_not_asked_for_its_rounds():
+    class Known:
+        samples_per_task = (3, 1)
+
+    assert samples_per_task(Known()) == (3, 1)
+
+
+def test_numbers_of_numpy_become_plain_ones(tmp_path):
+    one = np.int64(1)
+    source = RoundLoader(
+        X, torch.zeros(13).long(), IDS, batch_size=np.int64(5), seed=one, max_rounds=one
+    )
+    assert {type(source.identity()[name]) for name in ("batch_size", "seed", "max_rounds")} == {int}
+    config = TrainConfig(
+        epochs=one, lr=np.float32(0.5), seed=one, grad_clip=np.float64(1), adapter_lr=np.float32(1),
+        warmup_steps=one, schedule_unit="step",
+    )  # fmt: skip
+    for name in ("epochs", "seed", "warmup_steps"):
+        assert type(getattr(config, name)) is int, name
+    for name in ("lr", "grad_clip", "adapter_lr"):
+        assert type(getattr(config, name)) is float, name
+    callbacks = [Checkpoint(tmp_path / "a")]
+    standard(nn.Linear(1, 2), source, config, validate_every=one, callbacks=callbacks)

@@ -52,10 +52,11 @@ def test_samples_count_by_their_sizes(ids):
     torch.testing.assert_close(equal, task_mean(losses, task_ids), rtol=1e-14, atol=0)
 
 
-def test_a_task_without_size_adds_nothing():
+def test_a_task_without_size_is_not_present():
     losses, ids = torch.tensor([2.0, 4.0, 6.0]), torch.tensor([0, 1, 1])
     found = task_mean(losses, ids, sizes=torch.tensor([0, 1, 3]))
-    assert float(found) == pytest.approx((0 + 4 / 4 + 3 * 6 / 4) / 2)
+    assert float(found) == pytest.approx(4 / 4 + 3 * 6 / 4)
+    assert float(task_mean(losses, ids, sizes=torch.zeros(3))) == 0
 
 
 def test_tasks_count_the_same_whatever_their_samples():
@@ -141,3 +142,10 @@ def test_wrong_arguments_are_named(losses, ids, error, message):
 def test_sizes_are_one_per_sample():
     with pytest.raises(ValueError, match=re.escape("sizes must be one per sample, [B=3], got [2]")):
         task_mean(torch.ones(3), torch.tensor([0, 1, 1]), sizes=torch.ones(2))
+
+
+def test_sizes_are_not_brought_to_the_host():
+    """Ids on the CPU go to where the sizes are."""
+    ids = torch.tensor([0, 1, 1])
+    for order in (None, ids):
+        assert sample_weights(ids, order, torch.ones(3, device="meta")).device.type == "meta"

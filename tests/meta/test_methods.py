@@ -4,19 +4,24 @@ import math
 import re
 import subprocess
 import sys
+import textwrap
+import warnings
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from metalora.adapters import LoRAConfig, adapted_layers, merge_and_unload
 from metalora.meta import (
     Batch,
     Callback,
     DivergedError,
+    KeepBest,
     RoundLoader,
     TrainConfig,
     cross_entropy,
@@ -492,3 +497,168 @@ def test_importing_brings_no_optional_package():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+class Returns(Network):
+    """A network whose logits are somewhere in its outputs."""
+
+    def __init__(self, wrap):
+        super().__init__(0.0)
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(super().forward(x))
+
+
+def test_logits_of_a_dictionary_are_taken():
+    torch.manual_seed(0)
+    model = Returns(lambda logits: {"logits": logits, "hidden": None})
+    torch.manual_seed(0)
+    assert torch.equal(
+        weights_after("lora-ml", model=model), weights_after("lora-ml", None, Network(0.0))
+    )
+
+
+LOADER = DataLoader(TensorDataset(*data()), batch_size=8)
+REGRESSION = RoundLoader(data()[0], data()[0][:, :1], data()[2], batch_size=10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": Returns(lambda logits: (logits, None))}, r"\['logits'\], got tuple; pass loss="),
+        ({"model": Returns(lambda logits: {"y": logits})}, r"must return logits .* got dict"),
+        (
+            {"model": Returns(lambda y: y[:, None])},
+            r"got \[30, 1, 2\]; of a causal .*mean_token_loss",
+        ),
+        ({"model": Returns(lambda y: y[:, 0])}, r"must be \[B, classes\], got \[30\]; pass loss="),
+        ({"rounds": REGRESSION}, r"targets must be class .* got float32 \[30, 1\]; for a regress"),
+        ({"loss": F.cross_entropy}, r"\(outputs, batch\).* got cross_entropy; for instance loss="),
+        ({"loss": partial(F.mse_loss, reduction="none")}, "got mse_loss; for instance"),
+        ({"loss": nn.CrossEntropyLoss(reduction="none")}, "got CrossEntropyLoss; for instance"),
+        ({"loss": "mse"}, "loss: must be a function .* got str"),
+        ({"loss": lambda outputs, batch: 1.0}, "one loss per sample, .* got float"),
+        (
+            {"rounds": LOADER},
+            "lora_ml: rounds must be a .*RoundLoader.* got DataLoader; .*own-data",
+        ),
+        ({"validation": LOADER}, "train: validation must be a .* got DataLoader"),
+        (
+            {"callbacks": Callback()},
+            r"callbacks must be a list .* got Callback; .*\[Callback\(\)\]",
+        ),
+        ({"callbacks": [Callback]}, "each of callbacks must be an object .* got <class"),
+        ({"callbacks": [print]}, "each of callbacks must be an object .* got <built-in"),
+    ],
+)
+def test_common_mistakes_end_in_one_line(change, message):
+    arguments = {"model": network(), "rounds": rounds(), **change}
+    model, source = arguments.pop("model"), arguments.pop("rounds")
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        lora_ml(model, source, TrainConfig(epochs=1, lr=0.01), LORA, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_loader_without_tasks_is_not_evaluated():
+    with pytest.raises(TypeError, match=r"evaluate: loader must be .*RoundLoader.* got DataLoader"):
+        evaluate(network(), LOADER)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets"), [(2, torch.float32), (1, torch.int64), (1, torch.float32)]
+)
+def test_the_accuracy_of_a_regression_is_refused(outputs, targets):
+    inputs, labels, ids = data()
+    source = RoundLoader(inputs, labels.to(targets), ids, batch_size=10)
+    with pytest.raises(ValueError, match=r"accuracy: outputs must be logits .*validation=lambda"):
+        standard(
+            nn.Linear(8, outputs), source, TrainConfig(epochs=1, lr=0.01), validation=source,
+            loss=lambda outputs, batch: outputs.square().sum(1), callbacks=[KeepBest()],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("standard", {"grad_clip": 1.0}),
+        ("lora-ml", {}),
+        ("lora-ml", {"adapter_steps": 2}),
+        ("reptile", {}),
+    ],
+)
+def test_nan_in_the_data_is_not_blamed_on_the_learning_rate(method, fields):
+    inputs, labels, ids = data()
+    config = TrainConfig(epochs=1, lr=0.01, **fields)
+    source = RoundLoader(inputs * math.nan, labels, ids, batch_size=10)
+    with pytest.raises(DivergedError, match=r"first step is nan; look for NaN .* in inputs, targ"):
+        METHODS[method](network(), source, config)
+
+
+def test_clipping_is_not_advised_where_it_is_done():
+    for grad_clip, advised in ((None, True), (1e30, False)):
+        config = TrainConfig(epochs=3, lr=1e30, optimizer="sgd", grad_clip=grad_clip)
+        with pytest.raises(DivergedError, match=r"a step is .* lower lr=1e\+30") as caught:
+            standard(network(), rounds(), config)
+        assert ("clip gradients" in str(caught.value)) == advised
+
+
+def test_the_first_loss_is_looked_at_where_only_the_epoch_is(monkeypatch):
+    """As on a GPU, where a step is not waited for."""
+    monkeypatch.setattr("metalora.meta.steps.Step._check_finite", lambda *args, **kwargs: None)
+    inputs, labels, ids = data()
+    for lr, factor, message in ((0.01, math.nan, "look for NaN"), (1e30, 1.0, "lower lr")):
+        source = RoundLoader(inputs * factor, labels, ids, batch_size=10)
+        with pytest.raises(DivergedError, match=rf"mean loss of epoch 0 is (nan|inf); {message}"):
+            standard(network(), source, TrainConfig(epochs=1, lr=lr, optimizer="sgd"))
+
+
+class PartlyUsed(Network):
+    """Has a layer that is never called, and one that is called from some pass on."""
+
+    def __init__(self, first_pass=0):
+        super().__init__(0.0)
+        self.unused, self.late = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.passes, self.first_pass = 0, first_pass
+
+    def forward(self, x):
+        self.passes += 1
+        return super().forward(self.late(x) if self.passes > self.first_pass else x)
+
+
+@pytest.mark.parametrize(
+    ("num_tasks", "optimizer", "epochs", "steps"),
+    [(1, "adam", 3, 9), (1, "sgd", 3, 9), (T, "adam", 4, 9), (T, "sgd", 5, 9), (T, "adam", 2, 6)],
+)
+def test_adapters_that_are_never_called_are_named_once(num_tasks, optimizer, epochs, steps):
+    inputs, labels, ids = data()
+    source = RoundLoader(inputs, labels, ids % num_tasks, batch_size=10)
+    config = TrainConfig(epochs=epochs, lr=0.01, optimizer=optimizer)
+    with pytest.warns(UserWarning, match="no gradient has reached") as warned:
+        lora_ml(PartlyUsed(), source, config, LORA)
+    (message,) = [str(w.message) for w in warned if "reached" in str(w.message)]
+    assert f"the adapters of 'unused' in {steps} steps" in message
+
+
+@pytest.mark.parametrize(("epochs", "first_pass"), [(1, 0), (3, 8)])
+def test_a_layer_may_be_absent_in_a_short_run_and_at_first(epochs, first_pass):
+    model = PartlyUsed(first_pass)
+    if first_pass:
+        del model.unused
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source = rounds(max_rounds=None if first_pass else 2)
+        lora_ml(model, source, TrainConfig(epochs=epochs, lr=0.01), LORA)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_batch_statistics_are_kept_as_the_docstring_says(kept):
+    model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    example = re.search(
+        r"( +def forward.*?return model\(inputs\))", finetune_lora.__doc__, re.DOTALL
+    )
+    made = {"torch": torch}
+    exec(textwrap.dedent(example[1]), made)
+    options = {"forward": made["forward"]} if kept else {}
+    finetune_lora(model, rounds(), TrainConfig(epochs=1, lr=0.01), LORA, **options)
+    assert bool((model[1].running_mean == 0).all()) == kept

@@ -560,6 +560,52 @@ def test_shared_parameters_can_be_added_and_adapters_cannot():
     )
 
 
+def without_decay(model, kind):
+    """An optimiser that does not decay the shared bias."""
+    optimizer = make(model, kind)
+    flat = (p for p in model.parameters() if p.dim() == 1)
+    optimizer.add_param_group({"params": flat, "weight_decay": 0.0})
+    return optimizer
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "adafactor"])
+def test_shared_parameters_can_have_settings_of_their_own(kind):
+    model, other, alike = network(), network(), network()
+    optimizer = without_decay(model, kind)
+    assert [len(g["params"]) for g in optimizer.param_groups] == [1, 4, 1]
+    other[0].bias.requires_grad_(False)
+    added = make(other, kind)
+    other[0].bias.requires_grad_(True)
+    added.add_param_group({"params": other[0].bias, "weight_decay": 0.0})
+    train(model, optimizer, batches(4))
+    train(other, added, batches(4))
+    train(alike, make(alike, kind), batches(4))
+    assert same(model.parameters(), other.parameters())
+    assert not torch.equal(model[0].bias, alike[0].bias)
+
+    resumed = without_decay(other, kind)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, batches(2))
+    train(other, resumed, batches(2))
+    assert same(model.parameters(), other.parameters())
+
+
+def test_parameters_change_groups_with_their_moments_or_not_at_all():
+    model, other = network(), network()
+    optimizer, plain = make(model, "adamw"), make(other, "adamw")
+    train(model, optimizer, batches(2))
+    train(other, plain, batches(2))
+    groups = [list(map(id, g["params"])) for g in optimizer.param_groups]
+    with pytest.raises(ValueError, match="non-leaf"):
+        optimizer.add_param_group({"params": [model[0].weight, model[0].bias * 2]})
+    assert [list(map(id, g["params"])) for g in optimizer.param_groups] == groups
+    optimizer.add_param_group({"params": [model[0].weight, model[0].bias]})
+    assert optimizer.param_groups[0]["params"] == []
+    train(model, optimizer, batches(4)[2:])
+    train(other, plain, batches(4)[2:])
+    assert same(model.parameters(), other.parameters())
+
+
 def test_a_frozen_base_and_a_single_task():
     model = network()
     metalora.freeze_base(model)
@@ -692,3 +738,18 @@ def test_it_is_neither_copied_nor_pickled():
     refused(TypeError, message, copy.deepcopy, optimizer)
     refused(TypeError, message, copy.copy, optimizer)
     refused(TypeError, message, pickle.dumps, optimizer)
+
+
+def test_gradients_that_are_returned_are_of_no_step():
+    """torch.autograd.grad adds nothing to what the optimiser steps by."""
+    model = network()
+    optimizer, separate = make(model, "adamw"), Separate(model, KINDS["adamw"])
+    for x, y, ids in batches(4):
+        backward(model, (x, y, ids))
+        with tasks(torch.arange(T)):
+            value = model(torch.randn(T, D, dtype=torch.float64)).square().sum()
+        torch.autograd.grad(value, list(model.parameters()))
+        separate.step(model, set(ids.tolist()))
+        optimizer.step()
+        optimizer.zero_grad()
+        separate.check(model, 1e-15)

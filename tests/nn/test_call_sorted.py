@@ -3,6 +3,7 @@
 import copy
 import re
 from collections import Counter
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import metalora
 from metalora.adapters import LoRAConfig, adapt
 from metalora.meta import TaskOptimizer
-from metalora.nn import call_sorted, current_tasks, keep_tasks, tasks
+from metalora.nn import TaskBatch, call_sorted, current_tasks, keep_tasks, tasks
 from tests.hf.models import bert, roberta
 from tests.nn.test_compile import needs_native
 from tests.pairs import every_pair
@@ -202,10 +203,11 @@ def test_another_thread_and_inner_contexts():
         torch.testing.assert_close(call(model, *given)["logits"], want)
 
 
-def test_sorted_samples_are_passed_on_as_they_are():
-    values = [object(), torch.zeros(3), [1, 2]]
-    with tasks(torch.tensor([0, 1])):
-        assert call_sorted(lambda *args: args, *values) == tuple(values)
+def test_one_sample_and_packed_ones_are_passed_on_as_they_are():
+    values = [object(), torch.zeros(3), [1]]
+    for batch in (TaskBatch(torch.tensor([1])), TaskBatch(torch.tensor([0, 1]), lengths=[3, 2])):
+        with tasks(batch):
+            assert call_sorted(lambda *args: args, *values) == tuple(values)
     with tasks(torch.tensor([], dtype=torch.int64)):
         assert call_sorted(lambda: "none") == "none"
 
@@ -228,13 +230,46 @@ X = torch.zeros(2, 3)
         ({"x": X}, SimpleNamespace(logits=X), TypeError, "got a SimpleNamespace"),
     ],
 )
-def test_what_cannot_be_sorted_is_refused(arguments, outputs, error, message):
-    with tasks(torch.tensor([1, 0])), pytest.raises(error, match=re.escape(message)):
-        call_sorted(lambda x: outputs, **arguments)
+def test_what_cannot_be_sorted_is_refused_in_any_order(arguments, outputs, error, message):
+    for ids in ([1, 0], [0, 1]):
+        with tasks(torch.tensor(ids)), pytest.raises(error, match=re.escape(message)):
+            call_sorted(lambda x: outputs, **arguments)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    x: torch.Tensor
+    loss: torch.Tensor
+    name: str = "logits"
+
+
+def test_dataclasses_are_taken_apart():
+    given = torch.arange(4.0)[:, None]
+    seen = []
+    with tasks(torch.tensor([1, 0, 1, 0])):
+        found = call_sorted(lambda o: seen.append(o) or o, Outputs(given, given.sum()))
+    assert seen[0].x.flatten().tolist() == [1, 3, 0, 2]
+    assert torch.equal(found.x, given)
+    assert (float(found.loss), found.name) == (6.0, "logits")
+
+
+def test_a_decoder_is_told_to_leave_out_its_cache():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 20, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2)
+    model = adapt(transformers.LlamaForCausalLM(config), LoRAConfig(2), 2)
+    tokens = torch.arange(8).reshape(4, 2)
+    for ids in ([1, 0, 1, 0], [0, 0, 1, 1]):
+        with tasks(torch.tensor(ids)):
+            with pytest.raises(TypeError, match=r"DynamicCache, .* pass use_cache=False"):
+                call_sorted(model, input_ids=tokens)
+            found = call_sorted(model, input_ids=tokens, use_cache=False).logits
+            torch.testing.assert_close(found, model(input_ids=tokens).logits)
 
 
 def test_what_holds_no_samples_is_passed_on():
     given = {"a": 0.5, "b": None, "c": "mean", "d": torch.tensor(3.0), "e": (1, 2, 3), "f": []}
+    given |= {"g": torch.float16, "h": torch.device("cpu"), "i": b"", "j": torch.strided}
     with tasks(torch.tensor([1, 0])):
         found = metalora.call_sorted(lambda **kwargs: kwargs, **given, x=X)
     assert {name: found[name] for name in given} == given

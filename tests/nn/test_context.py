@@ -191,3 +191,15 @@ def test_backward_is_outside_of_the_tasks_around_it():
     with pytest.raises(RuntimeError, match="not those around backward"), tasks(ids(0)):
         y.backward()
     assert current_tasks() is None
+
+
+def test_what_belongs_to_a_finished_batch_is_given_to_it():
+    batch = TaskBatch(ids(0, 1))
+    for options in ({"counts": [1, 1]}, {"lengths": [1, 1]}):
+        message = f"tasks: {next(iter(options))} must be given to the TaskBatch itself"
+        with pytest.raises(TypeError, match=message), tasks(batch, **options):
+            pass
+    with pytest.raises(ValueError, match=r"task_ids must be in 0\.\.0"), tasks(batch, 1):
+        pass
+    with tasks(batch, 2) as entered:
+        assert entered is batch

@@ -36,6 +36,7 @@ def embedding(padding_idx=None):
 
 @pytest.mark.parametrize("padding_idx", [None, 2])
 @pytest.mark.parametrize("shape", [(5,), (5, 6), (10, 3), (5, 2, 3)])
+@pytest.mark.filterwarnings("ignore:sample order")
 def test_each_sample_has_the_rows_of_its_task(shape, padding_idx):
     layer, ids = embedding(padding_idx), torch.randint(V, shape)
     of = torch.tensor([1, 0, 2, 1, 0])
@@ -211,7 +212,8 @@ def test_a_head_of_a_vocabulary_is_multiplied_task_by_task(bias, packed, monkeyp
     grad = torch.randn_like(want)
     parameters = (x, *head.parameters())
     gradients = torch.autograd.grad(want, parameters, grad)
-    monkeypatch.setattr("metalora.nn.head._FEW", 6)
+    monkeypatch.setattr("metalora.nn.head._FEW", 0)
+    monkeypatch.setattr("metalora.nn.head._PER_HEAD", 60)
     monkeypatch.setattr(F, "linear", _counted := Counted(F.linear))
     got = head(x, batch)
     assert _counted.shapes == [(7, D)] * T

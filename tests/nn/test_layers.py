@@ -1,6 +1,7 @@
 """The three layers against plain einsums over each sample's own task."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -88,6 +89,7 @@ def test_samples_of_unequal_length_may_be_packed(make, counts):
 
 
 @pytest.mark.parametrize("make", LAYERS)
+@pytest.mark.filterwarnings("ignore:sample order")
 def test_packed_and_plain_inputs_share_a_context(make):
     layer, packed = make(), TaskBatch(torch.tensor([0, 0, 2]), lengths=[3, 1, 2])
     for shape in [(3, 5), (9, 5), (3, 2, 5)]:  # (9, 5): three parts of every sample
@@ -101,6 +103,7 @@ def test_packed_and_plain_inputs_share_a_context(make):
 
 
 @pytest.mark.parametrize("make", LAYERS)
+@pytest.mark.filterwarnings("ignore:sample order")
 def test_samples_may_be_flattened_with_their_parts(make):
     layer, x = make(), torch.randn(6, 4, 5, dtype=torch.float64)
     flat = layer(x.reshape(24, 5), TaskBatch(IDS))
@@ -245,7 +248,7 @@ def test_missing_context_is_explained(make):
         ({"rank": 1.5}, TypeError, "rank must be an int >= 1, got float"),
         ({"num_tasks": 0}, ValueError, "num_tasks must be an int >= 1"),
         ({"alpha": float("nan")}, ValueError, "alpha must be a finite number > 0"),
-        ({"dropout": 1.0}, ValueError, "dropout must be >= 0 and < 1"),
+        ({"dropout": 1.0}, ValueError, "dropout must be in [0, 1)"),
         ({"dropout": -0.1}, ValueError, "dropout"),
         ({"route": "wieght"}, ValueError, "did you mean 'weight'"),
     ],
@@ -301,3 +304,76 @@ def test_tasks_may_be_dropped_twice(make):
     assert some.num_tasks == 2 and "tasks=2 of 4" in repr(some)
     for name, parameter in some.own_task_parameters().items():
         assert torch.equal(parameter, getattr(every, name)[[3, 2]])
+
+
+def warned(call):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        call()
+    return [str(warning.message) for warning in found]
+
+
+def test_rows_of_an_order_that_cannot_be_known_are_noted_once():
+    encoder = nn.Sequential(lora(name="encoder.0"), MultiTaskLoRALinear(3, 3, 4, 1).double())
+    views = torch.randn(12, 5, dtype=torch.float64)  # two of each sample, one batch after another
+
+    def call(ids):
+        with tasks(ids):
+            encoder(views)
+
+    assert not warned(lambda: call(IDS.repeat(2)))
+    assert not warned(lambda: call(torch.full((6,), 2)))  # of one task: any order will do
+    (message,) = warned(lambda: call(IDS))  # one warning for both layers
+    assert message.startswith("sample order: MultiTaskLoRALinear 'encoder.0' takes x [12, 5] for 2")
+    assert "give task_ids.repeat(2). If it is right" in message
+    assert not warned(lambda: call(IDS))
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_flattened_parts_are_known_by_an_earlier_layer(make):
+    first, then = make(), make()
+    x = torch.randn(6, 2, 2, 5, dtype=torch.float64)
+
+    def call(rows):
+        with tasks(IDS):
+            first(x)
+            then(rows)
+
+    assert not warned(lambda: call(x.reshape(24, 5)))  # four parts of each, as of x
+    (message,) = warned(lambda: call(torch.randn(12, 6, 5, dtype=torch.float64)))
+    assert "If it is sequence-first, [L, B, ...], have the samples first." in message
+
+
+def test_the_note_on_the_order_can_be_silenced():
+    layer = lora()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", "sample order")
+        layer(torch.randn(12, 5, dtype=torch.float64), TaskBatch(IDS))
+    assert not found
+
+
+def test_an_input_that_all_samples_share_is_explained():
+    with pytest.raises(ValueError, match=r"shared by all samples, as .* \(exclude_modules\)"):
+        lora()(torch.randn(1, 8, 5, dtype=torch.float64), TaskBatch(IDS))
+    with pytest.raises(ValueError, match="routed to experts, exclude the layer"):
+        lora()(torch.randn(8, 5, dtype=torch.float64), TaskBatch(IDS))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_input_of_another_dtype_is_refused_by_the_layer(bias):
+    layer = MultiTaskLoRALinear(5, 3, num_tasks=4, rank=2, bias=bias, name="query")
+    x = torch.randn(6, 5)
+    message = "MultiTaskLoRALinear 'query': x must have the dtype of weight, torch.float32, got"
+    for dtype in (torch.bfloat16, torch.float64):
+        with pytest.raises(TypeError, match=message):
+            layer(x.to(dtype), TaskBatch(IDS))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x.bfloat16(), TaskBatch(IDS)).dtype == torch.bfloat16
+
+
+def test_adapters_of_another_dtype_than_their_weight_are_explained():
+    layer = MultiTaskLoRALinear(5, 3, num_tasks=4, rank=2, dtype=torch.bfloat16)
+    layer.lora_A.data = layer.lora_A.data.float()
+    with pytest.raises(TypeError, match=r"lora_A must .* keep both in float32 \(model\.float\(\)"):
+        layer(torch.randn(6, 5).bfloat16(), TaskBatch(IDS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import gc
 import weakref
 from collections.abc import Callable
@@ -346,3 +347,16 @@ def test_only_what_can_be_shared_is(sharing, monkeypatch: pytest.MonkeyPatch) ->
     with tasks(batch), FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.randn(6, 2, 36, dtype=torch.float64).requires_grad_() * 1
         assert not shared()
+
+
+def test_a_copy_of_the_context_does_not_keep_the_input(sharing: Callable[[bool], None]) -> None:
+    sharing(True)
+    layers, x = projections(), torch.randn(6, 4, 36, dtype=torch.float64, requires_grad=True)
+    rows = x * 1
+    kept = weakref.ref(rows)
+    with tasks(torch.tensor(EQUAL)):
+        copied = contextvars.copy_context()
+        next(iter(layers.values()))(rows)
+    del rows
+    gc.collect()
+    assert kept() is None and copied

@@ -4,8 +4,9 @@ import re
 
 import pytest
 import torch
+from torch import nn
 
-from metalora.nn import MultiTaskHead, MultiTaskLoRALinear, TaskBatch, current_tasks
+from metalora.nn import MultiTaskHead, MultiTaskLoRALinear, TaskBatch, current_tasks, tasks
 from tests.pairs import every_pair
 
 
@@ -74,7 +75,11 @@ def test_pointer_is_made_once_per_batch():
 @pytest.mark.parametrize(
     ("ids", "error", "message"),
     [
-        ([0, 1], TypeError, "must be an int64 tensor [B], got list"),
+        (
+            [0, 1],
+            TypeError,
+            "must be an int64 tensor [B], or an int for samples of one task, got list",
+        ),
         (torch.tensor([0.0, 1.0]), TypeError, "int64 [B], got torch.float32; use task_ids.long()"),
         (torch.zeros(2, requires_grad=True), TypeError, "int64 [B], got torch.float32"),
         (torch.tensor([0, 1], dtype=torch.int32), TypeError, "int64 [B], got torch.int32"),
@@ -162,3 +167,16 @@ def test_a_packed_batch_that_inference_mode_saw_trains_afterwards():
         layer(x, batch)
     layer(x, batch).sum().backward()
     assert layer.weight.grad.abs().sum() > 0
+
+
+def test_an_int_is_the_task_of_all_samples():
+    layer = MultiTaskLoRALinear(4, 3, num_tasks=3, rank=1)
+    nn.init.normal_(layer.lora_B)
+    for shape in [(5, 4), (5, 2, 4)]:
+        x = torch.randn(shape)
+        with tasks(2):
+            torch.testing.assert_close(layer(x), layer(x, TaskBatch(torch.full((5,), 2))))
+    with pytest.raises(ValueError, match=r"task_ids must be in 0\.\.2, .* got 3"):
+        layer(torch.randn(5, 4), TaskBatch(3))
+    with pytest.raises(TypeError, match="or an int for samples of one task, got bool"):
+        TaskBatch(True)

@@ -206,8 +206,8 @@ def test_mixed_devices_are_refused_before_a_launch(gpu: None, name: str, route: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.float16, "bias": torch.float16, "weight": torch.bfloat16}, "weight must have"),
-        ({"x": torch.float64, "bias": torch.float64}, "weight must have the dtype of x"),
+        ({"x": torch.float16, "bias": torch.float16, "weight": torch.bfloat16}, "x must have"),
+        ({"x": torch.float64, "bias": torch.float64}, "x must have the dtype of weight"),
         ({"lora_A": torch.bfloat16}, "lora_A must have the dtype of weight"),
         ({"bias": torch.bfloat16}, "bias must have the dtype of x"),
         ({"x": torch.int32}, "x must be floating point"),

@@ -40,7 +40,7 @@ CASES = {
             "lora_B": torch.randn(2, 5, 2),
         },
         TypeError,
-        "weight must have the dtype of x, torch.float64, got torch.float32",
+        "x must have the dtype of weight, torch.float32, got torch.float64",
     ),
     "no_tasks": (
         {"lora_A": torch.empty(0, 2, 7).double(), "lora_B": torch.empty(0, 5, 2).double()},
@@ -52,7 +52,7 @@ CASES = {
     "x_dtype": (
         {"x": torch.randn(7, 7)},
         TypeError,
-        "bias must have the dtype of x, torch.float32, got torch.float64",
+        "x must have the dtype of weight, torch.float64, got torch.float32; convert one",
     ),
     "weight_device": (
         {"weight": torch.empty(5, 7, device="meta", dtype=torch.float64)},
@@ -68,6 +68,12 @@ CASES = {
         {"lora_B": torch.randn(2, 2, 5).double()},
         ValueError,
         "lora_B must be [T=2, out=5, r=2], got [2, 2, 5]; is it transposed?",
+    ),
+    "short_x": (
+        {"x": torch.randn(7, 7).bfloat16(), "weight": torch.randn(5, 7), "bias": torch.randn(5)},
+        TypeError,
+        "x must have the dtype of weight, torch.float32, got torch.bfloat16; convert one of them "
+        "with .to(), or compute under torch.autocast",
     ),
     "B_dtype": (
         {"lora_B": torch.randn(2, 5, 2)},

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 import torch
@@ -155,3 +156,17 @@ def test_rank_zero_is_refused() -> None:
         ops.merge_lora_symmetric(weight, torch.empty(2, 4, 0))
     with pytest.raises(ValueError, match=r"task_matvec: lora_U must have a rank"):
         ops.task_matvec(weight, torch.randn(2, 3, 4), torch.empty(2, 4, 0))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_autocast_changes_nothing(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native:
+        module = sys.modules["metalora.ops.merge_lora"]
+        monkeypatch.setattr(module, "usable", lambda tensor: False)
+    arguments = matrices((2, 33, 20, 3), torch.float32)
+    lora_U = torch.randn(2, 9, 2)
+    wanted = ops.merge_lora(*arguments), ops.merge_lora_symmetric(torch.eye(9), lora_U)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ops.merge_lora(*arguments), ops.merge_lora_symmetric(torch.eye(9), lora_U)
+    for got, want in zip(found, wanted, strict=True):
+        assert torch.equal(got, want)

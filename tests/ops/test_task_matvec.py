@@ -101,3 +101,25 @@ def test_opcheck(native: None) -> None:
 def test_messages(arguments, text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(text)):
         ops.task_matvec(*arguments)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("size", [64, 65])
+def test_autocast_changes_nothing_at_any_size(size: int, symmetric: bool) -> None:
+    weight = torch.randn(*([] if symmetric else [2]), size, size, requires_grad=True)
+    x, lora_U = torch.randn(2, 3, size), torch.randn(2, size, 2) if symmetric else None
+    wanted = ops.task_matvec(weight, x, lora_U)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ops.task_matvec(weight, x, lora_U)
+    assert found.dtype == torch.float32 and torch.equal(found, wanted)
+
+
+def test_autocast_leaves_gradients_that_can_be_differentiated(native: None) -> None:
+    weight, x = torch.randn(9, 9, requires_grad=True), torch.randn(2, 3, 9)
+    lora_U = torch.randn(2, 9, 2)
+    found = []
+    for enabled in (False, True):
+        value = ops.task_matvec(weight, x, lora_U).square().sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            found += torch.autograd.grad(value, weight, create_graph=True)
+    assert torch.equal(*found)
