@@ -17,6 +17,7 @@ from experiments.lib.statistics import with_error
 
 # Shorter than by default: the demo ends within two minutes.
 SEEDS, EPOCHS, FINETUNE_EPOCHS = 3, 10, 15
+LORA_RATES, LAST_LAYER_RATES = (1e-2, 3e-2, 1e-1), (3e-2, 1e-1, 3e-1)  # to choose from
 METHODS = ("lora-ml", "last-layer-ml", "standard")
 
 
@@ -90,6 +91,8 @@ def run_conflict(demo: Path, smoke: bool = False) -> RunFolder:
         pairs=("all",),
         inputs=("none",),
         flipped=(0.5,),
+        lora_rates=LORA_RATES,
+        last_layer_rates=LAST_LAYER_RATES,
         seeds=SEEDS,
         device="cpu",
         smoke=smoke,
