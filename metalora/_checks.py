@@ -115,7 +115,7 @@ def check_probability(function: str, argument: str, p: float) -> float:
     Raises:
         TypeError, ValueError: if it is not.
     """
-    if isinstance(p, bool) or not isinstance(p, (int, float, Real)):
+    if isinstance(p, bool) or not isinstance(p, Real):
         raise TypeError(f"{function}: {argument} must be a number in [0, 1), got {p!r}")
     if not 0 <= p < 1:
         raise ValueError(f"{function}: {argument} must be in [0, 1), got {p!r}")
