@@ -122,7 +122,7 @@ def test_a_limit_on_files_is_an_oserror_and_leaves_nothing(tmp_path: Path) -> No
     path = tmp_path / "file"
     path.write_bytes(b"old")
     child = start_writing(path, 2**20)
-    _, errors = child.communicate(timeout=60)
+    _, errors = child.communicate(timeout=240)
     assert child.returncode == 1 and "OSError: [Errno 27] File too large" in errors
     assert names(tmp_path) == ["file"] and path.read_bytes() == b"old"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import os
 
 import torch
@@ -37,6 +38,9 @@ def init_process_group(
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             backend = "cpu:gloo,cuda:nccl"
+    # Default arguments there hold the group of the moment of its import (by the first optimiser, if
+    # not here), and so its threads beyond destroy_process_group, to abort the process as it ends.
+    importlib.import_module("torch.distributed.nn.functional")
     from torch.distributed.distributed_c10d import PrefixStore  # a torch without these may lack it
     from torch.distributed.rendezvous import rendezvous
 

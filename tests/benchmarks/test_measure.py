@@ -25,7 +25,7 @@ def test_steps_are_timed_apart() -> None:
     timings = side_by_side(
         {
             "short": [{"forward": wait(0.001), "backward": wait(0.003)}],
-            "long": [{"forward": wait(0.006)}],
+            "long": [{"forward": wait(0.03)}],
         },
         rounds=4,
         seconds_a_turn=0.008,

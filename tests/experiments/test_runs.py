@@ -343,7 +343,7 @@ def test_a_stopped_run_is_readable_and_goes_on(
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.2)  # into the middle of the writing
         process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=240)
     finally:
         process.kill()  # it would write for ever
     assert process.returncode == code

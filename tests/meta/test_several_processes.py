@@ -214,7 +214,8 @@ class End(Callback):
         if training.steps_done == 5 and training.distribution.rank == 1:
             if self.how == "raises":
                 raise ValueError("one process alone")
-            time.sleep(30)
+            if self.how == "sleeps":
+                time.sleep(120)
 
 
 def ended(folder: Path, how: str) -> str:
@@ -227,13 +228,13 @@ def ended(folder: Path, how: str) -> str:
 @pytest.mark.parametrize("how", ["raises", "sleeps"])
 def test_a_process_that_ends_or_hangs_ends_the_others(how: str, tmp_path: Path) -> None:
     since = time.monotonic()
-    processes, queue = start_processes(ended, 2, tmp_path, how, seconds=3)
+    processes, queue = start_processes(ended, 2, tmp_path, how, seconds=6)
     told = {}
     while 0 not in told:
-        rank, error, _ = queue.get(timeout=60)
+        rank, error, _ = queue.get(timeout=240)
         told[rank] = error
     assert "ProcessGroupError: train: process 0 of 2 lost the others, of which one has" in told[0]
-    assert time.monotonic() - since < 25
+    assert time.monotonic() - since < 100
     for process in processes:
         process.kill()
         process.join()
