@@ -1,7 +1,7 @@
 """Retraining for adaptability, and the fine-tuning that follows it."""
 
 from metalora._errors import DivergedError
-from metalora.meta.callbacks import KeepBest, MetricsLog, Progress
+from metalora.meta.callbacks import EarlyStopping, KeepBest, MetricsLog, Progress
 from metalora.meta.causal import (
     SampleLosses,
     bits_per_byte,
@@ -42,6 +42,7 @@ __all__ = [
     "CheckpointError",
     "Distribution",
     "DivergedError",
+    "EarlyStopping",
     "Evaluation",
     "GradientStep",
     "KeepBest",

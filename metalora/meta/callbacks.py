@@ -1,4 +1,4 @@
-"""Callbacks: a progress bar, a log of the metrics, keeping the best epoch."""
+"""Callbacks: a progress bar, a log of the metrics, early stopping, keeping the best epoch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metalora._checks import check_count
+from metalora._checks import check_count, check_nonnegative
 from metalora._files import replacing
 from metalora.meta.identity import shapes_of
 from metalora.meta.training import Callback, Training, rank_of
@@ -129,6 +129,56 @@ def _is_kept(line: bytes, stale: Callable[[dict[str, Any]], Any]) -> bool:
     except ValueError:
         return line.endswith(b"\n")
     return not (isinstance(record, dict) and stale(record))
+
+
+class EarlyStopping(Callback):
+    """Ends the training once the validation has not improved for some time.
+
+    The weights are then those of the last epoch; with `KeepBest` beside it, those of the best.
+
+    Args:
+        patience: how many validations in a row may be no better than the best one before them.
+        min_delta: what a validation must be above the best one to be better.
+
+    Raises:
+        TypeError, ValueError: if ``patience`` is no count, or ``min_delta`` negative.
+    """
+
+    def __init__(self, patience: int, min_delta: float = 0.0) -> None:
+        self.patience = check_count("EarlyStopping", "patience", patience)
+        self.min_delta = check_nonnegative("EarlyStopping", "min_delta", min_delta)
+
+    def on_start(self, training: Training) -> None:
+        """Forgets earlier trainings."""
+        if training.validation is None:
+            raise ValueError("EarlyStopping: needs a validation to watch; pass validation=")
+        self.best, self.since = -math.inf, 0
+
+    def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
+        """Counts the validations that are no better, and ends the training where they suffice."""
+        if "validation" not in record:
+            return
+        if record["validation"] > self.best + self.min_delta:
+            self.best, self.since = record["validation"], 0
+            return
+        self.since += 1
+        if self.since >= self.patience:
+            training.stopping = True
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The best validation so far, and how many since were no better."""
+        return {}, {"best": self.best, "since": self.since}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Restores what `state` returned.
+
+        Raises:
+            ValueError: if it is of another callback.
+        """
+        best, since = values["best"], values["since"]
+        if type(best) is not float or type(since) is not int or since < 0:
+            raise ValueError("best must be a float and since a count")
+        self.best, self.since = best, since
 
 
 class KeepBest(Callback):

@@ -33,9 +33,11 @@ from metalora.meta.steps import check_finite
 from metalora.meta.task_optimizer import TaskOptimizer
 from metalora.meta.training import Callback, Training, described
 
-_FORMAT = "metalora training 3"
-_EARLIER = "metalora training 2"  # which had none of these values
-_SINCE: dict[str, Any] = {"steps_in_epoch": 0, "shards": []}
+_FORMAT = "metalora training 4"
+_EARLIER: dict[str, dict[str, Any]] = {  # and the values that these did not have
+    "metalora training 2": {"steps_in_epoch": 0, "shards": [], "stopping": False},
+    "metalora training 3": {"stopping": False},
+}
 _VALUES = {
     "training": dict,
     "layers": dict,
@@ -43,17 +45,13 @@ _VALUES = {
     "steps_in_epoch": int,
     "next_epoch": int,
     "kept_epoch": int,
+    "stopping": bool,
     "history": list,
     "scaler": dict,
     "callbacks": list,
     "shards": list,
 }
-_ADAM = ("step", "exp_avg", "exp_avg_sq")
-_STATES: dict[type, tuple[str, ...]] = {
-    kind: () if kind is torch.optim.SGD else _ADAM for kind in NAMED.values()
-}
-"""The state that these optimisers, as metalora makes them, keep of each parameter."""
-
+_ADAM = ("step", "exp_avg", "exp_avg_sq")  # what metalora's Adam and AdamW keep of each parameter
 _WHAT_TO_DO = "name another path, or delete the file"
 
 
@@ -281,8 +279,8 @@ def read(path: Path, data: bytes | None = None) -> tuple[dict[str, Tensor], dict
     except Exception as error:
         raise _damaged(path, error) from error
     got = values.get("format") if isinstance(values, dict) else values
-    if got == _EARLIER:
-        values = {**values, **_SINCE}
+    if isinstance(got, str) and got in _EARLIER:
+        values = {**values, **_EARLIER[got]}
     elif got != _FORMAT:
         raise CheckpointError(
             f"Checkpoint: {path} must have the format {_FORMAT!r}, got {short(got)}; {_WHAT_TO_DO}"
@@ -318,6 +316,7 @@ def _collect(
         "steps_in_epoch": training.steps_in_epoch,
         "next_epoch": training.next_epoch,
         "kept_epoch": training.kept_epoch,
+        "stopping": training.stopping,
         "history": training.history,
         "scaler": training.step.scaler.state_dict(),
         "callbacks": callbacks,
@@ -362,7 +361,7 @@ def _checked(path: Path, training: Training, identity: dict[str, Any]) -> Callab
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         training.model.load_state_dict(model)
         training.steps_done, training.next_epoch = values["steps_done"], values["next_epoch"]
-        training.kept_epoch = values["kept_epoch"]
+        training.kept_epoch, training.stopping = values["kept_epoch"], values["stopping"]
         training.history.extend(values["history"])
         training.steps_in_epoch = values["steps_in_epoch"]
         training.losses, training.random_state = losses, random
@@ -489,6 +488,9 @@ def _optimizer_state(
     """The state by the parameter's number; refuses what the optimiser cannot have written."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     kind = type(optimizer.inner if isinstance(optimizer, TaskOptimizer) else optimizer)
+    known: tuple[str, ...] | None = _ADAM if kind in NAMED.values() else None
+    if kind is torch.optim.SGD:
+        known = ("momentum_buffer",) if optimizer.param_groups[0]["momentum"] else ()
     by_number: dict[str, dict[str, Tensor]] = {}
     for name, tensor in found.items():
         prefix, _, key = name.partition(".")
@@ -497,11 +499,11 @@ def _optimizer_state(
     for number, parameter in enumerate(parameters):
         own = by_number.pop(str(number), {})
         apart = isinstance(optimizer, TaskOptimizer) and TASKS_WITH_STATE in own
-        keys = _STATES.get(kind, tuple(own))
+        keys = tuple(own) if known is None else known
         wanted = [*keys, TASKS_WITH_STATE] if apart else keys
         for key in {**own, **dict.fromkeys(wanted)} if own else ():
             fits = key in wanted and key in own
-            if fits and kind in _STATES:
+            if fits and known is not None:
                 fits = _fits(key, own[key], parameter, apart)
             elif fits:
                 fits = own[key].shape in ((), parameter.shape[:1], parameter.shape)
@@ -509,7 +511,7 @@ def _optimizer_state(
                 got = shapes_of(own).get(key, "nothing")
                 raise CheckpointError(
                     f"Checkpoint: {path} has optimizer state {short(f'{number}.{key}')}: {got}, "
-                    f"wanted {', '.join(_STATES.get(kind, ())) or 'none'} of shape "
+                    f"wanted {', '.join(known or ()) or 'none'} of shape "
                     f"{list(parameter.shape)}"
                 )
         if own:
@@ -535,7 +537,7 @@ def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _fits(key: str, state: Tensor, parameter: Tensor, apart: bool) -> bool:
-    """Whether Adam can have such a state; ``apart``: its tasks were not all stepped alike."""
+    """Whether it can be such a state; ``apart``: its tasks were not all stepped alike."""
     if key == TASKS_WITH_STATE:
         return state.dtype == torch.bool and state.shape == parameter.shape[:1]
     if key == "step":

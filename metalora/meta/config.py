@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from metalora._checks import check_choice, check_count, check_nonnegative, check_positive
+from metalora._checks import (
+    check_choice,
+    check_count,
+    check_nonnegative,
+    check_positive,
+    check_probability,
+)
 from metalora.meta.distribution import PARALLEL
 from metalora.meta.optimizer import NAMED
 from metalora.meta.precision import MATMUL_PRECISIONS
@@ -27,7 +33,7 @@ class TrainConfig:
             takes both in one step, from one gradient. k > 1 takes k steps on the adapters and heads
             alone, all on the same batch, and then one on the shared weights alone, as the paper's
             algorithm for the linear model does with k = 10. Schedules count the shared steps.
-        optimizer: "adam", "adamw" or "sgd" (without momentum).
+        optimizer: "adam", "adamw" or "sgd".
         schedule: "constant", "cosine" (to zero) or "linear" (to zero).
         schedule_unit: whether the rate changes with every "epoch" or optimiser "step".
         warmup: part of the training, 0 to 1, over which the rate rises linearly first. It is a part
@@ -55,6 +61,8 @@ class TrainConfig:
             processes, one included. They are those of None, which means one process by itself, but
             dropout draws other random numbers: the mask of a sample depends on its place in the
             whole batch, not on the process.
+        betas, eps: of Adam and AdamW.
+        momentum: of SGD.
 
     Raises:
         TypeError: if a field has a wrong type.
@@ -80,6 +88,9 @@ class TrainConfig:
     matmul_precision: str = "default"
     compile: bool = False
     parallel: str | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.0
 
     def __post_init__(self) -> None:
         self._check("epochs", check_count)
@@ -89,6 +100,7 @@ class TrainConfig:
         self._check("adapter_weight_decay", check_nonnegative)
         self._check("adapter_steps", check_count)
         check_choice("TrainConfig", "optimizer", self.optimizer, NAMED)
+        self._check_optimizer_settings()
         check_choice("TrainConfig", "schedule", self.schedule, ("constant", "cosine", "linear"))
         check_choice("TrainConfig", "schedule_unit", self.schedule_unit, ("epoch", "step"))
         self._check("warmup", check_nonnegative)
@@ -112,6 +124,27 @@ class TrainConfig:
         value = getattr(self, field)
         if value is not None or getattr(type(self), field, 0) is not None:
             object.__setattr__(self, field, check("TrainConfig", field, value, **limits))
+
+    @property
+    def optimizer_settings(self) -> dict[str, Any]:
+        """What the optimiser takes beside the learning rate and the weight decay."""
+        if self.optimizer == "sgd":
+            return {"momentum": self.momentum}
+        return {"betas": self.betas, "eps": self.eps}
+
+    def _check_optimizer_settings(self) -> None:
+        if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
+            raise TypeError(f"TrainConfig: betas must be two numbers in [0, 1), got {self.betas!r}")
+        betas = tuple(check_probability("TrainConfig", "betas", beta) for beta in self.betas)
+        object.__setattr__(self, "betas", betas)
+        self._check("eps", check_positive)
+        self._check("momentum", check_nonnegative)
+        for name in {"betas", "eps", "momentum"} - self.optimizer_settings.keys():
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"TrainConfig: optimizer {self.optimizer!r} has no {name}, but "
+                    f"{' and '.join(self.optimizer_settings)}; got {getattr(self, name)}"
+                )
 
     def _check_parallel(self) -> None:
         if self.parallel is None:

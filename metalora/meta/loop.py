@@ -139,6 +139,9 @@ def _train(training: Training) -> None:
     config, callbacks = training.config, training.callbacks
     warned = False
     for epoch in range(training.next_epoch, config.epochs):
+        (stopping,) = training.distribution.broadcast([training.stopping], training.device)
+        if stopping:
+            break
         torch.manual_seed(derive_seed("epoch", config.seed, epoch))
         rounds.set_epoch(epoch)
         model.train()

@@ -16,12 +16,14 @@ def make_optimizer(
     parameters: Sequence[Tensor] | Sequence[dict[str, Any]],
     lr: float,
     weight_decay: float,
+    **settings: Any,
 ) -> Optimizer:
     """The optimiser called ``name`` of parameters, or of groups of them, fused where torch can."""
     groups = (p["params"] if isinstance(p, dict) else [p] for p in parameters)
     fused = can_fuse(p for group in groups for p in group)
+    fused &= not settings.get("momentum")  # torch fuses that only if all begin in the same step
     kind: Callable[..., Optimizer] = NAMED[name]
-    return kind(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
+    return kind(parameters, lr=lr, weight_decay=weight_decay, fused=fused, **settings)
 
 
 def can_fuse(parameters: Iterable[Tensor]) -> bool:

@@ -382,13 +382,18 @@ class GradientStep(Step):
                 lr=config.lr,
                 weight_decay=config.weight_decay,
                 task_parallel=self.distribution.by_task,
+                **config.optimizer_settings,
                 **{f"adapter_{name}": value for name, value in apart.items()},
             )
         # Adapters of peft are parameters of one task each, without a gradient where it is absent.
         given = {name: value for name, value in apart.items() if value is not None}
         groups: list[dict[str, Any]] = [{"params": self.shared}, {"params": self.own, **given}]
         return make_optimizer(
-            config.optimizer, [g for g in groups if g["params"]], config.lr, config.weight_decay
+            config.optimizer,
+            [g for g in groups if g["params"]],
+            config.lr,
+            config.weight_decay,
+            **config.optimizer_settings,
         )
 
     def per_epoch(self, rounds: Rounds) -> int:
@@ -469,7 +474,11 @@ class ReptileStep(Step):
         self.inner_optimizer = inner_optimizer
         self.sign = 1.0 if outer_sign == "towards" else -1.0
         self.optimizer = make_optimizer(
-            config.optimizer, self.parameters, config.lr, config.weight_decay
+            config.optimizer,
+            self.parameters,
+            config.lr,
+            config.weight_decay,
+            **config.optimizer_settings,
         )
 
     def per_epoch(self, rounds: Rounds) -> int:

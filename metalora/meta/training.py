@@ -32,7 +32,9 @@ Validation = Rounds | Callable[[nn.Module], Evaluation | float]
 class Training:
     """Where a training stands: what callbacks see.
 
-    ``steps_in_epoch`` counts the steps of an epoch that is not finished, ``losses`` are theirs.
+    ``steps_in_epoch`` counts the steps of an epoch that is not finished, ``losses`` are theirs. A
+    callback sets ``stopping`` to end the training after the epoch; of several processes the first
+    decides.
     """
 
     model: nn.Module
@@ -49,6 +51,7 @@ class Training:
     kept_epoch: int = -1
     steps_in_epoch: int = 0
     losses: list[Tensor] = field(default_factory=list)
+    stopping: bool = False
     random_state: dict[str, Tensor] = field(default_factory=dict)
     _identity: dict[str, Any] | None = None
 
@@ -84,8 +87,9 @@ class Training:
             (adapters if name in per_task else shared)[name] = tensor
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         config = asdict(self.config)
-        if config["parallel"] is None:
-            del config["parallel"]  # as in files of before there was such a field
+        for name in ("parallel", "betas", "eps", "momentum"):
+            if config[name] == getattr(TrainConfig, name):
+                del config[name]  # as in files of before there was such a field
         found = {
             **config,
             "step": type(self.step).__name__,
@@ -192,7 +196,7 @@ class Watch(TypedDict, total=False):
         validate_every: measure it after every so many epochs only, and after the last one. 1 by
             default.
         callbacks: called in their order, see `Callback`; `KeepBest` decides which epoch's weights
-            stay. None by default.
+            stay, `EarlyStopping` when there have been epochs enough. None by default.
     """
 
     validation: Validation | None

@@ -12,6 +12,7 @@ from metalora.adapters import LoRAConfig
 from metalora.meta import (
     Callback,
     Checkpoint,
+    EarlyStopping,
     Evaluation,
     KeepBest,
     MetricsLog,
@@ -155,6 +156,53 @@ def test_keeping_the_best_includes_the_adapters():
     )
     assert torch.equal(result.adapters[1]["0.lora_B"], record.weights[0]["0.lora_B"][1])
     assert torch.equal(model[0].weight, record.weights[0]["0.weight"])
+
+
+LONG = TrainConfig(epochs=8, lr=0.01)
+
+
+@pytest.mark.parametrize(
+    ("found", "settings", "epochs"),
+    [
+        ([0.1, 0.3, 0.2, 0.3, 0.9], {"patience": 2}, 4),  # an equal one is no better
+        ([0.1, 0.3, 0.2, 0.4, 0.3, 0.2, 0.9], {"patience": 2}, 6),
+        ([0.3, 0.2, 0.9], {"patience": 1}, 2),
+        ([0.1, 0.2, 0.25, 0.9], {"patience": 1, "min_delta": 0.1}, 2),
+        ([math.nan, math.nan, 0.2, math.nan, math.nan, 0.9], {"patience": 2}, 2),
+        ([0.1 * i for i in range(8)], {"patience": 1}, 8),
+    ],
+)
+def test_a_training_ends_early(found, settings, epochs):
+    record, stop = Record(), EarlyStopping(**settings)
+    options = {"validation": scores(*found), "callbacks": [record, stop, KeepBest()]}
+    result = standard(network(), rounds(), LONG, **options)
+    assert len(result.history) == epochs and record.calls[-1] == "end"
+    best = max(range(epochs), key=lambda e: -math.inf if math.isnan(found[e]) else found[e])
+    assert (result.kept_epoch, result.best_epoch) == (best, best)
+
+
+def test_a_training_that_ended_early_is_not_gone_on_with(tmp_path):
+    def run(*found):
+        callbacks = [stop, EarlyStopping(patience=4), Checkpoint(tmp_path / "run")]
+        options = {"validation": scores(*found), "callbacks": callbacks}
+        return standard(network(), rounds(), LONG, **options)
+
+    stop = StopOnce()
+    with pytest.raises(KeyboardInterrupt):
+        run(0.1, 0.3, 0.2, 0.1)  # the last epoch was not saved
+    first = run(0.0, 0.2, 0.3)
+    found = [record["validation"] for record in first.history]
+    assert found == [0.1, 0.3, 0.2, 0.0, 0.2, 0.3]
+    assert run().history == first.history
+
+
+def test_early_stopping_checks_what_it_is_given():
+    with pytest.raises(ValueError, match="EarlyStopping: patience must be an int >= 1, got 0"):
+        EarlyStopping(0)
+    with pytest.raises(ValueError, match="EarlyStopping: min_delta must be"):
+        EarlyStopping(1, min_delta=-0.1)
+    with pytest.raises(ValueError, match="EarlyStopping: needs a validation"):
+        standard(network(), rounds(), CONFIG, callbacks=[EarlyStopping(1)])
 
 
 def test_keeping_the_best_needs_a_validation():

@@ -110,6 +110,8 @@ def test_short_epochs_are_saved_now_and_then(tmp_path, monkeypatch):
         {"step_per": "task", "optimizer": "adamw", "weight_decay": 0.1},
         {"precision": "fp16", "schedule": "linear", "schedule_unit": "step", "warmup": 0.3},
         {"optimizer": "sgd", "precision": "bf16", "grad_clip": 0.1, "schedule": "cosine"},
+        {"optimizer": "sgd", "momentum": 0.9, "step_per": "task"},
+        {"betas": (0.8, 0.95), "eps": 1e-6},
     ],
     ids=str,
 )
@@ -151,15 +153,18 @@ def test_resumed_within_an_epoch_equals_uninterrupted(method, fields, tmp_path):
     assert all(torch.equal(value, want[name]) for name, value in got.items())
 
 
-def test_a_file_of_the_earlier_format_is_read(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "lacking"), [(2, ("steps_in_epoch", "shards", "stopping")), (3, ("stopping",))]
+)
+def test_a_file_of_an_earlier_format_is_read(number, lacking, tmp_path):
     path, config = tmp_path / "run.safetensors", TrainConfig(epochs=3, lr=0.03)
     want, whole = run("lora-ml", config)
     with pytest.raises(KeyboardInterrupt):
         run("lora-ml", config, path, interrupt=8)
     tensors, values = read(path)
-    for key in ("steps_in_epoch", "shards"):
+    for key in lacking:
         del values[key]
-    forge(path, tensors, json.dumps({**values, "format": "metalora training 2"}))
+    forge(path, tensors, json.dumps({**values, "format": f"metalora training {number}"}))
     got, resumed = run("lora-ml", config, path)
     assert resumed.history == whole.history
     assert all(torch.equal(got[name], want[name]) for name in want)
@@ -308,7 +313,7 @@ def test_well_formed_files_with_senseless_parts_are_refused(saved):
 )
 def test_another_format_is_refused(saved, text):
     forge(saved, {}, text)
-    with pytest.raises(CheckpointError, match="must have the format 'metalora training 3', got"):
+    with pytest.raises(CheckpointError, match="must have the format 'metalora training 4', got"):
         read(saved)
 
 

@@ -213,12 +213,22 @@ def test_low_precision_stays_near(method, precision):
     )
 
 
-def test_pooled_standard_retraining_is_the_mean_over_samples():
+@pytest.mark.parametrize(
+    ("name", "kind", "settings"),
+    [
+        ("sgd", torch.optim.SGD, {}),
+        ("sgd", torch.optim.SGD, {"momentum": 0.9}),
+        ("adam", torch.optim.Adam, {"betas": (0.5, 0.9)}),
+        ("adamw", torch.optim.AdamW, {"eps": 0.1}),
+    ],
+)
+def test_pooled_standard_retraining_is_the_mean_over_samples(name, kind, settings):
     """Against a plain loop."""
     source = rounds(order="pooled", batch_size=16)
     model, plain = network(dropout=0.0), network(dropout=0.0)
-    standard(model, source, TrainConfig(epochs=1, lr=0.1, optimizer="sgd"))
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    config = TrainConfig(epochs=1, lr=0.1, weight_decay=0.01, optimizer=name, **settings)
+    standard(model, source, config)
+    optimizer = kind(plain.parameters(), lr=0.1, weight_decay=0.01, **settings)
     for batch in source:
         optimizer.zero_grad()
         nn.functional.cross_entropy(plain(batch.inputs), batch.targets).backward()

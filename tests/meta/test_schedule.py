@@ -134,6 +134,15 @@ def test_warmup_only():
         ({"precision": "fp8"}, ValueError, "precision must be one of"),
         ({"step_per": "batch"}, ValueError, "step_per must be one of"),
         ({"seed": -1}, ValueError, "seed must be an int >= 0"),
+        ({"betas": 0.9}, TypeError, "betas must be two numbers in [0, 1), got 0.9"),
+        ({"betas": (0.9, 1.0)}, ValueError, "betas must be in [0, 1), got 1.0"),
+        ({"eps": 0.0}, ValueError, "eps must be a finite number > 0"),
+        ({"momentum": 0.9}, ValueError, "optimizer 'adam' has no momentum, but betas and eps"),
+        (
+            {"optimizer": "sgd", "betas": (0.5, 0.9)},
+            ValueError,
+            "optimizer 'sgd' has no betas, but momentum; got (0.5, 0.9)",
+        ),
     ],
 )
 def test_bad_settings_are_refused(fields, error, message):

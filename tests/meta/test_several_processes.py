@@ -239,3 +239,23 @@ def test_a_process_that_ends_or_hangs_ends_the_others(how: str, tmp_path: Path) 
         process.kill()
         process.join()
     run_processes(ended, 2, tmp_path, "neither")  # from the checkpoint, which is usable
+
+
+class StopSecond(Callback):
+    """Wishes to end the training after its second epoch, in one process."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_epoch(self, training: Any, record: dict[str, Any]) -> None:
+        training.stopping = training.distribution.rank == self.rank and record["epoch"] == 1
+
+
+def epochs_until_stopped(rank: int) -> int:
+    result = lora_ml(network(), rounds(), CONFIG, WITH_HEADS, callbacks=[StopSecond(rank)])
+    return len(result.history)
+
+
+def test_the_first_process_decides_when_a_training_ends() -> None:
+    assert run_processes(epochs_until_stopped, 2, 0) == [2, 2]
+    assert run_processes(epochs_until_stopped, 2, 1) == [CONFIG.epochs] * 2
