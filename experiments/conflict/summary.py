@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from experiments.lib.statistics import Line, summarize, with_error
 from experiments.lib.tables import Table, compared, side_by_side
@@ -10,6 +11,8 @@ from experiments.lib.tables import Table, compared, side_by_side
 ACCURACY, VALIDATION, RATE = "accuracy", "validation", "learning_rate"
 RETRAINING = "validation_last"
 RETRAINING_TASKS = "retraining"  # the name of their table
+HEADS = "last-layer-ml"  # the method with a head per task alone
+ADAPTED = ("lora-ml-heads", "lora-ml")
 COLUMNS = (
     "experiment",
     "data",
@@ -86,8 +89,9 @@ def table(rows: Iterable[Mapping[str, str]]) -> str:
 def results_tables(rows: Iterable[Mapping[str, str]]) -> dict[str, Table]:
     """Returns the tables for the documentation: unseen tasks, and the retraining tasks.
 
-    Of the unseen tasks there is one with all numbers of images, and one for each, ``10-images``.
-    Dials that stand still have no column.
+    Of the unseen tasks there is one with all numbers of images, and one for each, ``10-images``. A
+    last one, ``last-layer-ml``, compares the methods with adapters with Last-Layer-ML, each with
+    the fine-tuning that is better on validation tasks. Dials that stand still have no column.
     """
     rows = list(rows)
     what = "Held-out accuracy of {} in %, mean (standard error) over the trials"
@@ -101,22 +105,27 @@ def results_tables(rows: Iterable[Mapping[str, str]]) -> dict[str, Table]:
     few = {**dials, "finetune": "fine-tuning", "shots": "images"}
     unseen = what.format("the unseen test tasks") + "."
     numbers = dict.fromkeys(row["shots"] for row in rows if row["shots"])
-    return {
-        "": side_by_side(rows, few, ACCURACY, unseen),
-        **{
-            f"{n}-images": side_by_side([r for r in rows if r["shots"] == n], few, ACCURACY, unseen)
-            for n in numbers
-        },
-        RETRAINING_TASKS: compared(
-            rows,
-            {**dials, "method": "retraining"},
-            RETRAINING,
-            what.format("the retraining tasks") + ", after the last epoch of retraining.",
-        ),
-    }
+    chosen = {_of(line) for line in best_finetuning(rows)}
+    adapted = [r for r in rows if r["method"] in (HEADS, *ADAPTED) and _of(r) in chosen]
+    adapted.sort(key=lambda row: int(row["shots"]))
+    tables = {"": side_by_side(rows, few, ACCURACY, unseen)}
+    for n in numbers:
+        of_number = [row for row in rows if row["shots"] == n]
+        tables[f"{n}-images"] = side_by_side(of_number, few, ACCURACY, unseen)
+    if any(row["method"] == HEADS for row in adapted):
+        better = " Of the two fine-tunings it is the one that is better on validation tasks."
+        compact = {**dials, "shots": "images"}
+        tables[HEADS] = side_by_side(adapted, compact, ACCURACY, unseen + better, baseline=HEADS)
+    tables[RETRAINING_TASKS] = compared(
+        rows,
+        {**dials, "method": "retraining"},
+        RETRAINING,
+        what.format("the retraining tasks") + ", after the last epoch of retraining.",
+    )
+    return tables
 
 
-def _of(line: Line) -> tuple[str, ...]:
+def _of(line: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(line[name] for name in KEY)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.lib.statistics import Comparison, Line, paired_unit, summarize, with_error
 
-STANDARD = {"method": "standard"}
+STANDARD = "standard"
 DIFFERENCE = "difference to standard [95 %]"
 AHEAD = "ahead"
 NAMES = {
@@ -83,29 +83,33 @@ def side_by_side(
     settings: Mapping[str, str],
     metric: str,
     caption: str,
+    *,
+    baseline: str = STANDARD,
     **form: Any,
 ) -> Table:
     """Makes the table of `compared` with a column for each retraining, for many settings.
 
-    Standard retraining comes first. The difference to it and the trials ahead stand below the mean.
+    The baseline comes first. The difference to it and the trials ahead stand below the mean.
 
     Args:
         rows: of results.csv, with the columns of the settings, method, trial, metric and value.
         settings: the title of each column that tells the lines apart.
         metric, caption: see `compared`.
+        baseline: the method to compare with.
         form: see `_measured`.
     """
     rows = list(rows)
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     trials: dict[tuple[str, ...], set[int]] = {}
     methods: dict[str, None] = {}
-    for line, mean, (against, ahead) in _measured(rows, [*settings, "method"], metric, **form):
+    measured = _measured(rows, [*settings, "method"], metric, baseline=baseline, **form)
+    for line, mean, (against, ahead) in measured:
         place = tuple(_name(n, line[n]) for n in settings)
         text = f"{mean}<br>{against}, {ahead}" if against else mean
         cells.setdefault(place, {})[line["method"]] = text
         trials.setdefault(place, set()).add(line["trials"])
         methods.setdefault(line["method"])
-    ordered = sorted(methods, key=lambda method: method != STANDARD["method"])
+    ordered = sorted(methods, key=lambda method: method != baseline)
     lines = [
         [
             *place,
@@ -117,7 +121,8 @@ def side_by_side(
     header = [*settings.values(), *(NAMES[method] for method in ordered), "trials"]
     if any("<br>" in cell for line in lines for cell in line):
         caption += (
-            " Below a mean: the difference to standard [95 %], and in how many trials it is ahead."
+            f" Below a mean: the difference to {NAMES[baseline]} [95 %], and in how many trials it "
+            "is ahead."
         )
     caption += one_trial(rows, metric, [*settings])
     return Table(header, lines, caption, left=len(settings))
@@ -144,6 +149,7 @@ def _measured(
     key: Iterable[str],
     metric: str,
     *,
+    baseline: str = STANDARD,
     scale: float = 100.0,
     digits: int = 1,
     lower_is_better: bool = False,
@@ -156,6 +162,7 @@ def _measured(
     Args:
         rows, metric: see `compared`.
         key: the columns that tell the lines apart.
+        baseline: the method to compare with.
         scale: what to multiply the values by: 100 for percent.
         digits: after the decimal point.
         lower_is_better: for the trials ahead.
@@ -167,12 +174,12 @@ def _measured(
         key,
         [metric],
         unit=paired_unit(rows, metric, key)[0],
-        baseline=STANDARD,
+        baseline={"method": baseline},
         lower_is_better=lower_is_better,
         overlap=overlap,
         scale=scale,
     )
-    settings = [name for name in key if name not in STANDARD]
+    settings = [name for name in key if name != "method"]
     places = {line: place for place, line in enumerate(_values(found, settings))}
     known = any(not math.isnan(line[f"{metric}_se"]) for line in found)
     for line in sorted(found, key=lambda line: places[tuple(line[name] for name in settings)]):

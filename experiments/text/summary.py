@@ -34,7 +34,9 @@ def summary(rows: Iterable[Mapping[str, str]], metric: str = "") -> list[Line]:
     rows = _shown(rows)
     metric = metric or _main(rows)
     unit, _ = paired_unit(rows, metric, KEY)
-    lines = summarize(rows, KEY, (metric,), unit=unit, baseline=STANDARD, lower_is_better=True)
+    lines = summarize(
+        rows, KEY, (metric,), unit=unit, baseline={"method": STANDARD}, lower_is_better=True
+    )
     names = {metric: "value", f"{metric}_se": "value_se", f"{metric}_vs": "value_vs"}
     return [{names.get(k, k): v for k, v in line.items()} for line in lines]
 

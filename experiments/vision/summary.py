@@ -52,7 +52,7 @@ def summary(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
     """
     rates = _rates(rows := complete(rows))
     key = KEY if all(len(of) == 1 for of in rates.values()) else (*KEY, "finetune_lr")
-    lines = summarize(rows, key, (LAST, BEST), baseline=STANDARD, scale=100)
+    lines = summarize(rows, key, (LAST, BEST), baseline={"method": STANDARD}, scale=100)
     for line in lines:
         line.setdefault("finetune_lr", rates[tuple(line[k] for k in KEY)][0])
     return lines

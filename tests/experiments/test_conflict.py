@@ -351,6 +351,35 @@ def test_the_fine_tuning_shown_is_the_one_that_validates_better() -> None:
     assert line["finetune"] == "lora" and line["value"] == pytest.approx(60)
 
 
+def test_adapters_are_compared_with_heads_alone_by_the_fine_tuning_that_validates_better() -> None:
+    def measured(method: str, finetune: str, shots: int, *values: float) -> list[dict[str, str]]:
+        named = {"method": method, "shots": str(shots)}
+        validation, *accuracies = values
+        return [
+            row(metric, value, finetune, trial, **named)
+            for trial, accuracy in enumerate(accuracies)
+            for metric, value in ((VALIDATION, validation), (ACCURACY, accuracy))
+        ]
+
+    rows = [
+        *measured("standard", "lora", 10, 0.9, 0.9, 0.9),
+        *measured("last-layer-ml", "lora", 10, 0.8, 0.6, 0.6),
+        *measured("last-layer-ml", "lora", 30, 0.7, 0.7, 0.7),
+        *measured("last-layer-ml", "last-layer", 10, 0.7, 0.9, 0.9),
+        *measured("lora-ml", "last-layer", 30, 0.9, 0.5, 0.7),
+        *measured("lora-ml", "last-layer", 10, 0.9, 0.7, 0.6),
+        *measured("lora-ml", "lora", 10, 0.8, 0.9, 0.9),
+    ]
+    found = results_tables(rows)["last-layer-ml"]
+    assert found.header == ["images", "Last-Layer-ML", "LoRA-ML", "trials"]
+    assert found.rows == [
+        ["10", "60.0 (0.0)", "65.0 (5.0)<br>+5.0 [−58.5, +68.5], 1 of 2", "2"],
+        ["30", "70.0 (0.0)", "60.0 (10.0)<br>−10.0 [−137.1, +117.1], 0 of 2", "2"],
+    ]
+    assert "the difference to Last-Layer-ML [95 %]" in found.caption
+    assert "last-layer-ml" not in results_tables([r for r in rows if r["method"] == "lora-ml"])
+
+
 def test_the_table_compares_trial_by_trial() -> None:
     rows = [
         row(ACCURACY, value, "lora", trial, method=method)
