@@ -21,7 +21,12 @@ ROUTES = ("auto", "weight", "token", "reference")
 # memory traffic is equal.
 _CPU_WEIGHT_FROM = 2.5
 _CUDA_WEIGHT_FROM = 2.0
-_SMALL = {torch.float32: 64, torch.float64: 32}  # kSmall of csrc/cpu/kernels/kernels.h
+# Up to so many features a row stays in registers (kSmall of csrc/cpu/kernels/kernels.h). There the
+# routes were measured to cross at about this part of (in * out)^0.75 rows a task.
+_SMALL = {torch.float32: 64, torch.float64: 32}
+_SMALL_WEIGHT_FROM = {torch.float32: 1 / 7, torch.float64: 1 / 10}
+# The weight route calls fewer kernels, and so is ahead by what so many rows cost.
+_SMALL_ROWS_AHEAD = 400
 # Of a GPU's memory the weight route takes at most this part for the W_t and their gradients.
 _MEMORY_SHARE = 1 / 8
 
@@ -98,14 +103,14 @@ def choose_route(
         *(rows, tasks, out_features, in_features, dropout_p),
         *(dtype, weight_dtype, device_type, problem is None, memory),
     )
-    limit = tasks * _weight_route_from(in_features, out_features, device_type)
+    small = _is_small(out_features, in_features, dtype, weight_dtype, device_type)
+    limit = _weight_route_from(tasks, out_features, in_features, dtype, device_type, small)
     needed = _weight_route_bytes(tasks, out_features, in_features, dtype, weight_dtype)
     reason = {
         "device": problem or f"there are no native kernels for {device_type} tensors",
         "dropout": "dropout on the LoRA branch has no form in weight space",
         "short": f"a merged weight rounded to {dtype} would lose the adapter",
         "memory": f"{tasks} merged weights and gradients would take {needed / 1e9:.1f} GB",
-        "small": f"up to {_SMALL.get(dtype)} features a row stays in registers",
         "many rows": f"{rows} rows for {tasks} tasks are more than {limit:.0f}",
         "few rows": f"{rows} rows for {tasks} tasks are no more than {limit:.0f}",
     }[decision]
@@ -117,7 +122,6 @@ ROUTE_OF = {
     "dropout": "token",
     "short": "token",
     "memory": "token",
-    "small": "weight",
     "many rows": "weight",
     "few rows": "token",
 }
@@ -142,26 +146,26 @@ def decide(
         return "dropout"
     if weight_dtype in SHORT:
         return "short"
-    if device_type == "cpu":
-        if weight_dtype == dtype and max(in_features, out_features) <= _SMALL.get(dtype, 0):
-            return "small"
-    elif memory is not None and memory < _weight_route_bytes(
-        tasks, out_features, in_features, dtype, weight_dtype
-    ):
+    needed = _weight_route_bytes(tasks, out_features, in_features, dtype, weight_dtype)
+    if device_type != "cpu" and memory is not None and memory < needed:
         return "memory"
-    many = rows > tasks * _weight_route_from(in_features, out_features, device_type)
-    return "many rows" if many else "few rows"
+    small = _is_small(out_features, in_features, dtype, weight_dtype, device_type)
+    limit = _weight_route_from(tasks, out_features, in_features, dtype, device_type, small)
+    return "many rows" if rows > limit else "few rows"
 
 
 def takes_small_kernels(x: Tensor, weight: Tensor, task_ptr: Tensor) -> bool:
-    """Whether `decide` says "small" where there are native kernels and no dropout.
+    """Whether the layer is small on a CPU, and `decide` says "many rows" without dropout.
 
     It is asked first: a layer that small takes little longer than the Python around it.
     """
-    most, (out_features, in_features) = _SMALL.get(x.dtype, 0), weight.shape
-    if in_features > most or out_features > most or weight.dtype != x.dtype:
+    (out_features, in_features), dtype = weight.shape, x.dtype
+    if not _is_small(out_features, in_features, dtype, weight.dtype, x.device.type):
         return False
-    return x.is_cpu and task_ptr.is_cpu and not torch.is_autocast_enabled("cpu")
+    if not task_ptr.is_cpu or torch.is_autocast_enabled("cpu"):
+        return False
+    tasks = task_ptr.shape[0] - 1
+    return x.shape[0] > _weight_route_from(tasks, out_features, in_features, dtype, "cpu", True)
 
 
 def rows_each(x: Tensor, weight: Tensor, task_ptr: Tensor) -> int:
@@ -181,12 +185,34 @@ def rows_each(x: Tensor, weight: Tensor, task_ptr: Tensor) -> int:
     return rows if equal and rows * tasks == total else 0
 
 
-def _weight_route_from(in_features: int, out_features: int, device_type: str) -> float:
-    """Rows a task from which on forming W_t costs less than a LoRA branch for every row."""
+def _is_small(
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    device_type: str,
+) -> bool:
+    """Whether a CPU has kernels of its own for a layer of that size."""
+    most = _SMALL.get(dtype, 0)
+    fits = in_features <= most and out_features <= most
+    return fits and weight_dtype == dtype and device_type == "cpu"
+
+
+def _weight_route_from(
+    tasks: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    device_type: str,
+    small: bool,
+) -> float:
+    """Rows from which on forming every W_t costs less than a LoRA branch for every row."""
     area = in_features * out_features
+    if small:
+        return max(tasks * _SMALL_WEIGHT_FROM[dtype] * area**0.75 - _SMALL_ROWS_AHEAD, 0.0)
     if device_type == "cpu":
-        return _CPU_WEIGHT_FROM * area / max(1, in_features + out_features)
-    return _CUDA_WEIGHT_FROM * math.sqrt(area)
+        return tasks * _CPU_WEIGHT_FROM * area / max(1, in_features + out_features)
+    return tasks * _CUDA_WEIGHT_FROM * math.sqrt(area)
 
 
 def _weight_route_bytes(
