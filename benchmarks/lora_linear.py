@@ -180,6 +180,13 @@ def _routes() -> Iterator[LayerCase]:
         yield replace(equal(4, inner, outer, rank, rows), group="routes")
 
 
+def _small() -> Iterator[LayerCase]:
+    """The same for layers whose rows stay in registers, on a CPU."""
+    shapes = ((8, 8), (16, 16), (32, 32), (64, 64), (64, 10))
+    for (inner, outer), tasks, rows in product(shapes, (8, 640), (1, 4, 16, 64)):
+        yield replace(equal(tasks, inner, outer, 4, rows), group="small")
+
+
 # From the paper's linear problem over its Mixer to a BERT-sized layer.
 _CPU = (
     equal(3, 10, 10, 1, 100),
@@ -194,7 +201,7 @@ _CPU = (
     ragged(768, 768, 8, (640, 320, 210, 160, 120, 90, 40, 19, 1, 0)),
 )
 
-CASES = (*_roberta(), *_large(), *_mixer(), *_ragged(), *_CPU, *_routes())
+CASES = (*_roberta(), *_large(), *_mixer(), *_ragged(), *_CPU, *_routes(), *_small())
 # Where the weight route is to stay within 1.10 of the dense layer.
 GOALS = tuple(c for c in CASES if c.group in "ac" and c.central and not c.dropout)
 BENCHMARK = Benchmark(

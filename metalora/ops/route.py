@@ -22,9 +22,9 @@ ROUTES = ("auto", "weight", "token", "reference")
 _CPU_WEIGHT_FROM = 2.5
 _CUDA_WEIGHT_FROM = 2.0
 # Up to so many features a row stays in registers (kSmall of csrc/cpu/kernels/kernels.h). There the
-# routes were measured to cross at about this part of (in * out)^0.75 rows a task.
+# routes were measured (``--cases small``) to cross at this part of (in * out)^0.75 rows a task.
 _SMALL = {torch.float32: 64, torch.float64: 32}
-_SMALL_WEIGHT_FROM = {torch.float32: 1 / 7, torch.float64: 1 / 10}
+_SMALL_WEIGHT_FROM = {torch.float32: 1 / 9, torch.float64: 1 / 10}
 # The weight route calls fewer kernels, and so is ahead by what so many rows cost.
 _SMALL_ROWS_AHEAD = 400
 # Of a GPU's memory the weight route takes at most this part for the W_t and their gradients.
