@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 
-from experiments.conflict.summary import best_finetuning
+from experiments.conflict.summary import RETRAINING, best_finetuning, summary
 from experiments.lib import accuracy_figures, plotting
 from experiments.lib.runs import RunFiles
 from experiments.lib.statistics import Line
@@ -22,14 +23,20 @@ CHANGES = {
 
 
 def draw(run: RunFiles) -> list[Path]:
-    """Draws dial.png (accuracy over the dial) and shots.png (over shots), with their numbers."""
-    lines = best_finetuning(run.rows())
+    """Draws dial.png (accuracy over flipped labels), inputs.png and shots.png, with their numbers.
+
+    The first two are drawn where there are several shares of flipped labels, or changes of inputs.
+    """
+    rows = list(run.rows())
+    lines = best_finetuning(rows)
     if not lines:
         return []
     plotting.style()
     figures: list[Path] = []
     if len({line["flipped"] for line in lines}) > 1:
         figures.append(_dial(run, lines))
+    if len({line["inputs"] for line in lines}) > 1:
+        figures.append(_inputs(run, summary(rows, RETRAINING), lines))
     return [*figures, _shots(run, lines)]
 
 
@@ -58,6 +65,36 @@ def _dial(run: RunFiles, lines: list[Line]) -> Path:
     )
     plotting.legend_below(fig, axes[0][0])
     return plotting.save(fig, run, "dial", _numbers(lines))
+
+
+def _inputs(run: RunFiles, retrained: list[Line], lines: list[Line]) -> Path:
+    """Draws accuracy for each change of inputs, on the retraining tasks and on unseen ones.
+
+    At the first setting of pairs and flipped labels, and with the fewest shots.
+    """
+    fewest = min((line["shots"] for line in lines), key=int)
+    lines = [line for line in lines if line["shots"] == fewest]
+    setting = lines[0]["pairs"], lines[0]["flipped"]
+    of_setting = [
+        [line for line in part if (line["pairs"], line["flipped"]) == setting]
+        for part in (retrained, lines)
+    ]
+    kinds = [kind for kind in CHANGES if any(line["inputs"] == kind for line in lines)]
+    names = [textwrap.fill(CHANGES[kind], 18) for kind in kinds]
+    fig, axes = plt.subplots(1, 2, figsize=(13.2, 5.8), sharey=True)
+    titles = "retraining tasks, held out", f"unseen tasks, {fewest} images of each"
+    for ax, part, title in zip(axes, of_setting, titles, strict=True):
+        accuracy_figures.over(ax, part, "inputs", kinds, "value", joined=False)
+        ax.set_xticks(range(len(kinds)), names)
+        ax.set_title(title)
+    axes[0].set_ylabel("accuracy (%)")
+    fig.suptitle(
+        f"{PAIRS[setting[0]]}, labels flipped in {_percent(setting[1])} of the tasks; "
+        f"{accuracy_figures.shown_of(lines)}",
+        fontsize=14,
+    )
+    plotting.legend_below(fig, axes[0])
+    return plotting.save(fig, run, "inputs", [n for part in of_setting for n in _numbers(part)])
 
 
 def _shots(run: RunFiles, lines: list[Line]) -> Path:

@@ -83,8 +83,10 @@ def dots(ax: Axes, lines: Lines, names: Sequence[str], *metrics: str) -> None:
     ax.grid(axis="x", visible=False)
 
 
-def over(ax: Axes, lines: Lines, name: str, values: Sequence[str], metric: str) -> None:
-    """Draws a line per method over the values of the setting ``name``."""
+def over(
+    ax: Axes, lines: Lines, name: str, values: Sequence[str], metric: str, *, joined: bool = True
+) -> None:
+    """Draws a line per method over the values of the setting ``name``, or marks alone."""
     methods = list(dict.fromkeys(line["method"] for line in lines))
     for number, method in enumerate(methods):
         found = {line[name]: line for line in lines if line["method"] == method}
@@ -98,6 +100,7 @@ def over(ax: Axes, lines: Lines, name: str, values: Sequence[str], metric: str) 
             yerr=None if all(map(math.isnan, errors)) else errors,  # NaN draws no bar
             color=COLORS[method],
             marker=MARKERS[method],
+            linestyle="-" if joined else "none",
             capsize=4,
             label=LABELS[method],
         )

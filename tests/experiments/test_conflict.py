@@ -329,7 +329,7 @@ def test_the_command_prints_tables_and_draws_the_dial(
     assert ended.value.code == 0
     printed = capsys.readouterr().out
     assert "test tasks" in printed and "trials ahead" in printed
-    for name in ("dial", "shots"):
+    for name in ("dial", "inputs", "shots"):
         assert (tmp_path / "run" / f"{name}.png").stat().st_size > 10_000
 
 
