@@ -134,14 +134,17 @@ def _is_kept(line: bytes, stale: Callable[[dict[str, Any]], Any]) -> bool:
 class EarlyStopping(Callback):
     """Ends the training once the validation has not improved for some time.
 
-    The weights are then those of the last epoch; with `KeepBest` beside it, those of the best.
+    The weights are then those of the last epoch; with `KeepBest` beside it, those of the best. A
+    training that was ended stays so, whatever the patience it is resumed with.
 
     Args:
-        patience: how many validations in a row may be no better than the best one before them.
+        patience: the training ends once so many validations in a row were no better than the best
+            one before them.
         min_delta: what a validation must be above the best one to be better.
 
     Raises:
-        TypeError, ValueError: if ``patience`` is no count, or ``min_delta`` negative.
+        TypeError, ValueError: if ``patience`` is no count, ``min_delta`` negative, or, at the
+            start, if the training has no validation.
     """
 
     def __init__(self, patience: int, min_delta: float = 0.0) -> None:
@@ -206,6 +209,8 @@ class KeepBest(Callback):
 
     def on_end(self, training: Training) -> None:
         """Puts the best weights back."""
+        if not self.weights:  # a callback ended the training before it was validated
+            return
         training.model.load_state_dict(self.weights)
         training.kept_epoch = self.epoch
         self.weights = {}

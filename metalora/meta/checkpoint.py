@@ -316,7 +316,7 @@ def _collect(
         "steps_in_epoch": training.steps_in_epoch,
         "next_epoch": training.next_epoch,
         "kept_epoch": training.kept_epoch,
-        "stopping": training.stopping,
+        "stopping": bool(training.stopping),
         "history": training.history,
         "scaler": training.step.scaler.state_dict(),
         "callbacks": callbacks,

@@ -139,11 +139,12 @@ class TrainConfig:
         object.__setattr__(self, "betas", betas)
         self._check("eps", check_positive)
         self._check("momentum", check_nonnegative)
-        for name in {"betas", "eps", "momentum"} - self.optimizer_settings.keys():
-            if getattr(self, name) != getattr(type(self), name):
+        for name in ("betas", "eps", "momentum"):
+            given, taken = getattr(self, name), self.optimizer_settings
+            if name not in taken and given != getattr(type(self), name):
                 raise ValueError(
-                    f"TrainConfig: optimizer {self.optimizer!r} has no {name}, but "
-                    f"{' and '.join(self.optimizer_settings)}; got {getattr(self, name)}"
+                    f"TrainConfig: optimizer {self.optimizer!r} takes {' and '.join(taken)}, "
+                    f"but no {name}, got {given}; leave {name} out"
                 )
 
     def _check_parallel(self) -> None:

@@ -43,7 +43,8 @@ class Result:
             any number; the last, without one.
         best_metric: the validation there; None without one. A maximum over epochs of held-out
             data is optimistic: report ``last_metric`` beside it.
-        last_metric: the validation of the last epoch; None without one.
+        last_metric: the validation of the last epoch; None without one, or if a callback ended the
+            training after an epoch that was not measured.
         adapters: per task what `metalora.task_state_dict` gave at the end; of a task that another
             process holds (``parallel="tasks"``), nothing.
     """
@@ -140,7 +141,8 @@ def _train(training: Training) -> None:
     warned = False
     for epoch in range(training.next_epoch, config.epochs):
         (stopping,) = training.distribution.broadcast([training.stopping], training.device)
-        if stopping:
+        training.stopping = bool(stopping)
+        if training.stopping and training.history and not training.steps_in_epoch:
             break
         torch.manual_seed(derive_seed("epoch", config.seed, epoch))
         rounds.set_epoch(epoch)
@@ -167,7 +169,7 @@ def _train(training: Training) -> None:
         loss = float(torch.stack(training.losses).mean())
         first = _began_so(training, loss)
         check_finite(loss, f"the mean loss of epoch {epoch}", config, first=first)
-        warned = warned or _warn_of_unreached(training, epoch)
+        warned = warned or _warn_of_unreached(training, ENOUGH_STEPS)
         lr = config.lr * factor
         record = {"epoch": epoch, "loss": loss, "lr": lr, **_validate(training, epoch)}
         training.history.append(record)
@@ -176,17 +178,18 @@ def _train(training: Training) -> None:
         for callback in callbacks:
             callback.on_epoch(training, record)
 
+    if not warned:
+        _warn_of_unreached(training, FEW_STEPS)
     for callback in callbacks:
         callback.on_end(training)
 
 
-def _warn_of_unreached(training: Training, epoch: int) -> bool:
+def _warn_of_unreached(training: Training, least: int) -> bool:
     """Warns of adapters and heads that no step has reached; False if it is too early to tell."""
-    last = epoch + 1 == training.config.epochs
     optimizer = training.step.optimizer
     if not isinstance(optimizer, TaskOptimizer) or training.distribution.by_task:
         return True
-    if optimizer.steps < (FEW_STEPS if last else ENOUGH_STEPS):
+    if optimizer.steps < least:
         return False
     unreached = {id(p) for p in optimizer.unreached}
     names = [

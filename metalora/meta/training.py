@@ -33,8 +33,8 @@ class Training:
     """Where a training stands: what callbacks see.
 
     ``steps_in_epoch`` counts the steps of an epoch that is not finished, ``losses`` are theirs. A
-    callback sets ``stopping`` to end the training after the epoch; of several processes the first
-    decides.
+    callback sets ``stopping`` to end the training after the epoch, which is not validated for
+    it; of several processes the first decides.
     """
 
     model: nn.Module
@@ -193,8 +193,8 @@ class Watch(TypedDict, total=False):
     Attributes:
         validation: a loader, of which the accuracy is taken, or a function of the model that
             returns an `Evaluation` or a number, the higher the better. None by default.
-        validate_every: measure it after every so many epochs only, and after the last one. 1 by
-            default.
+        validate_every: measure it after every so many epochs only, and after the last one of the
+            config. 1 by default.
         callbacks: called in their order, see `Callback`; `KeepBest` decides which epoch's weights
             stay, `EarlyStopping` when there have been epochs enough. None by default.
     """

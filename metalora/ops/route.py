@@ -22,7 +22,8 @@ ROUTES = ("auto", "weight", "token", "reference")
 _CPU_WEIGHT_FROM = 2.5
 _CUDA_WEIGHT_FROM = 2.0
 # Up to so many features a row stays in registers (kSmall of csrc/cpu/kernels/kernels.h). There the
-# routes were measured (``--cases small``) to cross at this part of (in * out)^0.75 rows a task.
+# routes were measured to cross at this part of (in * out)^0.75 rows a task, with rank 4 (``--cases
+# small``).
 _SMALL = {torch.float32: 64, torch.float64: 32}
 _SMALL_WEIGHT_FROM = {torch.float32: 1 / 9, torch.float64: 1 / 10}
 # The weight route calls fewer kernels, and so is ahead by what so many rows cost.
@@ -193,9 +194,9 @@ def _is_small(
     device_type: str,
 ) -> bool:
     """Whether a CPU has kernels of its own for a layer of that size."""
-    most = _SMALL.get(dtype, 0)
-    fits = in_features <= most and out_features <= most
-    return fits and weight_dtype == dtype and device_type == "cpu"
+    if dtype not in _SMALL or weight_dtype != dtype or device_type != "cpu":
+        return False
+    return in_features <= _SMALL[dtype] and out_features <= _SMALL[dtype]
 
 
 def _weight_route_from(

@@ -46,13 +46,16 @@ def python(code: str, name: str = "part", **changes: object) -> Part:
 
 def ended(process: int) -> bool:
     """Whether the process has ended, perhaps as one that init has not seen to yet, or soon does."""
-    stat = Path(f"/proc/{process}/stat")
     deadline = time.monotonic() + 60
-    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX":
-        if time.monotonic() > deadline:
-            return False
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        if state in "ZX":
+            return True
         time.sleep(0.05)
-    return True
+    return False
 
 
 def exit_code(module: ModuleType, *arguments: str) -> int:

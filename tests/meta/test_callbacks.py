@@ -196,6 +196,43 @@ def test_a_training_that_ended_early_is_not_gone_on_with(tmp_path):
     assert run().history == first.history
 
 
+class End(Callback):
+    """Ends the training at a step; the first training is interrupted after the next one."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, training, loss):
+        if training.steps_done == self.step:
+            training.stopping = loss < math.inf  # a tensor
+        if training.steps_done == self.step + 1 and not hasattr(self, "interrupted"):
+            self.interrupted = True
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("step", "epochs"), [(2, 1), (5, 2)])
+def test_an_epoch_is_finished_before_the_training_ends(step, epochs, tmp_path):
+    callbacks = [End(step), Checkpoint(tmp_path / "run", every_steps=1)]
+    with pytest.raises(KeyboardInterrupt):
+        standard(network(), rounds(), CONFIG, callbacks=callbacks)
+    model = network()
+    result = standard(model, rounds(), CONFIG, callbacks=callbacks)
+    whole = standard(other := network(), rounds(), TrainConfig(epochs=epochs, lr=0.05))
+    assert result.history == whole.history
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+class EndAtOnce(Callback):
+    def on_start(self, training):
+        training.stopping = True
+
+
+def test_a_training_may_end_before_it_is_validated():
+    options = {"validation": scores(), "validate_every": 3, "callbacks": [EndAtOnce(), KeepBest()]}
+    result = standard(network(), rounds(), CONFIG, **options)
+    assert len(result.history) == 1 and result.last_metric is None
+
+
 def test_early_stopping_checks_what_it_is_given():
     with pytest.raises(ValueError, match="EarlyStopping: patience must be an int >= 1, got 0"):
         EarlyStopping(0)

@@ -137,11 +137,11 @@ def test_warmup_only():
         ({"betas": 0.9}, TypeError, "betas must be two numbers in [0, 1), got 0.9"),
         ({"betas": (0.9, 1.0)}, ValueError, "betas must be in [0, 1), got 1.0"),
         ({"eps": 0.0}, ValueError, "eps must be a finite number > 0"),
-        ({"momentum": 0.9}, ValueError, "optimizer 'adam' has no momentum, but betas and eps"),
+        ({"momentum": 0.9}, ValueError, "'adam' takes betas and eps, but no momentum, got 0.9"),
         (
             {"optimizer": "sgd", "betas": (0.5, 0.9)},
             ValueError,
-            "optimizer 'sgd' has no betas, but momentum; got (0.5, 0.9)",
+            "optimizer 'sgd' takes momentum, but no betas, got (0.5, 0.9); leave betas out",
         ),
     ],
 )

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import metalora
 from metalora import LoRAConfig, TaskOptimizer, adapt, task_parameters, tasks
 from metalora.adapters import adapted_layers
+from metalora.meta.stacked_steps import StackedState
 from metalora.nn import MultiTaskLoRALinear, TaskBatch
 
 T, D, CLASSES = 4, 5, 3
@@ -535,6 +536,32 @@ def test_the_models_dtype_and_place_may_change_before_the_first_step():
     train(model, optimizer, batches(3))
     train(other, make(other, "adafactor"), batches(3))
     assert same(model.parameters(), other.parameters())
+
+
+def test_the_models_dtype_may_change_between_steps_without_state():
+    model, other = network(torch.float32), network(torch.float32)
+    optimizer = TaskOptimizer(model, torch.optim.SGD, lr=0.1)
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        other.to(dtype)
+        data = [(x.to(dtype), y, ids) for x, y, ids in batches(3)]
+        train(model, optimizer, data)
+        train(other, torch.optim.SGD(other.parameters(), lr=0.1), data)
+    assert same(model.parameters(), other.parameters())
+
+
+@pytest.mark.parametrize("counts", [(1, 3, 2, 4), (4, 1)], ids=str)
+def test_gradients_are_copied_into_memory_that_is_kept(counts):
+    parameter = nn.Parameter(torch.zeros(5, 2))
+    state = StackedState(parameter, {})
+    for count in counts:
+        parameter.grad = torch.randn(5, 2)
+        chosen = torch.randperm(5)[:count]
+        parts = [*state.gradients(chosen[:1], 0), *state.gradients(chosen[1:], 1)]
+        assert torch.equal(torch.stack(parts), parameter.grad[chosen])
+    kept = state.gradients(chosen, 0)[0].data_ptr()
+    parameter.grad = torch.randn(5, 2)
+    assert state.gradients(chosen, 0)[0].data_ptr() == kept
 
 
 def test_shared_parameters_can_be_added_and_adapters_cannot():

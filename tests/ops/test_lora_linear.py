@@ -8,6 +8,7 @@ from torch import Tensor
 
 from metalora import ops, reference
 from metalora._library import native_available
+from metalora.ops.route import takes_small_kernels
 from tests.ops.problems import SIZES, SPLITS, Problem, oracle, problem, relative_error
 from tests.pairs import every_pair
 
@@ -443,6 +444,19 @@ class TestRoutes:
         choice = self.choose(**({"device_type": "cuda"} | change))
         assert choice.route == route
         assert reason in choice.reason
+
+    @every_pair(
+        sizes=[(64, 64), (32, 20), (8, 8), (1, 1), (0, 0), (65, 4)],
+        tasks=[0, 1, 8, 30],
+        rows=[0, 1, 30, 100, 300, 1000, 3000],
+        dtype=[torch.float32, torch.float64, torch.bfloat16],
+    )
+    def test_the_quick_question_has_the_same_answer(self, sizes, tasks, rows, dtype) -> None:
+        x, weight = torch.empty(rows, sizes[0], dtype=dtype), torch.empty(*sizes[::-1], dtype=dtype)
+        task_ptr, lora_A = torch.zeros(tasks + 1), torch.empty(tasks, 2, sizes[0], dtype=dtype)
+        route = ops.lora_linear_route(x, weight, lora_A).route
+        small = max(sizes) <= {torch.float32: 64, torch.float64: 32}.get(dtype, -1)
+        assert takes_small_kernels(x, weight, task_ptr) == (small and route == "weight")
 
     @every_pair(
         sizes=SIZES,
