@@ -32,7 +32,7 @@ CHOICE = "ratings-choose"
 GRID: Mapping[str, Mapping[str, Sequence[float]]] = {
     "lora-ml": {
         "weight_decay": (0.025, 0.05, 0.1, 0.2, 0.4),
-        "adapter_weight_decay": (0.001, 0.003, 0.01, 0.03, 0.1),
+        "adapter_weight_decay": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
     },
     "last-layer-ml": {
         "weight_decay": (0.2, 0.4, 0.8, 1.6, 3.2),
