@@ -124,9 +124,9 @@ def test_formulas_are_what_processes_store_and_exchange(processes: int) -> None:
         wanted = cost(SIZES, T, processes, by_task=parallel == "tasks", sharded=is_sharded)
         memory = max(own[parallel, is_sharded][0] for own in by_rank)
         exchanged = max(own[parallel, is_sharded][1] for own in by_rank)
-        # With the gradients go the loss and, for each parameter, whether it has one; before an epoch
-        # goes whether to end; data parallel another exchange says which tasks are present, an int32
-        # for each task and layer.
+        # With the gradients go the loss and, for each parameter, whether it has one. Another
+        # exchange says before an epoch whether to end, and data parallel one which tasks are
+        # present, an int32 for each task and layer.
         extra = 8 * (1 + 4 + 4 + 1) + 4 * 2 * (T + 1)
         assert wanted.exchanged <= exchanged <= wanted.exchanged + extra * (processes > 1)
         assert memory == wanted.stored
