@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from experiments.conflict.settings import WITH_TASKS
 from experiments.lib.statistics import Line, summarize, with_error
 from experiments.lib.tables import Table, compared, side_by_side
 
@@ -12,7 +13,6 @@ ACCURACY, VALIDATION, RATE = "accuracy", "validation", "learning_rate"
 RETRAINING = "validation_last"
 RETRAINING_TASKS = "retraining"  # the name of their table
 HEADS = "last-layer-ml"  # the method with a head per task alone
-ADAPTED = ("lora-ml-heads", "lora-ml")
 COLUMNS = (
     "experiment",
     "data",
@@ -106,7 +106,7 @@ def results_tables(rows: Iterable[Mapping[str, str]]) -> dict[str, Table]:
     unseen = what.format("the unseen test tasks") + "."
     numbers = dict.fromkeys(row["shots"] for row in rows if row["shots"])
     chosen = {_of(line) for line in best_finetuning(rows)}
-    adapted = [r for r in rows if r["method"] in (HEADS, *ADAPTED) and _of(r) in chosen]
+    adapted = [r for r in rows if r["method"] in WITH_TASKS and _of(r) in chosen]
     adapted.sort(key=lambda row: int(row["shots"]))
     tables = {"": side_by_side(rows, few, ACCURACY, unseen)}
     for n in numbers:

@@ -139,8 +139,9 @@ class TrainConfig:
         object.__setattr__(self, "betas", betas)
         self._check("eps", check_positive)
         self._check("momentum", check_nonnegative)
+        taken = self.optimizer_settings
         for name in ("betas", "eps", "momentum"):
-            given, taken = getattr(self, name), self.optimizer_settings
+            given = getattr(self, name)
             if name not in taken and given != getattr(type(self), name):
                 raise ValueError(
                     f"TrainConfig: optimizer {self.optimizer!r} takes {' and '.join(taken)}, "

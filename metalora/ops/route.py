@@ -104,8 +104,7 @@ def choose_route(
         *(rows, tasks, out_features, in_features, dropout_p),
         *(dtype, weight_dtype, device_type, problem is None, memory),
     )
-    small = _is_small(out_features, in_features, dtype, weight_dtype, device_type)
-    limit = _weight_route_from(tasks, out_features, in_features, dtype, device_type, small)
+    limit = _weight_route_from(tasks, out_features, in_features, dtype, weight_dtype, device_type)
     needed = _weight_route_bytes(tasks, out_features, in_features, dtype, weight_dtype)
     reason = {
         "device": problem or f"there are no native kernels for {device_type} tensors",
@@ -147,11 +146,13 @@ def decide(
         return "dropout"
     if weight_dtype in SHORT:
         return "short"
-    needed = _weight_route_bytes(tasks, out_features, in_features, dtype, weight_dtype)
-    if device_type != "cpu" and memory is not None and memory < needed:
+    if (
+        device_type != "cpu"
+        and memory is not None
+        and memory < _weight_route_bytes(tasks, out_features, in_features, dtype, weight_dtype)
+    ):
         return "memory"
-    small = _is_small(out_features, in_features, dtype, weight_dtype, device_type)
-    limit = _weight_route_from(tasks, out_features, in_features, dtype, device_type, small)
+    limit = _weight_route_from(tasks, out_features, in_features, dtype, weight_dtype, device_type)
     return "many rows" if rows > limit else "few rows"
 
 
@@ -166,7 +167,7 @@ def takes_small_kernels(x: Tensor, weight: Tensor, task_ptr: Tensor) -> bool:
     if not task_ptr.is_cpu or torch.is_autocast_enabled("cpu"):
         return False
     tasks = task_ptr.shape[0] - 1
-    return x.shape[0] > _weight_route_from(tasks, out_features, in_features, dtype, "cpu", True)
+    return x.shape[0] > _small_weight_route_from(tasks, out_features, in_features, dtype)
 
 
 def rows_each(x: Tensor, weight: Tensor, task_ptr: Tensor) -> int:
@@ -204,16 +205,24 @@ def _weight_route_from(
     out_features: int,
     in_features: int,
     dtype: torch.dtype,
+    weight_dtype: torch.dtype,
     device_type: str,
-    small: bool,
 ) -> float:
     """Rows from which on forming every W_t costs less than a LoRA branch for every row."""
+    if _is_small(out_features, in_features, dtype, weight_dtype, device_type):
+        return _small_weight_route_from(tasks, out_features, in_features, dtype)
     area = in_features * out_features
-    if small:
-        return max(tasks * _SMALL_WEIGHT_FROM[dtype] * area**0.75 - _SMALL_ROWS_AHEAD, 0.0)
     if device_type == "cpu":
         return tasks * _CPU_WEIGHT_FROM * area / max(1, in_features + out_features)
     return tasks * _CUDA_WEIGHT_FROM * math.sqrt(area)
+
+
+def _small_weight_route_from(
+    tasks: int, out_features: int, in_features: int, dtype: torch.dtype
+) -> float:
+    """The same for layers that are small, see `_is_small`."""
+    area = in_features * out_features
+    return max(tasks * _SMALL_WEIGHT_FROM[dtype] * area**0.75 - _SMALL_ROWS_AHEAD, 0.0)
 
 
 def _weight_route_bytes(
