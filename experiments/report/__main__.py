@@ -19,6 +19,9 @@ class ReportSettings:
     add: tuple[str, ...] = cli.option(
         (), help="a run folder and a name: commit its numbers as experiments/results/NAME"
     )
+    add_trials: tuple[str, ...] = cli.option(
+        (), help="a run folder and a name: add its trials to those of experiments/results/NAME"
+    )
     compare: tuple[str, ...] = cli.option(
         (), help="a run folder and a name: fail if numbers differ from experiments/results/NAME"
     )
@@ -26,11 +29,15 @@ class ReportSettings:
     redraw: bool = cli.option(False, help="also draw figures whose numbers have not changed")
 
     def __post_init__(self) -> None:
-        for flag in ("add", "compare"):
-            if len(getattr(self, flag)) not in (0, 2):
-                raise ValueError(f"argument --{flag}: needs a run folder and a name of results")
-        if self.check + bool(self.add) + bool(self.compare) + self.redraw > 1:
-            raise ValueError("argument --check, --add, --compare, --redraw: give one of them")
+        with_run = ("add", "add_trials", "compare")
+        for name in with_run:
+            if len(getattr(self, name)) not in (0, 2):
+                flag = cli.flag_of(name)
+                raise ValueError(f"argument {flag}: needs a run folder and a name of results")
+        given = [name for name in (*with_run, "check", "redraw") if getattr(self, name)]
+        if len(given) > 1:
+            flags = ", ".join(map(cli.flag_of, given))
+            raise ValueError(f"argument {flags}: give one of them")
 
 
 @cli.main_guard
@@ -42,10 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m experiments.report",
         description="Makes the tables and figures of README.md and docs/ from committed runs.",
     )
-    if settings.add:
-        run, name = settings.add
-        print(results.add(Path(run), name))
-        return 0
+    for given, added in ((settings.add, results.add), (settings.add_trials, results.add_trials)):
+        if given:
+            run, name = given
+            print(added(Path(run), name))
+            return 0
     if settings.compare:
         run, name = settings.compare
         lines, equal = results.compare(Path(run), name)

@@ -21,11 +21,15 @@ from experiments.lib.runs import RunFiles
 from experiments.lib.units import RESULTS
 from experiments.report.registry import experiment
 from metalora._files import replacing
+from metalora.meta.identity import differences
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 COMPLETED, INTERIM = "completed", "interim"
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _PATH = re.compile(r"(^|[\s\"'=(])(/|~/|[A-Za-z]:\\)\w")  # an absolute one, anywhere in a text
+_TRIALS = ("seeds", "first_seed")  # settings
+_OF_ALL_TRIALS = ("commit", "uncommitted_changes", "versions")
+_SUMMED = ("finished_units", "resumed", "wall_seconds")
 _SETTINGS_OF_THE_PLACE = ("--out", "--resume", "--device", "--download")
 
 
@@ -58,18 +62,7 @@ def add(run: Path, name: str, folder: Path | None = None) -> Path:
         RunError: there is no run in the folder, it failed, has no finished unit, or its manifest
             names a place on this machine; or another experiment's results have this name.
     """
-    if not _NAME.fullmatch(name):
-        raise RunError(f"--add: a name has small letters, digits and hyphens, got {name!r}")
-    manifest = _manifest(run)
-    of = experiment(manifest["experiment"])
-    out = (folder or FOLDER) / name
-    if (out / MANIFEST).exists() and _manifest(out)["experiment"] != of.name:
-        raise RunError(f"--add: {out} holds results of another experiment; choose another name")
-    if manifest["status"] == "failed":
-        raise RunError(f"--add: the run in {run} failed: {manifest.get('reason', 'see error.txt')}")
-    count, rows = _finished(run)
-    _check_rows(rows, run)
-    kept = _trimmed(manifest, of, count)
+    out, of, kept, rows = _read(run, name, folder, "--add")
     files = [run / file for file in (of.report.files if of.report else ())]
     for path in files:
         if not path.is_file():
@@ -77,6 +70,91 @@ def add(run: Path, name: str, folder: Path | None = None) -> Path:
     for path in files:
         (out / path.name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, out / path.name)
+    return _write(out, kept, rows)
+
+
+def add_trials(run: Path, name: str, folder: Path | None = None) -> Path:
+    """Adds a run's trials to committed results, such as those that another machine made.
+
+    Args:
+        run: its folder. Its trials follow those of the results (--first-seed), and its code, data
+            and other settings are the same. If it is not completed, the results become interim.
+            Its other files, such as samples of text, are not kept.
+        name, folder: see `load`.
+
+    Returns:
+        The folder of the results.
+
+    Raises:
+        RunError: as for `add`; the results are interim; or the run differs in more than its trials.
+    """
+    flag = "--add-trials"
+    kept = load(name, folder).manifest
+    out, of, more, rows = _read(run, name, folder, flag)
+    if kept["status"] != COMPLETED:
+        raise RunError(f"{flag}: the run of {name} is not completed; finish it and --add it first")
+    ours, others = ({k: m["settings"].pop(k, None) for k in _TRIALS} for m in (kept, more))
+    if None in ours.values() or None in others.values():
+        raise RunError(f"{flag}: {of.name} has no --first-seed; make all trials in one run")
+    follows = ours["first_seed"] + ours["seeds"]
+    if others["first_seed"] != follows:
+        raise RunError(
+            f"{flag}: the first trial of {run} is {others['first_seed']}, but {follows} follows "
+            f"those of {name}; make more with --first-seed {follows}"
+        )
+    for key in (*_OF_ALL_TRIALS, "settings"):
+        found = list(differences(key, kept[key], more[key], here=f"in {run}"))
+        if found:
+            raise RunError(f"{flag}: in {name} {'; '.join(found)}")
+    for key in kept["data"].keys() & more["data"].keys():
+        if kept["data"][key] != more["data"][key]:
+            raise RunError(f"{flag}: {run} was made with other data than {name}: {key}")
+    before = (out / RESULTS).read_bytes()
+    header, _, lines = rows.partition(b"\n")
+    if before.partition(b"\n")[0] != header:
+        raise RunError(f"{flag}: {run / RESULTS} has other columns than {name}")
+    trials = {**ours, "seeds": ours["seeds"] + others["seeds"]}
+    kept |= {
+        "status": more["status"],
+        "command": _with_seeds(kept["command"], trials["seeds"]),
+        "machine": " and ".join(dict.fromkeys((kept["machine"], more["machine"]))),
+        "settings": kept["settings"] | trials,
+        "data": more["data"] | kept["data"],
+        **{key: (kept[key] or 0) + (more[key] or 0) for key in _SUMMED},
+    }
+    return _write(out, kept, before + lines)
+
+
+def _with_seeds(shown: str, seeds: int) -> str:
+    """Returns a command with another number of trials."""
+    words = shlex.split(shown)
+    for place, word in enumerate(words):
+        if word.partition("=")[0] == "--seeds":
+            del words[place : place + (1 if "=" in word else 2)]
+            break
+    return shlex.join([*words, "--seeds", str(seeds)])
+
+
+def _read(
+    run: Path, name: str, folder: Path | None, flag: str
+) -> tuple[Path, Experiment[Any], dict[str, Any], bytes]:
+    """Returns where a run is kept, its experiment, what is kept of its manifest, and its rows."""
+    if not _NAME.fullmatch(name):
+        raise RunError(f"{flag}: a name has small letters, digits and hyphens, got {name!r}")
+    manifest = _manifest(run)
+    of = experiment(manifest["experiment"])
+    out = (folder or FOLDER) / name
+    if (out / MANIFEST).exists() and _manifest(out)["experiment"] != of.name:
+        raise RunError(f"{flag}: {out} holds results of another experiment; choose another name")
+    if manifest["status"] == "failed":
+        reason = manifest.get("reason", "see error.txt")
+        raise RunError(f"{flag}: the run in {run} failed: {reason}")
+    count, rows = _finished(run)
+    _check_rows(rows, run, flag)
+    return out, of, _trimmed(manifest, of, count, flag), rows
+
+
+def _write(out: Path, kept: Mapping[str, Any], rows: bytes) -> Path:
     with replacing(out / RESULTS) as file:
         file.write(rows)
     with replacing(out / MANIFEST) as file:
@@ -176,7 +254,9 @@ def machine(found: Mapping[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _trimmed(manifest: dict[str, Any], of: Experiment[Any], count: int) -> dict[str, Any]:
+def _trimmed(
+    manifest: dict[str, Any], of: Experiment[Any], count: int, flag: str
+) -> dict[str, Any]:
     """Returns what a reader needs of a manifest, and nothing of this machine's folders."""
     local = {f.name for f in dataclasses.fields(of.settings) if f.metadata.get("run_only")}
     settings = {
@@ -206,7 +286,7 @@ def _trimmed(manifest: dict[str, Any], of: Experiment[Any], count: int) -> dict[
     for key, value in kept.items():
         if _PATH.search(json.dumps(value, ensure_ascii=False)):
             raise RunError(
-                f"--add: the manifest's {key!r} names a place on this machine: {value!r}; "
+                f"{flag}: the manifest's {key!r} names a place on this machine: {value!r}; "
                 "take it out of the run's manifest.json"
             )
     return kept
@@ -226,12 +306,12 @@ def _finished(run: Path) -> tuple[int, bytes]:
     return count, rows
 
 
-def _check_rows(rows: bytes, run: Path) -> None:
+def _check_rows(rows: bytes, run: Path, flag: str) -> None:
     header, *lines = csv.reader(io.StringIO(rows.decode(errors="replace")))
     wrong = next((n for n, line in enumerate(lines, 2) if len(line) != len(header)), None)
     if wrong is not None or not lines:
         raise RunError(
-            f"--add: line {wrong or 2} of {run / RESULTS} must have {len(header)} values"
+            f"{flag}: line {wrong or 2} of {run / RESULTS} must have {len(header)} values"
         )
 
 

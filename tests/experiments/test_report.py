@@ -192,6 +192,69 @@ def test_a_manifest_is_trimmed(clone: Path, run: Callable[..., Path]) -> None:
     assert kept["settings"] == {"data": "digits", "shots": ["10"]}
 
 
+TRIAL = {"data": "digits", "shots": ["10"], "seeds": 2, "first_seed": 0}
+MORE = "".join(ROWS.splitlines(keepends=True)[0::2]).replace(",1,accuracy", ",2,accuracy")
+
+
+def further(**changes: Any) -> dict[str, Any]:
+    """What a run of a third trial changes in a manifest."""
+    machine = manifest()["machine"] | {"cpu": "Another"}
+    more = {"settings": TRIAL | {"seeds": 1, "first_seed": 2}, "data": {"model 2": "b"}}
+    return more | {"machine": machine, "wall_seconds": 60.0} | changes
+
+
+def test_trials_of_another_machine_are_added(clone: Path, run: Callable[..., Path]) -> None:
+    folder = clone / "experiments" / "results"
+    shown = [*manifest()["command"], "--seeds", "2"]
+    made = run(settings=TRIAL, command=shown, data={"images": "0", "model 0": "a"})
+    add(made, clone)
+    shutil.rmtree(made)
+    out = results.add_trials(
+        run(MORE, **further(data={"images": "0", "model 2": "b"})), "few", folder
+    )
+    assert (out / "results.csv").read_text() == ROWS + MORE.partition("\n")[2]
+    kept = json.loads((out / "manifest.json").read_text())
+    assert kept["command"] == "python -m experiments.vision --shots 10 --seeds 3"
+    assert kept["settings"] == TRIAL | {"seeds": 3}
+    assert kept["machine"] == "A CPU, 1 of 2 cores, 24 GiB and Another, 1 of 2 cores, 24 GiB"
+    assert kept["data"] == {"images": "0", "model 0": "a", "model 2": "b"}
+    assert (kept["wall_seconds"], kept["finished_units"]) == (660.0, 2)
+    written(clone)
+    assert "3 of 3 | 3 |" in (clone / "docs" / "few.md").read_text()
+    with pytest.raises(RunError, match=r"the first trial of .* is 2, but 3 follows"):
+        results.add_trials(made, "few", folder)
+
+
+@pytest.mark.parametrize(
+    ("before", "more", "said"),
+    [
+        ({}, {"settings": TRIAL | {"first_seed": 2, "shots": ["30"]}}, "settings.shots"),
+        ({}, {"git": {"commit": "9", "changed": False}}, "in few commit '0123456789', in "),
+        ({"data": {"images": "0"}}, {"data": {"images": "1"}}, "other data than few: images"),
+        ({"status": "running"}, {}, "the run of few is not completed"),
+        ({"settings": {"data": "digits"}}, {}, "vision has no --first-seed"),
+        ({}, {"rows": MORE.replace("finetune_lr", "rate")}, "has other columns than few"),
+        ({}, {"experiment": "text"}, "holds results of another experiment"),
+    ],
+)
+def test_other_runs_than_further_trials_are_refused(
+    clone: Path,
+    run: Callable[..., Path],
+    before: dict[str, Any],
+    more: dict[str, Any],
+    said: str,
+) -> None:
+    folder = clone / "experiments" / "results"
+    made = run(**{"settings": TRIAL} | before)
+    out = add(made, clone)
+    shutil.rmtree(made)
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(RunError, match=r"^[^\n]*$") as refused:
+        results.add_trials(run(**{"rows": MORE} | further(**more)), "few", folder)
+    assert said in str(refused.value)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+
+
 @pytest.mark.parametrize(
     ("argv", "shown"),
     [
