@@ -17,6 +17,7 @@ from experiments.lib.errors import DataError, RunError
 from metalora.meta import derive_seed
 
 INTER, DATA = "ml-100k.inter", "u.data"  # in the package recbole, and in GroupLens' own folder
+WHEEL = "recbole-1.2.1-*.whl"
 COLUMNS = ("user_id:token", "item_id:token", "rating:float", "timestamp:float")
 LOWEST, HIGHEST = 1.0, 5.0
 # Of the published file's ratings, whatever the form they were read from.
@@ -153,30 +154,30 @@ class Split:
 
 
 def load(root: Path) -> Ratings:
-    """Reads the ratings of a file, of the folder that it is in, or of recbole's wheel.
+    """Reads the ratings of a file or of recbole's wheel, or of the folder that one is in.
 
     Args:
         root: ``ml-100k.inter`` (a line that names the columns, then a rating per line), ``u.data``
-            (the same without the first line), a folder with one of them, or an archive.
+            (the same without the first line), an archive, or a folder with one of these.
 
     Raises:
         DataError: nothing is there, or a line is not as it must be; the message names it.
     """
     root = Path(root)
     if root.is_dir():
-        found = [root / name for name in (INTER, DATA) if (root / name).is_file()]
+        found = [path for name in (INTER, DATA, WHEEL) for path in root.glob(name)]
         if not found:
             raise DataError(
-                f"no ratings in {root}: neither {INTER} nor {DATA} is there; give the file, its "
-                "folder, or the wheel of recbole 1.2.1 with --data-root"
+                f"no ratings in {root}: neither {INTER} nor {DATA} nor {WHEEL} is there; give one "
+                "of them, or its folder, with --data-root"
             )
         root = found[0]
     try:
         data, source = _read(root)
     except FileNotFoundError:
         raise DataError(
-            f"{root} does not exist; give {INTER} or {DATA}, the folder of one, or the wheel that "
-            "`pip download --no-deps recbole==1.2.1` fetches with --data-root"
+            f"{root} does not exist; give {INTER} or {DATA}, the wheel that `pip download "
+            "--no-deps recbole==1.2.1` fetches, or the folder of one with --data-root"
         ) from None
     except OSError as error:
         raise DataError(f"{root} cannot be read: {error.strerror or error}") from None

@@ -91,8 +91,8 @@ def load_ratings(settings: RatingsSettings) -> Ratings:
         return load(settings.data_root)
     if not settings.smoke:
         raise ValueError(
-            "argument --data-root: give MovieLens-100K (ml-100k.inter, u.data, the folder of one, "
-            "or recbole's wheel); --smoke runs without"
+            "argument --data-root: give MovieLens-100K (ml-100k.inter, u.data, recbole's wheel, or "
+            "the folder of one); --smoke runs without"
         )
     return made_up()
 

@@ -95,7 +95,7 @@ class RatingsSettings(RetrainingSettings):
 
     data_root: Path | None = option(
         None,
-        help="ml-100k.inter, u.data, the folder of one, or recbole's wheel; --smoke makes ratings "
+        help="ml-100k.inter, u.data, recbole's wheel, or the folder of one; --smoke makes ratings "
         "up without",
         run_only=True,
     )

