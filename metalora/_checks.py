@@ -36,6 +36,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
 
 
+def first_of(texts: Sequence[str], most: int) -> str:
+    """The texts in a row, or as many of them as a message should have and how many more."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
 def short(value: Any) -> str:
     """``repr`` on one line, however long or deep the value is."""
     return _REPR.repr(value)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metalora._checks import check_count, check_nonnegative, first_line, short
+from metalora._checks import check_count, check_nonnegative, first_line, first_of, short
 from metalora._files import parse_tensors, remove_partials, replacing, safetensors_torch
 from metalora._warn import warn_user
 from metalora.adapters import adapted_layers
@@ -412,9 +412,8 @@ def _check_complete(path: Path, values: dict[str, Any]) -> None:
 def _check_same(path: Path, what: str, saved: Any, wanted: Any) -> None:
     found = list(differences("", saved, wanted))
     if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise CheckpointError(
-            f"Checkpoint: {path} does not fit {what}: {', '.join(found[:3])}{more}; {_WHAT_TO_DO}"
+            f"Checkpoint: {path} does not fit {what}: {first_of(found, 3)}; {_WHAT_TO_DO}"
         )
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from metalora._checks import check_choice, check_count, first_line
+from metalora._checks import check_choice, check_count, first_line, first_of
 from metalora.meta.data import Batch
 from metalora.meta.identity import differences
 from metalora.meta.mean import sample_weights
@@ -257,10 +257,9 @@ class Distribution:
         for rank, text in enumerate(texts):
             found = list(differences("", first, json.loads(text), here=f"in process {rank}"))
             if found:
-                more = f" and {len(found) - 3} more" if len(found) > 3 else ""
                 raise ProcessGroupError(
                     f"train: all processes must train the same, but process {rank} of "
-                    f"{self.world_size} differs from process 0: {', '.join(found[:3])}{more}"
+                    f"{self.world_size} differs from process 0: {first_of(found, 3)}"
                 )
 
     def check_model(self, model: nn.Module) -> None:

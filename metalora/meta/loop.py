@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metalora._checks import check_count, short
+from metalora._checks import check_count, first_of, short
 from metalora._warn import warn_user
 from metalora.adapters import adapted_layers
 from metalora.meta.compiling import compiled
@@ -198,8 +198,7 @@ def _warn_of_unreached(training: Training, least: int) -> bool:
         if any(id(p) in unreached for p in layer.own_task_parameters().values())
     ]
     if names and training.distribution.rank == 0:
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        shown = ", ".join(map(repr, names[:5])) + more
+        shown = first_of([repr(name) for name in names], 5)
         warn_user(
             f"train: no gradient has reached the adapters of {shown} in {optimizer.steps} steps: "
             "the model does not call these layers (it may read their weights instead), or the loss "

@@ -236,6 +236,12 @@ def test_foreign_files_are_refused_and_never_unpickled(saved):
             "does not fit the training: lr 0.03, here 0.04; name another path, or delete the file",
         ),
         ("standard", {"epochs": 4}, 8, "epochs 3, here 4"),
+        (
+            "standard",
+            {"lr": 0.04, "epochs": 4, "seed": 1, "weight_decay": 0.5},
+            8,
+            "and 1 more; name another path",
+        ),
         ("standard", {"seed": 1}, 8, "seed 0, here 1"),
         ("reptile", {}, 8, "step 'GradientStep', here 'ReptileStep'"),
         ("lora-ml", {}, 8, "does not fit the model: 0.lora_A 'absent', here 'torch.float32 [2"),
