@@ -29,13 +29,20 @@ def description() -> dict[str, Any]:
     }
 
 
-def cpu_name() -> str:
-    """Returns the processor's name as the system reports it."""
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Returns the processor's name as the system reports it.
+
+    A name without a number, such as that of a virtual machine's, is followed by family and model.
+    """
+    found: dict[str, str] = {}
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        for line in cpuinfo.read_text(encoding="utf-8").split("\n\n")[0].splitlines():
+            key, _, value = line.partition(":")
+            found[key.strip()] = value.strip()
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if not any(letter.isdigit() for letter in name) and "cpu family" in found:
+        name += f" (family {found['cpu family']}, model {found.get('model')})"
+    return name
 
 
 def _memory_gib() -> float | None:

@@ -22,6 +22,7 @@ import torch
 import metalora
 from experiments.lib import cli, experiment, lock, runs
 from experiments.lib.errors import RunError, too_large
+from experiments.lib.machine import cpu_name
 from experiments.lib.runs import RunFolder
 from tests.processes import start_interruptible
 
@@ -603,3 +604,18 @@ def test_on_a_full_disk_no_new_run_is_left_half_made(small_disk: Path) -> None:
         "choose another --out\n"
     )
     assert [p.name for p in small_disk.iterdir()] == ["filler"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("AMD EPYC", "AMD EPYC (family 26, model 2)"),
+        ("AMD EPYC 9654 96-Core", "AMD EPYC 9654 96-Core"),
+    ],
+)
+def test_a_cpu_whose_name_has_no_number_is_told_by_its_family(
+    name: str, shown: str, tmp_path: Path
+) -> None:
+    core = f"processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: {name}\n"
+    (tmp_path / "cpuinfo").write_text(f"{core}\n{core.replace(': 2', ': 9')}")
+    assert cpu_name(tmp_path / "cpuinfo") == shown
