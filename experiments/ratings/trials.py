@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,40 +33,6 @@ Row = dict[str, Any]
 def squared_error(outputs: Tensor, batch: Batch) -> Tensor:
     """Returns the squared error of each rating, [B]."""
     return (outputs - batch.targets) ** 2
-
-
-@dataclasses.dataclass(frozen=True)
-class RatingBatch(Batch):
-    """A batch, or one process's part of it, that knows how many ratings the whole batch has."""
-
-    whole: int = 0
-
-    def by_task(self) -> list[Batch]:
-        """Returns one batch per task; where they are no parts of one process, each is whole."""
-        return [
-            dataclasses.replace(part, whole=len(part.task_ids))
-            if part.places is None and isinstance(part, RatingBatch)
-            else part
-            for part in super().by_task()
-        ]
-
-
-class RatingLoader(RoundLoader):
-    """Gives batches that know their number of ratings, which a part's loss must be divided by."""
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in super().__iter__():
-            given = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-            yield RatingBatch(**given, whole=len(batch.task_ids))
-
-
-def error_over_ratings(outputs: Tensor, batch: Batch) -> Tensor:
-    """Returns squared errors [B] whose mean by the batch's weights is that over all its ratings.
-
-    Where several processes train together, these are the ratings of all of them.
-    """
-    assert batch.weights is not None and isinstance(batch, RatingBatch)
-    return squared_error(outputs, batch) / (batch.whole * batch.weights.to(outputs))
 
 
 def clipped_error(outputs: Tensor, batch: Batch) -> Tensor:
@@ -108,6 +73,7 @@ class Trials(training.Trials[Part]):
         self.fixed = {"schedule": "cosine"}
         self.inner = {"inner_optimizer": "adam"}
         self.loss = {"loss": squared_error}
+        self._weighting = "tasks"  # of the retraining's batches
         self._balanced = False  # whether the loss is the mean over users in standard retraining too
         self._fits: dict[str, list[baselines.Candidate]] = {}
         s = settings
@@ -144,7 +110,7 @@ class Trials(training.Trials[Part]):
         own.settings = self.settings.of_method(method, self.tasks, chosen)
         over_ratings = self.settings.weighting == "ratings"
         if method in WITH_TASKS and over_ratings:
-            own.loss = {"loss": error_over_ratings}
+            own._weighting = "samples"
         if method == "lora-ml" and rank == 0:
             method, own._balanced = "standard", not over_ratings
         model, result = training.Trials.retrain(own, method, seed, *callbacks, rank=rank)
@@ -234,19 +200,21 @@ class Trials(training.Trials[Part]):
         return lambda model: -(evaluate(model, loader, clipped_error).mean ** 0.5)
 
     def loader(self, part: Part, batch_size: int, **keywords: Any) -> RoundLoader:
-        order = keywords.pop("order", "rounds")
+        order, weighting = keywords.pop("order", "rounds"), "tasks"
         if part is self.retraining:
+            weighting = self._weighting
             if order == "rounds" or self._balanced:
                 order = self.settings.order
             whole = len(part) if order in ("proportional", "pooled") else int(part.counts.max())
             batch_size = -(-whole // self.settings.batches)
         device = self.device
-        return RatingLoader(
+        return RoundLoader(
             part.items.to(device),
             part.values.to(device),
             part.tasks.to(device),
             batch_size=batch_size,
             order=order,
+            weighting=weighting,
             **keywords,
         )
 

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from metalora._checks import check_choice, check_count, check_tensor
 from metalora.meta.identity import digest_of_data, identity_of
+from metalora.meta.mean import sample_weights
 from metalora.meta.seeds import generator
 
 ORDERS = ("rounds", "proportional", "interleaved", "blocked", "pooled")
 MIXED = ("proportional", "pooled")  # batches of one size, cut from the samples of all tasks
+WEIGHTINGS = ("tasks", "samples")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Batch:
             padded or packed first, or batches too large for memory. None: ``inputs`` are ready.
         sizes: [B], what each sample counts in its task's mean, such as its number of tokens; None:
             all the same.
+        weighting: what counts the same in the loss, "tasks" or "samples", see `RoundLoader`.
     """
 
     inputs: Any
@@ -50,6 +53,7 @@ class Batch:
     places: Tensor | None = None
     collate: Collate | None = None
     sizes: Tensor | None = None
+    weighting: str = "tasks"
 
     def tasks_present(self) -> list[int]:
         """The tasks with samples here, ascending; without ``counts`` it waits for the device."""
@@ -96,6 +100,12 @@ class Batch:
             sizes=None if self.sizes is None else self.sizes[rows],
             places=None if self.places is None else self.places[_on_host(rows)],
         )
+
+    def part_of_each(self) -> Tensor:
+        """float64 [B], each sample's part in the loss if ``weights`` do not say it."""
+        ids = self.task_ids
+        together = torch.zeros_like(ids) if self.weighting == "samples" else ids
+        return sample_weights(together, sizes=self.sizes)
 
     def passes(self) -> Iterable[Batch]:
         """The batches that the model is called with, one after the other."""
@@ -242,11 +252,15 @@ class RoundLoader:
             on the same device, such as its number of tokens: a task's loss is then the mean over
             its tokens where ``loss`` returns each sample's mean over tokens. None: a task's loss
             is the mean over its samples.
+        weighting: "tasks": the loss of a batch is the mean over the tasks present of each task's
+            mean (paper, eq. 5). "samples": it is the mean over all samples of the batch, so that
+            large tasks count more. In batches of one task, as of Reptile, both are the same;
+            "pooled" batches have the second anyway.
 
     Raises:
         TypeError: if an argument has a wrong type.
-        ValueError: if lengths differ, a task has no samples, or a number or the order is not one
-            of those allowed.
+        ValueError: if lengths differ, a task has no samples, or a number, the order or the
+            weighting is not one of those allowed.
     """
 
     def __init__(
@@ -263,10 +277,13 @@ class RoundLoader:
         transform: Callable[[Any, torch.Generator], Any] | None = None,
         collate: Collate | None = None,
         sizes: Tensor | None = None,
+        weighting: str = "tasks",
     ) -> None:
         self.batch_size = check_count("RoundLoader", "batch_size", batch_size)
         self.seed = check_count("RoundLoader", "seed", seed, minimum=0)
         self.order = check_choice("RoundLoader", "order", order, ORDERS)
+        weighting = check_choice("RoundLoader", "weighting", weighting, WEIGHTINGS)
+        self.weighting = "samples" if self.order == "pooled" else weighting
         if max_rounds is not None:
             max_rounds = check_count("RoundLoader", "max_rounds", max_rounds)
         ids = _checked_ids(inputs, targets, task_ids, sizes)
@@ -304,6 +321,7 @@ class RoundLoader:
             "targets": digest_of_data(self.targets),
             "task_ids": digest_of_data(self.task_ids),
             **({} if self.sizes is None else {"sizes": digest_of_data(self.sizes)}),
+            **({} if self.pooled or self.weighting == "tasks" else {"weighting": self.weighting}),
         }
 
     def set_epoch(self, epoch: int) -> None:
@@ -358,7 +376,15 @@ class RoundLoader:
                 inputs = self.transform(inputs, augment)
             targets, task_ids = self.targets[chosen], self.task_ids[chosen]
             sizes = None if self.sizes is None else self.sizes[chosen]
-            yield Batch(inputs, targets, task_ids, counts, collate=self.collate, sizes=sizes)
+            yield Batch(
+                inputs,
+                targets,
+                task_ids,
+                counts,
+                collate=self.collate,
+                sizes=sizes,
+                weighting=self.weighting,
+            )
 
     def _rounds(self) -> list[tuple[Tensor, tuple[int, ...]]]:
         """Per batch the samples [B] in order, and how many each task has of them."""

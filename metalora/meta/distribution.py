@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from metalora._checks import check_choice, check_count, first_line, first_of
 from metalora.meta.data import Batch
 from metalora.meta.identity import differences
-from metalora.meta.mean import sample_weights
 
 PARALLEL = ("data", "tasks")
 
@@ -94,8 +93,8 @@ class Distribution:
     def part(self, batch: Batch) -> Batch:
         """The samples of ``batch`` that are this process's, which may be none.
 
-        Their weights are those in the whole batch: the batch's own, or else those of the mean over
-        tasks (paper, eq. 5). Task parallel, tasks are numbered as the model here holds them.
+        Their weights are those in the whole batch: the batch's own, or else those of its
+        ``weighting``. Task parallel, tasks are numbered as the model here holds them.
 
         Example:
             ``(losses * part.weights).sum().backward()``, then `sum_gradients`
@@ -106,8 +105,7 @@ class Distribution:
         if self.parallel is None:
             return batch
         if batch.weights is None:
-            weights = sample_weights(batch.task_ids, sizes=batch.sizes)
-            batch = replace(batch, weights=weights)
+            batch = replace(batch, weights=batch.part_of_each())
         if not self.by_task:
             return self._strided(batch)
         if batch.counts is not None:

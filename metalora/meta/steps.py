@@ -23,7 +23,7 @@ from metalora.meta.config import TrainConfig
 from metalora.meta.data import Batch, Rounds, samples_per_task
 from metalora.meta.distribution import Distribution
 from metalora.meta.identity import identity_of
-from metalora.meta.mean import sample_weights, weighted_mean
+from metalora.meta.mean import weighted_mean
 from metalora.meta.optimizer import NAMED, make_optimizer
 from metalora.meta.seeds import derive_seed
 from metalora.meta.task_optimizer import TaskOptimizer
@@ -96,10 +96,12 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 class Objective:
     """The loss of a batch: the mean over its tasks of each task's mean over samples (paper, eq. 5).
 
+    Batches may say otherwise, see `Batch`.
+
     Args:
         model: plain or adapted.
         config: settings; of them, the precision.
-        pooled: take the mean over samples instead.
+        pooled: take the mean over samples, whatever the batches say.
         distribution: the processes that train together; None means this one.
         loss, forward: see `Calls`.
     """
@@ -141,7 +143,9 @@ class Objective:
             The loss of the part, whose weights in the whole batch add up to at most 1.
         """
         if batch.weights is None:
-            batch = replace(batch, weights=self._weights(batch))
+            weighting = "samples" if self.pooled else batch.weighting
+            batch = replace(batch, weighting=weighting)
+            batch = replace(batch, weights=batch.part_of_each())
         part = self.distribution.part(batch)
         if len(part.task_ids) == 0:
             return scaler.scale(self.no_loss())
@@ -180,11 +184,6 @@ class Objective:
     def no_loss(self) -> Tensor:
         """The loss of no samples: 0, of the dtype that losses have."""
         return torch.zeros((), dtype=self._dtype_of_losses, device=self.device)
-
-    def _weights(self, batch: Batch) -> Tensor:
-        if not self.pooled:
-            return sample_weights(batch.task_ids, sizes=batch.sizes)
-        return sample_weights(torch.zeros_like(batch.task_ids), sizes=batch.sizes)
 
 
 def _checked_loss(loss: Any) -> Loss:

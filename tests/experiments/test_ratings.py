@@ -32,9 +32,8 @@ from experiments.ratings.summary import (
     results_tables,
     summary,
 )
-from experiments.ratings.trials import RatingBatch, Trials, error_over_ratings
+from experiments.ratings.trials import Trials
 from metalora.adapters import adapted_layers
-from metalora.meta.mean import sample_weights, weighted_mean
 from tests.processes import needs_gloo, run_processes
 
 CPU = torch.device("cpu")
@@ -123,16 +122,6 @@ def test_decay_is_that_of_a_users_own_loss() -> None:
     assert s.of_finetune(4.0, 10, 5).finetune_weight_decay == pytest.approx(4.0 / 50)
     given = settings(weight_decay=0.8).of_method("standard", 20, CHOSEN["standard"])
     assert given.weight_decay == 0.04
-
-
-@pytest.mark.parametrize("pooled", [False, True])
-def test_the_mean_over_ratings_counts_each_alike(pooled: bool) -> None:
-    """Whatever the weights: those of eq. 5, or the equal ones of pooled batches."""
-    own = torch.full((6,), 1 / 6) if pooled else sample_weights(SOME.tasks)
-    batch = RatingBatch(SOME.items, SOME.values, SOME.tasks, weights=own, whole=6)
-    outputs = torch.arange(6.0)
-    found = weighted_mean(error_over_ratings(outputs, batch), own)
-    assert float(found) == pytest.approx(float((outputs - SOME.values).square().mean()))
 
 
 def losses_of_retraining(**given: Any) -> list[float]:

@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 
 from metalora.meta import Batch, Checkpoint, RoundLoader, TrainConfig, standard
 from metalora.meta.data import samples_per_task
+from metalora.meta.mean import sample_weights
 
 IDS = torch.tensor([0, 1, -1, 2, 0, 0, 1, 0, 0, -1, 2, 0, 0])  # 7, 2, 2 samples, 2 left out
 X = torch.arange(len(IDS))[:, None].float()
@@ -110,6 +111,24 @@ def test_rounds_in_proportion_are_drawn_anew_each_epoch():
     assert order(5, 2) == order(5, 2)
     assert order(5, 3) != order(5, 2) != order(6, 2)
     assert sorted(order(5, 3)) == [i for i, t in enumerate(IDS) if t >= 0]
+
+
+def test_samples_of_a_batch_count_the_same_on_request():
+    sizes = torch.arange(float(len(IDS)))
+    for order in ("rounds", "proportional", "pooled"):
+        batch = next(iter(loader(order=order, weighting="samples", sizes=sizes)))
+        assert batch.weighting == "samples"
+        whole = batch.sizes.double().sum()
+        torch.testing.assert_close(batch.part_of_each(), batch.sizes.double() / whole)
+        some = batch.take(torch.arange(2))
+        assert some.weighting == "samples" and some.part_of_each().sum() == 1
+    (batch, *_) = loader()
+    assert batch.weighting == "tasks"
+    assert torch.equal(batch.part_of_each(), sample_weights(batch.task_ids))
+    assert loader(weighting="samples").identity() != loader().identity()
+    assert loader(weighting="tasks").identity() == loader().identity()
+    with pytest.raises(ValueError, match=r"weighting must be one of .*did you mean 'samples'"):
+        loader(weighting="sample")
 
 
 SINGLE = {

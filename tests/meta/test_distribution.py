@@ -85,6 +85,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         {"adapter_steps": 2, "optimizer": "sgd", "grad_clip": 0.2},
         {"collate": passes_of_two},
     ),
+    "lora-ml over samples": (
+        lambda *a, **o: lora_ml(*a, LORA, **o),
+        {"optimizer": "sgd"},
+        {"order": "proportional", "weighting": "samples"},
+    ),
     "lora-ml per task": (lambda *a, **o: lora_ml(*a, LORA, **o), {"step_per": "task"}, {}),
     "one task at a time": (
         lambda model, loader, *a, **o: lora_ml(model, by_task(loader), *a, LORA, **o),

@@ -222,9 +222,14 @@ def test_low_precision_stays_near(method, precision):
         ("adamw", torch.optim.AdamW, {"eps": 0.1}),
     ],
 )
-def test_pooled_standard_retraining_is_the_mean_over_samples(name, kind, settings):
-    """Against a plain loop."""
-    source = rounds(order="pooled", batch_size=16)
+@pytest.mark.parametrize("order", ["pooled", "proportional"])
+def test_standard_retraining_takes_the_mean_over_samples(name, kind, settings, order):
+    """Against a plain loop, with tasks of unequal size."""
+    inputs, targets, ids = data()
+    ids[(ids == 0) & (torch.arange(len(ids)) % 2 > 0)] = -1
+    source = RoundLoader(
+        inputs, targets, ids, batch_size=16, seed=1, order=order, weighting="samples"
+    )
     model, plain = network(dropout=0.0), network(dropout=0.0)
     config = TrainConfig(epochs=1, lr=0.1, weight_decay=0.01, optimizer=name, **settings)
     standard(model, source, config)
@@ -235,6 +240,10 @@ def test_pooled_standard_retraining_is_the_mean_over_samples(name, kind, setting
         optimizer.step()
     for got, want in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_batches_of_one_kind_are_refused_where_others_are_needed():
+    model, source = network(), rounds(order="pooled")
     with pytest.raises(ValueError, match="pooled rounds ignore tasks; use step_per='round'"):
         standard(model, source, TrainConfig(epochs=1, lr=0.1, step_per="task"))
     with pytest.raises(ValueError, match="reptile: pooled rounds ignore tasks"):
