@@ -46,6 +46,7 @@ from metalora.meta import (
 )
 
 CHECKPOINT_SECONDS = 60.0  # between two checkpoints, at least
+RETRAINED_MODEL = "retrained model"  # begins the name of its checksum in a manifest
 CHECKPOINT_STEPS = 10  # within an epoch one may be due after so many
 Part = TypeVar("Part")  # of the data: samples with their tasks
 Labels = Mapping[str, Any]  # what tells one training from the others: method, trial and the like
@@ -302,7 +303,7 @@ class Trainings:
         path = source.weights(*_place_of(labels))
         model = self._loaded(labels["trial"], path)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        self.folder.add_data(f"retrained model {path.stem}", sha256)
+        self.folder.add_data(f"{RETRAINED_MODEL} {path.stem}", sha256)
         return model
 
     def _loaded(self, trial: int, weights: Path) -> nn.Module:

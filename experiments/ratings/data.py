@@ -165,7 +165,8 @@ def load(root: Path) -> Ratings:
     """
     root = Path(root)
     if root.is_dir():
-        found = [path for name in (INTER, DATA, WHEEL) for path in root.glob(name)]
+        names = (INTER, DATA, WHEEL)
+        found = [p for name in names for p in sorted(root.glob(name)) if p.is_file()]
         if not found:
             raise DataError(
                 f"no ratings in {root}: neither {INTER} nor {DATA} nor {WHEEL} is there; give one "

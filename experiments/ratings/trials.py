@@ -102,8 +102,7 @@ class Trials(training.Trials[Part]):
     ) -> tuple[nn.Module, Result]:
         """Returns a plain model after a retraining, with its head in the middle of the users'.
 
-        LoRA-ML of rank 0 is the same objective, the mean over users of each user's mean loss,
-        without adapters.
+        LoRA-ML of rank 0 is the same objective without adapters.
         """
         own = copy.copy(self)
         chosen = self.decays.of_retraining(method, self.tasks, rank)

@@ -121,12 +121,17 @@ class Report:
         table = _chosen(self._tables[name], part, "table")
         lines = [table.markdown(), "", " ".join(filter(None, [table.caption, _status(run)]))]
         rows = _link(run.folder, page)
-        facts = [_duration(run), run.manifest["started"][:10], _commit(run)]
-        facts = [fact for fact in facts if fact]
+        parts = [run.manifest, *run.manifest.get("added", [])]  # with those of other machines
+        machines, dates = (
+            " and ".join(dict.fromkeys(part[key][:end] for part in parts))
+            for key, end in (("machine", None), ("started", 10))
+        )
+        seconds = sum(part.get("wall_seconds") or 0 for part in parts)
+        facts = [fact for fact in (_duration(seconds), dates, _commit(run)) if fact]
         if page.parent == self.root:  # short, for the front page
             lines[-1] += f" ([rows and command]({rows}))"
         else:
-            lines[-1] += f" {'; '.join([run.manifest['machine'], *facts])}; [rows]({rows})."
+            lines[-1] += f" {'; '.join([machines, *facts])}; [rows]({rows})."
             if (page, name) not in self._commands:  # once for each run
                 self._commands.add((page, name))
                 lines += ["", _shown(run.manifest["command"])]
@@ -211,8 +216,7 @@ def _status(run: RunFiles) -> str:
     return f"**Interim:** the run goes on; finished units of work so far: {units}."
 
 
-def _duration(run: RunFiles) -> str:
-    seconds = run.manifest.get("wall_seconds")
+def _duration(seconds: float) -> str:
     if not seconds:
         return ""
     if seconds < 90:

@@ -18,8 +18,10 @@ from experiments.lib.errors import RunError
 from experiments.lib.experiment import Experiment
 from experiments.lib.manifest import MANIFEST
 from experiments.lib.runs import RunFiles
+from experiments.lib.training import RETRAINED_MODEL
 from experiments.lib.units import RESULTS
 from experiments.report.registry import experiment
+from metalora._checks import first_of
 from metalora._files import replacing
 from metalora.meta.identity import differences
 
@@ -28,8 +30,7 @@ COMPLETED, INTERIM = "completed", "interim"
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _PATH = re.compile(r"(^|[\s\"'=(])(/|~/|[A-Za-z]:\\)\w")  # an absolute one, anywhere in a text
 _TRIALS = ("seeds", "first_seed")  # settings
-_OF_ALL_TRIALS = ("commit", "uncommitted_changes", "versions")
-_SUMMED = ("finished_units", "resumed", "wall_seconds")
+_OF_A_RUN = {"notes": "processes", "data": RETRAINED_MODEL}  # entries that begin so
 _SETTINGS_OF_THE_PLACE = ("--out", "--resume", "--device", "--download")
 
 
@@ -77,9 +78,9 @@ def add_trials(run: Path, name: str, folder: Path | None = None) -> Path:
     """Adds a run's trials to committed results, such as those that another machine made.
 
     Args:
-        run: its folder. Its trials follow those of the results (--first-seed), and its code, data
-            and other settings are the same. If it is not completed, the results become interim.
-            Its other files, such as samples of text, are not kept.
+        run: its folder. It is completed, its trials follow those of the results (--first-seed), and
+            its code, data and other settings are the same. Its other files, such as samples of
+            text, are not kept.
         name, folder: see `load`.
 
     Returns:
@@ -91,8 +92,11 @@ def add_trials(run: Path, name: str, folder: Path | None = None) -> Path:
     flag = "--add-trials"
     kept = load(name, folder).manifest
     out, of, more, rows = _read(run, name, folder, flag)
-    if kept["status"] != COMPLETED:
-        raise RunError(f"{flag}: the run of {name} is not completed; finish it and --add it first")
+    for what, manifest in ((f"the run of {name}", kept), (f"the run in {run}", more)):
+        if manifest["status"] != COMPLETED:
+            raise RunError(f"{flag}: {what} is not completed; finish it first")
+        if not manifest["commit"] or manifest["uncommitted_changes"]:
+            raise RunError(f"{flag}: {what} is not of a commit, so no other has the same code")
     ours, others = ({k: m["settings"].pop(k, None) for k in _TRIALS} for m in (kept, more))
     if None in ours.values() or None in others.values():
         raise RunError(f"{flag}: {of.name} has no --first-seed; make all trials in one run")
@@ -102,27 +106,39 @@ def add_trials(run: Path, name: str, folder: Path | None = None) -> Path:
             f"{flag}: the first trial of {run} is {others['first_seed']}, but {follows} follows "
             f"those of {name}; make more with --first-seed {follows}"
         )
-    for key in (*_OF_ALL_TRIALS, "settings"):
-        found = list(differences(key, kept[key], more[key], here=f"in {run}"))
+    for key in ("commit", "versions", "settings", "notes", "data"):
+        here, there = (_of_all_trials(key, manifest[key]) for manifest in (kept, more))
+        found = list(differences(key, here, there, here=f"in {run}"))
         if found:
-            raise RunError(f"{flag}: in {name} {'; '.join(found)}")
-    for key in kept["data"].keys() & more["data"].keys():
-        if kept["data"][key] != more["data"][key]:
-            raise RunError(f"{flag}: {run} was made with other data than {name}: {key}")
+            raise RunError(f"{flag}: in {name} {first_of(found, 3)}")
     before = (out / RESULTS).read_bytes()
     header, _, lines = rows.partition(b"\n")
     if before.partition(b"\n")[0] != header:
         raise RunError(f"{flag}: {run / RESULTS} has other columns than {name}")
-    trials = {**ours, "seeds": ours["seeds"] + others["seeds"]}
+    for where, content, own in ((name, before, ours), (run / RESULTS, rows, others)):
+        wanted = {str(own["first_seed"] + i) for i in range(own["seeds"])}
+        trials = {row["trial"] for row in csv.DictReader(io.StringIO(content.decode()))}
+        if trials != wanted:
+            shown = ", ".join(sorted(trials))
+            raise RunError(f"{flag}: {where} has other trials than its settings say: {shown}")
+    seeds = ours["seeds"] + others["seeds"]
     kept |= {
-        "status": more["status"],
-        "command": _with_seeds(kept["command"], trials["seeds"]),
-        "machine": " and ".join(dict.fromkeys((kept["machine"], more["machine"]))),
-        "settings": kept["settings"] | trials,
+        "finished_units": kept["finished_units"] + more["finished_units"],
+        "command": _with_seeds(kept["command"], seeds),
+        "settings": kept["settings"] | ours | {"seeds": seeds},
         "data": more["data"] | kept["data"],
-        **{key: (kept[key] or 0) + (more[key] or 0) for key in _SUMMED},
+        "added": [
+            *kept.get("added", []),
+            others | {key: more[key] for key in ("machine", "started", "wall_seconds")},
+        ],
     }
     return _write(out, kept, before + lines)
+
+
+def _of_all_trials(key: str, values: Any) -> Any:
+    """Returns what must be the same of an entry of the manifest, whatever the trials."""
+    own = _OF_A_RUN.get(key)
+    return {k: v for k, v in values.items() if not k.startswith(own)} if own else values
 
 
 def _with_seeds(shown: str, seeds: int) -> str:
@@ -259,8 +275,11 @@ def _trimmed(
 ) -> dict[str, Any]:
     """Returns what a reader needs of a manifest, and nothing of this machine's folders."""
     local = {f.name for f in dataclasses.fields(of.settings) if f.metadata.get("run_only")}
+    paths = {f.name for f in dataclasses.fields(of.settings) if "Path" in str(f.type)}
     settings = {
-        key: Path(value).name if isinstance(value, str) and _is_path(value) else value
+        key: Path(value).name
+        if isinstance(value, str) and (key in paths or _is_path(value))
+        else value
         for key, value in manifest["settings"].items()
         if key not in local
     }

@@ -79,6 +79,7 @@ class SequencePasses:
                 weights=None if weights is None else self._take(weights, rows),
                 sizes=None if batch.sizes is None else self._take(batch.sizes, rows),
                 places=None if batch.places is None else batch.places[rows],
+                weighting=batch.weighting,
             )
 
     def _take(self, values: Tensor, rows: Tensor) -> Tensor:

@@ -33,14 +33,14 @@ class Batch:
         counts: samples of each task, T numbers; None where the host does not know them. Given,
             the samples are sorted by task.
         lengths: rows of each sample, B numbers, where the inputs are packed, see `metalora.tasks`.
-        weights: [B], each sample's part in the loss; None leaves that to the training.
+        weights: [B], each sample's part in the loss; None leaves that to ``weighting``.
         places: int64 [B] on the CPU, the place of each sample in the whole batch, where this is the
             part of one process, see `metalora.meta.Distribution`.
         collate: turns this batch into one or more model inputs, in passes that each come
             with some of the samples and their weights (of `take`): for samples that have to be
             padded or packed first, or batches too large for memory. None: ``inputs`` are ready.
-        sizes: [B], what each sample counts in its task's mean, such as its number of tokens; None:
-            all the same.
+        sizes: [B], what each sample counts in the mean that it is in, such as its number of tokens;
+            None: all the same.
         weighting: what counts the same in the loss, "tasks" or "samples", see `RoundLoader`.
     """
 
@@ -101,8 +101,15 @@ class Batch:
             places=None if self.places is None else self.places[_on_host(rows)],
         )
 
-    def part_of_each(self) -> Tensor:
-        """float64 [B], each sample's part in the loss if ``weights`` do not say it."""
+    def loss_weights(self) -> Tensor:
+        """[B], each sample's part in the loss: ``weights`` or, without, float64 by ``weighting``.
+
+        Raises:
+            ValueError: if the weighting is not known.
+        """
+        if self.weights is not None:
+            return self.weights
+        check_choice("Batch", "weighting", self.weighting, WEIGHTINGS)
         ids = self.task_ids
         together = torch.zeros_like(ids) if self.weighting == "samples" else ids
         return sample_weights(together, sizes=self.sizes)
@@ -248,14 +255,15 @@ class RoundLoader:
         transform: ``transform(inputs, generator) -> inputs``, applied to each batch.
         collate: see `Batch`. Where samples do not fit into tensors, ``inputs`` may be their
             numbers, which it turns into the model's inputs.
-        sizes: [N], what each sample counts in its task's mean (pooled: in the mean of a batch),
+        sizes: [N], what each sample counts in its task's mean (or in a batch's, see ``weighting``),
             on the same device, such as its number of tokens: a task's loss is then the mean over
             its tokens where ``loss`` returns each sample's mean over tokens. None: a task's loss
             is the mean over its samples.
         weighting: "tasks": the loss of a batch is the mean over the tasks present of each task's
-            mean (paper, eq. 5). "samples": it is the mean over all samples of the batch, so that
-            large tasks count more. In batches of one task, as of Reptile, both are the same;
-            "pooled" batches have the second anyway.
+            mean (paper, eq. 5). "samples": it is the mean over all samples of the batch, or with
+            ``sizes`` over all their tokens, so that large tasks count more. For Reptile and with
+            ``step_per="task"``, which step on one task at a time, both are the same; "pooled"
+            batches have the second anyway.
 
     Raises:
         TypeError: if an argument has a wrong type.

@@ -36,7 +36,7 @@ class Distribution:
       their state in the optimiser, are in this process; only the gradients of the shared weights
       are exchanged.
 
-    The objective is that of one process: the weights of the samples (paper, eq. 5) are those of the
+    The objective is that of one process: the weights of the samples (see `Batch`) are those of the
     whole batch, and gradients are summed over processes, in one exchange per step.
 
     Tasks go to processes by their number of samples: the largest that is left to the process with
@@ -104,8 +104,7 @@ class Distribution:
         """
         if self.parallel is None:
             return batch
-        if batch.weights is None:
-            batch = replace(batch, weights=batch.part_of_each())
+        batch = replace(batch, weights=batch.loss_weights())
         if not self.by_task:
             return self._strided(batch)
         if batch.counts is not None:

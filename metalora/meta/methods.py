@@ -42,7 +42,8 @@ def standard(
 
     Args:
         model: a plain model, trained in place.
-        rounds: the retraining tasks; pooled, the loss is the mean over a batch's samples.
+        rounds: the retraining tasks. In pooled order, or with ``weighting="samples"``, the loss is
+            the mean over a batch's samples.
         config: settings.
         options: see `Options`.
 

@@ -35,8 +35,8 @@ def refit_heads(
     Args:
         model: a plain model, trained in place; its parameters require a gradient afterwards if they
             did before.
-        rounds: the retraining tasks. Pooled (``RoundLoader(..., order="pooled")``) the loss is the
-            mean over samples, otherwise the mean over tasks.
+        rounds: the retraining tasks. In pooled order, or with ``weighting="samples"``, the loss is
+            the mean over a batch's samples, otherwise the mean over tasks.
         config: settings.
         heads: names of the layers to fit.
         options: see `Options`.

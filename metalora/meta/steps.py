@@ -142,10 +142,9 @@ class Objective:
         Returns:
             The loss of the part, whose weights in the whole batch add up to at most 1.
         """
-        if batch.weights is None:
-            weighting = "samples" if self.pooled else batch.weighting
-            batch = replace(batch, weighting=weighting)
-            batch = replace(batch, weights=batch.part_of_each())
+        if self.pooled:
+            batch = replace(batch, weighting="samples")
+        batch = replace(batch, weights=batch.loss_weights())
         part = self.distribution.part(batch)
         if len(part.task_ids) == 0:
             return scaler.scale(self.no_loss())

@@ -192,48 +192,60 @@ def test_a_manifest_is_trimmed(clone: Path, run: Callable[..., Path]) -> None:
     assert kept["settings"] == {"data": "digits", "shots": ["10"]}
 
 
-TRIAL = {"data": "digits", "shots": ["10"], "seeds": 2, "first_seed": 0}
-MORE = "".join(ROWS.splitlines(keepends=True)[0::2]).replace(",1,accuracy", ",2,accuracy")
+TRIALS = {"data": "digits", "shots": ["10"], "seeds": 2, "first_seed": 0}
+ONE_MORE = "".join(ROWS.splitlines(keepends=True)[0::2]).replace(",1,accuracy", ",2,accuracy")
 
 
-def further(**changes: Any) -> dict[str, Any]:
-    """What a run of a third trial changes in a manifest."""
+def another_machines(seed: int, **changes: Any) -> dict[str, Any]:
+    """What a run of one further trial changes in a manifest."""
     machine = manifest()["machine"] | {"cpu": "Another"}
-    more = {"settings": TRIAL | {"seeds": 1, "first_seed": 2}, "data": {"model 2": "b"}}
-    return more | {"machine": machine, "wall_seconds": 60.0} | changes
+    more = {"settings": TRIALS | {"seeds": 1, "first_seed": seed}, "wall_seconds": 60.0}
+    return more | {"machine": machine, "started": "2026-12-01T00:00:00+00:00"} | changes
 
 
 def test_trials_of_another_machine_are_added(clone: Path, run: Callable[..., Path]) -> None:
     folder = clone / "experiments" / "results"
-    shown = [*manifest()["command"], "--seeds", "2"]
-    made = run(settings=TRIAL, command=shown, data={"images": "0", "model 0": "a"})
+    data = {"images": "0", "retrained model 0": "a"}
+    made = run(settings=TRIALS, command=[*manifest()["command"], "--seeds", "2"], data=data)
     add(made, clone)
-    shutil.rmtree(made)
-    out = results.add_trials(
-        run(MORE, **further(data={"images": "0", "model 2": "b"})), "few", folder
-    )
-    assert (out / "results.csv").read_text() == ROWS + MORE.partition("\n")[2]
+    rows = ROWS
+    for seed in (2, 3):
+        shutil.rmtree(made)
+        lines = ONE_MORE.replace(",2,accuracy", f",{seed},accuracy")
+        data = {"images": "0", f"retrained model {seed}": "b"}
+        made = run(lines, **another_machines(seed, data=data, notes={"processes": [4]}))
+        out = results.add_trials(made, "few", folder)
+        rows += lines.partition("\n")[2]
+    assert (out / "results.csv").read_text() == rows
     kept = json.loads((out / "manifest.json").read_text())
-    assert kept["command"] == "python -m experiments.vision --shots 10 --seeds 3"
-    assert kept["settings"] == TRIAL | {"seeds": 3}
-    assert kept["machine"] == "A CPU, 1 of 2 cores, 24 GiB and Another, 1 of 2 cores, 24 GiB"
-    assert kept["data"] == {"images": "0", "model 0": "a", "model 2": "b"}
-    assert (kept["wall_seconds"], kept["finished_units"]) == (660.0, 2)
+    assert kept["command"] == "python -m experiments.vision --shots 10 --seeds 4"
+    assert kept["settings"] == TRIALS | {"seeds": 4}
+    assert kept["data"].keys() == {"images", *(f"retrained model {n}" for n in (0, 2, 3))}
+    assert kept["finished_units"] == 3
     written(clone)
-    assert "3 of 3 | 3 |" in (clone / "docs" / "few.md").read_text()
-    with pytest.raises(RunError, match=r"the first trial of .* is 2, but 3 follows"):
+    page = (clone / "docs" / "few.md").read_text()
+    assert "4 of 4 | 4 |" in page
+    assert "24 GiB and Another, 1 of 2 cores, 24 GiB; 12 min; 2026-11-29 and 2026-12-01;" in page
+    with pytest.raises(RunError, match=r"the first trial of .* is 3, but 4 follows"):
         results.add_trials(made, "few", folder)
 
 
 @pytest.mark.parametrize(
     ("before", "more", "said"),
     [
-        ({}, {"settings": TRIAL | {"first_seed": 2, "shots": ["30"]}}, "settings.shots"),
+        ({}, {"settings": TRIALS | {"first_seed": 2, "shots": ["30"]}}, "settings.shots"),
         ({}, {"git": {"commit": "9", "changed": False}}, "in few commit '0123456789', in "),
-        ({"data": {"images": "0"}}, {"data": {"images": "1"}}, "other data than few: images"),
+        ({}, {"git": {"commit": "0123456789", "changed": True}}, "run is not of a commit"),
+        ({"git": {"commit": None}}, {}, "the run of few is not of a commit"),
+        ({"data": {"images": "0"}}, {"data": {"images": "1"}}, "in few data.images '0', in "),
+        ({}, {"data": {"images": "1"}}, "in few data.images 'absent', in "),
+        ({"notes": {"decay": 1}}, {"notes": {"decay": 2}}, "in few notes.decay 1, in "),
         ({"status": "running"}, {}, "the run of few is not completed"),
+        ({}, {"status": "interrupted"}, "run is not completed; finish it first"),
         ({"settings": {"data": "digits"}}, {}, "vision has no --first-seed"),
-        ({}, {"rows": MORE.replace("finetune_lr", "rate")}, "has other columns than few"),
+        ({}, {"rows": ONE_MORE.replace("finetune_lr", "rate")}, "has other columns than few"),
+        ({}, {"rows": ROWS}, "has other trials than its settings say: 0, 1"),
+        ({"rows": ONE_MORE}, {}, "few has other trials than its settings say: 2"),
         ({}, {"experiment": "text"}, "holds results of another experiment"),
     ],
 )
@@ -245,12 +257,12 @@ def test_other_runs_than_further_trials_are_refused(
     said: str,
 ) -> None:
     folder = clone / "experiments" / "results"
-    made = run(**{"settings": TRIAL} | before)
+    made = run(**{"settings": TRIALS} | before)
     out = add(made, clone)
     shutil.rmtree(made)
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(RunError, match=r"^[^\n]*$") as refused:
-        results.add_trials(run(**{"rows": MORE} | further(**more)), "few", folder)
+        results.add_trials(run(**{"rows": ONE_MORE} | another_machines(2, **more)), "few", folder)
     assert said in str(refused.value)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == files
 

@@ -119,14 +119,20 @@ def test_samples_of_a_batch_count_the_same_on_request():
         batch = next(iter(loader(order=order, weighting="samples", sizes=sizes)))
         assert batch.weighting == "samples"
         whole = batch.sizes.double().sum()
-        torch.testing.assert_close(batch.part_of_each(), batch.sizes.double() / whole)
+        torch.testing.assert_close(batch.loss_weights(), batch.sizes.double() / whole)
         some = batch.take(torch.arange(2))
-        assert some.weighting == "samples" and some.part_of_each().sum() == 1
+        assert some.weighting == "samples" and some.loss_weights().sum() == 1
+        own = replace(batch, weights=torch.ones(len(batch.task_ids)))
+        assert own.loss_weights() is own.weights
     (batch, *_) = loader()
     assert batch.weighting == "tasks"
-    assert torch.equal(batch.part_of_each(), sample_weights(batch.task_ids))
-    assert loader(weighting="samples").identity() != loader().identity()
-    assert loader(weighting="tasks").identity() == loader().identity()
+    assert torch.equal(batch.loss_weights(), sample_weights(batch.task_ids))
+    assert next(iter(loader(order="pooled"))).weighting == "samples"
+    assert loader(weighting="samples").identity()["weighting"] == "samples"
+    for former in (loader(), loader(order="pooled")):  # whose checkpoints had no such entry
+        assert "weighting" not in former.identity()
+    with pytest.raises(ValueError, match="Batch: weighting must be one of"):
+        replace(batch, weighting="sample").loss_weights()
     with pytest.raises(ValueError, match=r"weighting must be one of .*did you mean 'samples'"):
         loader(weighting="sample")
 

@@ -65,6 +65,8 @@ def test_the_tasks_of_a_process_are_found_without_asking_the_device(
         assert torch.equal(getattr(found, name), getattr(wanted, name)), name
     shorter = distribution.part(replace(batch, counts=COUNTS[:3]).take(slice(0, 5), COUNTS[:3]))
     assert shorter.counts == tuple((*COUNTS[:3], 0)[task] for task in distribution.tasks)
+    of_samples = distribution.part(replace(batch, weighting="samples"))
+    assert torch.equal(of_samples.weights * len(ids), torch.ones_like(of_samples.weights))
 
 
 def test_one_process_broadcasts_without_a_tensor() -> None:

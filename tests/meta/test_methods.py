@@ -34,6 +34,7 @@ from metalora.meta import (
     standard,
 )
 from metalora.nn import MultiTaskHead
+from tests.meta.given import GivenRounds
 
 T = 3
 LORA = LoRAConfig(rank=2)
@@ -222,14 +223,16 @@ def test_low_precision_stays_near(method, precision):
         ("adamw", torch.optim.AdamW, {"eps": 0.1}),
     ],
 )
-@pytest.mark.parametrize("order", ["pooled", "proportional"])
-def test_standard_retraining_takes_the_mean_over_samples(name, kind, settings, order):
+@pytest.mark.parametrize("by", ["order", "weighting", "a loader's pooled"])
+def test_standard_retraining_takes_the_mean_over_samples(name, kind, settings, by):
     """Against a plain loop, with tasks of unequal size."""
     inputs, targets, ids = data()
     ids[(ids == 0) & (torch.arange(len(ids)) % 2 > 0)] = -1
-    source = RoundLoader(
-        inputs, targets, ids, batch_size=16, seed=1, order=order, weighting="samples"
-    )
+    order = "pooled" if by == "order" else "proportional"
+    given = {"weighting": "samples"} if by == "weighting" else {}
+    source = RoundLoader(inputs, targets, ids, batch_size=16, seed=1, order=order, **given)
+    if by == "a loader's pooled":
+        source = GivenRounds(list(source), T, pooled=True)
     model, plain = network(dropout=0.0), network(dropout=0.0)
     config = TrainConfig(epochs=1, lr=0.1, weight_decay=0.01, optimizer=name, **settings)
     standard(model, source, config)
