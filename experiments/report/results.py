@@ -106,6 +106,8 @@ def add_trials(run: Path, name: str, folder: Path | None = None) -> Path:
             f"{flag}: the first trial of {run} is {others['first_seed']}, but {follows} follows "
             f"those of {name}; make more with --first-seed {follows}"
         )
+    # A commit has the same settings in both; `_trimmed` may have left out others at another time.
+    more["settings"] = {k: v for k, v in more["settings"].items() if k in kept["settings"]}
     for key in ("commit", "versions", "settings", "notes", "data"):
         here, there = (_of_all_trials(key, manifest[key]) for manifest in (kept, more))
         found = list(differences(key, here, there, here=f"in {run}"))

@@ -213,7 +213,9 @@ def test_trials_of_another_machine_are_added(clone: Path, run: Callable[..., Pat
         shutil.rmtree(made)
         lines = ONE_MORE.replace(",2,accuracy", f",{seed},accuracy")
         data = {"images": "0", f"retrained model {seed}": "b"}
-        made = run(lines, **another_machines(seed, data=data, notes={"processes": [4]}))
+        own = TRIALS | {"seeds": 1, "first_seed": seed, "of the place": True}  # kept of no run
+        notes = {"processes": [4]}
+        made = run(lines, **another_machines(seed, settings=own, data=data, notes=notes))
         out = results.add_trials(made, "few", folder)
         rows += lines.partition("\n")[2]
     assert (out / "results.csv").read_text() == rows
