@@ -157,7 +157,8 @@ def _read(path: Path, flag: str) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise damaged
     found = {"notes": {}, "resumed": [], "extended": [], "wall_seconds": 0.0, **manifest}
-    kinds = {"settings": dict, "data": dict, "notes": dict, "resumed": list, "extended": list}
+    kinds: dict[str, Any] = {"settings": dict, "data": dict, "notes": dict, "extended": list}
+    kinds["resumed"] = (list, int)  # committed results have their number
     right = all(isinstance(found.get(name), kind) for name, kind in kinds.items())
     if not right or not isinstance(found["wall_seconds"], (int, float)):
         raise damaged

@@ -10,7 +10,9 @@ import torch
 
 from experiments.lib.errors import RunError
 from experiments.lib.runs import RunFolder
+from experiments.report import results
 from experiments.vision.data import load_digits
+from experiments.vision.rates import chosen_rates
 from experiments.vision.run import VISION, main
 from experiments.vision.settings import PAIRS, VisionSettings
 from experiments.vision.summary import results_tables, summary, table
@@ -367,3 +369,13 @@ def test_a_run_with_few_images_draws_its_figure(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "accuracy.png").stat().st_size > 10_000
     assert not (tmp_path / "run" / "curves.png").exists()
     assert "accuracy_last_vs" in lines.partition("\n")[0]
+
+
+def test_committed_rates_serve_as_those_of_a_run() -> None:
+    name = "vision-16-rates"
+    sha256 = results.load(name).manifest["data"]["cifar10-16"]
+    given = VisionSettings(
+        data="cifar10-16", shots=("10", "1000"), finetune_lr_from=results.FOLDER / name
+    )
+    rates = chosen_rates(given.resolved("cpu"), "vision", sha256)
+    assert rates is not None and rates["lora-ml", "lora", "10"] == 0.03
