@@ -190,16 +190,17 @@ def _read(path: Path, machine: dict[str, Any]) -> Measurements | None:
 def _machine() -> dict[str, Any]:
     """What the measurements depend on: the CPU, torch, and the settings of its libraries."""
     return {
-        "cpu": _cpu(),
+        "cpu": cpu_fields(),
         "instructions": build_info()["best instructions"],
         "torch": torch.__version__,
         "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
     }
 
 
-def _cpu() -> dict[str, str]:
+def cpu_fields(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
+    """What tells this kind of CPU from others, by the names that the system has for it."""
     try:
-        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+        first = cpuinfo.read_text(encoding="utf-8").split("\n\n")[0]
     except OSError:  # not Linux
         return {"machine": platform.machine(), "processor": platform.processor()}
     pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)

@@ -15,6 +15,7 @@ import torch
 
 from experiments.lib.errors import RunError
 from metalora._checks import did_you_mean
+from metalora._matmul import cpu_fields
 
 
 def description() -> dict[str, Any]:
@@ -34,11 +35,7 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
     A name without a number, such as that of a virtual machine's, is followed by family and model.
     """
-    found: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in cpuinfo.read_text(encoding="utf-8").split("\n\n")[0].splitlines():
-            key, _, value = line.partition(":")
-            found[key.strip()] = value.strip()
+    found = cpu_fields(cpuinfo)
     name = found.get("model name") or platform.processor() or platform.machine()
     if not any(letter.isdigit() for letter in name) and "cpu family" in found:
         name += f" (family {found['cpu family']}, model {found.get('model')})"

@@ -55,6 +55,8 @@ def resumed_manifest(folder: Path, settings: Any, experiment: str) -> dict[str, 
         RunError: it is damaged, or of another experiment, or of a run with other settings.
     """
     manifest = read_manifest(folder, "--resume", experiment)
+    if not isinstance(manifest.get("resumed", []), list):
+        raise RunError(f"--resume: {folder} holds committed results, not a run; start a new run")
     before, described = manifest["settings"], _described(settings)
     fields = {field.name: field for field in dataclasses.fields(settings)}
     added: dict[str, Any] = {}
@@ -157,8 +159,11 @@ def _read(path: Path, flag: str) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise damaged
     found = {"notes": {}, "resumed": [], "extended": [], "wall_seconds": 0.0, **manifest}
-    kinds: dict[str, Any] = {"settings": dict, "data": dict, "notes": dict, "extended": list}
-    kinds["resumed"] = (list, int)  # committed results have their number
+    kinds: dict[str, Any] = {
+        **dict.fromkeys(("settings", "data", "notes"), dict),
+        "resumed": (list, int),  # times, or in committed results how many
+        "extended": list,
+    }
     right = all(isinstance(found.get(name), kind) for name, kind in kinds.items())
     if not right or not isinstance(found["wall_seconds"], (int, float)):
         raise damaged

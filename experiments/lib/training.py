@@ -46,8 +46,8 @@ from metalora.meta import (
 )
 
 CHECKPOINT_SECONDS = 60.0  # between two checkpoints, at least
-RETRAINED_MODEL = "retrained model"  # begins the name of its checksum in a manifest
 CHECKPOINT_STEPS = 10  # within an epoch one may be due after so many
+RETRAINED_MODEL = "retrained model"  # begins the name of its checksum in a manifest
 Part = TypeVar("Part")  # of the data: samples with their tasks
 Labels = Mapping[str, Any]  # what tells one training from the others: method, trial and the like
 

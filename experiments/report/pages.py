@@ -122,10 +122,8 @@ class Report:
         lines = [table.markdown(), "", " ".join(filter(None, [table.caption, _status(run)]))]
         rows = _link(run.folder, page)
         parts = [run.manifest, *run.manifest.get("added", [])]  # with those of other machines
-        machines, dates = (
-            " and ".join(dict.fromkeys(part[key][:end] for part in parts))
-            for key, end in (("machine", None), ("started", 10))
-        )
+        machines = " and ".join(dict.fromkeys(part["machine"] for part in parts))
+        dates = " and ".join(dict.fromkeys(part["started"][:10] for part in parts))
         seconds = sum(part.get("wall_seconds") or 0 for part in parts)
         facts = [fact for fact in (_duration(seconds), dates, _commit(run)) if fact]
         if page.parent == self.root:  # short, for the front page

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from experiments.lib.errors import RunError
+from experiments.lib.manifest import resumed_manifest
 from experiments.lib.runs import RunFolder
 from experiments.report import results
 from experiments.vision.data import load_digits
@@ -379,3 +380,5 @@ def test_committed_rates_serve_as_those_of_a_run() -> None:
     )
     rates = chosen_rates(given.resolved("cpu"), "vision", sha256)
     assert rates is not None and rates["lora-ml", "lora", "10"] == 0.03
+    with pytest.raises(RunError, match="vision-16-rates holds committed results, not a run"):
+        resumed_manifest(results.FOLDER / name, given, "vision")
