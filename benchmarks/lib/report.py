@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import causal_memory, curves, scaling
+from benchmarks import causal_memory, curves, freed_memory, scaling
 from benchmarks.lib.step_figures import draw_steps
 from benchmarks.lib.step_versions import (
     AT_ONCE,
@@ -181,6 +181,10 @@ def _memory_measured(record: Record) -> Table:
     return Table(header, rows, "In MiB.", left=1)
 
 
+def _freed_memory(record: Record) -> Table:
+    return Table(*freed_memory.table(record["rows"]), "", left=2)
+
+
 def _curves(record: Record) -> Table:
     # Without the number of seeds and the loss that they start from.
     rows = [
@@ -252,6 +256,7 @@ _TABLES: Mapping[str, tuple[str, Callable[[Record], Table]]] = {
     "curves": ("curves_cpu", _curves),
     "token-losses": ("token_losses_cpu", _token_losses),
     "memory": ("causal_memory_cpu", _memory),
+    "freed-memory": ("freed_memory_cpu", _freed_memory),
     "memory-measured": ("causal_memory_cpu", _memory_measured),
     "linear": ("linear_training_cpu", _trainings),
     "shallow": ("shallow_training_cpu", _trainings),
