@@ -42,16 +42,15 @@ class RetrainedModels:
             for folder in folders
         ]
 
-    def weights(self, method: str, unit: str, name: str) -> Path:
-        """Returns the file of a retrained model, from the first folder that has it.
+    def run_with(self, method: str, unit: str) -> Path:
+        """Returns the first folder that has a retraining.
 
         Args:
             method: the retraining's.
             unit: its name among the run's units of work.
-            name: the file's name.
 
         Raises:
-            RunError: no folder has this retraining, finished, as this run would do it.
+            RunError: no folder has it, finished, as this run would do it.
         """
         problems = []
         for folder, manifest, done in self._runs:
@@ -59,7 +58,7 @@ class RetrainedModels:
             if unit not in done:
                 problem = f"has not finished {unit!r}"
             if problem is None:
-                return folder / "weights" / name
+                return folder
             problems.append(f"{folder} {problem}")
         raise RunError(
             f"{FLAG}: {', '.join(problems)}; leave {method} out by --retrain, or trials by --seeds "

@@ -20,8 +20,9 @@ from experiments.lib.errors import RunError, divergence
 from experiments.lib.processes import rank
 from experiments.lib.retrained import RetrainedModels
 from experiments.lib.retraining_settings import FINETUNES, PER_TASK, WITH_TASKS
-from experiments.lib.runs import RunFolder
+from experiments.lib.runs import RunFolder, read_rows
 from experiments.lib.statistics import with_error
+from experiments.lib.units import RESULTS
 from metalora._files import read_tensors, replacing
 from metalora.adapters import LoRAConfig
 from metalora.meta import (
@@ -300,10 +301,19 @@ class Trainings:
         return done
 
     def _taken(self, labels: Labels, source: RetrainedModels) -> nn.Module:
-        path = source.weights(*_place_of(labels))
+        """Returns a model of another run, and takes over what was measured of it there."""
+        found = source.run_with(labels["method"], unit_name("retrain", labels))
+        path = found / "weights" / weights_name(labels)
         model = self._loaded(labels["trial"], path)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         self.folder.add_data(f"{RETRAINED_MODEL} {path.stem}", sha256)
+        taken = unit_name("taken", labels)
+        if not self.folder.done(taken):
+            wanted = row((*labels, "finetune"), labels).items()
+            rows = read_rows(found / RESULTS)
+            of_it = [one for one in rows if all(one[name] == str(v) for name, v in wanted)]
+            self._add_rows(labels, [{k: one[k] for k in ("metric", "value")} for one in of_it])
+            self.folder.mark_done(taken)
         return model
 
     def _loaded(self, trial: int, weights: Path) -> nn.Module:
@@ -388,13 +398,8 @@ def open_retrained(
         return None
     source = RetrainedModels(settings.retrained, experiment, settings, part_of, data)
     for labels in retrainings:
-        source.weights(*_place_of(labels))
+        source.run_with(labels["method"], unit_name("retrain", labels))
     return source
-
-
-def _place_of(retraining: Labels) -> tuple[str, str, str]:
-    """Returns the method, the unit's name and the weights' name of a retraining."""
-    return retraining["method"], unit_name("retrain", retraining), weights_name(retraining)
 
 
 def seed_of(purpose: str, labels: Labels) -> int:

@@ -314,12 +314,12 @@ def test_models_retrained_in_another_run_are_taken_as_they_are(tmp_path: Path) -
     )
     run(tmp_path / "second", finetune=("none",), first_seed=1)
     trials = (tmp_path / "retrained", tmp_path / "second")
-    assert run(tmp_path / "both", retrained=trials, seeds=2).rows() == [
-        row for row in whole.rows() if row["finetune"]
-    ]
+    both = run(tmp_path / "both", retrained=trials, seeds=2)
+    assert both.rows() == whole.rows()  # those of the retrainings too
+    assert run(tmp_path / "both", retrained=trials, seeds=2, resume=True).rows() == both.rows()
     run(tmp_path / "lora-ml-2", retrain=("lora-ml",), finetune=("none",), rank=2)
-    both = (tmp_path / "retrained", tmp_path / "lora-ml-2")
-    joined = run(tmp_path / "joined", retrained=both, finetune=("lora",), rank=2)
+    two_runs = (tmp_path / "retrained", tmp_path / "lora-ml-2")
+    joined = run(tmp_path / "joined", retrained=two_runs, finetune=("lora",), rank=2)
     assert accuracies(joined, method="standard") == accuracies(rank_2, finetune="lora")
     assert accuracies(joined, method="lora-ml") == accuracies(
         run(tmp_path / "rank-2", retrain=("lora-ml",), finetune=("lora",), rank=2)
