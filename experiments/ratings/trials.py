@@ -25,14 +25,17 @@ from experiments.ratings.settings import (
 )
 from experiments.ratings.summary import OVER_RATINGS, RMSE
 from metalora.adapters import LoRAConfig
-from metalora.meta import Batch, Callback, Result, RoundLoader, derive_seed, evaluate
+from metalora.meta import (
+    Batch,
+    Callback,
+    Result,
+    RoundLoader,
+    derive_seed,
+    evaluate,
+    squared_error,
+)
 
 Row = dict[str, Any]
-
-
-def squared_error(outputs: Tensor, batch: Batch) -> Tensor:
-    """Returns the squared error of each rating, [B]."""
-    return (outputs - batch.targets) ** 2
 
 
 def clipped_error(outputs: Tensor, batch: Batch) -> Tensor:

@@ -36,7 +36,7 @@ def check_without_peft(model: nn.Module) -> None:
             raise ValueError(
                 f"adapt: the model {where} {type(module).__name__} of PEFT, whose own matrices "
                 "would get adapters; unload or merge the PEFT model first "
-                "(model.merge_and_unload())"
+                "(model.merge_and_unload(), then model.requires_grad_(True))"
             )
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from metalora.adapters.fused_paths import reopen_fused_paths
 from metalora.adapters.insert import replace_module
-from metalora.adapters.state import check_adapted
+from metalora.adapters.state import adapted_layers, check_adapted, unfreeze_base
 from metalora.nn import TaskLayer
 
 
@@ -22,8 +22,9 @@ def unload(model: nn.Module) -> nn.Module:
         model: an adapted model.
 
     Returns:
-        ``model``, all of whose adapted layers are what they were before. Heads and embeddings
-        require a gradient if they did before and were not frozen since.
+        ``model``, all of whose adapted layers are what they were before. A parameter requires a
+        gradient if it did before and was not frozen since, other than by `freeze_base` or a
+        fine-tuning.
 
     Raises:
         ValueError: if ``model`` is not adapted, is itself an adapted layer, or is sharded. It is
@@ -54,13 +55,17 @@ def merge_and_unload(model: nn.Module, task: int) -> nn.Module:
 
 
 def _make_plain(function: str, model: nn.Module, task: int | None) -> nn.Module:
-    check_adapted(function, model)
+    layers = adapted_layers(check_adapted(function, model))
     if isinstance(model, TaskLayer):
         raise ValueError(
             f"{function}: model must hold the adapted layers, got the layer itself, a "
             f"{type(model).__name__}; put it into a container, as in nn.Sequential(model)"
         )
     _check_whole(function, model)
+    if task is not None:
+        for layer in layers.values():
+            layer.check_task(task)
+    unfreeze_base(model)
     plain: dict[TaskLayer, nn.Module] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if isinstance(layer, TaskLayer):

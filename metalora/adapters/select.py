@@ -16,6 +16,8 @@ from metalora.adapters.known_models import reader_of_weight
 from metalora.nn import TaskLayer
 from metalora.nn.plain import features_of, is_conv1d, is_linear
 
+_ADAPTED = "it has one already; metalora.unload(model) takes adapters out"
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -102,6 +104,9 @@ def _find_heads(
             )
         for match in matches:
             inside = [full for full in modules if full == match or full.startswith(f"{match}.")]
+            for full in inside:
+                if isinstance(modules[full], TaskLayer):
+                    raise ValueError(f"adapt: heads: {full!r} cannot be a head: {_ADAPTED}")
             layers = [full for full in inside if isinstance(modules[full], nn.Linear)]
             if isinstance(modules[match], nn.Embedding):
                 layers = [match]
@@ -184,7 +189,7 @@ def _obstacle(modules: dict[str, nn.Module], name: str, symmetric: bool = False)
     module = modules[name]
     parent = modules.get(name.rpartition(".")[0])
     if isinstance(module, TaskLayer):
-        return "it has one already; metalora.unload(model) takes adapters out"
+        return _ADAPTED
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight and never calls it"
     if reader := reader_of_weight(modules, name):
@@ -282,7 +287,10 @@ def _unknown(
             f"expression for the whole module name; for names give a list, as in [{name!r}]"
         )
     linears = [n for n, m in modules.items() if n and is_linear(m)]
-    suffixes = [n.rpartition(".")[2] for n in linears]
+    if field == "heads":
+        linears.reverse()  # heads come last, and may be made of modules
+    meant = [n for n in modules if n] if field == "heads" else linears
+    suffixes = [n.rpartition(".")[2] for n in meant]
     hint = did_you_mean(name, dict.fromkeys(suffixes + linears))
     if not hint and linears:
         hint = f"; there are {', '.join(repr(n) for n in linears[:5])}"

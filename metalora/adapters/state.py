@@ -12,6 +12,8 @@ from metalora.nn import TaskLayer
 from metalora.nn.head import mean_over_tasks
 from metalora.nn.lora_layer import LoRALayer
 
+_FROZEN = "_metalora_frozen"  # of a module: the parameters that `freeze_base` froze
+
 
 def adapted_layers(model: nn.Module) -> dict[str, TaskLayer]:
     """The layers of ``model`` that hold something per task, by name; each once."""
@@ -108,12 +110,32 @@ def task_parameters(model: nn.Module) -> list[nn.Parameter]:
 def freeze_base(model: nn.Module) -> None:
     """Leaves only adapters and heads trainable, as in fine-tuning (paper, eq. 2-4).
 
+    `metalora.unload` and `metalora.merge_and_unload` make trainable again what this froze.
+
     Raises:
         ValueError: if ``model`` is not adapted.
     """
     own = {id(parameter) for parameter in task_parameters(check_adapted("freeze_base", model))}
+    frozen = model.__dict__.setdefault(_FROZEN, [])
     for parameter in model.parameters():
+        if parameter.requires_grad and id(parameter) not in own:
+            frozen.append(parameter)
         parameter.requires_grad_(id(parameter) in own)
+
+
+def unfreeze_base(model: nn.Module) -> None:
+    """Makes trainable again what `freeze_base` froze in ``model`` or in a part of it."""
+    for module in model.modules():
+        for parameter in module.__dict__.pop(_FROZEN, ()):
+            parameter.requires_grad_(True)
+
+
+def nothing_shared_is_trained(model: nn.Module) -> bool:
+    """Whether an adapted model's shared weights are all frozen, and not by `freeze_base`."""
+    own = {id(parameter) for parameter in task_parameters(model)}
+    shared = [p for p in model.parameters() if id(p) not in own]
+    meant = any(_FROZEN in module.__dict__ for module in model.modules())
+    return bool(shared) and not meant and not any(p.requires_grad for p in shared)
 
 
 def reset_adapters(model: nn.Module) -> None:

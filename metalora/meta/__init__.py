@@ -31,7 +31,7 @@ from metalora.meta.process_group import init_process_group
 from metalora.meta.refit import refit_heads
 from metalora.meta.schedule import learning_rate
 from metalora.meta.seeds import derive_seed
-from metalora.meta.steps import GradientStep, ReptileStep, cross_entropy
+from metalora.meta.steps import GradientStep, ReptileStep, cross_entropy, squared_error
 from metalora.meta.task_optimizer import TaskOptimizer
 from metalora.meta.training import Callback, Options, Training
 
@@ -79,6 +79,7 @@ __all__ = [
     "refit_heads",
     "remove_checkpoint",
     "reptile",
+    "squared_error",
     "standard",
     "task_mean",
     "token_losses",

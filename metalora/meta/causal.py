@@ -90,7 +90,15 @@ def mean_token_loss(outputs: SampleLosses, batch: Batch) -> Tensor:
 
     With ``sizes`` of the loader, the numbers of labelled tokens, a task's loss is the mean over its
     tokens; without, it is the mean over its samples.
+
+    Raises:
+        TypeError: if the outputs are not what `causal_lm_losses` returns.
     """
+    if not isinstance(outputs, SampleLosses):
+        raise TypeError(
+            "mean_token_loss: pass forward=metalora.meta.causal_lm_losses with it, got outputs of "
+            f"type {type(outputs).__name__}"
+        )
     return outputs.mean
 
 

@@ -38,7 +38,8 @@ def task_mean(
     Raises:
         TypeError: if ``losses`` is no tensor of a floating-point dtype, or ``task_ids`` is neither
             an int64 tensor nor a `TaskBatch`.
-        ValueError: if shapes or devices do not fit.
+        ValueError: if shapes or devices do not fit, or an id is negative, which is not seen on a
+            GPU.
     """
     ids = task_ids.task_ids if isinstance(task_ids, TaskBatch) else task_ids
     _check(losses, ids)
@@ -107,6 +108,12 @@ def _check(losses: Tensor, ids: Tensor) -> None:
     if losses.shape != ids.shape:
         raise ValueError(
             f"task_mean: losses must be one per sample, [B={len(ids)}], got {list(losses.shape)}"
+        )
+    known = ids.device.type == "cpu" and len(ids) > 0 and not torch.compiler.is_compiling()
+    if known and ids.min() < 0:
+        raise ValueError(
+            f"task_mean: task_ids must not be negative, got {ids.min().item()}; leave samples out "
+            "of losses and task_ids alike"
         )
     if ids.device not in (losses.device, torch.device("cpu")):
         raise ValueError(

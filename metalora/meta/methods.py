@@ -23,7 +23,7 @@ from metalora.adapters import (
     task_state_dict,
     unload,
 )
-from metalora.adapters.state import check_plain
+from metalora.adapters.state import check_plain, nothing_shared_is_trained
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds, check_rounds
 from metalora.meta.distribution import Distribution
@@ -80,7 +80,8 @@ def lora_ml(
         A `Result`; its ``adapters`` are the adapters and heads of each task.
 
     Raises:
-        ValueError: if ``model`` has adapters already, or ``lora_config`` does not fit it.
+        ValueError: if ``model`` has adapters already or its shared weights are all frozen, or
+            ``lora_config`` does not fit it.
     """
     check_call("lora_ml", model, rounds, options)
     named = model.named_parameters(remove_duplicate=False)
@@ -89,6 +90,12 @@ def lora_ml(
     processes = distribution_of(config, rounds)
     try:
         adapt(model, lora_config, rounds.num_tasks, tasks=_held(processes))
+        if nothing_shared_is_trained(model):
+            raise ValueError(
+                "lora_ml: all weights that tasks share are frozen, as PEFT leaves them, so there "
+                "is nothing to retrain; call model.requires_grad_(True), or train adapters alone "
+                "by meta.finetune_lora"
+            )
         result = train_by_gradient(model, rounds, config, options)
         result = _with_adapters(result, model, processes)
         _average_heads(model, processes)
@@ -121,7 +128,8 @@ def last_layer_ml(
         A `Result`; its ``adapters`` are the heads of each task.
 
     Raises:
-        ValueError: if ``model`` has adapters already, or ``heads`` are not in it.
+        ValueError: if ``model`` has adapters already or all but its heads is frozen, or ``heads``
+            are not in it.
     """
     check_call("last_layer_ml", model, rounds, options)
     return lora_ml(model, rounds, config, _heads_only("last_layer_ml", heads), **options)
@@ -203,7 +211,8 @@ def finetune_lora(
 
     Args:
         model: a plain model; it is left adapted and frozen; after an error it is as it was.
-            `metalora.merge_and_unload` takes one task's adapters into the weights.
+            `metalora.merge_and_unload` takes one task's adapters into the weights; it and
+            `metalora.unload` end the freezing.
         rounds: the tasks to fine-tune for.
         config: settings.
         lora_config: a `LoRAConfig` or a ``peft.LoraConfig``; its heads are trained too.

@@ -75,11 +75,52 @@ def cross_entropy(outputs: Tensor, batch: Batch) -> Tensor:
     if targets.is_floating_point() and (targets.shape != outputs.shape or outputs.shape[1] == 1):
         raise ValueError(
             "cross_entropy: targets must be class numbers [B] or probabilities [B, classes], got "
-            f"{str(targets.dtype).removeprefix('torch.')} {list(targets.shape)}; for a regression "
-            "pass loss=lambda outputs, batch: (outputs - batch.targets).square().mean(1)"
+            f"{_described(targets)}; for a regression pass loss=metalora.meta.squared_error"
+        )
+    numbers = targets.dtype in (torch.int64, torch.uint8) and targets.shape == outputs.shape[:1]
+    if not targets.is_floating_point() and not numbers:
+        raise ValueError(
+            f"cross_entropy: class numbers must be int64 [{len(outputs)}], one for each sample, "
+            f"got {_described(targets)}"
         )
     logits = outputs.float() if outputs.dtype in SHORT else outputs
-    return F.cross_entropy(logits, targets, reduction="none")
+    try:
+        return F.cross_entropy(logits, targets, reduction="none")
+    except IndexError as error:  # on a CPU; a GPU stops the process
+        raise ValueError(
+            f"cross_entropy: class numbers must be in [0, {outputs.shape[1]}), as the model has "
+            f"{outputs.shape[1]} logits, got {targets.min().item()} to {targets.max().item()}"
+        ) from error
+
+
+def squared_error(outputs: Tensor, batch: Batch) -> Tensor:
+    """Each sample's squared error [B], its mean over the outputs, in fp32 or better: a ``loss``.
+
+    Where there is one output for each sample, either of outputs and targets may be [B] and the
+    other [B, 1].
+
+    Raises:
+        TypeError: if the outputs are not a tensor.
+        ValueError: if outputs and targets have not the same shape otherwise.
+    """
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"squared_error: the model must return a tensor, got {type(outputs).__name__}"
+        )
+    targets = batch.targets
+    single = {(len(outputs),), (len(outputs), 1)}
+    if outputs.shape != targets.shape and not {outputs.shape, targets.shape} <= single:
+        raise ValueError(
+            f"squared_error: outputs and targets must have the same shape, got "
+            f"{list(outputs.shape)} and {list(targets.shape)}"
+        )
+    exact = outputs.float() if outputs.dtype in SHORT else outputs
+    errors = (exact - targets.reshape(outputs.shape).to(exact.dtype)).square()
+    return errors if errors.dim() == 1 else errors.flatten(1).mean(1)
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

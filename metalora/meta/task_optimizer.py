@@ -14,7 +14,9 @@ from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
 from metalora._checks import check_module, check_nonnegative
+from metalora._warn import warn_user
 from metalora.adapters import adapted_layers
+from metalora.adapters.state import nothing_shared_is_trained
 from metalora.meta.identity import qualified_name
 from metalora.meta.optimizer import NAMED, can_fuse
 from metalora.meta.stacked_steps import TASKS_WITH_STATE, StackedState, step_tasks
@@ -103,6 +105,12 @@ class TaskOptimizer(Optimizer):
         shared = [p for p in trainable if p not in self._seen]
         if not trainable:
             raise ValueError("TaskOptimizer: the model has no trainable parameters; it is frozen")
+        if nothing_shared_is_trained(model):
+            warn_user(
+                "TaskOptimizer: all weights that tasks share are frozen, as PEFT leaves them, so "
+                "adapters alone are trained; call model.requires_grad_(True), or "
+                "metalora.freeze_base(model) if that is meant"
+            )
         self._fused = optimizer in NAMED.values() and _fuses(options) and can_fuse(trainable)
         if optimizer in NAMED.values():
             options = {"fused": self._fused and not options.get("momentum"), **options}

@@ -270,6 +270,24 @@ def test_freezing_leaves_adapters_and_heads():
     } | {"head.weight", "head.bias"}
 
 
+@pytest.mark.parametrize("task", [None, 1])
+def test_taking_adapters_out_ends_the_freezing(task):
+    plain = model()
+    plain.embed.bias.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in plain.named_parameters()}
+    adapt(plain, LoRAConfig(rank=1, target_modules=["query"], heads=["head"]), 2)
+    freeze_base(plain)
+    freeze_base(plain)
+    copied = copy.deepcopy(plain)
+    with pytest.raises(ValueError, match="task must be in 0"):
+        merge_and_unload(plain, 2)
+    assert not plain.blocks[0].value.weight.requires_grad  # as it was
+    for frozen in (plain, copied):
+        unload(frozen) if task is None else merge_and_unload(frozen, task)
+        assert {name: p.requires_grad for name, p in frozen.named_parameters()} == before
+        assert not any("frozen" in name for module in frozen.modules() for name in vars(module))
+
+
 def test_reset_draws_adapters_and_heads_afresh():
     adapted = randomise(adapt(model(), LoRAConfig(rank=1, heads=["head"]), 2))
     before = {k: v.clone() for k, v in adapted.state_dict().items()}
@@ -470,6 +488,11 @@ def test_symmetric_adapters_want_square_layers():
         (LoRAConfig(target_modules="head", heads=["head"], exclude_modules=["x"]), "matches 'x'"),
         (LoRAConfig(target_modules="embed", exclude_modules=["embed"]), "nothing to adapt"),
         (LoRAConfig(heads=["haed"]), "heads: no module of the model matches 'haed'; did you mean"),
+        (
+            LoRAConfig(heads=["bloks"]),
+            "no module of the model matches 'bloks'; did you mean 'bl",
+        ),
+        (LoRAConfig(heads=["last"]), "matches 'last'; there are 'head', 'blocks.1.value', "),
         (LoRAConfig(target_modules=["uery"]), "no module of the model matches 'uery'"),
         (LoRAConfig(target_modules=()), "nothing to adapt"),
         (LoRAConfig(target_modules=["query"], exclude_modules=["query"]), "nothing to adapt"),
@@ -493,6 +516,9 @@ def test_adapting_twice_is_refused():
         adapt(adapted, LoRAConfig(rank=1, target_modules=["value"]), 3)
     adapt(adapted, LoRAConfig(rank=1, target_modules=["value"]), 2)
     assert len(adapted_layers(adapted)) == 4
+    for heads in (["0.query"], ["blocks"]):
+        with pytest.raises(ValueError, match=r"heads: .*query' cannot be a head: it has one alr"):
+            adapt(adapted, LoRAConfig(rank=1, target_modules=(), heads=heads), 2)
 
 
 @pytest.mark.parametrize("task_count", [0, -1])

@@ -129,6 +129,7 @@ FOUR = torch.zeros(4, dtype=torch.int64)
         (torch.zeros(4), FOUR.int(), TypeError, "task_ids must be int64 [B] or a TaskBatch, got"),
         (torch.zeros(4), [0, 0, 0, 0], TypeError, "or a TaskBatch, got list"),
         (FOUR, FOUR, TypeError, "losses must be a floating-point tensor [B], got torch.int64"),
+        (torch.zeros(4), FOUR - 1, ValueError, "task_ids must not be negative, got -1; leave"),
         (0.5, FOUR, TypeError, "losses must be a floating-point tensor [B], got float"),
         (torch.zeros(4), FOUR.to("meta"), ValueError, "task_ids must be on cpu as losses are"),
     ],

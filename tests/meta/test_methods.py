@@ -30,7 +30,9 @@ from metalora.meta import (
     finetune_lora,
     last_layer_ml,
     lora_ml,
+    mean_token_loss,
     reptile,
+    squared_error,
     standard,
 )
 from metalora.nn import MultiTaskHead
@@ -509,6 +511,58 @@ def test_nothing_to_train_is_refused():
         standard(model, rounds(), TrainConfig(epochs=1, lr=0.1))
 
 
+@pytest.mark.parametrize("shape", [(9,), (9, 1), (9, 4), (9, 2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_squared_error(shape, dtype):
+    torch.manual_seed(0)
+    outputs, targets = torch.randn(shape, dtype=dtype), torch.randn(shape)
+    batch = Batch(None, targets, torch.zeros(9, dtype=torch.int64))
+    found = squared_error(outputs, batch)
+    wanted = (outputs.double() - targets.double()).square().reshape(9, -1).mean(1)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+    if len(shape) > 1 and shape[1] > 1:
+        with pytest.raises(ValueError, match=r"same shape, got \[9, .*\] and \[9\]"):
+            squared_error(outputs, replace(batch, targets=torch.randn(9)))
+    else:
+        for other in ((9,), (9, 1)):
+            again = squared_error(outputs.reshape(other), batch)
+            assert torch.equal(again, found)
+        with pytest.raises(ValueError, match=r"and \[8\]"):
+            squared_error(outputs, replace(batch, targets=torch.randn(8)))
+
+
+def test_the_squared_error_of_no_tensor():
+    with pytest.raises(TypeError, match="squared_error: the model must return a tensor, got tuple"):
+        squared_error((1,), Batch(None, torch.zeros(1), torch.zeros(1, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("method", ["lora-ml", "last-layer-ml"])
+def test_a_base_that_is_frozen_is_not_retrained(method):
+    """As PEFT leaves it; after a fine-tuning of ours it is trained again."""
+    config = TrainConfig(epochs=1, lr=0.1)
+    model = network().requires_grad_(False)
+    model.head.requires_grad_(True)
+    if method == "last-layer-ml":
+        retrain = partial(last_layer_ml, heads=["head"])
+    else:
+        retrain = partial(lora_ml, lora_config=replace(LORA, heads=["head"]))
+    with pytest.raises(ValueError, match=r"all weights that tasks share are frozen, .*requires_gr"):
+        retrain(model, rounds(), config)
+    assert not adapted_layers(model)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+        "head.weight",
+        "head.bias",
+    ]
+
+    model = network()
+    finetune_lora(model, rounds(), config, LORA)
+    merge_and_unload(model, 0)
+    before = model.body[0].weight.detach().clone()
+    retrain(model, rounds(), config)
+    assert not torch.equal(model.body[0].weight, before)
+
+
 @pytest.mark.slow
 def test_importing_brings_no_optional_package():
     code = (
@@ -542,6 +596,14 @@ def test_logits_of_a_dictionary_are_taken():
 
 
 LOADER = DataLoader(TensorDataset(*data()), batch_size=8)
+
+
+def labelled(change):
+    """The tasks with other targets."""
+    inputs, labels, ids = data()
+    return RoundLoader(inputs, change(labels), ids, batch_size=10)
+
+
 REGRESSION = RoundLoader(data()[0], data()[0][:, :1], data()[2], batch_size=10)
 
 
@@ -556,6 +618,13 @@ REGRESSION = RoundLoader(data()[0], data()[0][:, :1], data()[2], batch_size=10)
         ),
         ({"model": Returns(lambda y: y[:, 0])}, r"must be \[B, classes\], got \[30\]; pass loss="),
         ({"rounds": REGRESSION}, r"targets must be class .* got float32 \[30, 1\]; for a regress"),
+        ({"rounds": labelled(lambda y: y + 7)}, r"must be in \[0, 2\), as .* got 7 to 8"),
+        ({"rounds": labelled(torch.Tensor.int)}, r"must be int64 \[30\], .* got int32 \[30\]"),
+        ({"rounds": labelled(lambda y: y[:, None])}, r"must be int64 \[30\], .* int64 \[30, 1\]"),
+        (
+            {"loss": mean_token_loss},
+            r"mean_token_loss: pass forward=.* outputs of type Tensor",
+        ),
         ({"loss": F.cross_entropy}, r"\(outputs, batch\).* got cross_entropy; for instance loss="),
         ({"loss": partial(F.mse_loss, reduction="none")}, "got mse_loss; for instance"),
         ({"loss": nn.CrossEntropyLoss(reduction="none")}, "got CrossEntropyLoss; for instance"),

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import random
+import warnings
 from functools import partial
 
 import pytest
@@ -645,6 +646,21 @@ def test_a_frozen_base_and_a_single_task():
     single(torch.randn(3, D, dtype=torch.float64)).sum().backward()  # no tasks need be said
     optimizer.step()
     assert not any(torch.equal(a, b) for a, b in zip(before, single.parameters(), strict=True))
+
+
+def test_a_base_that_was_frozen_before_is_told():
+    """PEFT leaves it so; `freeze_base` and a model without shared weights are no mistakes."""
+    model = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D)).requires_grad_(False)
+    metalora.adapt(model, metalora.LoRAConfig(rank=2), T)
+    with pytest.warns(UserWarning, match=r"all weights .* are frozen, as PEFT .*freeze_base"):
+        TaskOptimizer(model, torch.optim.SGD, lr=0.1)
+    metalora.freeze_base(model)
+    heads = nn.Sequential(nn.Linear(D, D))
+    metalora.adapt(heads, metalora.LoRAConfig(target_modules=(), heads=["0"]), T)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TaskOptimizer(model, torch.optim.SGD, lr=0.1)
+        TaskOptimizer(heads, torch.optim.SGD, lr=0.1)
 
 
 def test_gradients_of_unknown_tasks_are_refused():
