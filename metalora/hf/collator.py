@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from metalora._checks import check_count, short
 from metalora.meta import RoundLoader
 
 Feature = Mapping[str, Any]
+_OWN_DATA = (
+    "of a dataset of tuples make {'x': x, 'y': y, 'task_id': task} (docs/how-to/own-data.md)"
+)
 _NUMBER = "number the tasks, as in numbers = {name: i for i, name in enumerate(sorted(set(names)))}"
 
 
@@ -34,6 +38,7 @@ class TaskCollator:
             and the first waits for a GPU.
 
     Raises:
+        TypeError: if a feature is no mapping.
         ValueError: if a feature has no task, or one that is no number, or the batch is of several
             rounds of `TaskRounds`.
     """
@@ -72,6 +77,11 @@ class TaskCollator:
         return list(rounds[0])
 
     def _task(self, feature: Feature) -> int:
+        if not isinstance(feature, Mapping):
+            raise TypeError(
+                f"TaskCollator: features must be dictionaries with {self.key!r}, got "
+                f"{type(feature).__name__}; {_OWN_DATA}"
+            )
         if self.key not in feature:
             raise ValueError(
                 f"TaskCollator: features must have {self.key!r}, got {sorted(feature)}; name it "
@@ -79,8 +89,8 @@ class TaskCollator:
             )
         given = feature[self.key]
         try:
-            task = int(given)
-        except (TypeError, ValueError):
+            task = operator.index(given)
+        except TypeError:
             raise ValueError(
                 f"TaskCollator: {self.key!r} must be a number from 0, got {short(given)}; {_NUMBER}"
             ) from None

@@ -259,6 +259,9 @@ class RoundLoader:
             on the same device, such as its number of tokens: a task's loss is then the mean over
             its tokens where ``loss`` returns each sample's mean over tokens. None: a task's loss
             is the mean over its samples.
+        num_tasks: T, where there are more tasks than have samples here, as in a validation for
+            which tasks with few samples had none to spare: those are in no batch. None: the tasks
+            that ``task_ids`` have, each of which must have samples.
         weighting: "tasks": the loss of a batch is the mean over the tasks present of each task's
             mean (paper, eq. 5). "samples": it is the mean over all samples of the batch, or with
             ``sizes`` over all their tokens, so that large tasks count more. For Reptile and with
@@ -285,6 +288,7 @@ class RoundLoader:
         transform: Callable[[Any, torch.Generator], Any] | None = None,
         collate: Collate | None = None,
         sizes: Tensor | None = None,
+        num_tasks: int | None = None,
         weighting: str = "tasks",
     ) -> None:
         self.batch_size = check_count("RoundLoader", "batch_size", batch_size)
@@ -298,15 +302,9 @@ class RoundLoader:
         self.sizes = sizes
         self.inputs, self.targets, self.task_ids = inputs, targets, task_ids.to(targets.device)
         self.shuffle, self.transform, self.collate = shuffle, transform, collate
-        self.num_tasks = int(ids.max()) + 1
+        self.num_tasks = _checked_number(ids, num_tasks)
         self._ids = ids
         self._of_task = [(ids == task).nonzero()[:, 0] for task in range(self.num_tasks)]
-        for task, samples in enumerate(self._of_task):
-            if len(samples) == 0:
-                raise ValueError(
-                    f"RoundLoader: task_ids must number the tasks 0..T-1, but task {task} of "
-                    f"{self.num_tasks} has no samples"
-                )
         self._batches_per_task = [self._batches(len(samples)) for samples in self._of_task]
         self._max_rounds = max_rounds
         self._epoch = 0
@@ -328,6 +326,7 @@ class RoundLoader:
             "inputs": digest_of_data(self.inputs),
             "targets": digest_of_data(self.targets),
             "task_ids": digest_of_data(self.task_ids),
+            **({} if self._of_task[-1].numel() else {"num_tasks": self.num_tasks}),
             **({} if self.sizes is None else {"sizes": digest_of_data(self.sizes)}),
             **({} if self.pooled or self.weighting == "tasks" else {"weighting": self.weighting}),
         }
@@ -470,7 +469,8 @@ def _checked_ids(
         check_tensor("RoundLoader", name, value)
     if task_ids.dtype != torch.int64 or task_ids.dim() != 1:
         got = f"{task_ids.dtype} {list(task_ids.shape)}"
-        raise ValueError(f"RoundLoader: task_ids must be int64 [N], got {got}")
+        hint = "; task_ids.long()" if task_ids.dim() == 1 else ""
+        raise ValueError(f"RoundLoader: task_ids must be int64 [N], got {got}{hint}")
     for name, value in parts.items():
         if not len(value) == len(targets) == len(task_ids):
             raise ValueError(
@@ -482,9 +482,32 @@ def _checked_ids(
                 f"RoundLoader: {name} and targets must be on one device, got {value.device} "
                 f"and {targets.device}"
             )
+    if sizes is not None and not bool(((sizes >= 0) & sizes.isfinite()).all()):
+        raise ValueError("RoundLoader: sizes must be finite numbers >= 0, got others among them")
     ids = task_ids.cpu()
     if len(ids) == 0 or int(ids.max()) < 0:
         raise ValueError("RoundLoader: task_ids leave no sample to draw from")
     if int(ids.min()) < -1:
         raise ValueError(f"RoundLoader: task_ids must be >= -1, got {int(ids.min())}")
     return ids
+
+
+def _checked_number(ids: Tensor, given: int | None) -> int:
+    """The number of tasks; without one given every task must have samples."""
+    found = int(ids.max()) + 1
+    if given is not None:
+        given = check_count("RoundLoader", "num_tasks", given)
+        if given < found:
+            raise ValueError(
+                f"RoundLoader: num_tasks must be above all task_ids, got {given} and task "
+                f"{found - 1}"
+            )
+        return given
+    empty = (torch.bincount(ids[ids >= 0], minlength=found) == 0).nonzero()[:, 0].tolist()
+    if empty:
+        raise ValueError(
+            f"RoundLoader: task_ids must number the tasks 0..T-1, but task {empty[0]} of {found} "
+            "has no samples; number them by torch.unique(task_ids, return_inverse=True)[1], or "
+            "give num_tasks= if tasks may have none"
+        )
+    return found

@@ -17,7 +17,7 @@ from metalora.adapters import adapted_layers
 from metalora.meta.compiling import compiled
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds, check_rounds
-from metalora.meta.evaluation import Evaluation, evaluate
+from metalora.meta.evaluation import Evaluation, evaluate, evaluation_mode
 from metalora.meta.precision import matmul_precision
 from metalora.meta.schedule import schedule_factor
 from metalora.meta.seeds import derive_seed, own_random_state, restore_random_state
@@ -220,7 +220,14 @@ def _validate(training: Training, epoch: int) -> dict[str, Any]:
     if validation is None or not training.validates(epoch):
         return {}
     if callable(validation):
-        found = _agreed(training, validation(model))
+        with evaluation_mode(model), torch.enable_grad():  # it may fine-tune a copy
+            measured = validation(model)
+        if not isinstance(measured, Evaluation) and not hasattr(measured, "__float__"):
+            raise TypeError(
+                "train: validation must return a number, the higher the better, or what "
+                f"metalora.meta.evaluate returns, got {type(measured).__name__}"
+            )
+        found = _agreed(training, measured)
     else:
         found = evaluate(model, validation, forward=training.step.objective.forward)
     if isinstance(found, Evaluation):

@@ -197,7 +197,8 @@ def finetune_lora(
     """Fine-tuning with LoRA (paper, eq. 2-4): all weights frozen, a new adapter per task.
 
     Several tasks are fine-tuned side by side. Their mean loss gives each 1/T of the gradient that
-    it would have alone. Adam is invariant to that factor, but ``grad_clip`` clips them together.
+    it would have alone. AdamW is invariant to that factor, and Adam without weight decay; SGD is
+    not, and ``grad_clip`` clips all tasks together.
 
     Parameters are frozen, running statistics are not: batch normalisation normalises a batch by the
     samples of all tasks in it, and updates statistics that the tasks share. To keep those of

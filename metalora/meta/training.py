@@ -191,8 +191,9 @@ class Watch(TypedDict, total=False):
     """What watches a training.
 
     Attributes:
-        validation: a loader, of which the accuracy is taken, or a function of the model that
-            returns an `Evaluation` or a number, the higher the better. None by default.
+        validation: a loader, of which the accuracy is taken, or a function of the model, which is
+            called in evaluation mode and returns an `Evaluation` or a number, the higher the
+            better. None by default.
         validate_every: measure it after every so many epochs only, and after the last one of the
             config. 1 by default.
         callbacks: called in their order, see `Callback`; `KeepBest` decides which epoch's weights

@@ -79,7 +79,9 @@ def test_bad_features_are_refused():
         TaskCollator(collate)([{"x": 1.0}])
     with pytest.raises(ValueError, match="'cluster' must be >= 0, got -1"):
         TaskCollator(collate, key="cluster")([{"x": 1.0, "cluster": -1}])
-    for name in ("german", None):
+    with pytest.raises(TypeError, match=r"must be dictionaries with 'task_id', got tuple; of a"):
+        TaskCollator(collate)([(torch.ones(2), 1)])
+    for name in ("german", None, 1.5):
         with pytest.raises(
             ValueError, match=f"'task_id' must be a number from 0, got .?{name}.?; nu"
         ):

@@ -1,5 +1,6 @@
 """What happens beside the training, and evaluation."""
 
+import copy
 import json
 import math
 import sys
@@ -336,6 +337,31 @@ def test_without_tqdm_there_is_no_progress_and_no_error(capsys, monkeypatch):
     standard(network(), rounds(), CONFIG, validation=rounds(), callbacks=[Progress()])
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
+
+
+def test_a_function_validates_in_evaluation_mode():
+    """And may train a copy of the model."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+    x, found = torch.randn(20, 4), []
+
+    def validation(model):
+        found.append((model(x), model(x)))
+        copied = copy.deepcopy(model)
+        standard(copied, rounds(), TrainConfig(epochs=1, lr=0.1))
+        assert not any(module.training for module in model.modules())
+        return 1
+
+    statistics = []
+    for watched in (validation, None):
+        torch.manual_seed(0)
+        trained = copy.deepcopy(model)
+        standard(trained, rounds(), TrainConfig(epochs=2, lr=0.1), validation=watched)
+        assert trained.training
+        statistics.append(trained.state_dict())
+    assert len(found) == 2 and all(torch.equal(*pair) for pair in found)
+    assert all(torch.equal(value, statistics[1][name]) for name, value in statistics[0].items())
+    with pytest.raises(TypeError, match=r"validation must return a number, .* got NoneType"):
+        standard(model, rounds(), TrainConfig(epochs=1, lr=0.1), validation=lambda model: None)
 
 
 def test_validation_may_return_an_evaluation():

@@ -1,5 +1,6 @@
 """Rounds of samples."""
 
+import math
 import re
 from dataclasses import replace
 
@@ -262,7 +263,12 @@ def test_taking_samples_keeps_what_belongs_to_them():
         ({"task_ids": IDS.float()}, ValueError, "task_ids must be int64 [N], got torch.float32"),
         ({"task_ids": IDS - 1}, ValueError, "task_ids must be >= -1, got -2"),
         ({"task_ids": torch.full((13,), -1)}, ValueError, "leave no sample to draw from"),
-        ({"task_ids": IDS + (IDS == 1)}, ValueError, "task 1 of 3 has no samples"),
+        ({"task_ids": IDS + (IDS == 1)}, ValueError, "task 1 of 3 has no samples; number them by"),
+        ({"task_ids": IDS.int()}, ValueError, "got torch.int32 [13]; task_ids.long()"),
+        ({"num_tasks": 2}, ValueError, "num_tasks must be above all task_ids, got 2 and task 2"),
+        ({"num_tasks": 0}, ValueError, "num_tasks must be an int >= 1, got 0"),
+        ({"sizes": -Y.float() - 1}, ValueError, "sizes must be finite numbers >= 0"),
+        ({"sizes": Y * math.nan}, ValueError, "sizes must be finite numbers >= 0"),
     ],
 )
 def test_bad_arguments_are_refused(change, error, message):
@@ -289,6 +295,22 @@ def test_batches_have_the_sizes_of_their_samples():
     assert loader.identity() != without.identity()
     with pytest.raises(ValueError, match="sizes, targets and task_ids must have the same length"):
         RoundLoader(inputs, inputs, ids, batch_size=2, sizes=sizes[1:])
+
+
+@pytest.mark.parametrize("order", ["rounds", "proportional", "interleaved", "blocked", "pooled"])
+def test_tasks_without_samples_are_in_no_batch(order):
+    ids = torch.tensor([3, 1, 1, 3, -1, 1])
+    numbers, some = torch.arange(6), {"batch_size": 2, "order": order}
+    source = RoundLoader(numbers, numbers, ids, num_tasks=5, **some)
+    assert source.num_tasks == 5 and source.samples_per_task == [0, 3, 0, 2, 0]
+    seen = torch.cat([batch.inputs for batch in source])
+    assert sorted(seen.tolist()) == [0, 1, 2, 3, 5]
+    for batch in source:
+        assert len(batch.counts) == 5 and sum(batch.counts) == len(batch.task_ids)
+        assert set(batch.tasks_present()) <= {1, 3}
+    assert source.identity() != RoundLoader(numbers, numbers, ids, num_tasks=6, **some).identity()
+    same = [RoundLoader(numbers, numbers, numbers % 3, num_tasks=n, **some) for n in (None, 3)]
+    assert same[0].identity() == same[1].identity()
 
 
 class Unsliced(tuple):

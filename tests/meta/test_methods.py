@@ -362,6 +362,25 @@ def test_a_task_without_samples_has_no_part_in_the_mean_of_a_validation():
     assert found.mean == (whole[0] + whole[2]) / 2
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("order", ["rounds", "proportional"])
+def test_a_task_may_be_without_samples(method, order):
+    """It keeps its adapters and its head; in the validation it has no part."""
+    inputs, labels, ids = data()
+    some = {"batch_size": 10, "num_tasks": 4}
+    source = RoundLoader(inputs, labels, ids + (ids > 0), order=order, **some)
+    few = ids < 2
+    held_out = RoundLoader(inputs[few], labels[few], ids[few], **some)
+    config, model = TrainConfig(epochs=2, lr=0.01), network()
+    result = METHODS[method](model, source, config, validation=held_out)
+    assert all(p.isfinite().all() for p in model.parameters())
+    found = result.history[-1]["validation_per_task"]
+    assert [math.isnan(value) for value in found] == [False, False, True, True]
+    if method == "last-layer-ml":
+        kept = [torch.equal(own["head.weight"], network().head.weight) for own in result.adapters]
+        assert kept == [False, True, False, False]
+
+
 def test_mappings_are_keywords_and_logits_are_taken():
     class Named(Network):
         def forward(self, *, values):
