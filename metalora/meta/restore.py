@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from metalora.adapters.fused_paths import reopen_fused_paths
+from metalora.adapters.state import unfreeze_base
 
 
 @contextmanager
@@ -28,6 +29,7 @@ def as_before_on_error(model: nn.Module) -> Iterator[None]:
             module._modules.update(children)
             module.training = training
         reopen_fused_paths(model)
+        unfreeze_base(model)
         for parameter, flag in parameters:
             parameter.requires_grad_(flag)
         with torch.no_grad():
