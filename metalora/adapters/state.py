@@ -12,7 +12,7 @@ from metalora.nn import TaskLayer
 from metalora.nn.head import mean_over_tasks
 from metalora.nn.lora_layer import LoRALayer
 
-_FROZEN = "_metalora_frozen"  # of a module: the parameters that `freeze_base` froze
+_FROZEN = "_metalora_frozen"  # of a module: names of the parameters that `freeze_base` froze
 
 
 def adapted_layers(model: nn.Module) -> dict[str, TaskLayer]:
@@ -117,17 +117,18 @@ def freeze_base(model: nn.Module) -> None:
     """
     own = {id(parameter) for parameter in task_parameters(check_adapted("freeze_base", model))}
     frozen = model.__dict__.setdefault(_FROZEN, [])
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in own:
-            frozen.append(parameter)
+            frozen.append(name)
         parameter.requires_grad_(id(parameter) in own)
 
 
 def unfreeze_base(model: nn.Module) -> None:
     """Makes trainable again what `freeze_base` froze in ``model`` or in a part of it."""
     for module in model.modules():
-        for parameter in module.__dict__.pop(_FROZEN, ()):
-            parameter.requires_grad_(True)
+        if frozen := set(module.__dict__.pop(_FROZEN, ())):
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad or name in frozen)
 
 
 def nothing_shared_is_trained(model: nn.Module) -> bool:
