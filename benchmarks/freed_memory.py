@@ -105,17 +105,11 @@ def measured_here(name: str, steps: int, tiny: bool) -> dict[str, float]:
 
 def measured_apart(name: str, steps: int, tiny: bool, kept: bool) -> dict[str, float]:
     """The same in a process of its own."""
-    command = [*program("freed_memory").split(), "--only", name, "--steps", str(steps)]
-    command[0] = sys.executable
+    command = [sys.executable, "-m", "benchmarks.freed_memory"]
+    command += ["--only", name, "--steps", str(steps), *(["--smoke"] if tiny else [])]
     environment = {key: value for key, value in os.environ.items() if key not in KEEP}
     environment |= KEEP if kept else {}
-    run = subprocess.run(
-        [*command, *(["--smoke"] if tiny else [])],
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     found: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
     return found
 

@@ -42,6 +42,11 @@ def first_of(texts: Sequence[str], most: int) -> str:
     return ", ".join(texts[:most]) + more
 
 
+def dtype_and_shape(tensor: Tensor) -> str:
+    """What a message says of a tensor, such as ``float32 [3, 4]``."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
 def short(value: Any) -> str:
     """``repr`` on one line, however long or deep the value is."""
     return _REPR.repr(value)

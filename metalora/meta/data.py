@@ -326,7 +326,8 @@ class RoundLoader:
             "inputs": digest_of_data(self.inputs),
             "targets": digest_of_data(self.targets),
             "task_ids": digest_of_data(self.task_ids),
-            **({} if self._of_task[-1].numel() else {"num_tasks": self.num_tasks}),
+            # Only where the ids do not say it, as in files of before there was such an argument.
+            **({} if len(self._of_task[-1]) else {"num_tasks": self.num_tasks}),
             **({} if self.sizes is None else {"sizes": digest_of_data(self.sizes)}),
             **({} if self.pooled or self.weighting == "tasks" else {"weighting": self.weighting}),
         }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metalora._checks import dtype_and_shape
 from metalora.meta.data import Batch, Rounds, check_rounds
 from metalora.meta.distribution import Distribution, active_distribution
 from metalora.meta.steps import Forward, call_model
@@ -42,12 +43,12 @@ def accuracy(outputs: Tensor, batch: Batch) -> Tensor:
     if not _are_logits(outputs) or targets.is_floating_point() or targets.dim() != 1:
         got = type(outputs).__name__
         if isinstance(outputs, Tensor):
-            got = f"{str(outputs.dtype).removeprefix('torch.')} {list(outputs.shape)}"
+            got = dtype_and_shape(outputs)
         raise ValueError(
             "accuracy: outputs must be logits [B, classes] and targets class numbers [B], got "
-            f"{got} and {str(targets.dtype).removeprefix('torch.')} {list(targets.shape)}; measure "
-            "something else by a function, validation=lambda model: -evaluate(model, loader, "
-            "metric).mean, with metric(outputs, batch) a number for each sample"
+            f"{got} and {dtype_and_shape(targets)}; measure something else by a function, "
+            "validation=lambda model: -evaluate(model, loader, metric).mean, with metric(outputs, "
+            "batch) a number for each sample"
         )
     return (outputs.argmax(-1) == batch.targets).to(torch.float64)
 

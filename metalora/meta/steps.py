@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from metalora._checks import SHORT, check_choice, check_count, check_positive
+from metalora._checks import SHORT, check_choice, check_count, check_positive, dtype_and_shape
 from metalora._errors import DivergedError
 from metalora.adapters import adapted_layers, task_parameters
 from metalora.meta.config import TrainConfig
@@ -75,13 +75,13 @@ def cross_entropy(outputs: Tensor, batch: Batch) -> Tensor:
     if targets.is_floating_point() and (targets.shape != outputs.shape or outputs.shape[1] == 1):
         raise ValueError(
             "cross_entropy: targets must be class numbers [B] or probabilities [B, classes], got "
-            f"{_described(targets)}; for a regression pass loss=metalora.meta.squared_error"
+            f"{dtype_and_shape(targets)}; for a regression pass loss=metalora.meta.squared_error"
         )
     numbers = targets.dtype in (torch.int64, torch.uint8) and targets.shape == outputs.shape[:1]
     if not targets.is_floating_point() and not numbers:
         raise ValueError(
             f"cross_entropy: class numbers must be int64 [{len(outputs)}], one for each sample, "
-            f"got {_described(targets)}"
+            f"got {dtype_and_shape(targets)}"
         )
     logits = outputs.float() if outputs.dtype in SHORT else outputs
     try:
@@ -117,10 +117,6 @@ def squared_error(outputs: Tensor, batch: Batch) -> Tensor:
     exact = outputs.float() if outputs.dtype in SHORT else outputs
     errors = (exact - targets.reshape(outputs.shape).to(exact.dtype)).square()
     return errors if errors.dim() == 1 else errors.flatten(1).mean(1)
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
