@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import multiprocessing
 import pickle
 import signal
 import socket
 import subprocess
+import tempfile
 import traceback
+import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,10 +65,11 @@ def start_processes(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["metalora.meta", "torch._dynamo", "tests.processes"])
     queue = context.Queue()
-    port = free_port()
+    store = Path(tempfile.gettempdir(), f"metalora-{uuid.uuid4().hex}")  # not a port, which
+    atexit.register(store.unlink, missing_ok=True)  # another process could take meanwhile
     processes = [
         context.Process(
-            target=_join, args=(function, rank, world_size, port, seconds, queue, arguments)
+            target=_join, args=(function, rank, world_size, store, seconds, queue, arguments)
         )
         for rank in range(world_size)
     ]
@@ -96,7 +101,7 @@ def _join(
     function: Callable[..., Any],
     rank: int,
     world_size: int,
-    port: int,
+    store: Path,
     seconds: float,
     queue: Any,
     arguments: tuple[Any, ...],
@@ -107,7 +112,7 @@ def _join(
     try:
         dist.init_process_group(
             "gloo",
-            init_method=f"tcp://127.0.0.1:{port}",
+            init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,
             timeout=datetime.timedelta(seconds=seconds),

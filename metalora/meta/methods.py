@@ -57,7 +57,6 @@ def standard(
     return train_by_gradient(model, rounds, config, options)
 
 
-@own_random_state()
 def lora_ml(
     model: nn.Module,
     rounds: Rounds,
@@ -83,28 +82,7 @@ def lora_ml(
         ValueError: if ``model`` has adapters already or its shared weights are all frozen, or
             ``lora_config`` does not fit it.
     """
-    check_call("lora_ml", model, rounds, options)
-    named = model.named_parameters(remove_duplicate=False)
-    trainable = {name: parameter.requires_grad for name, parameter in named}
-    torch.manual_seed(derive_seed("adapters", config.seed))
-    processes = distribution_of(config, rounds)
-    try:
-        adapt(model, lora_config, rounds.num_tasks, tasks=_held(processes))
-        if nothing_shared_is_trained(model):
-            raise ValueError(
-                "lora_ml: all weights that tasks share are frozen, as PEFT leaves them, so there "
-                "is nothing to retrain; call model.requires_grad_(True), or train adapters alone "
-                "by meta.finetune_lora"
-            )
-        result = train_by_gradient(model, rounds, config, options)
-        result = _with_adapters(result, model, processes)
-        _average_heads(model, processes)
-        return result
-    finally:
-        if adapted_layers(model):
-            unload(model)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(trainable[name])
+    return _retrain("lora_ml", model, rounds, config, lora_config, options)
 
 
 def last_layer_ml(
@@ -131,8 +109,42 @@ def last_layer_ml(
         ValueError: if ``model`` has adapters already or all but its heads is frozen, or ``heads``
             are not in it.
     """
-    check_call("last_layer_ml", model, rounds, options)
-    return lora_ml(model, rounds, config, _heads_only("last_layer_ml", heads), **options)
+    own = _heads_only("last_layer_ml", heads)
+    return _retrain("last_layer_ml", model, rounds, config, own, options)
+
+
+@own_random_state()
+def _retrain(
+    function: str,
+    model: nn.Module,
+    rounds: Rounds,
+    config: TrainConfig,
+    lora_config: Any,
+    options: Options,
+) -> Result:
+    """`lora_ml`, under the name of the function that was called."""
+    check_call(function, model, rounds, options)
+    named = model.named_parameters(remove_duplicate=False)
+    trainable = {name: parameter.requires_grad for name, parameter in named}
+    torch.manual_seed(derive_seed("adapters", config.seed))
+    processes = distribution_of(config, rounds)
+    try:
+        adapt(model, lora_config, rounds.num_tasks, tasks=_held(processes))
+        if nothing_shared_is_trained(model):
+            raise ValueError(
+                f"{function}: all weights that tasks share are frozen, as PEFT leaves them, so "
+                "there is nothing to retrain; call model.requires_grad_(True), or fine-tune by "
+                f"meta.{'finetune_lora' if function == 'lora_ml' else 'finetune_last_layer'}"
+            )
+        result = train_by_gradient(model, rounds, config, options)
+        result = _with_adapters(result, model, processes)
+        _average_heads(model, processes)
+        return result
+    finally:
+        if adapted_layers(model):
+            unload(model)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(trainable[name])
 
 
 def reptile(

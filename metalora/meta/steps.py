@@ -24,7 +24,7 @@ from metalora.meta.data import Batch, Rounds, samples_per_task
 from metalora.meta.distribution import Distribution
 from metalora.meta.identity import identity_of
 from metalora.meta.mean import weighted_mean
-from metalora.meta.optimizer import NAMED, make_optimizer
+from metalora.meta.optimizer import NAMED, make_optimizer, warn_of_short
 from metalora.meta.seeds import derive_seed
 from metalora.meta.task_optimizer import TaskOptimizer
 from metalora.nn import sample_dropout, tasks
@@ -420,6 +420,7 @@ class GradientStep(Step):
                 **config.optimizer_settings,
                 **{f"adapter_{name}": value for name, value in apart.items()},
             )
+        warn_of_short("train", self.parameters)
         # Adapters of peft are parameters of one task each, without a gradient where it is absent.
         given = {name: value for name, value in apart.items() if value is not None}
         groups: list[dict[str, Any]] = [{"params": self.shared}, {"params": self.own, **given}]
@@ -508,6 +509,7 @@ class ReptileStep(Step):
         self.average = average
         self.inner_optimizer = inner_optimizer
         self.sign = 1.0 if outer_sign == "towards" else -1.0
+        warn_of_short("reptile", self.parameters)
         self.optimizer = make_optimizer(
             config.optimizer,
             self.parameters,

@@ -18,7 +18,7 @@ from metalora._warn import warn_user
 from metalora.adapters import adapted_layers
 from metalora.adapters.state import nothing_shared_is_trained
 from metalora.meta.identity import qualified_name
-from metalora.meta.optimizer import NAMED, can_fuse
+from metalora.meta.optimizer import NAMED, can_fuse, warn_of_short
 from metalora.meta.stacked_steps import TASKS_WITH_STATE, StackedState, step_tasks
 from metalora.nn import SeenTasks
 
@@ -111,6 +111,7 @@ class TaskOptimizer(Optimizer):
                 "adapters alone are trained; call model.requires_grad_(True), or "
                 "metalora.freeze_base(model) if that is meant"
             )
+        warn_of_short("TaskOptimizer", trainable)
         self._fused = optimizer in NAMED.values() and _fuses(options) and can_fuse(trainable)
         if optimizer in NAMED.values():
             options = {"fused": self._fused and not options.get("momentum"), **options}

@@ -1,14 +1,12 @@
 """Models whose parameters are in shards."""
 
-import socket
-
 import pytest
 import torch
 from torch import nn
 
 from metalora.adapters import LoRAConfig, adapt, merge_and_unload, unload
 from metalora.nn import tasks
-from tests.processes import needs_gloo
+from tests.processes import needs_gloo, run_processes
 
 pytestmark = needs_gloo
 IDS = torch.tensor([0, 1, 2])
@@ -22,34 +20,26 @@ def network():
     return model
 
 
-def refuse_and_go_on(rank, port):
+def refuse_and_go_on():
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
-    address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    try:
-        model, x = network(), torch.ones(3, 4)
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
-        fully_shard(model[0], mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        with tasks(IDS):
-            want = model(x)
-        for undo in (unload, lambda m: merge_and_unload(m, 1)):
-            with pytest.raises(ValueError, match="unload: the model must not be sharded"):
-                undo(model)
-        with tasks(IDS):
-            assert torch.equal(model(x), want)
-        whole = network()
-        whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(True)))
-        torch.testing.assert_close(merge_and_unload(whole, 1)(x)[1], want[1])
-    finally:
-        torch.distributed.destroy_process_group()
+    model, x = network(), torch.ones(3, 4)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    with tasks(IDS):
+        want = model(x)
+    for undo in (unload, lambda m: merge_and_unload(m, 1)):
+        with pytest.raises(ValueError, match="unload: the model must not be sharded"):
+            undo(model)
+    with tasks(IDS):
+        assert torch.equal(model(x), want)
+    whole = network()
+    whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(True)))
+    torch.testing.assert_close(merge_and_unload(whole, 1)(x)[1], want[1])
 
 
 @pytest.mark.slow
 def test_removing_from_a_sharded_model_is_refused_and_leaves_it_as_it_was():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(refuse_and_go_on, (port,), nprocs=2)
+    run_processes(refuse_and_go_on, 2)

@@ -566,7 +566,10 @@ def test_a_base_that_is_frozen_is_not_retrained(method):
         retrain = partial(last_layer_ml, heads=["head"])
     else:
         retrain = partial(lora_ml, lora_config=replace(LORA, heads=["head"]))
-    with pytest.raises(ValueError, match=r"all weights that tasks share are frozen, .*requires_gr"):
+    name = method.replace("-", "_")
+    with pytest.raises(
+        ValueError, match=rf"{name}: all weights that tasks share are frozen, .*_gr"
+    ):
         retrain(model, rounds(), config)
     assert not adapted_layers(model)
     assert [n for n, p in model.named_parameters() if p.requires_grad] == [
@@ -580,6 +583,31 @@ def test_a_base_that_is_frozen_is_not_retrained(method):
     before = model.body[0].weight.detach().clone()
     retrain(model, rounds(), config)
     assert not torch.equal(model.body[0].weight, before)
+
+
+SHORT_TRAINED = {
+    "standard": (standard, (), "train: 4 of 4"),
+    "reptile": (reptile, (), "reptile: 4 of 4"),
+    "lora-ml": (lora_ml, (LORA,), "TaskOptimizer: 8 of 8"),
+    "finetune-lora": (finetune_lora, (LORA,), "TaskOptimizer: 4 of 4"),
+}
+
+
+@pytest.mark.parametrize("method", SHORT_TRAINED)
+def test_training_weights_stored_in_16_bits_warns(method):
+    """Once, of those that are trained; not where the products alone are in 16 bits."""
+    function, more, start = SHORT_TRAINED[method]
+    config = TrainConfig(epochs=1, lr=0.1)
+    inputs, labels, ids = data()
+    short = RoundLoader(inputs.bfloat16(), labels, ids, batch_size=10)
+    with pytest.warns(
+        UserWarning, match=rf"^{start} trained .* torch.bfloat16, .*\.float\(\)"
+    ) as w:
+        function(network().bfloat16(), short, config, *more)
+    assert len(w) == 1 and w[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        function(network(), rounds(), replace(config, precision="bf16"), *more)
 
 
 @pytest.mark.slow

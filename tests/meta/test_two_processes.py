@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
 from torch import nn
@@ -11,7 +9,7 @@ from torch import nn
 from metalora.adapters import LoRAConfig, adapt, task_parameters
 from metalora.meta import TaskOptimizer
 from metalora.nn import tasks
-from tests.processes import needs_gloo
+from tests.processes import needs_gloo, run_processes
 
 pytestmark = needs_gloo
 T, STEPS = 4, 3
@@ -52,31 +50,23 @@ def alone() -> list[torch.Tensor]:
     return [p.detach() for p in model.parameters()]
 
 
-def train(rank: int, port: int) -> None:
-    address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    try:
-        model = network()
-        parallel = nn.parallel.DistributedDataParallel(model)
-        optimizer = optimizer_of(model)
-        for step in range(STEPS):
-            x, ids = batch(step, rank)
-            with tasks(ids):
-                parallel(x).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        for found, wanted in zip(model.parameters(), alone(), strict=True):
-            torch.testing.assert_close(found.detach(), wanted, rtol=0, atol=1e-14)
-        for found, start in zip(task_parameters(model), task_parameters(network()), strict=True):
-            assert torch.equal(found[3], start[3])
-            assert not torch.equal(found[1], start[1])
-    finally:
-        torch.distributed.destroy_process_group()
+def train() -> None:
+    model = network()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = optimizer_of(model)
+    for step in range(STEPS):
+        x, ids = batch(step, torch.distributed.get_rank())
+        with tasks(ids):
+            parallel(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for found, wanted in zip(model.parameters(), alone(), strict=True):
+        torch.testing.assert_close(found.detach(), wanted, rtol=0, atol=1e-14)
+    for found, start in zip(task_parameters(model), task_parameters(network()), strict=True):
+        assert torch.equal(found[3], start[3])
+        assert not torch.equal(found[1], start[1])
 
 
 @pytest.mark.slow
 def test_a_task_of_any_process_is_present_in_all() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(train, (port,), nprocs=2)
+    run_processes(train, 2)

@@ -310,6 +310,7 @@ def warned(call):
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         call()
+    assert {warning.filename for warning in found} <= {__file__}
     return [str(warning.message) for warning in found]
 
 
