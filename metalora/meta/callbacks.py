@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from metalora._checks import check_count, check_nonnegative
 from metalora._files import replacing
-from metalora.meta.identity import shapes_of
+from metalora.meta.identity import extra_state_of, shapes_of, tensors_of
 from metalora.meta.training import Callback, Training, rank_of
 
 
@@ -197,7 +198,8 @@ class KeepBest(Callback):
             raise ValueError("KeepBest: needs a validation to choose by; pass validation=")
         self.best, self.epoch = -math.inf, -1
         self.weights: dict[str, Tensor] = {}
-        self._wanted = shapes_of(training.model.state_dict())
+        self._extra: dict[str, Any] = {}
+        self._wanted = shapes_of(tensors_of(training.model))
 
     def on_epoch(self, training: Training, record: dict[str, Any]) -> None:
         """Copies the weights if they are the best so far."""
@@ -205,13 +207,14 @@ class KeepBest(Callback):
             return
         if not self.weights or rank_of(record["validation"]) > rank_of(self.best):
             self.best, self.epoch = record["validation"], record["epoch"]
-            self.weights = {k: v.detach().clone() for k, v in training.model.state_dict().items()}
+            self.weights = {n: t.detach().clone() for n, t in tensors_of(training.model).items()}
+            self._extra = deepcopy(extra_state_of(training.model))
 
     def on_end(self, training: Training) -> None:
         """Puts the best weights back."""
         if not self.weights:  # a callback ended the training before it was validated
             return
-        training.model.load_state_dict(self.weights)
+        training.model.load_state_dict({**self.weights, **self._extra})
         training.kept_epoch = self.epoch
         self.weights = {}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from metalora._checks import check_choice, check_count, check_tensor
 from metalora.meta.identity import digest_of_data, identity_of
 from metalora.meta.mean import sample_weights
-from metalora.meta.seeds import generator
+from metalora.meta.seeds import derive_seed, generator, own_random_state
 
 ORDERS = ("rounds", "proportional", "interleaved", "blocked", "pooled")
 MIXED = ("proportional", "pooled")  # batches of one size, cut from the samples of all tasks
@@ -150,7 +150,7 @@ class Rounds(Protocol):
 
     @property
     def rounds_per_task(self) -> Sequence[int]:
-        """How many batches of an epoch have samples of each task; pooled: at most."""
+        """How many batches of an epoch have samples of each task, or the most there can be."""
         ...
 
     def set_epoch(self, epoch: int) -> None:
@@ -252,7 +252,8 @@ class RoundLoader:
         shuffle: whether the order changes with each epoch; without, it is that of the tensors.
         order: "rounds", "proportional", "interleaved", "blocked" or "pooled", see above.
         max_rounds: end the epoch after so many batches.
-        transform: ``transform(inputs, generator) -> inputs``, applied to each batch.
+        transform: ``transform(inputs, generator) -> inputs``, applied to each batch. What it draws
+            from torch's own generator is repeatable too.
         collate: see `Batch`. Where samples do not fit into tensors, ``inputs`` may be their
             numbers, which it turns into the model's inputs.
         sizes: [N], what each sample counts in its task's mean (or in a batch's, see ``weighting``),
@@ -304,7 +305,9 @@ class RoundLoader:
         self.shuffle, self.transform, self.collate = shuffle, transform, collate
         self.num_tasks = _checked_number(ids, num_tasks)
         self._ids = ids
-        self._of_task = [(ids == task).nonzero()[:, 0] for task in range(self.num_tasks)]
+        kept = (ids >= 0).nonzero()[:, 0]
+        counts = torch.bincount(ids[kept], minlength=self.num_tasks).tolist()
+        self._of_task = kept[ids[kept].argsort(stable=True)].split(counts)
         self._batches_per_task = [self._batches(len(samples)) for samples in self._of_task]
         self._max_rounds = max_rounds
         self._epoch = 0
@@ -354,10 +357,10 @@ class RoundLoader:
     def rounds_per_task(self) -> list[int]:
         """How many batches of an epoch have samples of each task.
 
-        With "pooled" and "proportional" it is the number of all batches, the most there can be.
+        With "pooled" and "proportional" it is the most there can be.
         """
         if self.order in MIXED:
-            return [len(self)] * self.num_tasks
+            return [min(len(samples), len(self)) for samples in self._of_task]
         found = [0] * self.num_tasks
         for task in (task for visits in self._visits() for task, _ in visits):
             found[task] += 1
@@ -376,12 +379,14 @@ class RoundLoader:
         order = torch.cat([samples for samples, _ in rounds]).to(device)  # one copy an epoch
         augment = generator(device, "augment", self.seed, self._epoch)
         start = 0
-        for samples, counts in rounds:
+        for number, (samples, counts) in enumerate(rounds):
             chosen = order[start : start + len(samples)]
             start += len(samples)
             inputs = take_rows(self.inputs, chosen)
             if self.transform is not None:
-                inputs = self.transform(inputs, augment)
+                with own_random_state():  # what it draws without its generator
+                    torch.manual_seed(derive_seed("transform", self.seed, self._epoch, number))
+                    inputs = self.transform(inputs, augment)
             targets, task_ids = self.targets[chosen], self.task_ids[chosen]
             sizes = None if self.sizes is None else self.sizes[chosen]
             yield Batch(
@@ -406,8 +411,10 @@ class RoundLoader:
         rounds = []
         for visits in self._visits():
             parts = {task: chunks[task][i] for task, i in visits}
-            sizes = tuple(len(parts.get(task, ())) for task in range(self.num_tasks))
-            rounds.append((torch.cat(list(parts.values())), sizes))
+            sizes = [0] * self.num_tasks
+            for task, part in parts.items():
+                sizes[task] = len(part)
+            rounds.append((torch.cat(list(parts.values())), tuple(sizes)))
         return rounds
 
     def _cut_pooled(self, order: torch.Generator) -> Sequence[Tensor]:

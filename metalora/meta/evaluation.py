@@ -90,7 +90,8 @@ def evaluate(
 
     Raises:
         TypeError: if ``loader`` is none for tasks, such as a ``DataLoader``.
-        ValueError: if each process has tasks of its own, and ``loader`` has others.
+        ValueError: if ``metric`` does not return a value per sample, or each process has tasks of
+            its own, and ``loader`` has others.
     """
     check_rounds("evaluate", loader, "loader")
     distribution = active_distribution() or Distribution(None, ())
@@ -106,7 +107,14 @@ def evaluate(
     with evaluation_mode(model):
         for batch in (one for part in parts if len(part.task_ids) for one in part.passes()):
             with tasks(batch.task_ids, counts=batch.counts, lengths=batch.lengths):
-                values = metric(forward(model, batch.inputs), batch).to(zeros)
+                values = metric(forward(model, batch.inputs), batch)
+            if not isinstance(values, Tensor) or values.shape != batch.task_ids.shape:
+                got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise ValueError(
+                    "evaluate: metric must return one value per sample, "
+                    f"[{len(batch.task_ids)}], got {got}"
+                )
+            values = values.to(zeros)
             ids = distribution.global_ids(batch.task_ids).to(device, non_blocking=True)
             sizes = torch.ones_like(values) if batch.sizes is None else batch.sizes.to(values)
             sums = sums + zeros.index_add(0, ids, values * sizes)

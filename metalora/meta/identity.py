@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metalora._checks import short
 
@@ -97,6 +97,16 @@ def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The dtype and shape of each tensor."""
     return {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model's ``state_dict``."""
+    return {n: value for n, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def extra_state_of(model: nn.Module) -> dict[str, Any]:
+    """What ``state_dict`` holds beside tensors: what ``get_extra_state`` of modules returned."""
+    return {n: value for n, value in model.state_dict().items() if not isinstance(value, Tensor)}
 
 
 def _sample(values: Tensor) -> Tensor:

@@ -164,6 +164,11 @@ def _train(training: Training) -> None:
             for callback in callbacks:
                 callback.on_step(training, training.losses[-1])
 
+        if not training.losses:
+            raise ValueError(
+                f"train: the loader gave no batch in epoch {epoch}; it must give its batches anew "
+                "in every iteration"
+            )
         factor = schedule_factor(config, epoch, training.steps_done - 1, training.steps_per_epoch)
         # The epoch's only wait for the device.
         loss = float(torch.stack(training.losses).mean())

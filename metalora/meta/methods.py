@@ -28,7 +28,7 @@ from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds, check_rounds
 from metalora.meta.distribution import Distribution
 from metalora.meta.loop import Result, train
-from metalora.meta.restore import as_before_on_error
+from metalora.meta.restore import as_before
 from metalora.meta.seeds import derive_seed, own_random_state
 from metalora.meta.steps import GradientStep, ReptileStep, distribution_of
 from metalora.meta.training import Options, check_options, split_options
@@ -239,7 +239,7 @@ def finetune_lora(
         ValueError: if ``model`` has adapters already, or ``lora_config`` does not fit it.
     """
     check_call("finetune_lora", model, rounds, options)
-    with as_before_on_error(model):
+    with as_before(model):
         torch.manual_seed(derive_seed("adapters", config.seed))
         processes = distribution_of(config, rounds)
         adapt(model, lora_config, rounds.num_tasks, tasks=_held(processes))

@@ -21,7 +21,7 @@ from metalora.meta.peft_adapters import (
     peft_adapters,
     settings_of,
 )
-from metalora.meta.restore import as_before_on_error
+from metalora.meta.restore import as_before
 from metalora.meta.seeds import derive_seed, own_random_state
 from metalora.meta.steps import GradientStep
 from metalora.meta.training import Options, split_options
@@ -87,9 +87,9 @@ def finetune_peft(
     The tasks go through the model one after the other. `finetune_lora` does LoRA in one pass.
 
     Args:
-        model: a plain model, and the same afterwards, also after an error.
-            ``peft.get_peft_model`` and ``peft.set_peft_model_state_dict`` put one of the result's
-            adapters onto it.
+        model: a plain model, and the same afterwards, also after an error: running statistics, as
+            of batch normalisation, and modes too. ``peft.get_peft_model`` and
+            ``peft.set_peft_model_state_dict`` put one of the result's adapters onto it.
         rounds: the tasks to fine-tune for.
         config: settings.
         peft_config: a ``peft.PeftConfig``.
@@ -108,7 +108,7 @@ def finetune_peft(
         DivergedError: if the loss is not finite, see `train`.
     """
     check_call("finetune_peft", model, rounds, options)
-    with as_before_on_error(model):
+    with as_before(model, always=True):
         return _train(
             "finetune_peft", model, rounds, config, peft_config, options, train_shared=False
         )

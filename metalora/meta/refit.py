@@ -28,7 +28,7 @@ def refit_heads(
     `lora_ml` and `last_layer_ml` train W together with adapters and heads of the tasks, which they
     then drop or average. The mean of the heads is in general not the best head for W alone. This
     minimises the objective of standard retraining (paper, eq. 1) over the head h alone, without
-    adapters and from the present head:
+    adapters and from the present head (running statistics, as of batch normalisation, move on):
 
         min over h of the mean over samples (x, y) of all tasks of loss(f_{W, h}(x), y).
 

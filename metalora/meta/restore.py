@@ -1,4 +1,4 @@
-"""Restoring a model after a training that failed."""
+"""Restoring a model after a training."""
 
 from __future__ import annotations
 
@@ -13,26 +13,32 @@ from metalora.adapters.state import unfreeze_base
 
 
 @contextmanager
-def as_before_on_error(model: nn.Module) -> Iterator[None]:
+def as_before(model: nn.Module, *, always: bool = False) -> Iterator[None]:
     """After any exception inside, even an interrupt, restores ``model`` as it was on entering.
 
     Restored are its modules and their modes, the values of buffers, and ``requires_grad`` of the
     parameters. Their values are left alone, as fine-tuning does not change them.
+
+    Args:
+        model: the model.
+        always: restore it without an exception too.
     """
     modules = [(module, dict(module._modules), module.training) for module in model.modules()]
     parameters = [(p, p.requires_grad) for p in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    done = False
     try:
         yield
-    except BaseException:
-        for module, children, training in modules:
-            module._modules.update(children)
-            module.training = training
-        reopen_fused_paths(model)
-        unfreeze_base(model)
-        for parameter, flag in parameters:
-            parameter.requires_grad_(flag)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        raise
+        done = True
+    finally:
+        if always or not done:
+            for module, children, training in modules:
+                module._modules.update(children)
+                module.training = training
+            reopen_fused_paths(model)
+            unfreeze_base(model)
+            for parameter, flag in parameters:
+                parameter.requires_grad_(flag)
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)

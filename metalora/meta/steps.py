@@ -339,6 +339,8 @@ class Step(ABC):
                 alone.
         """
         optimizer.zero_grad()
+        if isinstance(optimizer, TaskOptimizer):
+            optimizer.forget_passes()  # a validation's or a callback's
         distribution, seed = self.distribution, None
         if distribution.parallel is not None:
             seed = derive_seed("dropout", self.config.seed, self.number, *place)
@@ -411,7 +413,7 @@ class GradientStep(Step):
         config = self.config
         apart = {"lr": config.adapter_lr, "weight_decay": config.adapter_weight_decay}
         if adapted_layers(self.model):
-            return TaskOptimizer(
+            optimizer = TaskOptimizer(
                 self.model,
                 NAMED[config.optimizer],
                 lr=config.lr,
@@ -420,6 +422,8 @@ class GradientStep(Step):
                 **config.optimizer_settings,
                 **{f"adapter_{name}": value for name, value in apart.items()},
             )
+            optimizer.exchanges = self.distribution.parallel == "data"
+            return optimizer
         warn_of_short("train", self.parameters)
         # Adapters of peft are parameters of one task each, without a gradient where it is absent.
         given = {name: value for name, value in apart.items() if value is not None}
@@ -433,7 +437,7 @@ class GradientStep(Step):
         )
 
     def per_epoch(self, rounds: Rounds) -> int:
-        """How many steps an epoch has."""
+        """How many steps an epoch has; with "proportional" rounds, one task per step, at most."""
         return sum(rounds.rounds_per_task) if self.config.step_per == "task" else len(rounds)
 
     def split(self, rounds: Rounds) -> Iterator[list[Batch]]:
@@ -487,7 +491,8 @@ class ReptileStep(Step):
             raise ValueError(
                 "reptile: pooled rounds ignore tasks; use a loader with order='rounds'"
             )
-        if len(rounds) != max(rounds.rounds_per_task):
+        several = sum(count > 0 for count in rounds.rounds_per_task) > 1
+        if several and sum(rounds.rounds_per_task) == len(rounds):
             raise ValueError(
                 "reptile: takes inner_steps rounds of all tasks at a time, got batches of single "
                 "tasks; use a loader with order='rounds'"
@@ -519,9 +524,12 @@ class ReptileStep(Step):
         )
 
     def per_epoch(self, rounds: Rounds) -> int:
-        """How many outer steps an epoch has."""
+        """How many outer steps an epoch has; with "proportional" rounds at most."""
+        groups = -(-len(rounds) // self.inner_steps)
         if self.average:
-            return -(-len(rounds) // self.inner_steps)
+            return groups
+        if getattr(rounds, "order", "rounds") == "proportional":  # not all in the first rounds
+            return sum(min(count, groups) for count in rounds.rounds_per_task)
         return sum(-(-count // self.inner_steps) for count in rounds.rounds_per_task)
 
     def split(self, rounds: Rounds) -> Iterator[list[Batch]]:
@@ -539,7 +547,7 @@ class ReptileStep(Step):
         start = [p.detach().clone() for p in self.parameters]
         try:
             gradients, loss = self._outer_gradients(start, group_by_task(batches))
-        except DivergedError:
+        except BaseException:
             with torch.no_grad():
                 for p, before in zip(self.parameters, start, strict=True):
                     p.copy_(before)

@@ -84,6 +84,8 @@ class TaskOptimizer(Optimizer):
     """How many steps this object has taken."""
     unreached: set[Tensor]
     """The trainable adapters and heads that had no gradient in any of them."""
+    exchanges: bool
+    """Whether a step asks all processes of torch.distributed which tasks are present."""
     _inner: Optimizer | None = None  # until it is made
 
     def __init__(
@@ -97,7 +99,7 @@ class TaskOptimizer(Optimizer):
         **options: Any,
     ) -> None:
         _check_class(optimizer, options)
-        self._task_parallel = task_parallel
+        self.exchanges = not task_parallel
         self._seen = _watch(model, optimizer, task_parallel)
         self._recorders = list(dict.fromkeys(chain.from_iterable(self._seen.values())))
         trainable = [p for p in model.parameters() if p.requires_grad]
@@ -172,8 +174,7 @@ class TaskOptimizer(Optimizer):
                 step_tasks(type(self.inner), group, tasks, **scaling)
         for leaf in slices:
             leaf.grad = None  # shares the memory of a gradient that zero_grad frees
-        for seen in self._recorders:
-            seen.step()
+        self.forget_passes()
         self.steps += 1
         return loss
 
@@ -182,6 +183,11 @@ class TaskOptimizer(Optimizer):
         super().zero_grad(set_to_none)
         for seen in self._recorders:
             seen.zero_grad(set_to_none)
+
+    def forget_passes(self) -> None:
+        """Says that no forward pass so far will have a backward pass, as after an evaluation."""
+        for seen in self._recorders:
+            seen.step()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Gives shared parameters settings of their own, in a group behind the others.
@@ -269,6 +275,7 @@ class TaskOptimizer(Optimizer):
         saved = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             saved = before(self, saved) or saved
+        saved = _numbered(saved)
         self._check_fits(saved)
         self._stacked.clear()
         for number, parameter in enumerate(self._parameters()):
@@ -363,6 +370,8 @@ class TaskOptimizer(Optimizer):
         """Hands on what schedules set in ``param_groups``."""
         for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update({**group, "params": self._flat(group)})
+            if isinstance(self.inner, optim.SGD) and group["momentum"]:  # of a schedule
+                inner["fused"] = False
 
     def _give_gradients(self) -> tuple[list[Tensor], dict[Tensor, list[int]]]:
         """Gives the slices of the tasks present their gradients.
@@ -376,7 +385,7 @@ class TaskOptimizer(Optimizer):
                 "replaces parameters, such as FSDP, is not supported"
             )
         device = next(iter(self._seen)).device
-        present = _present(self._recorders, device, alone=self._task_parallel)
+        present = _present(self._recorders, device, alone=not self.exchanges)
         slices: list[Tensor] = []
         stacked: dict[Tensor, list[int]] = {}
         for parameter in self._leaves:
@@ -413,6 +422,8 @@ class TaskOptimizer(Optimizer):
         if not recorders:  # there is but one task
             return frozenset(range(len(parameter)))
         known = [tasks for seen in recorders if (tasks := present[seen]) is not None]
+        if not known and all(group["lr"] == 0 for group in self.param_groups):
+            return frozenset(range(len(parameter)))  # torch.distributed.checkpoint makes a state
         if not known:
             raise RuntimeError(
                 "TaskOptimizer.step: adapters have gradients, but not from a backward pass since "
@@ -439,6 +450,16 @@ class TaskOptimizer(Optimizer):
 
     def _keep_stacked(self, parameter: Tensor, state: dict[str, Any]) -> None:
         self._leaves[parameter], self._stacked[parameter] = [], StackedState(parameter, state)
+
+
+def _numbered(saved: dict[str, Any]) -> dict[str, Any]:
+    """A state whose parameters are numbered; torch.distributed.checkpoint gives them by name."""
+    if not {"state", "param_groups"} <= saved.keys():
+        return saved
+    keys = [key for group in saved["param_groups"] for key in group["params"]]
+    numbers = {key: number for number, key in enumerate(keys)}
+    state = {numbers.get(key, key): values for key, values in saved["state"].items()}
+    return {**saved, "state": state}
 
 
 def _named(optimizer: Any) -> str:

@@ -21,7 +21,7 @@ from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds
 from metalora.meta.distribution import Distribution
 from metalora.meta.evaluation import Evaluation
-from metalora.meta.identity import digest_of_tensors, identity_of
+from metalora.meta.identity import digest_of_tensors, extra_state_of, identity_of
 from metalora.meta.steps import Calls, Step
 
 Validation = Rounds | Callable[[nn.Module], Evaluation | float]
@@ -72,6 +72,7 @@ class Training:
 
         Raises:
             TypeError: if the loader's ``identity()`` returns what JSON cannot hold.
+            ValueError: if the model's ``state_dict`` holds more than tensors.
         """
         if self._identity is None:
             self._identity = self._describe()
@@ -83,6 +84,11 @@ class Training:
         per_task = {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in own}
         shared: dict[str, Tensor] = {}
         adapters: dict[str, Tensor] = {}
+        if extra := list(extra_state_of(model)):
+            raise ValueError(
+                "train: a model that is kept in a checkpoint, or trained on several processes, "
+                f"must have a state_dict of tensors alone, but get_extra_state gives {extra[0]!r}"
+            )
         for name, tensor in model.state_dict().items():
             (adapters if name in per_task else shared)[name] = tensor
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -156,7 +162,11 @@ def rank_of(validation: float) -> tuple[bool, float]:
 
 
 class Callback:
-    """Hooks into the training loop; each may be overridden."""
+    """Hooks into the training loop; each may be overridden.
+
+    Before every step the loop sets ``lr`` of the optimiser's groups to ``initial_lr`` times the
+    schedule, so a callback that is to change a learning rate sets ``group["initial_lr"]``.
+    """
 
     def on_start(self, training: Training) -> None:
         """Before the first epoch."""

@@ -78,7 +78,7 @@ class SeenTasks:
 
     def step(self) -> None:
         """The parameters have changed, so no earlier forward pass can have a backward any more."""
-        self._passes = set()
+        self._passes, self._latest = set(), set()
         self._on_host[:] = False
 
     def _before_gradient(self, grad: Tensor) -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -25,6 +26,7 @@ from metalora.meta import (
     lora_ml,
     standard,
 )
+from metalora.nn import tasks
 from tests.meta.given import GivenRounds
 
 
@@ -507,3 +509,82 @@ def test_an_evaluation_of_nothing_is_nan():
     found = evaluate(network(), GivenRounds([], 2))
     assert math.isnan(found.mean) and len(found.per_task) == 2
     assert all(map(math.isnan, found.per_task))
+
+
+class ReadsWithGradients(Callback):
+    """Runs the model on all tasks, as a validation might, and notes which tasks a step moves."""
+
+    def __init__(self):
+        self.moved, self.before = [], None
+
+    def on_step(self, training, loss):
+        now = training.model[0].lora_B.detach().clone()
+        if self.before is not None:
+            self.moved.append((now != self.before).flatten(1).any(1).nonzero()[:, 0].tolist())
+        self.before = now
+        with tasks(torch.tensor([0, 1])):
+            training.model(torch.ones(2, 4))
+
+
+def test_a_callback_that_runs_the_model_moves_no_task():
+    reads = ReadsWithGradients()
+    lora = LoRAConfig(rank=1, target_modules=["0"])
+    config = TrainConfig(epochs=2, lr=0.1)
+    source = rounds(order="interleaved", shuffle=False)
+    lora_ml(network(), source, config, lora, callbacks=[reads])
+    assert reads.moved == [[1], [0], [1], [0], [0], [0], [1], [0], [1], [0], [0]]
+
+
+class WithExtraState(nn.Linear):
+    extra = 0
+
+    def get_extra_state(self):
+        return {"extra": self.extra}
+
+    def set_extra_state(self, state):
+        self.extra = state["extra"]
+
+
+def test_extra_state_is_kept_with_the_best_weights_and_refused_in_a_checkpoint(tmp_path):
+    model = WithExtraState(4, 2)
+
+    def validation(model):
+        model.extra += 1
+        return -model.extra
+
+    config = TrainConfig(epochs=3, lr=0.1)
+    standard(model, rounds(), config, validation=validation, callbacks=[KeepBest()])
+    assert model.extra == 1
+    with pytest.raises(ValueError, match=r"state_dict of tensors alone, .*'_extra_state'"):
+        standard(model, rounds(), config, callbacks=[Checkpoint(tmp_path / "c.safetensors")])
+
+
+@pytest.mark.parametrize("shape", [(), (24, 1)])
+def test_a_metric_must_measure_each_sample(shape):
+    with pytest.raises(
+        ValueError, match=rf"one value per sample, \[.*\], got {re.escape(str(list(shape)))}"
+    ):
+        evaluate(network(), rounds(batch_size=24), lambda outputs, batch: torch.zeros(shape))
+
+
+class OnlyOnce:
+    """A loader that is through after one iteration."""
+
+    def __init__(self, source):
+        self.batches = iter(source)
+        self.num_tasks, self.pooled, self.length = source.num_tasks, False, len(source)
+        self.rounds_per_task = source.rounds_per_task
+
+    def set_epoch(self, epoch):
+        pass
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        return self.batches
+
+
+def test_a_loader_that_gives_nothing_is_named():
+    with pytest.raises(ValueError, match="gave no batch in epoch 1; it must give its batches anew"):
+        standard(network(), OnlyOnce(rounds()), TrainConfig(epochs=2, lr=0.1))

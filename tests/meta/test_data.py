@@ -10,7 +10,17 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from metalora.meta import Batch, Checkpoint, RoundLoader, TrainConfig, standard
+from metalora.adapters import LoRAConfig
+from metalora.meta import (
+    Batch,
+    Callback,
+    Checkpoint,
+    RoundLoader,
+    TrainConfig,
+    lora_ml,
+    reptile,
+    standard,
+)
 from metalora.meta.data import samples_per_task
 from metalora.meta.mean import sample_weights
 
@@ -100,7 +110,7 @@ def test_rounds_in_proportion_hold_every_task():
         for batch in batches:
             assert batch.task_ids.tolist() == sorted(batch.task_ids.tolist())
             assert torch.bincount(batch.task_ids, minlength=4).tolist() == list(batch.counts)
-    assert not source.pooled and source.rounds_per_task == [8] * 4
+    assert not source.pooled and source.rounds_per_task == [8, 8, 8, 2]
 
 
 def test_rounds_in_proportion_are_drawn_anew_each_epoch():
@@ -353,3 +363,48 @@ def test_numbers_of_numpy_become_plain_ones(tmp_path):
         assert type(getattr(config, name)) is float, name
     callbacks = [Checkpoint(tmp_path / "a")]
     standard(nn.Linear(1, 2), source, config, validate_every=one, callbacks=callbacks)
+
+
+def test_a_transform_may_draw_from_torchs_own_generator():
+    """It repeats by seed, epoch and batch, and leaves what others draw as it is."""
+
+    def noisy(inputs, generator):
+        return inputs + torch.rand(len(inputs), 1)
+
+    def inputs_of(draws):
+        found = []
+        for batch in loader(transform=noisy):
+            found.append(batch.inputs)
+            torch.rand(draws)
+        return torch.cat(found)
+
+    assert torch.equal(inputs_of(0), inputs_of(7))
+    torch.manual_seed(3)
+    wanted = torch.rand(4)
+    torch.manual_seed(3)
+    iterator = iter(loader(transform=noisy))
+    first, second = next(iterator).inputs, next(iterator).inputs
+    assert torch.equal(torch.rand(4), wanted)
+    assert not torch.equal(first[:1] % 1, second[:1] % 1)
+
+
+class LastRate(Callback):
+    def on_step(self, training, loss):
+        self.rate, self.steps = training.step.optimizer.param_groups[0]["lr"], training.steps_done
+
+
+@pytest.mark.parametrize("order", ["rounds", "proportional"])
+@pytest.mark.parametrize("method", ["step per task", "reptile"])
+def test_a_schedule_by_steps_ends_where_one_task_has_most_samples(method, order):
+    ids = torch.tensor([0] * 200 + [t for t in range(1, 21) for _ in range(4)])
+    inputs = torch.randn(len(ids), 3)
+    rounds = RoundLoader(inputs, (inputs[:, 0] > 0).long(), ids, batch_size=14, order=order)
+    settings = {"lr": 0.1, "optimizer": "sgd", "schedule": "linear", "schedule_unit": "step"}
+    config, last = TrainConfig(epochs=2, **settings), LastRate()
+    model = nn.Linear(3, 2)
+    if method == "reptile":
+        reptile(model, rounds, config, inner_steps=4, inner_lr=0.01, callbacks=[last])
+    else:
+        config, lora = replace(config, step_per="task"), LoRAConfig(rank=1, heads=[])
+        lora_ml(nn.Sequential(model), rounds, config, lora, callbacks=[last])
+    assert last.steps > 40 and last.rate < 0.005

@@ -294,6 +294,15 @@ def test_fine_tuning_leaves_the_model_as_it_was():
     assert accuracies == result.history[-1]["validation_per_task"]
 
 
+def test_fine_tuning_leaves_modes_and_running_statistics():
+    model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)).eval()
+    start = values(model)
+    config = peft.LoraConfig(r=2, target_modules=["0"], use_dora=True)
+    finetune_peft(model, rounds(), TrainConfig(epochs=1, lr=0.05), config)
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
+
+
 def test_methods_that_never_train_the_weights_can_fine_tune():
     config = peft.HRAConfig(r=2, target_modules=["body.0"])
     assert finetune_peft(network(), rounds(), TrainConfig(epochs=1, lr=0.02), config).adapters

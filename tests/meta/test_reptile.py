@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -118,3 +119,20 @@ def test_running_statistics_go_on_through_inner_steps():
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).double()
     reptile(model, rounds(), TrainConfig(epochs=1, lr=0.01), inner_steps=2)
     assert model[1].num_batches_tracked == 8  # 5 batches of task 0 and 3 of task 1
+
+
+def test_an_interrupt_within_the_inner_steps_leaves_the_outer_weights():
+    model, calls = network(), []
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def forward(model, inputs):
+        calls.append(len(inputs))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return model(inputs)
+
+    config = TrainConfig(epochs=1, lr=0.05, optimizer="sgd")
+    with pytest.raises(KeyboardInterrupt):
+        reptile(model, rounds(), config, inner_steps=5, inner_lr=0.1, forward=forward)
+    for parameter, start in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, start)

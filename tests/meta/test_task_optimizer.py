@@ -796,3 +796,55 @@ def test_gradients_that_are_returned_are_of_no_step():
         optimizer.step()
         optimizer.zero_grad()
         separate.check(model, 1e-15)
+
+
+def test_torchs_distributed_checkpoint_keeps_the_state():
+    """As of FSDP2: by names, into an optimiser that has taken no step yet, or some."""
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    model = network(torch.float32)
+    optimizer = TaskOptimizer(model, torch.optim.AdamW, lr=0.01)
+    train(model, optimizer, batches(3, first_complete=1))
+    saved = get_optimizer_state_dict(model, optimizer)
+    wanted = optimizer.state_dict()
+    for steps in (0, 2):
+        other = network(torch.float32)
+        again = TaskOptimizer(other, torch.optim.AdamW, lr=0.5)
+        train(other, again, batches(steps))
+        set_optimizer_state_dict(other, again, saved)
+        found = again.state_dict()
+        assert found["param_groups"] == wanted["param_groups"]
+        for number, values in wanted["state"].items():
+            for key, value in values.items():
+                assert torch.equal(found["state"][number][key], value)
+
+
+def test_sgd_may_get_its_momentum_from_a_schedule():
+    """torch's fused SGD takes none where a gradient is missing in the first step."""
+    model = network(torch.float32)
+    optimizer = TaskOptimizer(model, torch.optim.SGD, lr=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=8)
+    with tasks(torch.tensor([1, 2])):
+        model[0](torch.randn(2, D)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    schedule.step()
+    assert optimizer.param_groups[0]["momentum"] > 0
+    train(model, optimizer, batches(2))
+
+
+def test_a_penalty_on_adapters_is_of_no_task_of_the_step_before():
+    model = network()
+    optimizer = TaskOptimizer(model, torch.optim.SGD, lr=0.1)
+    for task in (0, 1):
+        before = model[0].lora_B.detach().clone()
+        optimizer.zero_grad()
+        (model[0].lora_B.square().sum() * 0.1).backward()
+        with tasks(torch.tensor([task])):
+            model(torch.randn(1, D, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+        moved = (model[0].lora_B != before).flatten(1).any(1)
+        assert moved.nonzero()[:, 0].tolist() == [task]

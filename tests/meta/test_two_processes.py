@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from metalora.adapters import LoRAConfig, adapt, task_parameters
-from metalora.meta import TaskOptimizer
+from metalora.meta import RoundLoader, TaskOptimizer, TrainConfig, lora_ml
 from metalora.nn import tasks
 from tests.processes import needs_gloo, run_processes
 
@@ -70,3 +70,27 @@ def train() -> None:
 @pytest.mark.slow
 def test_a_task_of_any_process_is_present_in_all() -> None:
     run_processes(train, 2)
+
+
+def retrain() -> list[torch.Tensor]:
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
+    ids = torch.arange(12) % T
+    rounds = RoundLoader(x, (x[:, 0] > 0).long(), ids, batch_size=2, order="interleaved")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    config = TrainConfig(epochs=2, lr=0.1)
+    found = lora_ml(model, rounds, config, LoRAConfig(rank=1, target_modules=["0"]))
+    return [p.detach() for p in model.parameters()] + [a["0.lora_B"] for a in found.adapters]
+
+
+def retrain_in_the_first() -> list[torch.Tensor]:
+    """The second waits, and takes no part in any exchange."""
+    return retrain() if torch.distributed.get_rank() == 0 else []
+
+
+@pytest.mark.slow
+def test_a_training_that_is_not_parallel_is_of_one_process() -> None:
+    found, nothing = run_processes(retrain_in_the_first, 2, seconds=20)
+    assert not nothing
+    for ours, wanted in zip(found, retrain(), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-6)
