@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import nn
 
-# Weights that are read where the layer is not called: in every pass (dt_proj of Mamba), or by
-# kernels that a model takes on a GPU while it trains (out_proj of all).
+# Weights that are read where the layer is not called: in every pass (dt_proj of Mamba), while a
+# model trains (Gemma 3n), or by kernels that it takes on a GPU while it trains (out_proj of all).
 _READ = {
     "MambaMixer": ("dt_proj", "x_proj", "out_proj"),
     "FalconMambaMixer": ("dt_proj", "x_proj", "out_proj"),
@@ -21,9 +21,24 @@ _READ = {
     "Zamba2MambaMixer": ("out_proj",),
     "MobileBertLMPredictionHead": ("dense", "decoder"),
     "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "TDNNLayer": ("kernel",),
+    "DetrMHAttentionMap": ("k_proj",),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    "LongcatFlashTopkRouter": ("classifier",),
+    "NeoMMEForMaskedLM": ("unembedding_projection",),
+    "Gemma3nTextAltUp": ("correction_coefs",),
 }
 # Modules whose layers get rows in which the samples cannot be told.
-_SEQUENCE_FIRST = ("XLNetFeedForward", "LongformerSelfAttention", "LEDEncoderSelfAttention")
+_SEQUENCE_FIRST = (
+    "XLNetFeedForward",
+    "LongformerSelfAttention",
+    "LEDEncoderSelfAttention",
+    "FSMTEncoder",
+    "FSMTDecoder",
+    "Mask2FormerMaskedAttentionDecoder",
+)
 _EXPERTS = ("SwitchTransformersExperts", "NllbMoeExperts")
 
 

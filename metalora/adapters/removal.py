@@ -80,7 +80,9 @@ def _make_plain(function: str, model: nn.Module, task: int | None) -> nn.Module:
 def _note_untied(model: nn.Module) -> None:
     """Says so in the configuration if the output embedding has got a weight of its own.
 
-    Or a model of transformers that is saved would tie it again when it is loaded.
+    Where nothing else is tied, that is: the flag is for all ties of a model, and one that is lost
+    leaves weights out of what is saved. It is for readers of the configuration; transformers by
+    itself does not tie weights that differ.
     """
     for module in model.modules():
         found: Any = module
@@ -88,7 +90,10 @@ def _note_untied(model: nn.Module) -> None:
         if not tied or not hasattr(found, "get_output_embeddings"):
             continue
         output = found.get_output_embeddings()
-        if output is not None and output.weight is not found.get_input_embeddings().weight:
+        if output is None or output.weight is found.get_input_embeddings().weight:
+            continue
+        ties = found.get_expanded_tied_weights_keys(all_submodels=True).items()
+        if not any(found.get_parameter(a) is found.get_parameter(b) for a, b in ties):
             found.config.tie_word_embeddings = False
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from metalora._checks import did_you_mean
+from metalora._checks import FLOATS, did_you_mean
 from metalora._warn import warn_user
 from metalora.adapters.config import LoRAConfig
 from metalora.adapters.known_models import reader_of_weight
@@ -53,10 +53,14 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
 
 
 def _check_not_quantised(modules: dict[str, nn.Module]) -> None:
-    """A base whose weights are integers has no gradient, so it cannot be retrained."""
+    """A base whose weights are integers or of 8 bits cannot be retrained."""
     for name, module in modules.items():
-        integers = isinstance(module, nn.Linear) and not module.weight.dtype.is_floating_point
-        if integers or getattr(module, "hf_quantizer", None) is not None:
+        other = isinstance(module, nn.Linear) and module.weight.dtype not in FLOATS
+        if isinstance(module, nn.Linear) and module.weight.dtype.is_complex:
+            raise ValueError(
+                f"adapt: {name!r} has weights of {module.weight.dtype}; real ones work"
+            )
+        if other or getattr(module, "hf_quantizer", None) is not None:
             what = f"{name!r}, a {type(module).__name__}," if name else "the model"
             raise ValueError(
                 f"adapt: {what} is quantised; quantised bases are not supported, load it "
@@ -194,15 +198,32 @@ def _obstacle(modules: dict[str, nn.Module], name: str, symmetric: bool = False)
         return "nn.MultiheadAttention reads its weight and never calls it"
     if reader := reader_of_weight(modules, name):
         return f"{reader} reads its weight"
+    if holder := _holder(modules, name):
+        return f"{holder} is a plain list that holds it too, where it cannot be replaced"
     if type(module) is not nn.Linear and not is_conv1d(module):
         return f"it is a {type(module).__name__}, not an nn.Linear"
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         return "its size is not known yet; run the model once"
     if hooks := _hooks(module):
         return hooks
+    if module._buffers:
+        return f"its buffer {next(iter(module._buffers))!r} would be lost"
     inner, outer = features_of(module)
     if symmetric and inner != outer:
         return f"a symmetric adapter needs a square layer, got [out={outer}, in={inner}]"
+    return ""
+
+
+def _holder(modules: dict[str, nn.Module], name: str) -> str:
+    """What also holds the module in a plain list, from which it may be called; or ""."""
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        outer = modules[".".join(parts[:depth])]
+        for attribute, value in vars(outer).items():
+            inside = value.values() if isinstance(value, dict) else value
+            plain = isinstance(value, list | tuple | dict) and attribute != "_modules"
+            if plain and any(item is modules[name] for item in inside):
+                return f"{attribute!r} of the {type(outer).__name__}"
     return ""
 
 

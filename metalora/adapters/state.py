@@ -20,12 +20,23 @@ def adapted_layers(model: nn.Module) -> dict[str, TaskLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, TaskLayer)}
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what ``torch.compile`` or DistributedDataParallel made of it.
+
+    Names of those have a prefix, which nobody else knows.
+    """
+    inner = getattr(model, "_orig_mod", model)
+    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
+    return inner.module if isinstance(inner, parallel) else inner
+
+
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The shared weights, under the names of the plain model, which loads them with strict=True.
 
     Adapters are left out; a head is the mean of the tasks' heads. The tensors are those of the
     model and no copies, as in ``state_dict``, the means excepted.
     """
+    model = unwrapped(model)
     state: dict[str, Tensor] = dict(model.state_dict())
     for prefix, layer in model.named_modules(remove_duplicate=False):
         if not isinstance(layer, TaskLayer):
@@ -47,7 +58,7 @@ def load_base_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: if ``model`` is not adapted, or names or shapes differ; nothing is changed then.
     """
-    name = "load_base_state_dict"
+    name, model = "load_base_state_dict", unwrapped(model)
     mine = base_state_dict(check_adapted(name, model))
     for key in state:
         if key not in mine:
@@ -151,7 +162,7 @@ def reset_adapters(model: nn.Module) -> None:
 
 def _stacked(function: str, model: nn.Module, task: int) -> dict[str, nn.Parameter]:
     found = {}
-    for prefix, layer in adapted_layers(check_adapted(function, model)).items():
+    for prefix, layer in adapted_layers(check_adapted(function, unwrapped(model))).items():
         layer.check_task(task)
         for name, parameter in layer.own_task_parameters().items():
             found[_joined(prefix, name)] = parameter

@@ -40,6 +40,7 @@ class TaskIds:
             if isinstance(earlier, TaskIds):
                 earlier.remove()
         self._num_tasks, self._loss = layers[0].num_tasks, loss
+        self._shifts = _shifts_labels(model)
         self._batch: TaskBatch | None = None
         self._scope = ExitStack()
         self._handles = [
@@ -69,14 +70,23 @@ class TaskIds:
         Args:
             outputs: of the model, with ``logits``.
             labels: of its samples.
-            num_items_in_batch: labels in all batches whose gradients are accumulated; each batch
+            num_items_in_batch: labels in all batches whose gradients are accumulated, counted as
+                Trainer does, of causal models without the first of each sequence; each batch
                 counts by its share of them.
+
+        Raises:
+            ValueError: if there are no labels, or the latest call was without ``task_ids``.
         """
+        if labels is None:
+            raise ValueError(
+                "TaskIds.loss: the batch has no labels; give every sample of the dataset 'labels'"
+            )
         batch = Batch(None, labels, self._latest().task_ids)
         value = self.mean(self._loss(outputs.logits, batch))
         if num_items_in_batch is None:
             return value
-        return value * labels.ne(-100).sum() / num_items_in_batch
+        counted = labels[..., 1:] if self._shifts else labels
+        return value * counted.ne(-100).sum() / num_items_in_batch
 
     def remove(self) -> None:
         """Takes the hooks off the model."""
@@ -112,3 +122,13 @@ class TaskIds:
 
     def _after(self, model: nn.Module, args: Any, outputs: Any) -> None:
         self._scope.close()
+
+
+def _shifts_labels(model: Any) -> bool:
+    """Whether Trainer counts the labels of this model from the second of each sequence on."""
+    kind = getattr(model, "loss_type", None)
+    if kind is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    return LOSS_MAPPING.get(kind) is ForCausalLMLoss

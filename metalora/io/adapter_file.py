@@ -27,6 +27,9 @@ _DTYPES = (
 )
 
 
+_BASE_LAYER = ".base_layer"
+
+
 @dataclass(frozen=True)
 class Adapter:
     """The contents of one folder, with metalora's names for its tensors."""
@@ -58,6 +61,11 @@ def read_adapter(peft: Any, folder: Path, model: nn.Module, base: str | Path | N
     for key, tensor in _read_tensors(folder).items():
         module, parameter, factor = _parts(folder, key, tensor)
         if factor is None:
+            if module.endswith(_BASE_LAYER) or not settings.saves(module):
+                _check_copy(
+                    folder, model, f"{module.removesuffix(_BASE_LAYER)}.{parameter}", tensor
+                )
+                continue
             heads.append(module)
             state[f"{module}.{parameter}"] = tensor
             continue
@@ -99,6 +107,23 @@ def _parts(folder: Path, key: str, tensor: Tensor) -> tuple[str, str, str | None
             "an adapter must be floating-point"
         )
     return (factor[1], parameter, factor[2]) if factor else (module, parameter, None)
+
+
+def _check_copy(folder: Path, model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Passes over a weight of the base that PEFT has written too, as it does of embeddings."""
+    known = dict(model.named_parameters(remove_duplicate=False))
+    if name not in known:
+        raise PeftFolderError(
+            f"import_peft: {folder} is for another base: it has {short(name)}, which is no "
+            f"parameter of the model{did_you_mean(name, known)}"
+        )
+    own = known[name].detach().cpu()
+    if own.shape != tensor.shape or not torch.equal(own.to(tensor.dtype), tensor):
+        raise PeftFolderError(
+            f"import_peft: {folder} has other weights of the base for {short(name)}, "
+            f"{list(tensor.shape)}; the model has {list(own.shape)}: load those into it first, or "
+            "have PEFT train them as modules_to_save"
+        )
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -30,8 +30,15 @@ class Settings:
     dropout: float
     use_rslora: bool
     fan_in_fan_out: bool
+    saved: tuple[str, ...]
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
+
+    def saves(self, module: str) -> bool:
+        """Whether PEFT, which looks at the ends of names, saves a module or one around it whole."""
+        parts = module.split(".")
+        places = (".".join(parts[: depth + 1]) for depth in range(len(parts)))
+        return any(place.endswith(self.saved) for place in places)
 
     def ranks(self, layers: Iterable[str]) -> dict[str, int]:
         """The rank of each of these layers of the model."""
@@ -113,6 +120,7 @@ def _parse(path: Path, kind: Any, values: dict[str, Any]) -> Settings:
         dropout=check_probability(where, "lora_dropout", given["lora_dropout"]),
         use_rslora=given["use_rslora"],
         fan_in_fan_out=given["fan_in_fan_out"],
+        saved=tuple(given["modules_to_save"] or ()),
         rank_pattern=_patterns(where, "rank_pattern", values, _INTEGER, check_count),
         alpha_pattern=_patterns(where, "alpha_pattern", values, _NUMBER, check_positive),
     )

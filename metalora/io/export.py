@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from metalora._checks import check_choice, check_module
 from metalora._optional import require
 from metalora.adapters import adapt, adapted_layers, load_task_state_dict, unload
+from metalora.adapters.state import unwrapped
 from metalora.io.card import adapter_card, base_card
 from metalora.io.folder import (
     BASE,
@@ -97,6 +98,7 @@ def export_peft(
     peft = require("peft", "export_peft")
     folder = Path(folder).resolve()
     check_target(folder, overwrite)
+    model = unwrapped(check_module("export_peft", model))
     adapted = _adapted_twin(model, adapters, lora_config)
     layers = adapted_layers(adapted)
     _check_untied(adapted, layers)
@@ -128,7 +130,7 @@ def export_peft(
 def _adapted_twin(
     model: nn.Module, adapters: Sequence[Mapping[str, Tensor]] | None, lora_config: Any
 ) -> nn.Module:
-    twin = twin_of(check_module("export_peft", model))
+    twin = twin_of(model)
     if (adapters is None) != (lora_config is None):
         raise ValueError(
             "export_peft: adapters and lora_config come together; give both or neither"

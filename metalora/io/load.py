@@ -23,8 +23,10 @@ def import_peft(
 ) -> nn.Module:
     """Adapts ``model``, in place, with what PEFT wrote: every folder is a task, in their order.
 
-    Layers in ``modules_to_save`` become heads. Adapters must be plain LoRA, and equal in their
-    layers, ranks, scales and dropout; what was symmetric when it was exported comes back as B A.
+    Layers in ``modules_to_save`` become heads. Other weights of the base, which PEFT writes of
+    embeddings that were adapted or resized, must be those that ``model`` has. Adapters must be
+    plain LoRA, and equal in their layers, ranks, scales and dropout; what was symmetric when it was
+    exported comes back as B A.
     Nothing is downloaded.
 
     Args:

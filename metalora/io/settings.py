@@ -16,6 +16,12 @@ from metalora.io.twin import twin_of
 from metalora.nn import TaskLayer
 from metalora.nn.lora_layer import LoRALayer
 
+# What PEFT saves whole for a type of task.
+_SAVED_BY_TYPE = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 _NO_TARGETS = "dummy-target-modules"  # PEFT's own word for an adapter of modules_to_save alone
 
 
@@ -23,7 +29,14 @@ def peft_lora_config(
     peft: Any, model: nn.Module, layers: dict[str, TaskLayer], task_type: str | None, base: str
 ) -> Any:
     """The ``peft.LoraConfig`` that says what the layers are."""
-    targets = {n: m for n, m in layers.items() if isinstance(m, LoRALayer)}
+    heads = _heads_as_modules(model, layers)
+    saved = [*heads, *_SAVED_BY_TYPE.get(task_type or "", ())]
+    # Adapters of what PEFT saves whole are merged into it.
+    targets = {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, LoRALayer) and not _lies_in(f"{name}.weight", saved)
+    }
     dropouts = {layer.dropout for layer in targets.values()}
     if len(dropouts) > 1:
         raise ValueError(
@@ -41,7 +54,7 @@ def peft_lora_config(
         lora_dropout=max(dropouts, default=0.0),
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in targets.values()),
         target_modules=_target_modules(model, list(targets)),
-        modules_to_save=_heads_as_modules(model, layers),
+        modules_to_save=heads,
         task_type=task_type,
         base_model_name_or_path=base,
         inference_mode=True,

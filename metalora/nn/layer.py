@@ -167,9 +167,9 @@ class TaskLayer(nn.Module):
         if parts in batch.parts or batch.of_one_task():
             return
         self._order_noted = True
-        if batch.order_noted:  # one warning for all layers of a model
+        if parts in batch.order_noted:  # one warning for all layers with as many parts
             return
-        batch.order_noted = True
+        batch.order_noted.add(parts)
         first = ""
         if x.dim() > 2 and x.shape[1] == size:
             first = " If it is sequence-first, [L, B, ...], have the samples first."
@@ -177,8 +177,8 @@ class TaskLayer(nn.Module):
             f"sample order: {self._where()} takes x {list(x.shape)} for {parts} rows of each of "
             f"the {size} samples in turn, as of a flattened [B={size}, {parts}, ...]. If it holds "
             f"{parts} views of the samples, one batch behind the other, give "
-            f"task_ids.repeat({parts}).{first} If it is right, say so with "
-            "warnings.filterwarnings('ignore', 'sample order')"
+            f"task_ids.repeat({parts}).{first} If it is right, as in the beams and returned "
+            "sequences of generate, say so with warnings.filterwarnings('ignore', 'sample order')"
         )
 
     def sort_rows(self, x: Tensor, batch: TaskBatch | None) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -65,8 +66,8 @@ class TaskBatch:
                 "tasks: under FakeTensorMode the ids have no values to read; make the TaskBatch "
                 "before entering FakeTensorMode(allow_non_fake_inputs=True)"
             )
-        if isinstance(task_ids, int) and not isinstance(task_ids, bool):
-            task_ids = torch.tensor([task_ids])
+        if isinstance(task_ids, SupportsIndex) and not isinstance(task_ids, bool | Tensor):
+            task_ids = torch.tensor([index(task_ids)])  # numpy's integers too
         if not isinstance(task_ids, Tensor):
             got = type(task_ids).__name__
             raise TypeError(
@@ -110,7 +111,7 @@ class TaskBatch:
         self._ids: dict[torch.device, Tensor] = {}
         # In how many parts the rows of a sample are known to come, sample by sample.
         self.parts: set[int] = set() if parts is None else {parts}
-        self.order_noted = False  # see `TaskLayer`
+        self.order_noted: set[int] = set()  # see `TaskLayer`
         if num_tasks is not None:
             self.check_range(check_count("tasks", "num_tasks", num_tasks))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from metalora.adapters import LoRAConfig, adapt, adapted_layers
+from metalora.adapters import LoRAConfig, adapt, adapted_layers, merge_and_unload
 from metalora.nn import tasks
 
 transformers = pytest.importorskip("transformers")
@@ -56,6 +56,15 @@ def switch():
     )
     config.decoder_start_token_id = 0
     return transformers.SwitchTransformersForConditionalGeneration(config)
+
+
+def fsmt():
+    config = transformers.FSMTConfig(
+        src_vocab_size=30, tgt_vocab_size=30, d_model=16, langs=["a", "b"],
+        encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=24, decoder_ffn_dim=24,
+    )  # fmt: skip
+    return transformers.FSMTForConditionalGeneration(config)
 
 
 def nllb():
@@ -129,6 +138,7 @@ def test_each_task_computes_as_it_does_alone_with_what_the_page_excludes(make, e
             r"XLNetFeedForward, which gets sequences first.*=\['layer_1', 'layer_2'\]",
         ),
         (longformer, "LongformerSelfAttention, which gets sequences first"),
+        (fsmt, "FSMTEncoder, which gets sequences first"),
         (
             switch,
             r"SwitchTransformersExperts, which gets rows .* exclude_modules=r'\.\*\\\.experts",
@@ -161,3 +171,81 @@ def test_models_of_peft_are_refused():
         with pytest.raises(ValueError, match=rf"adapt: the model {where}.*merge_and_unload\(\)"):
             adapt(model, LoRAConfig(rank=1), 2)
     adapt(wrapped.merge_and_unload(), LoRAConfig(rank=1), 2)
+
+
+def test_a_layer_that_reads_its_weight_is_left_out_aloud():
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        conv_dim=(8,), conv_stride=(2,), conv_kernel=(3,), num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, tdnn_dim=(8,), tdnn_kernel=(3,), tdnn_dilation=(1,),
+    )  # fmt: skip
+    model = transformers.Wav2Vec2ForXVector(config)
+    with pytest.warns(UserWarning, match=r"leaves out .*'tdnn.0.kernel' \(TDNNLayer reads its"):
+        adapt(model, LoRAConfig(rank=2), 2)
+    with pytest.raises(ValueError, match="TDNNLayer reads its weight"):
+        adapt(transformers.Wav2Vec2ForXVector(config), LoRAConfig(target_modules=["kernel"]), 2)
+
+
+class CallsAList(nn.Module):
+    """As MaskFormer's perceptron does."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+        self.layers = [nn.Linear(4, 4), nn.Linear(4, 2)]
+        for number, layer in enumerate(self.layers):
+            self.add_module(str(number), layer)
+
+    def forward(self, x):
+        return self.layers[1](self.layers[0](self.body(x)))
+
+
+def test_a_layer_called_from_a_plain_list_is_refused():
+    for config in (
+        LoRAConfig(target_modules=["0.0"]),
+        LoRAConfig(target_modules=(), heads=["0.1"]),
+    ):
+        with pytest.raises(ValueError, match=r"'layers' of the CallsAList is a plain list that ho"):
+            adapt(nn.Sequential(CallsAList()), config, 2)
+    with pytest.warns(UserWarning, match=r"leaves out '0.0' \(.*\), '0.1' \("):
+        model = adapt(nn.Sequential(CallsAList()), LoRAConfig(), 2)
+    assert list(adapted_layers(model)) == ["0.body"]
+
+
+def bart():
+    config = transformers.BartConfig(
+        d_model=16, vocab_size=30, max_position_embeddings=32, init_std=0.2,
+        encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=24, decoder_ffn_dim=24,
+    )  # fmt: skip
+    return transformers.BartForConditionalGeneration(config)
+
+
+def masked():
+    config = transformers.BertConfig(**BERT_LIKE, initializer_range=0.2)
+    return transformers.BertForMaskedLM(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(bart, "lm_head"), (switch, "lm_head"), (masked, "decoder")]
+)
+def test_a_merged_output_layer_leaves_other_ties(make, name, tmp_path):
+    """What is saved then lacks nothing, and the merged layer is not tied again."""
+    torch.manual_seed(0)
+    model = make().eval()
+    adapt(model, LoRAConfig(rank=2, target_modules=[name]), 2)
+    for layer in adapted_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.3)
+    given = inputs(model)
+    given.pop("labels", None)
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = given["input_ids"]
+    with torch.no_grad():
+        with tasks(1):
+            wanted = model(**given).logits
+        merged = merge_and_unload(model, 1)
+        torch.testing.assert_close(merged(**given).logits, wanted, rtol=1e-5, atol=1e-5)
+        merged.save_pretrained(tmp_path)
+        again, found = type(merged).from_pretrained(tmp_path, output_loading_info=True)
+        assert not found["missing_keys"]
+        torch.testing.assert_close(again.eval()(**given).logits, wanted, rtol=1e-5, atol=1e-5)

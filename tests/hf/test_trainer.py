@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from metalora import TaskOptimizer
-from metalora.adapters import unload
+from metalora.adapters import LoRAConfig, adapt, unload
 from metalora.hf import TaskCollator, TaskRounds, accept_task_ids
 from metalora.meta import Batch, GradientStep, TrainConfig, evaluate
 from metalora.nn import current_tasks, tasks
@@ -302,3 +302,44 @@ def test_errors_leave_no_tasks_behind():
 def test_a_plain_model_is_refused():
     with pytest.raises(ValueError, match="accept_task_ids: the model has no adapters"):
         accept_task_ids(plain_model())
+
+
+def next_token_loss(logits, batch):
+    labels = batch.targets[:, 1:]
+    losses = nn.functional.cross_entropy(logits[:, :-1].mT, labels, reduction="none")
+    return losses.sum(1) / labels.ne(-100).sum(1).clamp(min=1)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_objective_of_a_decoder_is_what_trainer_reports(accumulate, tmp_path):
+    """Trainer counts the labels of a causal model without the first of each sequence."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, initializer_range=0.2,
+    )  # fmt: skip
+    model = adapt(transformers.LlamaForCausalLM(config), LoRAConfig(rank=2), 2)
+    tokens, ids = torch.randint(3, 40, (8, 4)), torch.arange(8) % 2
+    data = [
+        {"input_ids": x, "labels": x, "task_id": task}
+        for x, task in zip(tokens, ids.tolist(), strict=True)
+    ]
+    accepted = accept_task_ids(model, next_token_loss)
+    with tasks(ids):
+        losses = next_token_loss(model(input_ids=tokens).logits, Batch(None, tokens, ids))
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=8 // accumulate, max_steps=1,
+        gradient_accumulation_steps=accumulate, logging_steps=1, remove_unused_columns=False,
+        report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    trained = transformers.Trainer(
+        model,
+        arguments,
+        data_collator=TaskCollator(transformers.default_data_collator),
+        train_dataset=data,
+        compute_loss_func=accepted.loss,
+    )
+    trained.train()
+    assert trained.state.log_history[0]["loss"] == pytest.approx(float(losses.mean()), rel=1e-4)
+    with pytest.raises(ValueError, match="the batch has no labels; give every sample"):
+        accepted.loss(None, None)

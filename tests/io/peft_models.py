@@ -24,6 +24,10 @@ SIZES = {
 MODELS = {
     "roberta": (transformers.RobertaConfig, transformers.RobertaForSequenceClassification),
     "bert": (transformers.BertConfig, transformers.BertForSequenceClassification),
+    "distilbert": (
+        transformers.DistilBertConfig,
+        transformers.DistilBertForSequenceClassification,
+    ),
 }
 TOKENS = torch.arange(5, 40).view(5, 7)
 
@@ -31,6 +35,8 @@ TOKENS = torch.arange(5, 40).view(5, 7)
 def plain_model(kind="roberta", **sizes):
     torch.manual_seed(0)
     config, model = MODELS[kind]
+    if kind == "distilbert":
+        sizes = {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2, **sizes}
     return model(config(**{**SIZES, **sizes})).eval()
 
 

@@ -1,5 +1,6 @@
 """Folders that PEFT wrote become tasks; those that do not fit change nothing."""
 
+import copy
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from torch import nn
 
 from metalora.adapters import LoRAConfig, adapted_layers, unload
 from metalora.io import PeftFolderError, export_peft, import_peft, patterns
+from metalora.nn import MultiTaskEmbedding
 from tests.io.peft_damage import damage
 from tests.io.peft_models import (
     adapted_model,
@@ -22,6 +24,7 @@ from tests.io.peft_models import (
     logits,
     peft,
     plain_model,
+    transformers,
 )
 
 pytestmark = pytest.mark.slow
@@ -384,7 +387,11 @@ def rank_zero(path):
         ("adapter_model.safetensors", nothing, "holds no tensors"),
         ("adapter_model.safetensors", named("base_model.model.weight"), r"safetensors has 'base_"),
         ("adapter_model.safetensors", named("base_model.model."), r"has 'base_model.model.' of sh"),
-        ("adapter_model.safetensors", named("base_model.model.x.y"), "for 'x', which is no module"),
+        (
+            "adapter_model.safetensors",
+            named("base_model.model.x.y"),
+            "it has 'x.y', which is no parameter of the model",
+        ),
         ("adapter_model.safetensors", of_type(torch.int8), r"safetensors has '.*' of torch.int8; "),
         ("adapter_model.safetensors", of_type(torch.complex64), r"' of torch.complex64; the tenso"),
         ("adapter_model.safetensors", rank_zero, "has an adapter of rank 0 for .* says 3"),
@@ -429,3 +436,41 @@ def test_the_imported_base_is_the_same_objects(exported):
     import_peft(model, exported / "task_0")
     assert isinstance(weight, nn.Parameter)
     assert unload(model).roberta.encoder.layer[0].attention.self.query.weight is weight
+
+
+def decoder(seed=0, tied=False):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, tie_word_embeddings=tied, initializer_range=0.2,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def written_with_embeddings(folder, base, *targets):
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=[*targets])).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder, save_embedding_layers=True)
+    return logits(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_of_the_base_that_peft_writes_too_are_passed_over(tmp_path, tied):
+    """An adapted vocabulary layer, and embeddings that were resized."""
+    for name, base, targets in (
+        ("adapted", decoder(), ["q_proj", "lm_head"]),
+        ("resized", decoder(tied=tied), ["q_proj"]),
+    ):
+        wanted = written_with_embeddings(tmp_path / name, copy.deepcopy(base), *targets)
+        assert any(
+            "embed" in k or "base_layer" in k
+            for k in load_file(tmp_path / name / "adapter_model.safetensors")
+        )
+        model = import_peft(base, [tmp_path / name])
+        assert not [n for n, m in model.named_modules() if isinstance(m, MultiTaskEmbedding)]
+        torch.testing.assert_close(logits(model, 0), wanted, rtol=1e-5, atol=1e-5)
+    other = decoder(seed=1, tied=tied)
+    refused(other, [tmp_path / "resized"], "has other weights of the base for 'lm_head.weight', ")

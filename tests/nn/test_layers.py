@@ -330,6 +330,27 @@ def test_rows_of_an_order_that_cannot_be_known_are_noted_once():
     assert not warned(lambda: call(IDS))
 
 
+def test_each_number_of_rows_is_noted():
+    few, more = lora(name="few"), lora(name="more")
+
+    def call(ids):
+        with tasks(ids):
+            few(torch.randn(12, 5, dtype=torch.float64))
+            more(torch.randn(18, 5, dtype=torch.float64))
+
+    assert [message.split("'")[1] for message in warned(lambda: call(IDS))] == ["few", "more"]
+
+
+def test_a_weight_of_another_size_than_the_adapters():
+    layer = lora(name="output")
+    layer.weight = nn.Parameter(torch.zeros(7, 5, dtype=torch.float64))  # as when resized
+    with (
+        pytest.raises(ValueError, match=r"'output': the weight is \[7, 5\], but .* for \[3, 5\]"),
+        tasks(IDS),
+    ):
+        layer(torch.randn(6, 5, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("make", LAYERS)
 def test_flattened_parts_are_known_by_an_earlier_layer(make):
     first, then = make(), make()
