@@ -16,6 +16,7 @@ from benchmarks.lib.step_versions import (
     MERGED,
     PACKED,
     PLAIN,
+    TO_THE_BATCH,
     in_precision,
 )
 from benchmarks.lib.tables import read_json, seconds
@@ -27,6 +28,7 @@ LAYERS = {"loop": "loop over tasks", "bmm": "bmm", "merged": "merged weights"}
 # Of the steps, and what they are called in the table; the last of metalora's in fp32 is shown.
 STEPS = {
     AUTHORS: "the authors' schedule, fp32",
+    TO_THE_BATCH: "the same, padded only to the batch",
     MERGED: "merged weights, fp32",
     f"{MERGED}, bf16": "merged weights, bf16",
     f"{MERGED}, bf16, compiled": "merged weights, bf16, compiled",

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from experiments.lib.cli import flag_of, option, unique
-from experiments.lib.retraining_settings import ALL, PER_TASK, RetrainingSettings, part_of
+from experiments.lib.retraining_settings import (
+    ALL,
+    FINETUNES,
+    PER_TASK,
+    RetrainingSettings,
+    part_of,
+)
 from experiments.vision import settings as vision
 
 
@@ -208,7 +214,8 @@ class ConflictSettings(RetrainingSettings):
 
     def kinds(self) -> set[str]:
         """Returns the methods, fine-tunings, data and changes of inputs of this run."""
-        return {*self.retrain, *self.finetune, self.data, *self.inputs}
+        refit = FINETUNES if self.shared_head == "refit" else ()
+        return {*self.retrain, *self.finetune, *refit, self.data, *self.inputs}
 
     def points(self) -> list[Point]:
         """Returns all settings of the dials."""
@@ -258,7 +265,7 @@ PART_OF = part_of(
         **dict.fromkeys(("data_root", "download"), ("cifar10",)),
         **dict.fromkeys(("distortion_rank", "distortion_strength"), (LOW_RANK,)),
         **dict.fromkeys(PER_TASK, WITH_TASKS),
-        "standard_order": ("standard",),
+        "standard_order": ("standard", "standard-equal-steps"),
         "lr": tuple(METHODS),
         "shared_head": ("lora-ml-heads", "last-layer-ml"),
         "rank": ("lora-ml", "lora-ml-heads", "lora"),

@@ -21,6 +21,7 @@ from experiments.lib import machine
 from experiments.lib.errors import RunError
 
 MANIFEST = "manifest.json"
+RETRAINED_MODEL = "retrained model"  # how the names of such data begin
 
 
 def new_manifest(settings: Any, experiment: str) -> dict[str, Any]:
@@ -84,7 +85,8 @@ def resumed_manifest(folder: Path, settings: Any, experiment: str) -> dict[str, 
         )
     manifest.pop("reason", None)
     manifest.update(status="running", settings=described)
-    manifest.setdefault("resumed", []).append(now())
+    here = {"time": now(), "git": _git_state(), "machine": machine.description()}
+    manifest.setdefault("resumed", []).append(here)
     if grown or added:
         manifest.setdefault("extended", []).append(
             {
@@ -161,7 +163,7 @@ def _read(path: Path, flag: str) -> dict[str, Any]:
     found = {"notes": {}, "resumed": [], "extended": [], "wall_seconds": 0.0, **manifest}
     kinds: dict[str, Any] = {
         **dict.fromkeys(("settings", "data", "notes"), dict),
-        "resumed": (list, int),  # times, or in committed results how many
+        "resumed": (list, int),  # when and where, or in committed results how often
         "extended": list,
     }
     right = all(isinstance(found.get(name), kind) for name, kind in kinds.items())

@@ -27,7 +27,14 @@ from typing import Any, TypeVar
 
 from experiments.lib import lock, units
 from experiments.lib.errors import INTERRUPTED, RunError, too_large
-from experiments.lib.manifest import MANIFEST, new_manifest, now, plain, resumed_manifest
+from experiments.lib.manifest import (
+    MANIFEST,
+    RETRAINED_MODEL,
+    new_manifest,
+    now,
+    plain,
+    resumed_manifest,
+)
 from experiments.lib.units import METRICS, RESULTS
 from metalora._files import replacing
 
@@ -105,6 +112,7 @@ class RunFolder(RunFiles):
         self._earlier = float(manifest.get("wall_seconds", 0.0))
         self._previous_handler: Any = None
         self._go_on = go_on
+        self._before = ""  # of a resumed run that has done nothing yet, its manifest
 
     @classmethod
     def create(
@@ -145,6 +153,7 @@ class RunFolder(RunFiles):
             if resume:
                 manifest = resumed_manifest(folder, settings, experiment)
                 run = cls(folder, held, manifest, units.cut_back(folder), go_on)
+                run._before = (folder / MANIFEST).read_text(encoding="utf-8")
             else:
                 _check_empty(folder)  # another run may have begun in it
                 run = cls(folder, held, new_manifest(settings, experiment), set(), go_on)
@@ -161,7 +170,12 @@ class RunFolder(RunFiles):
 
     def add_data(self, name: str, sha256: str) -> None:
         """Records a checksum of the data; refuses a resumed run whose data have changed."""
-        before = self.manifest["data"].setdefault(name, sha256)
+        data, taken = self.manifest["data"], name.startswith(RETRAINED_MODEL)
+        if name not in data and self.units_done and not taken:
+            raise RunError(
+                f"--resume: the run began without the data {name!r}; remove them or start a new run"
+            )
+        before = data.setdefault(name, sha256)
         if before != sha256:
             raise RunError(
                 f"--resume: the data {name!r} are not those the run began with "
@@ -176,6 +190,7 @@ class RunFolder(RunFiles):
 
     def log(self, **record: Any) -> None:
         """Appends one line to metrics.jsonl."""
+        self._before = ""
         line = json.dumps(plain(record), allow_nan=False) + "\n"
         units.append(self.path(METRICS), line)
 
@@ -187,6 +202,7 @@ class RunFolder(RunFiles):
         """
         if not rows:
             return
+        self._before = ""
         columns = self._columns or list(rows[0])
         for row in rows:
             if list(row) != columns:
@@ -217,6 +233,7 @@ class RunFolder(RunFiles):
 
     def mark_done(self, unit: str) -> None:
         """Closes a unit of work: everything written so far is kept when the run is resumed."""
+        self._before = ""
         units.finish(self.folder, unit)
         self.units_done.add(unit)
 
@@ -272,7 +289,15 @@ class RunFolder(RunFiles):
             self._fail(error, "".join(traceback.format_exception(kind, error, trace)))
 
     def _fail(self, error: BaseException | None, trace: str) -> None:
-        """Records the error as far as possible, and turns a full disk into a `RunError`."""
+        """Records the error as far as possible, and turns a full disk into a `RunError`.
+
+        A resumption that was refused before it did anything leaves the run as it was.
+        """
+        if self._before and isinstance(error, RunError):
+            with contextlib.suppress(OSError):
+                _replace(self.path(MANIFEST), self._before)
+            self.close()
+            return
         told = error
         if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
             told = _not_written(self.folder, error, self._go_on)

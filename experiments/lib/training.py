@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 
 from experiments.lib.errors import RunError, divergence
+from experiments.lib.manifest import RETRAINED_MODEL
 from experiments.lib.processes import rank
 from experiments.lib.retrained import RetrainedModels
 from experiments.lib.retraining_settings import FINETUNES, PER_TASK, WITH_TASKS
@@ -48,7 +49,6 @@ from metalora.meta import (
 
 CHECKPOINT_SECONDS = 60.0  # between two checkpoints, at least
 CHECKPOINT_STEPS = 10  # within an epoch one may be due after so many
-RETRAINED_MODEL = "retrained model"  # begins the name of its checksum in a manifest
 Part = TypeVar("Part")  # of the data: samples with their tasks
 Labels = Mapping[str, Any]  # what tells one training from the others: method, trial and the like
 
@@ -247,11 +247,15 @@ class Trainings:
             RunError: the retraining diverged, or the checkpoint or the weights are damaged.
         """
         method, trial, unit = labels["method"], labels["trial"], unit_name("retrain", labels)
-        if self.source is not None:
-            return self._taken(labels, self.source)
         weights = self.folder.path("weights") / weights_name(labels)
         if self._done(unit):
             return self._loaded(trial, weights)
+        if self.source is not None:
+            return self._taken(labels, self.source)
+        if self.folder.done(unit_name("taken", labels)):
+            raise RunError(
+                f"--resume: {unit!r} was taken from another run; give the same --retrained"
+            )
         log = EpochLog(self.folder, phase="retrain", **labels)
         rates = "--reptile-lr or --reptile-inner-lr" if method == "reptile" else "--lr"
         with divergence(unit, rates), _unusable_checkpoint(unit):

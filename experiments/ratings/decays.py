@@ -189,12 +189,11 @@ def best(found: Tried) -> dict[Retraining, str]:
     """Returns the candidate chosen for each retraining."""
     chosen = {}
     for retraining, candidates_of in found.items():
-        made_for = MADE_FOR.get(retraining[0], FINETUNES)
+        kinds = {kind for errors in candidates_of.values() for kind, _ in errors}
+        counted = kinds & {*MADE_FOR.get(retraining[0], FINETUNES)} or kinds
         means = {
             candidate: statistics.fmean(
-                value
-                for (kind, _), (value, _) in errors.items()
-                if kind in made_for or len(errors) == 1
+                v for (kind, _), (v, _) in errors.items() if kind in counted
             )
             for candidate, errors in candidates_of.items()
         }

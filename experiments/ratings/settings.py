@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from experiments.lib.cli import flag_of, option, unique
 from experiments.lib.retraining_settings import (
     ALL,
+    FINETUNES,
     METHODS,
     NONE,
     WITH_TASKS,
@@ -207,7 +208,8 @@ class RatingsSettings(RetrainingSettings):
 
     def kinds(self) -> set[str]:
         """Returns the methods and fine-tunings of this run."""
-        return {*self.retrain, *self.finetune, *self.baselines}
+        refit = FINETUNES if self.shared_head == "refit" else ()
+        return {*self.retrain, *self.finetune, *refit, *self.baselines}
 
     def ranks(self, kind: str) -> tuple[int | None, ...]:
         """Returns the ranks to run a method or fine-tuning with; None: it has no adapters."""
@@ -251,6 +253,8 @@ PART_OF = part_of(
         "weighting": WITH_TASKS,
         "shared_head": ("last-layer-ml",),
         "rank": ("lora-ml", "lora"),
-        **dict.fromkeys(("epochs", "batches", "weight_decay"), METHODS),
+        "finetune_head": ("last-layer",),
+        "weight_decay": METHODS,
+        **dict.fromkeys(("epochs", "batches"), (*WITH_TASKS, "standard")),
     },
 )

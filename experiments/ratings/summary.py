@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -42,9 +43,10 @@ TITLES = {
 }
 COLUMN_TITLES = {"tasks": "{} users", "rank": "rank {}", "shots": "{}"}
 _UNSEEN = "on unseen users' held-out ratings, for each number of ratings to fine-tune on"
+_CORRECTED = "corrected for users that trials share"
 _DIFFERENCE = (
-    "mean of {trials} trials, paired by trial (below 0 is better) [95 % interval, corrected for "
-    "users that trials share], and in how many trials it is below 0."
+    "mean of {trials} trials, paired by trial (below 0 is better) [95 % interval, "
+    f"{_CORRECTED}], and in how many trials it is below 0."
 )
 CAPTIONS = {
     RMSE: f"RMSE {_UNSEEN}: mean of {{trials}} trials (standard error). All users count the same.",
@@ -61,8 +63,11 @@ def overlap_of(run: RunFiles) -> float:
     does not depend on how many of the others they retrain on, nor does this number, which follows
     from it; with all of the others it is the ratio of test to retraining users that Nadeau and
     Bengio have. Where users with few ratings are left out, both kinds lose the same part of them.
+    The validation users are the same in all trials: intervals are then of the trainings alone, 0.
     """
     settings = run.manifest["settings"]
+    if settings.get("users") == "validation":
+        return 0.0
     users = run.manifest.get("notes", {}).get("users", MOVIELENS_USERS)
     test: int = settings["test_users"]
     return test / (users - settings["validation_users"] - test)
@@ -115,7 +120,8 @@ def results_tables(run: RunFiles) -> dict[str, Table]:
     The main one has the RMSE. "standard" and "factors" have the differences to these, without the
     global mean and the biases per user, and with several numbers of users for `PAIRS` alone.
     """
-    lines = summary(run.rows(), overlap_of(run))
+    overlap = overlap_of(run)
+    lines = summary(run.rows(), overlap)
     ends = ends_counted(run.manifest.get("notes", {}).get("at_ends", {}))
     compared = [
         line
@@ -127,9 +133,16 @@ def results_tables(run: RunFiles) -> dict[str, Table]:
             and line["finetune"] != USER_BIAS
         )
     ]
-    return {
+    tables = {
         "": _by_shots(lines, RMSE, ends),
         **{name: _by_shots(compared, name, ends) for name in REFERENCES},
+    }
+    if overlap:
+        return tables
+    same = "over trials with the same users"
+    return {
+        name: dataclasses.replace(table, caption=table.caption.replace(_CORRECTED, same))
+        for name, table in tables.items()
     }
 
 

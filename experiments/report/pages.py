@@ -227,7 +227,8 @@ def _commit(run: RunFiles) -> str:
     if not commit:
         return ""
     changed = " with changes" if run.manifest.get("uncommitted_changes") else ""
-    return f"commit {commit[:7]}{changed}"
+    at = "".join(f", resumed at {of[:7]}" for of in run.manifest.get("resumed_at", []))
+    return f"commit {commit[:7]}{changed}{at}"
 
 
 def _shown(command: str) -> str:

@@ -16,9 +16,8 @@ from typing import Any
 from experiments.lib import units
 from experiments.lib.errors import RunError
 from experiments.lib.experiment import Experiment
-from experiments.lib.manifest import MANIFEST
+from experiments.lib.manifest import MANIFEST, RETRAINED_MODEL
 from experiments.lib.runs import RunFiles
-from experiments.lib.training import RETRAINED_MODEL
 from experiments.lib.units import RESULTS
 from experiments.report.registry import experiment
 from metalora._checks import first_of
@@ -95,8 +94,9 @@ def add_trials(run: Path, name: str, folder: Path | None = None) -> Path:
     for what, manifest in ((f"the run of {name}", kept), (f"the run in {run}", more)):
         if manifest["status"] != COMPLETED:
             raise RunError(f"{flag}: {what} is not completed; finish it first")
-        if not manifest["commit"] or manifest["uncommitted_changes"]:
-            raise RunError(f"{flag}: {what} is not of a commit, so no other has the same code")
+        several = "resumed_at" in manifest
+        if not manifest["commit"] or manifest["uncommitted_changes"] or several:
+            raise RunError(f"{flag}: {what} is not of one commit, so no other has the same code")
     ours, others = ({k: m["settings"].pop(k, None) for k in _TRIALS} for m in (kept, more))
     if None in ours.values() or None in others.values():
         raise RunError(f"{flag}: {of.name} has no --first-seed; make all trials in one run")
@@ -304,6 +304,8 @@ def _trimmed(
         "data": manifest["data"],
         "notes": manifest.get("notes", {}),
     }
+    if elsewhere := _elsewhere(manifest):
+        kept["resumed_at"] = elsewhere
     for key, value in kept.items():
         if _PATH.search(json.dumps(value, ensure_ascii=False)):
             raise RunError(
@@ -311,6 +313,16 @@ def _trimmed(
                 "take it out of the run's manifest.json"
             )
     return kept
+
+
+def _elsewhere(manifest: Mapping[str, Any]) -> list[str]:
+    """Returns the other commits, or states of a checkout, at which a run was resumed."""
+    states = [one.get("git") for one in manifest.get("resumed", []) if isinstance(one, dict)]
+    named = [
+        f"{(git or {}).get('commit')}{' with changes' if (git or {}).get('changed') else ''}"
+        for git in [manifest.get("git"), *states]
+    ]
+    return [name for name in dict.fromkeys(named) if name != named[0]]
 
 
 def _is_path(text: str) -> bool:

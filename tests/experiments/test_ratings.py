@@ -250,6 +250,7 @@ def test_the_overlap_is_that_of_the_test_users_whatever_the_retraining_users(
     assert overlap_of(run_of(tmp_path, rows, {"users": 943}, tasks=[20, 40])) == 203 / 640
     of_smoke = run_of(tmp_path, rows, {"users": 60}, test_users=10, validation_users=8)
     assert overlap_of(of_smoke) == 10 / 42
+    assert overlap_of(run_of(tmp_path, rows, {}, users="validation")) == 0
 
 
 def test_tables_have_corrected_intervals_and_say_how_many_choices_lie_at_an_end(
@@ -263,6 +264,9 @@ def test_tables_have_corrected_intervals_and_say_how_many_choices_lie_at_an_end(
     half = 4.302653 * 0.1 * (1 / 3 + 203 / 640) ** 0.5
     interval = f"[−{0.1 + half:.4f}, +{half - 0.1:.4f}]"
     assert tables["standard"].rows == [["LoRA-ML", "LoRA", f"−0.1000 {interval}, 2 of 3"]]
+    assert "corrected for users that trials share" in tables["standard"].caption
+    same = results_tables(run_of(tmp_path, rows, {}, users="validation"))["standard"].caption
+    assert "95 % interval, over trials with the same users" in same and "corrected" not in same
     assert [line[:2] for line in tables[""].rows] == [
         *(["LoRA-ML", kind] for kind in ("LoRA", "user bias")),
         *(["standard", kind] for kind in ("LoRA", "user bias")),

@@ -237,8 +237,9 @@ def test_trials_of_another_machine_are_added(clone: Path, run: Callable[..., Pat
     [
         ({}, {"settings": TRIALS | {"first_seed": 2, "shots": ["30"]}}, "settings.shots"),
         ({}, {"git": {"commit": "9", "changed": False}}, "in few commit '0123456789', in "),
-        ({}, {"git": {"commit": "0123456789", "changed": True}}, "run is not of a commit"),
-        ({"git": {"commit": None}}, {}, "the run of few is not of a commit"),
+        ({}, {"git": {"commit": "0123456789", "changed": True}}, "run is not of one commit"),
+        ({"git": {"commit": None}}, {}, "the run of few is not of one commit"),
+        ({}, {"resumed": [{"git": {"commit": "9"}}]}, "run is not of one commit"),
         ({"data": {"images": "0"}}, {"data": {"images": "1"}}, "in few data.images '0', in "),
         ({}, {"data": {"images": "1"}}, "in few data.images 'absent', in "),
         ({"notes": {"decay": 1}}, {"notes": {"decay": 2}}, "in few notes.decay 1, in "),

@@ -196,6 +196,29 @@ def test_resume_refuses_other_data(tmp_path: Path) -> None:
         run.add_data("images", "bb" * 32)
 
 
+def test_resume_refuses_further_data_and_leaves_the_run_as_it_was(tmp_path: Path) -> None:
+    with create(tmp_path / "run") as run:
+        run.add_data("images", "aa" * 32)
+        run.add_rows([row(0, 1.0)])
+        run.mark_done("trial 0")
+    before = manifest(tmp_path / "run")
+
+    def resume() -> None:
+        with create(tmp_path / "run", Settings(out=tmp_path), resume=True) as run:
+            run.add_data("images", "aa" * 32)
+            run.add_data("retrained model standard-0", "cc" * 32)  # comes when it is needed
+            run.add_data("more images", "bb" * 32)
+
+    with pytest.raises(RunError, match="began without the data 'more images'; remove them or"):
+        resume()
+    assert manifest(tmp_path / "run") == before
+    with create(tmp_path / "run", resume=True) as run:
+        run.add_data("images", "aa" * 32)
+        run.mark_done("trial 1")
+    (entry,) = manifest(tmp_path / "run")["resumed"]
+    assert {"time", "git", "machine"} == set(entry)
+
+
 def test_resume_of_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"holds no run \(manifest.json is missing\)"):
         create(tmp_path / "nothing", resume=True)

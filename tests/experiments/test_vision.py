@@ -324,6 +324,11 @@ def test_models_retrained_in_another_run_are_taken_as_they_are(tmp_path: Path) -
     assert accuracies(joined, method="lora-ml") == accuracies(
         run(tmp_path / "rank-2", retrain=("lora-ml",), finetune=("lora",), rank=2)
     )
+    # What is taken stays taken, and what was retrained here is not taken from elsewhere.
+    with pytest.raises(RunError, match="'retrain lora-ml 0' was taken from another run; give the"):
+        run(tmp_path / "taken", resume=True, seeds=2)
+    before = run(tmp_path / "own").rows()
+    assert run(tmp_path / "own", **given, resume=True).rows() == before
     # The other run has gone on meanwhile, with another version: its models are not these.
     weights = tmp_path / "retrained" / "weights" / "standard-0.safetensors"
     weights.write_bytes((tmp_path / "whole" / "weights" / "standard-1.safetensors").read_bytes())

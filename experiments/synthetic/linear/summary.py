@@ -39,7 +39,7 @@ def results_table(rows: Sequence[Mapping[str, str]]) -> Table:
     """Returns the same for the documentation, with the paired difference to standard retraining."""
     caption = (
         "Prediction error on the test task after fine-tuning, mean (standard error) over the "
-        "trials. Five trials of a skewed error make rough intervals; the ratios are not in doubt."
+        "trials. So few trials of a skewed error make rough intervals."
     )
     return comparison(rows, METRIC, _mean_and_error, caption)
 
