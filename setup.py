@@ -32,6 +32,12 @@ NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", TORCH_TARGET, "-DUSE_CUDA"]
 DEFAULT_TOOLKIT = "/usr/local/cuda"
 
 
+def headers_of(toolkit: Path) -> Path | None:
+    """Where the toolkit has its headers; those of conda are not in its include."""
+    places = (toolkit / "include", *sorted(toolkit.glob("targets/*/include")))
+    return next((place for place in places if (place / "cuda_runtime.h").exists()), None)
+
+
 def find_toolkit(torch_cuda: str) -> tuple[Path | None, str]:
     """The root of a CUDA toolkit with torch's major CUDA version, or None, and why."""
     places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), DEFAULT_TOOLKIT]
@@ -41,7 +47,7 @@ def find_toolkit(torch_cuda: str) -> tuple[Path | None, str]:
     seen = []
     for place in dict.fromkeys(p for p in places if p):
         compiler = Path(place) / "bin" / "nvcc"
-        if not compiler.exists() or not (Path(place) / "include" / "cuda_runtime.h").exists():
+        if not compiler.exists() or headers_of(Path(place)) is None:
             continue
         text = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
         match = re.search(r"release (\d+)\.(\d+)", text)
@@ -168,11 +174,13 @@ def extensions(cuda: bool) -> list[Any]:
         )
     ]
     if cuda:
+        headers = headers_of(Path(os.environ["CUDA_HOME"]))
         architectures = f'-DMETALORA_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"'
         built.append(
             CUDAExtension(
                 "metalora._C_cuda",
                 [*sources("csrc/cuda", "*.cpp"), *sources("csrc/cuda", "*.cu")],
+                include_dirs=[str(headers)] if headers else [],
                 extra_compile_args={
                     "cxx": [*cxx, "-DUSE_CUDA", architectures],
                     "nvcc": NVCC_FLAGS,

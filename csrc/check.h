@@ -13,6 +13,18 @@
 #include <stdexcept>
 #include <string>
 
+#if __has_include(<torch/csrc/stable/macros.h>)
+#include <torch/csrc/stable/macros.h>
+#endif
+
+// A call of torch's C interface, whose error has torch's own text, such as that memory is short;
+// with the headers of torch before 2.13, which cannot pass it on, only which call has failed.
+#ifdef STABLE_TORCH_ERROR_CODE_CHECK
+#define METALORA_TORCH(call) STABLE_TORCH_ERROR_CODE_CHECK(call)
+#else
+#define METALORA_TORCH(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace metalora {
 
 using torch::headeronly::ScalarType;
@@ -69,7 +81,7 @@ inline void check_memory(const char* op, const char* name, const Tensor& tensor)
   const int64_t elements = tensor.numel();
   if (elements == 0) return;
   int64_t held = 0, needed = tensor.storage_offset();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_numel(tensor.get(), &held));
+  METALORA_TORCH(aoti_torch_get_storage_numel(tensor.get(), &held));
   if (tensor.is_contiguous()) {
     needed += elements;
   } else {

@@ -153,12 +153,16 @@ def _gpu_problem(index: int) -> str | None:
     )
 
 
+_JETSON = ((8, 7), (10, 1))
+
+
 def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
     """Whether code for these architectures ("8.0;9.0+PTX") runs on a GPU of this capability.
 
     Machine code runs on GPUs of the same major version from its own minor version on, PTX on all
-    newer GPUs, and what is specific to an architecture ("9.0a") on that alone. Entries that are no
-    architecture, as of a list that setup.py did not write, are left out.
+    newer GPUs, and what is specific to an architecture ("9.0a") on that alone. Jetson's (8.7 and
+    10.1) run machine code of their own only. Entries that are no architecture, as of a list that
+    setup.py did not write, are left out.
     """
     for major_text, minor_text, specific, ptx in _ARCHITECTURE.findall(architectures):
         major, minor = int(major_text), int(minor_text)
@@ -166,7 +170,8 @@ def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
             fits = capability == (major, minor)
         else:
             newer = bool(ptx) and capability >= (major, minor)
-            fits = newer or (capability[0] == major and capability[1] >= minor)
+            same = capability == (major, minor) or capability not in _JETSON
+            fits = newer or (same and capability[0] == major and capability[1] >= minor)
         if fits:
             return True
     return False

@@ -276,6 +276,14 @@ class TestToolkit:
         assert found is None
         assert "found only 12.8" in why
 
+    def test_headers_may_be_where_conda_has_them(self, setup_module, monkeypatch, tmp_path) -> None:
+        root = self.fake(tmp_path / "conda", "13.0", header=False)
+        headers = root / "targets" / "x86_64-linux" / "include"
+        headers.mkdir(parents=True)
+        (headers / "cuda_runtime.h").touch()
+        assert self.find(setup_module, monkeypatch, root, "13.0")[0] == root
+        assert setup_module.headers_of(root) == headers
+
     def test_a_toolkit_without_headers_is_not(self, setup_module, monkeypatch, tmp_path) -> None:
         root = self.fake(tmp_path / "cuda", "13.0", header=False)
         assert self.find(setup_module, monkeypatch, root, "13.0")[0] is None

@@ -23,8 +23,8 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   }
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes.begin(), strides.data(), code,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  METALORA_TORCH(aoti_torch_empty_strided(dim, sizes.begin(), strides.data(), code,
+                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

@@ -14,7 +14,6 @@ namespace metalora::cuda::blas {
 // Of library_types.h, cublas_api.h and cublasLt.h.
 enum DataType : int { kFloat32 = 0, kFloat16 = 2, kBfloat16 = 14 };
 enum ComputeType : int { kComputeFloat32 = 68, kComputeTf32 = 77 };
-enum Status : int { kNotSupported = 15 };
 enum Operation : int { kPlain = 0, kTransposed = 1 };
 enum Epilogue : int { kWithBias = 4, kWithSums = 512 };
 enum ProductAttribute : int {

@@ -16,6 +16,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 namespace metalora::cuda {
 
 using bf16 = __nv_bfloat16;
@@ -135,13 +139,25 @@ inline void check_earlier(const char* kernel) {
   if (error != cudaSuccess) check(std::string("found before the launch of ") + kernel, error);
 }
 
+// Beyond 48 KB CUDA wants to be asked. The answer is kept by a kernel and device, and is for all
+// threads, so that it is only ever raised.
 template <typename Kernel>
 void allow_shared(const char* name, Kernel* kernel, size_t bytes) {
-  if (bytes <= 48 * 1024) return;  // beyond this CUDA wants to be asked
+  if (bytes <= 48 * 1024) return;
+  static std::mutex mutex;
+  static std::map<std::pair<Kernel*, int>, size_t> allowed;
+  int device = 0;
+  check(name, cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& most = allowed[{kernel, device}];
+  if (bytes <= most) return;
   const cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error != cudaSuccess)
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next launch would find it
     check(std::string(name) + " with " + std::to_string(bytes) + " bytes of shared memory", error);
+  }
+  most = bytes;
 }
 
 inline void check_launch(const char* kernel) {

@@ -46,8 +46,9 @@ std::tuple<Tensor, Tensor, Tensor> MergeOnGpu::merge_backward(const Tensor& P, c
   const Tensor grad_weight = empty_if(need_weight, P, {shape.out, shape.in}, dtype);
   const Tensor grad_A = empty_if(!symmetric, P, {shape.tasks, shape.rank, shape.in}, dtype);
   const Tensor grad_B = empty(P, {shape.tasks, shape.out, shape.rank}, dtype);
-  const Tensor scratch = empty(
-      P, {merge_lora_backward_scratch(shape, chunks, type_of(P.scalar_type()))}, ScalarType::Byte);
+  const Tensor scratch =
+      empty(P, {merge_lora_backward_scratch(shape, chunks, type_of(P.scalar_type()), tf32)},
+            ScalarType::Byte);
   const MergeFactors factors{a.const_data_ptr(), b.const_data_ptr(), type_of(dtype), symmetric,
                              scaling};
   launch_merge_lora_backward(need_weight ? grad_weight.mutable_data_ptr() : nullptr,

@@ -27,7 +27,8 @@ void launch_merge_lora(void* merged, Type merged_type, const void* weight,
                        cudaStream_t stream);
 
 // Bytes of scratch that launch_merge_lora_backward wants.
-int64_t merge_lora_backward_scratch(const MergeShape& shape, int64_t chunks, Type P_type);
+int64_t merge_lora_backward_scratch(const MergeShape& shape, int64_t chunks, Type P_type,
+                                    bool tf32);
 
 // From P [T, chunks, out, in] (of `P_type`: that of the weight or f32, or bf16 / f16 where that is
 // f32), read once, with P_t the sum of its chunks: grad_weight [out, in] = Σ_t P_t (left out where

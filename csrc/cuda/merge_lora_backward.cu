@@ -212,15 +212,16 @@ void launch_kernels(void* grad_A, void* grad_B, const MergeFactors& factors, Arg
 
 }  // namespace
 
-int64_t merge_lora_backward_scratch(const MergeShape& shape, int64_t chunks, Type P_type) {
+int64_t merge_lora_backward_scratch(const MergeShape& shape, int64_t chunks, Type P_type,
+                                    bool tf32) {
   const auto elements = [&](int tile_rows) {
     return make_plan(shape, chunks, tile_rows, bytes_of(P_type)).total;
   };
   if (P_type == Type::f64)
     return elements(FmaProducts<double>::kTileRows) * int64_t{sizeof(double)};
-  return std::max(elements(FmaProducts<float>::kTileRows),
-                  elements(MmaProducts<float, 2>::kTileRows)) *
-         int64_t{sizeof(float)};
+  static_assert(MmaProducts<float, 2>::kTileRows == MmaProducts<float, 4>::kTileRows);
+  const int rows = tf32 ? MmaProducts<float, 2>::kTileRows : FmaProducts<float>::kTileRows;
+  return elements(rows) * int64_t{sizeof(float)};
 }
 
 void launch_merge_lora_backward(void* grad_weight, void* grad_A, void* grad_B, const void* P,

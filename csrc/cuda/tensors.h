@@ -47,7 +47,7 @@ class DeviceGuard {
 
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  METALORA_TORCH(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -61,7 +61,7 @@ inline bool has_grouped_products(const Tensor& tensor) {
 // torch's of cuBLAS for the current GPU and stream.
 inline void* blas_handle() {
   void* handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
+  METALORA_TORCH(torch_get_current_cuda_blas_handle(&handle));
   return handle;
 }
 
@@ -122,7 +122,7 @@ inline Tensor batch_transposed(const Tensor& tensor) {
 inline void baddbmm_out(const Tensor& result, const Tensor& self, const Tensor& a, const Tensor& b,
                         double beta, double alpha) {
   note_product("baddbmm", result, a);
-  TORCH_ERROR_CODE_CHECK(
+  METALORA_TORCH(
       METALORA_ATEN(baddbmm_out)(result.get(), self.get(), a.get(), b.get(), beta, alpha));
 }
 
@@ -173,8 +173,7 @@ inline bool summed_products_out(const Tensor& result, const Tensor& sums, const 
 inline void addmm_out(const Tensor& result, const Tensor& self, const Tensor& a, const Tensor& b,
                       double beta, double alpha) {
   note_product("addmm", result, a);
-  TORCH_ERROR_CODE_CHECK(
-      METALORA_ATEN(addmm_out)(result.get(), self.get(), a.get(), b.get(), beta, alpha));
+  METALORA_TORCH(METALORA_ATEN(addmm_out)(result.get(), self.get(), a.get(), b.get(), beta, alpha));
 }
 
 // result = a b, matrices (op "aten::mm") or batches of them ("aten::bmm"). Sums of 16-bit factors

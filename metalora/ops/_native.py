@@ -76,8 +76,13 @@ def call(name: str, *arguments: Any) -> Any:
     """
     if torch.compiler.is_compiling():
         return raw(name)(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return raw(name)(*arguments)
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return raw(name)(*arguments)
+    except RuntimeError as error:
+        if "CUDA out of memory" in str(error):  # its type does not pass the stable interface
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
 
 
 def _fake_kernel(name: str, fake: Callable[[Any], Any]) -> Callable[..., Any]:

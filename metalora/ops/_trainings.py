@@ -58,19 +58,19 @@ def check_converged(function: str, diverged_at: Tensor, steps: int, rates: str) 
 @register("linear_lora_ml")
 def _lora_ml_fake(a: Any) -> tuple[Tensor, ...]:
     records = _records(a.gram, a.outer_steps)
-    return torch.empty_like(a.weight), torch.empty_like(a.factors), *records
+    return _contiguous(a.weight), _contiguous(a.factors), *records
 
 
 @register("linear_standard")
 def _standard_fake(a: Any) -> tuple[Tensor, ...]:
-    return torch.empty_like(a.weight), *_records(a.gram, a.steps)
+    return _contiguous(a.weight), *_records(a.gram, a.steps)
 
 
 @register("linear_finetune_lora")
 def _linear_finetune_fake(a: Any) -> tuple[Tensor, ...]:
     losses, diverged_at = _records(a.gram, a.steps)
     errors = a.gram.new_empty((a.gram.shape[0], 0 if a.truth is None else a.steps + 1))
-    return torch.empty_like(a.factor_u), torch.empty_like(a.factor_v), losses, errors, diverged_at
+    return _contiguous(a.factor_u), _contiguous(a.factor_v), losses, errors, diverged_at
 
 
 @register("shallow_retrain")
@@ -78,7 +78,7 @@ def _retrain_fake(a: Any) -> tuple[Tensor, ...]:
     trainings, tasks, _, dim = a.x.shape
     rank = 0 if a.lora_A is None else a.lora_A.shape[2]
     return (
-        *(torch.empty_like(a.weight), torch.empty_like(a.output)),
+        *(_contiguous(a.weight), _contiguous(a.output)),
         *(a.x.new_empty(trainings, tasks, rank, dim), a.x.new_empty(trainings, tasks, dim, rank)),
         *_records(a.x, a.epochs),
     )
@@ -86,7 +86,11 @@ def _retrain_fake(a: Any) -> tuple[Tensor, ...]:
 
 @register("shallow_finetune_lora")
 def _shallow_finetune_fake(a: Any) -> tuple[Tensor, ...]:
-    return torch.empty_like(a.lora_A), torch.empty_like(a.lora_B), *_records(a.x, a.epochs)
+    return _contiguous(a.lora_A), _contiguous(a.lora_B), *_records(a.x, a.epochs)
+
+
+def _contiguous(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _records(like: Tensor, steps: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,6 @@ OF_HEADER = {
     "kBfloat16": "CUDA_R_16BF",
     "kComputeFloat32": "CUBLAS_COMPUTE_32F",
     "kComputeTf32": "CUBLAS_COMPUTE_32F_FAST_TF32",
-    "kNotSupported": "CUBLAS_STATUS_NOT_SUPPORTED",
     "kPlain": "CUBLAS_OP_N",
     "kTransposed": "CUBLAS_OP_T",
     "kWithBias": "CUBLASLT_EPILOGUE_BIAS",

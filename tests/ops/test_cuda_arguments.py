@@ -269,6 +269,10 @@ def test_the_other_operators_warn_too(without: Callable[[str], None]) -> None:
         ("Hopper", (9, 0), False),
         ("native", (9, 0), False),
         ("Hopper;8.0", (8, 6), True),
+        ("8.0;9.0+PTX", (8, 7), False),  # Jetson
+        ("8.0+PTX", (8, 7), True),
+        ("8.7", (8, 7), True),
+        ("10.0", (10, 1), False),
         ("", (9, 0), False),
     ],
 )

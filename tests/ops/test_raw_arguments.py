@@ -117,3 +117,22 @@ def test_sparse_tensors_are_refused() -> None:
         )
     with pytest.raises(TypeError, match=r"^merge_lora: weight must be a dense tensor"):
         ops.merge_lora(weight.to_sparse(), lora_A, lora_B)
+
+
+def test_a_shortage_of_memory_is_told_as_torch_tells_it() -> None:
+    """Of 64 TiB; from no rank, so that the factors need no memory."""
+    tasks = 2**44
+    given = torch.zeros(1, 1), torch.zeros(tasks, 0, 1), torch.zeros(tasks, 1, 0)
+    with pytest.raises(RuntimeError, match="you tried to allocate"):
+        _native.call("merge_lora", *given, 1.0, None, False)
+
+
+def test_a_shortage_of_gpu_memory_has_the_type_that_torch_gives_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def raises(*arguments: Any) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(_native, "raw", lambda name: raises)
+    with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate 2.00 GiB\.$"):
+        _native.call("merge_lora")

@@ -13,7 +13,12 @@
 namespace metalora::cuda::blas {
 namespace {
 
-constexpr int kInvalid = 7;  // of cublasStatus_t
+constexpr int kNotSupported = 15;  // of cublasStatus_t
+
+// The library would return a status; a test is to see it.
+[[noreturn]] int invalid() {
+  throw std::runtime_error("cublasLt: it would refuse these arguments");
+}
 
 struct Product {
   int compute;
@@ -61,7 +66,7 @@ void write(void* data, int type, int64_t i, float value) {
 
 const Functions kFunctions{
     [](void** product, int compute, int scale) {
-      if (scale != kFloat32) return int{kNotSupported};
+      if (scale != kFloat32) return kNotSupported;
       *product = new Product{compute, {}};
       return 0;
     },
@@ -75,7 +80,7 @@ const Functions kFunctions{
     },
     [](void** layout, int type, uint64_t rows, uint64_t columns, int64_t step) {
       *layout = new Layout{type, rows, columns, step};
-      return step < static_cast<int64_t>(rows) ? kInvalid : 0;
+      return step < static_cast<int64_t>(rows) ? invalid() : 0;
     },
     [](void* layout, int attribute, const void* value, size_t bytes) {
       auto& made = *static_cast<Layout*>(layout);
@@ -84,7 +89,7 @@ const Functions kFunctions{
       else if (attribute == kBatchStride && bytes == sizeof(made.stride))
         std::memcpy(&made.stride, value, bytes);
       else
-        return kInvalid;
+        invalid();
       return 0;
     },
     [](void* layout) {
@@ -98,7 +103,7 @@ const Functions kFunctions{
     [](void* preference, int attribute, const void* value, size_t bytes) {
       (*static_cast<Preference*>(preference))[attribute] = bytes_at(value, bytes);
       return bytes == (attribute == kMostWorkspace ? sizeof(size_t) : sizeof(uint32_t)) ? 0
-                                                                                        : kInvalid;
+                                                                                        : invalid();
     },
     [](void* preference) {
       delete static_cast<Preference*>(preference);
@@ -115,7 +120,11 @@ const Functions kFunctions{
       const auto [same_k, n] = as_multiplied(layout(B), p.of<int32_t>(kOperationB) == kTransposed);
       const bool fits = k == same_k && layout(D).rows == m && layout(D).columns == n && C == D &&
                         wanted == 1 && static_cast<Preference*>(preference)->size() == 5;
-      if (!fits) return kInvalid;
+      // A kernel may take 16 bytes for granted, which no preference tells.
+      const auto bytes = p.of<int64_t>(kBiasStride) * (layout(D).type == kFloat32 ? 4 : 2);
+      const auto address = reinterpret_cast<uintptr_t>(p.of<void*>(kBiasPointer));
+      if (address % 16 || (layout(D).count > 1 && bytes % 16)) invalid();
+      if (!fits) invalid();
       // Of sums there are sizes without an algorithm, and below some that are refused after all.
       *found = p.of<uint32_t>(kEpilogue) == kWithSums && n % 2 == 1 ? 0 : 1;
       results[0] = {{}, 48, 0, 1, {}};
@@ -131,8 +140,8 @@ const Functions kFunctions{
       if (*static_cast<const float*>(alpha) != 1 || *static_cast<const float*>(beta) != 0 ||
           (epilogue != kWithBias && epilogue != kWithSums) || bytes != 48 ||
           p.of<int32_t>(kBiasDataType) != d.type)
-        return kInvalid;
-      if (epilogue == kWithSums && d.columns % 4 == 2) return int{kNotSupported};
+        invalid();
+      if (epilogue == kWithSums && d.columns % 4 == 2) return kNotSupported;
       std::memset(workspace, 0xFF, bytes);
       auto* vector = p.of<void*>(kBiasPointer);
       const auto vector_stride = p.of<int64_t>(kBiasStride);

@@ -101,7 +101,7 @@ void check_merge_lora_backward(const MergeCase& c) {
   Array grad_weight(c.type, out * in), grad_A(c.type, c.symmetric ? 0 : tasks * rank * in);
   Array grad_B(c.type, tasks * out * rank);
   std::vector<unsigned char> scratch(
-      static_cast<size_t>(merge_lora_backward_scratch(c.shape, chunks, c.other)), 0xFF);
+      static_cast<size_t>(merge_lora_backward_scratch(c.shape, chunks, c.other, c.tf32)), 0xFF);
   launch_merge_lora_backward(grad_weight.data(), c.symmetric ? nullptr : grad_A.data(),
                              grad_B.data(), P.data(), c.other, chunks, adapters.factors(), c.shape,
                              c.tf32, scratch.data(), nullptr);

@@ -4,9 +4,9 @@
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include <immintrin.h>
 #if defined(__clang__)
-#pragma clang attribute push(                                                                              \
-    __attribute__((target(                                                                                 \
-        "avx2,fma,bmi2,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512"))), \
+#pragma clang attribute push(                                                             \
+    __attribute__((                                                                       \
+        target("avx2,fma,bmi2,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx512bf16"))), \
     apply_to = function)
 #else
 #pragma GCC push_options
