@@ -259,7 +259,6 @@ struct Pass {
     const int64_t end = ceil_div(p.columns, 64) * 64;  // so that all of `kept` is written
     for (int stage = 0; stage < a.stages - 1; ++stage) start_stage(stage, stage * kColumns, end);
     if (p.left) load_left();
-    if (end == 0) __syncthreads();  // S comes to where `left` is
     int stage = 0;
     for (int64_t column0 = 0; column0 < end; column0 += kColumns) {
       T* tile = shared.tile(stage);

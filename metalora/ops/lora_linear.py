@@ -210,7 +210,9 @@ def _run(
         dropout_p, seed = 0.0, None
     if route == "auto":
         out_features, in_features = weight.shape
-        rows, tasks, native = x.shape[0], lora_A.shape[0], usable(x)
+        rows, tasks = x.shape[0], lora_A.shape[0]
+        # CUDA kernels take a matrix without columns, whose address is null, for one not given.
+        native = usable(x) and not (x.is_cuda and 0 in weight.shape)
         decision = decide(
             *(rows, tasks, out_features, in_features, dropout_p),
             *(x.dtype, weight.dtype, device_type, native, memory_of(x) if native else None),
