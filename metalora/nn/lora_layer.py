@@ -133,13 +133,14 @@ class LoRALayer(TaskLayer):
     def _run(self, rows: Tensor, task_ptr: Tensor, hands_on: bool) -> tuple[Tensor, Tensor]:
         """Rows [M, in] in task order → [M, out], and rows for a layer that reads them too."""
         lora_A, lora_B = self.factors()
-        if (lora_B.shape[1], lora_A.shape[2]) != self.dense().shape:
+        weight = self.dense()
+        if (lora_B.shape[1], lora_A.shape[2]) != weight.shape:
             raise ValueError(
-                f"{self._where()}: the weight is {list(self.dense().shape)}, but the adapters were "
+                f"{self._where()}: the weight is {list(weight.shape)}, but the adapters were "
                 f"made for {[lora_B.shape[1], lora_A.shape[2]]}; change sizes, as by "
                 "resize_token_embeddings, before metalora.adapt"
             )
-        layer = rows, self.dense(), self.bias, lora_A, lora_B, task_ptr
+        layer = rows, weight, self.bias, lora_A, lora_B, task_ptr
         settings: dict[str, Any] = {
             "scaling": self.scaling,
             "dropout_p": self.dropout if self.training else 0.0,
