@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from experiments.lib.cli import flag_of, option, unique
 from experiments.lib.retraining_settings import (
     ALL,
-    FINETUNES,
     PER_TASK,
     RetrainingSettings,
     part_of,
@@ -214,8 +213,7 @@ class ConflictSettings(RetrainingSettings):
 
     def kinds(self) -> set[str]:
         """Returns the methods, fine-tunings, data and changes of inputs of this run."""
-        refit = FINETUNES if self.shared_head == "refit" else ()
-        return {*self.retrain, *self.finetune, *refit, self.data, *self.inputs}
+        return {*self.retrain, *self.finetune, *self.of_refit, self.data, *self.inputs}
 
     def points(self) -> list[Point]:
         """Returns all settings of the dials."""

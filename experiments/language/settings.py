@@ -205,10 +205,9 @@ class LanguageSettings(RetrainingSettings):
 
     def kinds(self) -> set[str]:
         """Returns the methods and fine-tunings of this run."""
-        refit = FINETUNES if self.shared_head == "refit" else ()
         return {
             *self.retrain,
-            *refit,
+            *self.of_refit,
             *(kind for method in self.retrain for kind in self.finetunes(method)),
         }
 

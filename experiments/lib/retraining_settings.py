@@ -158,6 +158,11 @@ class RetrainingSettings(RunSettings):
         check_values(self.command, self, zero=self.zero, most={"seeds": MOST_TRIALS})
 
     @property
+    def of_refit(self) -> tuple[str, ...]:
+        """The fine-tunings whose settings serve to refit a shared head too."""
+        return FINETUNES if self.shared_head == "refit" else ()
+
+    @property
     def trials(self) -> range:
         """Returns the seeds of the trials."""
         return range(self.first_seed, self.first_seed + self.seeds)

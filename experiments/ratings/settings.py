@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 from experiments.lib.cli import flag_of, option, unique
 from experiments.lib.retraining_settings import (
     ALL,
-    FINETUNES,
     METHODS,
     NONE,
     WITH_TASKS,
@@ -208,8 +207,7 @@ class RatingsSettings(RetrainingSettings):
 
     def kinds(self) -> set[str]:
         """Returns the methods and fine-tunings of this run."""
-        refit = FINETUNES if self.shared_head == "refit" else ()
-        return {*self.retrain, *self.finetune, *refit, *self.baselines}
+        return {*self.retrain, *self.finetune, *self.of_refit, *self.baselines}
 
     def ranks(self, kind: str) -> tuple[int | None, ...]:
         """Returns the ranks to run a method or fine-tuning with; None: it has no adapters."""
