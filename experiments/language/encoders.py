@@ -6,6 +6,7 @@ What is wrong with a folder is said in one line. The head of a model is drawn by
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ TINY_VOCABULARY, TINY_LENGTH = 8000, 256
 HUB_SECONDS = 10.0  # to wait for an answer before a name is given up
 OTHER_TOKENIZER = "give the folder of one with --tokenizer"
 HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+CHECKED_FILES = (*HUB_FILES, "*.bin")  # a folder may have weights in the older form
 
 
 class Encoders:
@@ -33,6 +35,10 @@ class Encoders:
         name: a name or folder, "minilm" or "tiny".
         tokenizer: name or folder of the tokenizer; None is the model's own.
         texts: the vocabulary of "tiny" is made of these.
+
+    Attributes:
+        tokenizer: of transformers.
+        sha256: see `checksums`.
 
     Raises:
         RunError: there is no such model or tokenizer.
@@ -46,6 +52,7 @@ class Encoders:
         else:
             given = (self._name,) if tokenizer is None else (tokenizer, "--tokenizer")
             self.tokenizer = load_tokenizer(*given)
+        self.sha256 = checksums(model=None if self._tiny else self._name, tokenizer=tokenizer)
 
     def new(self, seed: int) -> nn.Module:
         """Loads the pretrained encoder ("tiny": makes a random one), its head drawn by seed.
@@ -150,6 +157,27 @@ def model_folder(name: str, flag: str = "--model") -> Path:
             f"{flag} {name}: neither a folder nor downloaded before, and the Hugging Face Hub "
             f"gives none ({first_line(error)}); give the folder of a model"
         ) from None
+
+
+def checksums(**names: str | None) -> dict[str, str]:
+    """Returns a checksum of the files in each folder that is given, by its flag; None is left out.
+
+    Raises:
+        DataError: as `model_folder`.
+    """
+    found = {}
+    for what, name in names.items():
+        if name is None:
+            continue
+        folder = model_folder(name, f"--{what}")
+        digest = hashlib.sha256()
+        for path in sorted({path for files in CHECKED_FILES for path in folder.glob(files)}):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+        found[what] = digest.hexdigest()
+    return found
 
 
 def load_tokenizer(name: str, flag: str = "--model") -> Any:

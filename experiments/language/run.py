@@ -39,8 +39,7 @@ def prepare(given: LanguageSettings) -> Work:
     if device.type == "cpu":
         keep_freed_memory()
     data = {part: sha256 for file in corpus.files for part, sha256 in file.sha256.items()}
-    if start is not None:
-        data["start"] = start.sha256
+    data |= trials.encoders.sha256
     planned = [labels for phase, labels in plan(settings) if phase == "retrain"]
     retrainings = [labels for labels in planned if labels["method"] != "none"]
     source = open_retrained(settings, NAME, PART_OF, retrainings, data)

@@ -12,7 +12,6 @@ by which a run refuses tasks whose personas or dialogues the start has seen.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,13 +48,11 @@ class Start:
         folder: its run.
         settings: those it was trained with.
         seen: `experiments.language.data.fingerprints` of the dialogues it was trained on.
-        sha256: checksum of its weights.
     """
 
     folder: Path
     settings: Mapping[str, Any]
     seen: frozenset[str]
-    sha256: str
 
     @property
     def model(self) -> Path:
@@ -94,13 +91,13 @@ class Start:
             )
         try:
             seen = json.loads((folder / SEEN).read_text(encoding="utf-8"))
-            weights = (folder / MODEL / WEIGHTS).read_bytes()
+            (folder / MODEL / WEIGHTS).stat()
         except (OSError, ValueError) as error:
             raise RunError(
                 f"--start {folder}: is damaged ({error}); make a new one with python -m "
                 "experiments.language.start"
             ) from None
-        return cls(folder, given, frozenset(seen), hashlib.sha256(weights).hexdigest())
+        return cls(folder, given, frozenset(seen))
 
     def notes(self, settings: LanguageSettings) -> list[str]:
         """Returns lines on settings that make the start's sequences unlike those of a run."""
@@ -147,7 +144,7 @@ def prepare(given: StartSettings) -> Work:
     labels = {"method": "standard", "trial": settings.seed}
 
     def run(folder: RunFolder) -> None:
-        for part, sha256 in corpus.files[0].sha256.items():
+        for part, sha256 in {**corpus.files[0].sha256, **trials.encoders.sha256}.items():
             folder.add_data(part, sha256)
         folder.note(**trials.facts())
         trainings = Trainings(folder, trials, COLUMNS, {"experiment": NAME, "model": model})

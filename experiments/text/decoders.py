@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from experiments.language.encoders import fast_tokenizer, model_folder, quiet
+from experiments.language.encoders import checksums, fast_tokenizer, model_folder, quiet
 from experiments.lib.errors import DataError, RunError
 from experiments.text.settings import BYTES, SCRATCH, TextSettings
 from experiments.text.tokens import Bytes, Subwords, Tokenizer
@@ -25,6 +25,8 @@ class Decoders:
         settings: resolved settings.
 
     Attributes:
+        tokenizer: what makes tokens of text.
+        sha256: see `experiments.language.encoders.checksums`.
         longest: the longest sequence that the models have positions for; ``length`` of the
             settings where there is no limit, as in BLOOM.
 
@@ -35,6 +37,9 @@ class Decoders:
     def __init__(self, settings: TextSettings) -> None:
         self._settings = settings
         self.tokenizer = _tokenizer(settings)
+        model = None if settings.model == SCRATCH else settings.model
+        tokenizer = None if settings.tokenizer == BYTES else settings.tokenizer
+        self.sha256 = checksums(model=model, tokenizer=tokenizer)
         config = self.new(0).config
         known = config.get_text_config().vocab_size
         if self.tokenizer.size > known:

@@ -42,7 +42,8 @@ def prepare(given: TextSettings) -> Work:
     model = Path(settings.model).name
 
     def run(folder: RunFolder) -> None:
-        folder.add_data("text", corpus.sha256)
+        for part, sha256 in {"text": corpus.sha256, **trials.decoders.sha256}.items():
+            folder.add_data(part, sha256)
         folder.note(**trials.facts())
         trainings = Trainings(folder, trials, COLUMNS, {"experiment": NAME, "model": model})
         plan = [(trial, method) for trial in settings.trials for method in settings.retrain]

@@ -13,6 +13,7 @@ import torch
 
 from experiments.language.data import data_folder, fingerprints, load, load_pooled
 from experiments.language.dialogues import Dialogue, Turn
+from experiments.language.encoders import checksums
 from experiments.language.run import LANGUAGE, load_corpus
 from experiments.language.settings import LanguageSettings, StartSettings
 from experiments.language.start import (
@@ -73,7 +74,7 @@ def test_every_method_of_every_trial_begins_with_the_start(
 
     folder = LANGUAGE.run(settings)
     manifest = json.loads((tmp_path / "run" / MANIFEST).read_text())
-    assert manifest["data"]["start"] == Start.read(start, trials.settings).sha256
+    assert manifest["data"]["model"] == checksums(model=str(model))["model"]
     before = [rows(folder, BEFORE, method=m, trial=t) for m in ("none", "standard") for t in "01"]
     assert before[0] and all(each == before[0] for each in before)  # lr 1e-9 changes nothing
 

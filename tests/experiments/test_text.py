@@ -250,6 +250,23 @@ def test_a_model_in_a_folder_is_trained(data: Path, tmp_path: Path) -> None:
     assert tried._bits(trained, tried.validation).mean < before
 
 
+def test_a_run_goes_on_with_the_model_that_it_began_with(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    model = llama(vocab_size=300).float()
+    model.save_pretrained(folder)
+    own: dict[str, Any] = {"model": str(folder), "tokenizer": "bytes", "finetune": ()}
+    given = settings(data=data, retrain=("none",), **{**TASKS, **own})
+    given = dataclasses.replace(given, out=tmp_path / "run")
+    run = TEXT.run(given)
+    assert set(run.manifest["data"]) == {"text", "model"}
+    again = dataclasses.replace(given, resume=True)
+    TEXT.run(again)
+    model.lm_head.weight.data.neg_()
+    model.save_pretrained(folder)
+    with pytest.raises(RunError, match="the data 'model' are not those the run began with"):
+        TEXT.run(again)
+
+
 def test_models_that_cannot_be_used(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     llama(tie_word_embeddings=True, vocab_size=400).float().save_pretrained(folder)
