@@ -39,7 +39,10 @@ GRID: Mapping[str, Mapping[str, Sequence[float]]] = {
         "adapter_weight_decay": (0.05, 0.1, 0.2, 0.4, 0.8),
     },
     "standard": {"weight_decay": (0.03, 0.06, 0.1, 0.2, 0.4, 0.6, 0.8, 1.2, 2.0, 3.0, 4.0)},
-    "reptile": {"reptile_inner_lr": (3e-3, 1e-2, 3e-2), "reptile_lr": (0.03, 0.1, 0.3)},
+    "reptile": {
+        "reptile_inner_lr": (1e-2, 3e-2, 0.1, 0.3),
+        "reptile_lr": (0.01, 0.03, 0.1, 0.3),
+    },
 }
 FINETUNE_GRID = {"lora": (1.0, 2.0, 4.0, 8.0, 16.0), "last-layer": (5.0, 10.0, 20.0, 40.0, 80.0)}
 MADE_FOR = {"lora-ml": ("lora",), "last-layer-ml": ("last-layer",)}
