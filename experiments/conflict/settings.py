@@ -213,7 +213,7 @@ class ConflictSettings(RetrainingSettings):
 
     def kinds(self) -> set[str]:
         """Returns the methods, fine-tunings, data and changes of inputs of this run."""
-        return {*self.retrain, *self.finetune, *self.of_refit, self.data, *self.inputs}
+        return {*self.retrain, *self.finetune, *self.refitted(PART_OF), self.data, *self.inputs}
 
     def points(self) -> list[Point]:
         """Returns all settings of the dials."""

@@ -25,7 +25,9 @@ TINY_VOCABULARY, TINY_LENGTH = 8000, 256
 HUB_SECONDS = 10.0  # to wait for an answer before a name is given up
 OTHER_TOKENIZER = "give the folder of one with --tokenizer"
 HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
-CHECKED_FILES = (*HUB_FILES, "*.bin")  # a folder may have weights in the older form
+# What a model or a tokenizer is read from; the first of the weights that are there.
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+PARTS = ("config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model")
 
 
 class Encoders:
@@ -160,7 +162,7 @@ def model_folder(name: str, flag: str = "--model") -> Path:
 
 
 def checksums(**names: str | None) -> dict[str, str]:
-    """Returns a checksum of the files in each folder that is given, by its flag; None is left out.
+    """Returns a checksum of the model or tokenizer in each folder, by its flag; None is left out.
 
     Raises:
         DataError: as `model_folder`.
@@ -171,7 +173,8 @@ def checksums(**names: str | None) -> dict[str, str]:
             continue
         folder = model_folder(name, f"--{what}")
         digest = hashlib.sha256()
-        for path in sorted({path for files in CHECKED_FILES for path in folder.glob(files)}):
+        weights = next(filter(None, ([*folder.glob(files)] for files in WEIGHTS)), [])
+        for path in sorted({*weights, *(path for files in PARTS for path in folder.glob(files))}):
             digest.update(path.name.encode())
             with path.open("rb") as file:
                 while block := file.read(2**20):

@@ -207,7 +207,7 @@ class LanguageSettings(RetrainingSettings):
         """Returns the methods and fine-tunings of this run."""
         return {
             *self.retrain,
-            *self.of_refit,
+            *self.refitted(PART_OF),
             *(kind for method in self.retrain for kind in self.finetunes(method)),
         }
 

@@ -68,13 +68,19 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def option_of(settings: type, name: str, default: Any = dataclasses.MISSING) -> Any:
-    """Makes a field like one of another settings dataclass, with another default if given one."""
+def option_of(settings: type, name: str, default: Any = dataclasses.MISSING, **changed: Any) -> Any:
+    """Makes a field like one of another settings dataclass.
+
+    Args:
+        settings, name: which field.
+        default: another default, if given.
+        changed: what else differs, see `option`.
+    """
     fields: Mapping[str, dataclasses.Field[Any]] = settings.__dataclass_fields__  # type: ignore[attr-defined]
     field = fields[name]
     if default is dataclasses.MISSING:
         default = field.default
-    return dataclasses.field(default=default, metadata=field.metadata)
+    return dataclasses.field(default=default, metadata={**field.metadata, **changed})
 
 
 def parse(

@@ -10,6 +10,7 @@ from typing import Any
 from experiments.lib import units
 from experiments.lib.errors import RunError
 from experiments.lib.manifest import plain, read_manifest
+from experiments.lib.retraining_settings import REFIT
 
 FLAG = "--retrained"
 
@@ -67,9 +68,7 @@ class RetrainedModels:
 
     def _differences(self, method: str, manifest: Mapping[str, Any]) -> Iterator[str]:
         """Yields what differs between a run's retraining by a method and this run's."""
-        readers = {method}
-        if self._settings.shared_head == "refit" and method in self._part_of["shared_head"]:
-            readers.add("last-layer")  # refitting is configured as this fine-tuning is
+        readers = {method, *([REFIT] if self._settings.refits(method, self._part_of) else [])}
         for field in dataclasses.fields(self._settings):
             free = field.metadata.get("run_only") or field.metadata.get("extends")
             free = free or field.name == "first_seed"  # a unit's name has its trial
@@ -80,5 +79,7 @@ class RetrainedModels:
             if was != wanted:
                 yield f"retrained {method} with {field.name} {was!r}, not {wanted!r}"
         for name, sha256 in self._data.items():
-            if manifest["data"].get(name) != sha256:
+            if name not in manifest["data"]:
+                yield f"retrained {method} with no checksum of its data ({name})"
+            elif manifest["data"][name] != sha256:
                 yield f"retrained {method} on other data ({name})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -18,6 +18,7 @@ Resolved = TypeVar("Resolved", bound="RetrainingSettings")
 METHODS = ("lora-ml", "last-layer-ml", "standard", "reptile")
 WITH_TASKS = METHODS[:2]  # the methods whose tasks have adapters or heads of their own
 FINETUNES = ("lora", "last-layer")
+REFIT = "refit"  # of a shared head, configured as fine-tuning of the last layer is
 ALL, NONE = "all", "none"
 PER_TASK = ("step_per", "adapter_lr", "adapter_weight_decay", "adapter_steps")
 ZERO = ("first_seed", "weight_decay", "adapter_weight_decay")  # these may be zero
@@ -157,10 +158,13 @@ class RetrainingSettings(RunSettings):
             raise ValueError("argument --retrained: with --finetune none there is nothing to do")
         check_values(self.command, self, zero=self.zero, most={"seeds": MOST_TRIALS})
 
-    @property
-    def of_refit(self) -> tuple[str, ...]:
-        """The fine-tunings whose settings serve to refit a shared head too."""
-        return FINETUNES if self.shared_head == "refit" else ()
+    def refits(self, method: str, part_of: Mapping[str, Sequence[str]]) -> bool:
+        """Returns whether the shared head that a method leaves is refitted; see `part_of`."""
+        return self.shared_head == REFIT and method in part_of["shared_head"]
+
+    def refitted(self, part_of: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+        """Returns `REFIT` if a method of this run is refitted: a kind that `part_of` knows."""
+        return (REFIT,) if any(self.refits(m, part_of) for m in self.retrain) else ()
 
     @property
     def trials(self) -> range:
@@ -182,13 +186,16 @@ class RetrainingSettings(RunSettings):
         return dataclasses.replace(self, **missing)
 
 
-def part_of(settings: type, own: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+def part_of(
+    settings: type[RetrainingSettings], own: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
     """Returns which methods and the like each field is for: shared fields, ``own``, and by prefix.
 
     Fields that begin with "reptile" are for Reptile, those that begin with "finetune" for the
-    fine-tunings and for a refitted head, see `RetrainingSettings.kinds`.
+    fine-tunings and, but for the head that these begin with, for refitting a shared head.
     """
     names = [field.name for field in dataclasses.fields(settings)]
     of_reptile = {n: ("reptile",) for n in names if n.startswith("reptile")}
-    of_finetuning = {n: FINETUNES for n in names if n.startswith("finetune_")}
-    return {**PART_OF, **of_reptile, **of_finetuning, **own}
+    as_long = FINETUNES if "shared_head" in settings.without else (*FINETUNES, REFIT)
+    of_finetuning = {n: as_long for n in names if n.startswith("finetune_")}
+    return {**PART_OF, **of_reptile, **of_finetuning, "finetune_head": FINETUNES, **own}

@@ -36,6 +36,7 @@ from experiments.lib.manifest import (
     resumed_manifest,
 )
 from experiments.lib.units import METRICS, RESULTS
+from metalora._errors import DivergedError
 from metalora._files import replacing
 
 Settings = TypeVar("Settings")
@@ -112,7 +113,7 @@ class RunFolder(RunFiles):
         self._earlier = float(manifest.get("wall_seconds", 0.0))
         self._previous_handler: Any = None
         self._go_on = go_on
-        self._before = ""  # of a resumed run that has done nothing yet, its manifest
+        self._before = ""  # of a resumed run that has not begun to work yet, its manifest
 
     @classmethod
     def create(
@@ -173,7 +174,8 @@ class RunFolder(RunFiles):
         data, taken = self.manifest["data"], name.startswith(RETRAINED_MODEL)
         if name not in data and self.units_done and not taken:
             raise RunError(
-                f"--resume: the run began without the data {name!r}; remove them or start a new run"
+                f"--resume: the run has no checksum of the data {name!r}: it began without them, "
+                "or with an earlier version; start a new run"
             )
         before = data.setdefault(name, sha256)
         if before != sha256:
@@ -293,7 +295,8 @@ class RunFolder(RunFiles):
 
         A resumption that was refused before it did anything leaves the run as it was.
         """
-        if self._before and isinstance(error, RunError):
+        refused = isinstance(error, RunError) and not isinstance(error.__cause__, DivergedError)
+        if self._before and refused:
             with contextlib.suppress(OSError):
                 _replace(self.path(MANIFEST), self._before)
             self.close()

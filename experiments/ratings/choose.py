@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from experiments.lib.cli import flag_of
+from experiments.lib.cli import flag_of, option_of
 from experiments.lib.experiment import Experiment, Report, Work, command, each_unit
 from experiments.lib.machine import choose_device, one_thread
 from experiments.lib.runs import RunFolder
@@ -50,6 +50,11 @@ class ChooseSettings(RatingsSettings):
     """Settings of a choice; those that the grids hold are not given."""
 
     command: ClassVar[str] = "choose"
+
+    # A unit of work has all of these, so no more can come when a run is resumed.
+    finetune: tuple[str, ...] = option_of(RatingsSettings, "finetune", extends=False)
+    shots: tuple[int, ...] = option_of(RatingsSettings, "shots", extends=False)
+    rank: tuple[int, ...] = option_of(RatingsSettings, "rank", extends=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

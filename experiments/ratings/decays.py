@@ -115,7 +115,8 @@ def chosen_decays(
         if folder is not None:
             if key not in found.retrainings:
                 raise RunError(
-                    f"{FLAG}: the run in {folder} has not tried {_named(key)}; resume it with that"
+                    f"{FLAG}: the run in {folder} has not tried {_named(key)}; resume it or "
+                    "choose anew with that"
                 )
             retrainings[key] |= found.retrainings[key]
         for one in after:
@@ -127,7 +128,7 @@ def chosen_decays(
                 if (key, kind) not in found.finetunings:
                     raise RunError(
                         f"{FLAG}: the run in {folder} has not tried {' '.join(kind).rstrip()} "
-                        f"after {_named(key)}; resume it with that"
+                        f"after {_named(key)}; choose anew with that"
                     )
                 finetunings[key, kind] = found.finetunings[key, kind]
     chosen = Decays(retrainings, finetunings)

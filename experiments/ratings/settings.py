@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 from experiments.lib.cli import flag_of, option, unique
 from experiments.lib.retraining_settings import (
     ALL,
+    FINETUNES,
     METHODS,
     NONE,
     WITH_TASKS,
@@ -207,7 +208,7 @@ class RatingsSettings(RetrainingSettings):
 
     def kinds(self) -> set[str]:
         """Returns the methods and fine-tunings of this run."""
-        return {*self.retrain, *self.finetune, *self.of_refit, *self.baselines}
+        return {*self.retrain, *self.finetune, *self.refitted(PART_OF), *self.baselines}
 
     def ranks(self, kind: str) -> tuple[int | None, ...]:
         """Returns the ranks to run a method or fine-tuning with; None: it has no adapters."""
@@ -253,6 +254,7 @@ PART_OF = part_of(
         "rank": ("lora-ml", "lora"),
         "finetune_head": ("last-layer",),
         "weight_decay": METHODS,
+        "finetune_weight_decay": FINETUNES,  # a shared head is refitted with weight_decay
         **dict.fromkeys(("epochs", "batches"), (*WITH_TASKS, "standard")),
     },
 )

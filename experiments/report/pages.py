@@ -29,6 +29,7 @@ _MARKED = re.compile(
 )
 _OPEN = re.compile(r"^<!-- (?:table|figure) ", re.MULTILINE)
 _COMMAND_WIDTH = 96
+_HASH = re.compile("^[0-9a-f]{8,}")
 _DIGEST = "Numbers"  # the key of a PNG's text that says what it was drawn from
 
 
@@ -227,7 +228,8 @@ def _commit(run: RunFiles) -> str:
     if not commit:
         return ""
     changed = " with changes" if run.manifest.get("uncommitted_changes") else ""
-    at = "".join(f", resumed at {of[:7]}" for of in run.manifest.get("resumed_at", []))
+    states = run.manifest.get("resumed_at", [])
+    at = "".join(f", resumed at {_HASH.sub(lambda found: found[0][:7], of)}" for of in states)
     return f"commit {commit[:7]}{changed}{at}"
 
 

@@ -318,11 +318,14 @@ def _trimmed(
 def _elsewhere(manifest: Mapping[str, Any]) -> list[str]:
     """Returns the other commits, or states of a checkout, at which a run was resumed."""
     states = [one.get("git") for one in manifest.get("resumed", []) if isinstance(one, dict)]
-    named = [
-        f"{(git or {}).get('commit')}{' with changes' if (git or {}).get('changed') else ''}"
-        for git in [manifest.get("git"), *states]
-    ]
+    named = [_named(git or {}) for git in [manifest.get("git"), *states]]
     return [name for name in dict.fromkeys(named) if name != named[0]]
+
+
+def _named(git: Mapping[str, Any]) -> str:
+    if not git.get("commit"):
+        return "an unknown commit"
+    return f"{git['commit']}{' with changes' if git.get('changed') else ''}"
 
 
 def _is_path(text: str) -> bool:

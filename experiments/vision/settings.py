@@ -187,7 +187,7 @@ class VisionSettings(RetrainingSettings):
 
     def kinds(self) -> set[str]:
         """Returns the methods, fine-tunings and data of this run."""
-        return {*self.retrain, *self.finetune, *self.of_refit, self.data}
+        return {*self.retrain, *self.finetune, *self.refitted(PART_OF), self.data}
 
     def rates(self) -> tuple[float, ...]:
         """Returns the fine-tuning rates to run, where no other run has chosen one."""

@@ -499,13 +499,16 @@ def test_decays_are_taken_for_each_number_of_users_and_rank(
 
     capsys.readouterr()
     for change, message in (
-        ("--tasks 13", "has not tried lora-ml with 13 users and rank 0; resume it with that"),
+        ("--tasks 13", "has not tried lora-ml with 13 users and rank 0; resume it or choose"),
         ("--finetune all --rank 2", "has not tried last-layer after standard with 12 users"),
         ("--epochs 3", "has epochs 2, not 3; choose anew"),
         ("--weight-decay 1", "argument --weight-decay: contradicts --decays-from"),
     ):
         assert exit_code(RATINGS, f"{run}x {change}") == 2
         assert message in capsys.readouterr().err
+    resumed = f"{sizes} --finetune all --resume --out {source}"
+    assert exit_code(RATINGS_CHOOSE, resumed) == 2
+    assert "other settings than the run in" in capsys.readouterr().err
     rows = rows.replace("--weight-decay 9 ", "--weight-decay 8 ")
     (source / "results.csv").write_text(rows)
     assert exit_code(RATINGS, f"{run} --resume") == 2

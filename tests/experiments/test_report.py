@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from experiments.lib.errors import RunError
+from experiments.lib.runs import RunFiles
 from experiments.lib.tables import compared, side_by_side
 from experiments.report import __main__ as command
 from experiments.report import pages, registry, results
-from experiments.report.pages import Report
+from experiments.report.pages import Report, _commit
 
 ROWS = """experiment,data,method,finetune,shots,draw,finetune_lr,trial,metric,value
 vision,digits,lora-ml,lora,10,0,0.1,0,accuracy_last,0.9
@@ -190,6 +191,17 @@ def test_a_manifest_is_trimmed(clone: Path, run: Callable[..., Path]) -> None:
     assert kept["command"] == "python -m experiments.vision --shots 10"
     assert kept["machine"] == "A CPU, 1 of 2 cores, 24 GiB"
     assert kept["settings"] == {"data": "digits", "shots": ["10"]}
+
+
+def test_where_a_run_was_resumed_is_said(clone: Path, run: Callable[..., Path]) -> None:
+    here = manifest()["git"]
+    states = [here, {**here, "changed": True}, {"commit": "ab" * 20, "changed": False}, None]
+    out = add(run(resumed=[{"git": state} for state in states]), clone)
+    text = _commit(RunFiles(out, json.loads((out / "manifest.json").read_text())))
+    assert text == (
+        "commit 0123456, resumed at 0123456 with changes, resumed at abababa, "
+        "resumed at an unknown commit"
+    )
 
 
 TRIALS = {"data": "digits", "shots": ["10"], "seeds": 2, "first_seed": 0}

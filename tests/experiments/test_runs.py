@@ -21,9 +21,10 @@ import torch
 
 import metalora
 from experiments.lib import cli, experiment, lock, runs
-from experiments.lib.errors import RunError, too_large
+from experiments.lib.errors import RunError, divergence, too_large
 from experiments.lib.machine import cpu_name
 from experiments.lib.runs import RunFolder
+from metalora._errors import DivergedError
 from tests.processes import start_interruptible
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,6 +134,19 @@ def test_resume_before_any_unit_was_finished_starts_over(tmp_path: Path) -> None
     assert len(run.rows()) == 1
 
 
+def test_a_resumed_run_whose_training_diverges_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit), create(tmp_path / "run"):
+        raise KeyboardInterrupt
+    with (
+        pytest.raises(RunError, match="trial 0 diverged; lower --lr"),
+        create(tmp_path / "run", resume=True),
+        divergence("trial 0", "--lr"),
+    ):
+        raise DivergedError("not finite")
+    assert manifest(tmp_path / "run")["status"] == "failed"
+    assert "trial 0 diverged" in manifest(tmp_path / "run")["reason"]
+
+
 @dataclasses.dataclass(frozen=True)
 class NewerSettings(Settings):
     trials: int = cli.option(2, extends=True)
@@ -209,7 +223,7 @@ def test_resume_refuses_further_data_and_leaves_the_run_as_it_was(tmp_path: Path
             run.add_data("retrained model standard-0", "cc" * 32)  # comes when it is needed
             run.add_data("more images", "bb" * 32)
 
-    with pytest.raises(RunError, match="began without the data 'more images'; remove them or"):
+    with pytest.raises(RunError, match="no checksum of the data 'more images': it began without"):
         resume()
     assert manifest(tmp_path / "run") == before
     with create(tmp_path / "run", resume=True) as run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from experiments.language import settings as language
 from experiments.language.settings import LanguageSettings
-from experiments.lib.retraining_settings import FINETUNES
+from experiments.lib.retraining_settings import FINETUNES, REFIT
 from experiments.lib.unused import at_most, cut, unused
 from experiments.ratings import settings as ratings
 from experiments.ratings.settings import RatingsSettings
@@ -21,6 +22,11 @@ from experiments.theory import settings as theory
 from experiments.vision import settings as vision
 from experiments.vision.settings import VisionSettings
 
+HEADS: dict[str, Any] = {
+    "retrain": ("last-layer-ml",),
+    "finetune": (),
+    "shared_head": "refit",
+}
 MODULES: dict[str, tuple[Any, type]] = {
     "language": (language, LanguageSettings),
     "vision": (vision, VisionSettings),
@@ -36,7 +42,7 @@ def test_part_of_names_fields_and_what_a_run_can_have(name: str) -> None:
     kinds: set[str] = set()
     for constant in ("DEFAULTS", "STATEMENTS", "CONTROLS"):
         kinds.update(getattr(module, constant, ()))
-    kinds.update(getattr(settings, "methods", ()), FINETUNES)
+    kinds.update(getattr(settings, "methods", ()), FINETUNES, [REFIT])
     for field, readers in module.PART_OF.items():
         assert field in fields
         assert set(readers) <= kinds
@@ -55,13 +61,20 @@ def test_part_of_names_fields_and_what_a_run_can_have(name: str) -> None:
         (LanguageSettings(lr=1.0, epochs=3, retrain=("reptile",)), ["--lr"]),
         (LanguageSettings(epochs=3, retrain=("none",)), ["--epochs"]),
         (VisionSettings(shared_head="refit", retrain=("lora-ml",)), ["--shared-head"]),
+        (VisionSettings(**HEADS, finetune_epochs=3), []),
+        (VisionSettings(**HEADS, rank=3, evaluate_every=2), ["--evaluate-every", "--rank"]),
+        (
+            VisionSettings(**{**HEADS, "retrain": ("standard",)}, finetune_epochs=3),
+            ["--shared-head", "--finetune-epochs"],
+        ),
+        (RatingsSettings(**HEADS, finetune_weight_decay=3.0), ["--finetune-weight-decay"]),
         (VisionSettings(reptile="paper", retrain=("standard",)), ["--reptile"]),
         (VisionSettings(data_root=Path("x"), data="digits"), ["--data-root"]),
         (VisionSettings(), []),
     ],
 )
 def test_what_nothing_in_the_run_reads_is_said(settings: Any, said: list[str]) -> None:
-    module = language if isinstance(settings, LanguageSettings) else vision
+    module = sys.modules[type(settings).__module__]
     lines = unused(settings, module.PART_OF, settings.kinds())
     assert [line.split()[1] for line in lines] == said
 
