@@ -38,7 +38,8 @@ def main() -> list[float]:
     accelerator = accelerate.Accelerator()
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     history = []
-    for _ in range(8):  # accelerate draws new rounds for each epoch
+    for epoch in range(8):
+        rounds.set_epoch(epoch)
         losses = []
         for batch in loader:
             logits = model(**batch).logits

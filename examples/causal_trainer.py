@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 import metalora
-from metalora.hf import TaskCollator, TaskRounds, accept_task_ids
+from metalora.hf import RoundsCallback, TaskCollator, TaskRounds, accept_task_ids
 from metalora.meta import Batch
 
 TASKS, LENGTH = 3, 8
@@ -65,6 +65,7 @@ def main() -> dict[str, float]:
         data_collator=TaskCollator(transformers.default_data_collator),
         train_dataset=TaskRounds(train, [s["task_id"] for s in train], batch_size=16),
         compute_loss_func=accepted.loss,  # the mean over tasks (paper, eq. 5)
+        callbacks=[RoundsCallback()],  # an epoch's own rounds
         optimizers=(metalora.TaskOptimizer(model, torch.optim.AdamW, lr=5e-3), None),
     )
     trainer.train()

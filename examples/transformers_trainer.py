@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import metalora
-from metalora.hf import TaskCollator, TaskRounds, accept_task_ids
+from metalora.hf import RoundsCallback, TaskCollator, TaskRounds, accept_task_ids
 
 TASKS = 3
 
@@ -50,6 +50,7 @@ def main() -> dict[str, float]:
         eval_dataset=samples(300),
         compute_loss_func=accept_task_ids(model).loss,  # the mean over tasks (paper, eq. 5)
         compute_metrics=accuracy,
+        callbacks=[RoundsCallback()],  # an epoch's own rounds
         optimizers=(optimizer, None),  # instead of the trainer's, which would move absent tasks too
     )
     trainer.train()

@@ -153,7 +153,7 @@ def _gpu_problem(index: int) -> str | None:
     )
 
 
-_JETSON = ((8, 7), (10, 1))
+_JETSON = {(8, 7), (10, 1)}
 
 
 def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
@@ -161,8 +161,8 @@ def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
 
     Machine code runs on GPUs of the same major version from its own minor version on, PTX on all
     newer GPUs, and what is specific to an architecture ("9.0a") on that alone. Jetson's (8.7 and
-    10.1) run machine code of their own only. Entries that are no architecture, as of a list that
-    setup.py did not write, are left out.
+    10.1) and the others do not run each other's machine code. Entries that are no architecture, as
+    of a list that setup.py did not write, are left out.
     """
     for major_text, minor_text, specific, ptx in _ARCHITECTURE.findall(architectures):
         major, minor = int(major_text), int(minor_text)
@@ -170,7 +170,7 @@ def runs_on(architectures: str, capability: tuple[int, int]) -> bool:
             fits = capability == (major, minor)
         else:
             newer = bool(ptx) and capability >= (major, minor)
-            same = capability == (major, minor) or capability not in _JETSON
+            same = capability == (major, minor) or _JETSON.isdisjoint({capability, (major, minor)})
             fits = newer or (same and capability[0] == major and capability[1] >= minor)
         if fits:
             return True

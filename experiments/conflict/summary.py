@@ -34,6 +34,8 @@ TITLES = {
     "inputs": "inputs  ",
     "flipped": "flipped",
     "method": "retraining          ",
+    "batch_size": "batch",
+    "retrain_lr": "rate  ",
     "finetune": "fine-tuning",
     "shots": "shots",
     "trials": "trials",
@@ -130,13 +132,15 @@ def _of(line: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _text(lines: list[Line], what: str) -> list[str]:
+    of_candidates = ("batch_size", "retrain_lr")  # known where several are tried
+    used = {n: t for n, t in TITLES.items() if n not in of_candidates or any(x[n] for x in lines)}
     text = [
         f"held-out accuracy of {what} in %, mean (standard error); "
         "difference to standard [95 % interval], trials ahead",
-        " ".join(TITLES.values()),
+        " ".join(used.values()),
     ]
     for line in lines:
-        cells = [str(line[name] or "-").ljust(len(title)) for name, title in TITLES.items()]
+        cells = [str(line[name] or "-").ljust(len(title)) for name, title in used.items()]
         cells.append(with_error(line["value"], line["value_se"], ".1f"))
         if line["value_vs"] is not None:
             cells.append(line["value_vs"].text(".1f"))

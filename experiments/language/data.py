@@ -96,8 +96,8 @@ class Corpus:
 
     Attributes:
         files: reports on the retraining and the test file; one report if they are the same.
-        other_sides: dialogues left out of the retraining tasks because a test task has them, or a
-            retraining task holds them out, usually from the other side.
+        other_sides: dialogues left out because a test task has them, or because they are held out,
+            usually from the other side.
     """
 
     retraining: tuple[Task, ...]
@@ -127,8 +127,8 @@ def load(
     first. ``first_test_task`` passes over more clusters than these.
 
     A file may have a dialogue twice, from both speakers' sides: what a test task has from either
-    side is left out of the retraining tasks, and what one of these holds out is not trained on in
-    another.
+    side is left out of the retraining tasks, what one of these holds out is not trained on in any
+    of them, and what a test task holds out is not trained on in that task.
 
     Args:
         root: a folder, in which the first of ``RETRAIN_FILES`` and of ``TEST_FILES`` is taken (one
@@ -157,19 +157,32 @@ def load(
     test_chosen = test.largest(first + test_tasks)[first:]
     chosen = retrain.largest(tasks)
     tested = {_conversation(d) for _, dialogues in test_chosen for d in dialogues}
-    kept = [(c, [d for d in ds if _conversation(d) not in tested]) for c, ds in chosen]
-    validated = {_conversation(d) for _, ds in kept for d in ds[len(ds) - held_out :]}
-    kept = [
-        (c, [d for d in ds[:end] if _conversation(d) not in validated] + ds[end:])
-        for c, ds in kept
-        for end in [len(ds) - held_out]
-    ]
+    retraining = [(c, [d for d in ds if _conversation(d) not in tested]) for c, ds in chosen]
+    retraining = _without_other_sides(retraining, held_out)
+    testing = [_without_other_sides([of_one], test_held_out)[0] for of_one in test_chosen]
+    before, after = (*chosen, *test_chosen), (*retraining, *testing)
     return Corpus(
-        tuple(retrain.task(c, ds, held_out) for c, ds in kept),
-        tuple(test.task(c, ds, test_held_out) for c, ds in test_chosen),
+        tuple(retrain.task(c, ds, held_out) for c, ds in retraining),
+        tuple(test.task(c, ds, test_held_out) for c, ds in testing),
         tuple(source.report() for source in dict.fromkeys([retrain, test])),
-        sum(len(ds) for _, ds in chosen) - sum(len(ds) for _, ds in kept),
+        sum(len(ds) for _, ds in before) - sum(len(ds) for _, ds in after),
     )
+
+
+def _without_other_sides(
+    clusters: Sequence[tuple[int, list[Dialogue]]], held_out: int
+) -> list[tuple[int, list[Dialogue]]]:
+    """Leaves out what one of the clusters holds out, from either side, of what they train on."""
+    ends = [len(dialogues) - held_out for _, dialogues in clusters]
+    kept_out = {
+        _conversation(d)
+        for (_, dialogues), end in zip(clusters, ends, strict=True)
+        for d in dialogues[end:]
+    }
+    return [
+        (c, [d for d in dialogues[:end] if _conversation(d) not in kept_out] + dialogues[end:])
+        for (c, dialogues), end in zip(clusters, ends, strict=True)
+    ]
 
 
 def load_pooled(

@@ -45,11 +45,11 @@ COLUMN_TITLES = {"tasks": "{} users", "rank": "rank {}", "shots": "{}"}
 _UNSEEN = "on unseen users' held-out ratings, for each number of ratings to fine-tune on"
 _CORRECTED = "corrected for users that trials share"
 _DIFFERENCE = (
-    "mean of {trials} trials, paired by trial (below 0 is better) [95 % interval, "
-    f"{_CORRECTED}], and in how many trials it is below 0."
+    "{over}, paired by trial (below 0 is better){interval}, and in how many trials it is below 0."
 )
+_INTERVAL = f" [95 % interval, {_CORRECTED}]"
 CAPTIONS = {
-    RMSE: f"RMSE {_UNSEEN}: mean of {{trials}} trials (standard error). All users count the same.",
+    RMSE: f"RMSE {_UNSEEN}: {{over}}{{error}}. All users count the same.",
     "standard": f"RMSE minus standard's with the same fine-tuning, {_UNSEEN}: {_DIFFERENCE}",
     "factors": f"RMSE minus matrix factorisation's, {_UNSEEN}: {_DIFFERENCE}",
 }
@@ -188,7 +188,12 @@ def _by_shots(lines: Sequence[Mapping[str, Any]], name: str, ends: str) -> Table
         for names, of in rows.items()
         if any(of.values())
     ]
-    caption = CAPTIONS[name].format(trials=" or ".join(trials))
+    several = trials != ["1"]
+    caption = CAPTIONS[name].format(
+        over=f"mean of {' or '.join(trials)} trials" if several else "one trial, no error estimate",
+        error=" (standard error)" if several else "",
+        interval=_INTERVAL if several else "",
+    )
     return Table(
         [*(TITLES[k] for k in key), *(COLUMN_TITLES[across].format(c or "–") for c in columns)],
         cells_of,

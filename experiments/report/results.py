@@ -167,6 +167,8 @@ def _read(
     if manifest["status"] == "failed":
         reason = manifest.get("reason", "see error.txt")
         raise RunError(f"{flag}: the run in {run} failed: {reason}")
+    if manifest["settings"].get("smoke"):
+        raise RunError(f"{flag}: the run in {run} is a smoke run, whose numbers say nothing")
     count, rows = _finished(run)
     _check_rows(rows, run, flag)
     return out, of, _trimmed(manifest, of, count, flag), rows
@@ -213,6 +215,8 @@ def compare(run: Path, name: str, folder: Path | None = None) -> tuple[list[str]
         values = [json.dumps(of[key]) for of in (manifest["settings"], settings)]
         if values[0] != values[1] and not any(_PATH.search(value) for value in values):
             lines.append(f"setting {key}: {values[0]} in the run, {values[1]} in {name}")
+    data = [of.get("data", {}) for of in (kept.manifest, manifest)]
+    lines += [f"other {line}" for line in differences("data", data[0], data[1], here="in the run")]
     equal = True
     for metric in dict.fromkeys(metric for metric, *_ in here):
         common = [row for row in here if row[0] == metric and row in there]

@@ -196,7 +196,7 @@ def _task(folder: Path, least: int, most: int, held_out: int, seed: int) -> Task
         raise DataError(
             f"{folder}: too little text: {total / KB:.1f} kB in {len(found)} documents, wanted "
             f"{held_out / KB:g} kB to measure with and {least / KB:g} kB in other "
-            "documents to learn from; leave the task out, or ask for less"
+            "documents to learn from; leave the task out, or adapt to less with --amounts"
         )
     return Task(folder.name, tuple(train), tuple(measured), empty)
 

@@ -199,15 +199,16 @@ def _obstacle(modules: dict[str, nn.Module], name: str, symmetric: bool = False)
     if reader := reader_of_weight(modules, name):
         return f"{reader} reads its weight"
     if holder := _holder(modules, name):
-        return f"{holder} is a plain list that holds it too, where it cannot be replaced"
+        return f"{holder} holds it too, in plain Python, where it cannot be replaced"
     if type(module) is not nn.Linear and not is_conv1d(module):
         return f"it is a {type(module).__name__}, not an nn.Linear"
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         return "its size is not known yet; run the model once"
     if hooks := _hooks(module):
         return hooks
-    if module._buffers:
-        return f"its buffer {next(iter(module._buffers))!r} would be lost"
+    for buffer, value in module._buffers.items():
+        if value is not None:
+            return f"its buffer {buffer!r} would be lost"
     inner, outer = features_of(module)
     if symmetric and inner != outer:
         return f"a symmetric adapter needs a square layer, got [out={outer}, in={inner}]"
@@ -215,16 +216,23 @@ def _obstacle(modules: dict[str, nn.Module], name: str, symmetric: bool = False)
 
 
 def _holder(modules: dict[str, nn.Module], name: str) -> str:
-    """What also holds the module in a plain list, from which it may be called; or ""."""
+    """What around the module holds it without registering it, as a list does; or ""."""
     parts = name.split(".")
     for depth in range(len(parts)):
         outer = modules[".".join(parts[:depth])]
         for attribute, value in vars(outer).items():
-            inside = value.values() if isinstance(value, dict) else value
-            plain = isinstance(value, list | tuple | dict) and attribute != "_modules"
-            if plain and any(item is modules[name] for item in inside):
+            if attribute != "_modules" and _holds(value, modules[name]):
                 return f"{attribute!r} of the {type(outer).__name__}"
     return ""
+
+
+def _holds(value: Any, module: nn.Module, depth: int = 3) -> bool:
+    """Whether it is the module, or a container of it in so many containers at most."""
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if depth and isinstance(value, list | tuple):
+        return any(_holds(one, module, depth - 1) for one in value)
+    return value is module
 
 
 def _hooks(module: nn.Module) -> str:

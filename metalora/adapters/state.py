@@ -23,11 +23,17 @@ def adapted_layers(model: nn.Module) -> dict[str, TaskLayer]:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside what ``torch.compile`` or DistributedDataParallel made of it.
 
-    Names of those have a prefix, which nobody else knows.
+    Names of those have a prefix, which nobody else knows. One may be inside the other.
     """
-    inner = getattr(model, "_orig_mod", model)
     parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
-    return inner.module if isinstance(inner, parallel) else inner
+    while (inner := model.module if isinstance(model, parallel) else _compiled(model)) is not model:
+        model = inner
+    return model
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:

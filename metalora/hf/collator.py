@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -35,7 +37,9 @@ class TaskCollator:
         key: the field of a feature that holds its task, a number from 0.
         group: whether samples are sorted by task, those of one task in their order. If not, all
             keep their order, so that predictions match an unsorted dataset; each layer then sorts,
-            and the first waits for a GPU.
+            and the first waits for a GPU. In several processes only rounds of `TaskRounds` are
+            sorted: accelerate fills up the last batch of an evaluation with samples that it takes
+            away again from the end.
 
     Raises:
         TypeError: if a feature is no mapping.
@@ -54,14 +58,15 @@ class TaskCollator:
 
     def __call__(self, features: Sequence[Feature] | Sequence[list[Feature]]) -> dict[str, Any]:
         """Features, or a single round of them, → a batch."""
+        group = self.group and (isinstance(next(iter(features), None), list) or not _several())
         features = self._one_round(features)
         ids = [self._task(feature) for feature in features]
-        if self.group:
+        if group:
             order = sorted(range(len(ids)), key=ids.__getitem__)
             features, ids = [features[i] for i in order], [ids[i] for i in order]
         samples = [{k: v for k, v in f.items() if k != self.key} for f in features]
         batch = {**self.collate(samples), "task_ids": torch.tensor(ids, dtype=torch.int64)}
-        if self.group:
+        if group:
             batch["task_counts"] = tuple(torch.bincount(batch["task_ids"]).tolist())
         return batch
 
@@ -99,6 +104,12 @@ class TaskCollator:
         return task
 
 
+def _several() -> bool:
+    """Whether there are several processes; a DataLoader's workers know it by their environment."""
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return max(world, int(os.environ.get("WORLD_SIZE") or 1)) > 1
+
+
 class TaskRounds(Dataset[list[Any]]):
     """A dataset whose items are whole rounds: up to ``batch_size`` samples of every task.
 
@@ -107,7 +118,8 @@ class TaskRounds(Dataset[list[Any]]):
     epoch gives every sample once, and tasks with fewer samples run out earlier. From then on
     `metalora.TaskOptimizer` leaves their adapters alone.
 
-    Trainer and accelerate call `set_epoch`; in a plain loop do so before each epoch.
+    `set_epoch` must be called before each epoch, as in a loop of one's own with accelerate or
+    without; with Trainer, `RoundsCallback` does.
 
     Args:
         dataset: the samples, N of them.

@@ -10,7 +10,7 @@ from typing import Any
 
 from metalora._checks import check_count, check_positive, check_probability, short
 from metalora.adapters.config import check_peft_fields
-from metalora.io.folder import CONFIG, PeftFolderError
+from metalora.io.folder import CONFIG, SAVED_BY_TYPE, PeftFolderError
 from metalora.io.patterns import PatternError, first_matches
 
 _MOST_BYTES = 2**24
@@ -120,10 +120,16 @@ def _parse(path: Path, kind: Any, values: dict[str, Any]) -> Settings:
         dropout=check_probability(where, "lora_dropout", given["lora_dropout"]),
         use_rslora=given["use_rslora"],
         fan_in_fan_out=given["fan_in_fan_out"],
-        saved=tuple(given["modules_to_save"] or ()),
+        saved=_saved(given["modules_to_save"], given["task_type"]),
         rank_pattern=_patterns(where, "rank_pattern", values, _INTEGER, check_count),
         alpha_pattern=_patterns(where, "alpha_pattern", values, _NUMBER, check_positive),
     )
+
+
+def _saved(named: str | list[str] | None, task_type: str | None) -> tuple[str, ...]:
+    """What PEFT saves whole; before 0.11 it did not write down what a type of task adds."""
+    names = [named] if isinstance(named, str) else named or []
+    return (*names, *SAVED_BY_TYPE.get(task_type or "", ()))
 
 
 def _patterns(

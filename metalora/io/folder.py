@@ -18,6 +18,12 @@ WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
 PREFIX = "base_model.model."
 """What PEFT puts before the name of every tensor."""
+SAVED_BY_TYPE = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""What PEFT saves whole for a type of task."""
 
 
 class PeftFolderError(ValueError):

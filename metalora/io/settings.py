@@ -11,17 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from metalora._checks import first_line
-from metalora.io.folder import PREFIX
+from metalora.io.folder import PREFIX, SAVED_BY_TYPE
 from metalora.io.twin import twin_of
 from metalora.nn import TaskLayer
 from metalora.nn.lora_layer import LoRALayer
 
-# What PEFT saves whole for a type of task.
-_SAVED_BY_TYPE = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 _NO_TARGETS = "dummy-target-modules"  # PEFT's own word for an adapter of modules_to_save alone
 
 
@@ -30,7 +24,7 @@ def peft_lora_config(
 ) -> Any:
     """The ``peft.LoraConfig`` that says what the layers are."""
     heads = _heads_as_modules(model, layers)
-    saved = [*heads, *_SAVED_BY_TYPE.get(task_type or "", ())]
+    saved = [*heads, *SAVED_BY_TYPE.get(task_type or "", ())]
     # Adapters of what PEFT saves whole are merged into it.
     targets = {
         name: layer

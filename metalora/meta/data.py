@@ -198,6 +198,10 @@ class _ByTask:
         self.rounds, self.num_tasks, self.pooled = rounds, rounds.num_tasks, rounds.pooled
 
     @property
+    def order(self) -> str | None:
+        return getattr(self.rounds, "order", None)
+
+    @property
     def rounds_per_task(self) -> Sequence[int]:
         return self.rounds.rounds_per_task
 

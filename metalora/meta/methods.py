@@ -82,7 +82,7 @@ def lora_ml(
         ValueError: if ``model`` has adapters already or its shared weights are all frozen, or
             ``lora_config`` does not fit it.
     """
-    return _retrain("lora_ml", model, rounds, config, lora_config, options)
+    return retrain("lora_ml", model, rounds, config, lora_config, options)
 
 
 def last_layer_ml(
@@ -110,11 +110,11 @@ def last_layer_ml(
             are not in it.
     """
     own = _heads_only("last_layer_ml", heads)
-    return _retrain("last_layer_ml", model, rounds, config, own, options)
+    return retrain("last_layer_ml", model, rounds, config, own, options)
 
 
 @own_random_state()
-def _retrain(
+def retrain(
     function: str,
     model: nn.Module,
     rounds: Rounds,
@@ -134,7 +134,7 @@ def _retrain(
             raise ValueError(
                 f"{function}: all weights that tasks share are frozen, as PEFT leaves them, so "
                 "there is nothing to retrain; call model.requires_grad_(True), or fine-tune by "
-                f"meta.{'finetune_lora' if function == 'lora_ml' else 'finetune_last_layer'}"
+                f"meta.{'finetune_last_layer' if function == 'last_layer_ml' else 'finetune_lora'}"
             )
         result = train_by_gradient(model, rounds, config, options)
         result = _with_adapters(result, model, processes)

@@ -14,7 +14,7 @@ from metalora.adapters.select import check_linear_alone, select
 from metalora.meta.config import TrainConfig
 from metalora.meta.data import Rounds, by_task
 from metalora.meta.loop import Result, train
-from metalora.meta.methods import check_call, lora_ml
+from metalora.meta.methods import check_call, retrain
 from metalora.meta.peft_adapters import (
     adapter_state_dicts,
     average_heads,
@@ -71,7 +71,7 @@ def peft_ml(
     check_call("peft_ml", model, rounds, options)
     lora_config = _as_fused(model, peft_config) if fused else None
     if lora_config is not None:
-        return lora_ml(model, rounds, config, lora_config, **options)
+        return retrain("peft_ml", model, rounds, config, lora_config, options)
     return _train("peft_ml", model, rounds, config, peft_config, options, train_shared=True)
 
 

@@ -16,14 +16,17 @@ from metalora.adapters.state import unfreeze_base
 def as_before(model: nn.Module, *, always: bool = False) -> Iterator[None]:
     """After any exception inside, even an interrupt, restores ``model`` as it was on entering.
 
-    Restored are its modules and their modes, the values of buffers, and ``requires_grad`` of the
-    parameters. Their values are left alone, as fine-tuning does not change them.
+    Restored are its modules and their modes, its buffers and their values, and ``requires_grad`` of
+    the parameters. Their values are left alone, as fine-tuning does not change them.
 
     Args:
         model: the model.
         always: restore it without an exception too.
     """
-    modules = [(module, dict(module._modules), module.training) for module in model.modules()]
+    modules = [
+        (module, dict(module._modules), dict(module._buffers), module.training)
+        for module in model.modules()
+    ]
     parameters = [(p, p.requires_grad) for p in model.parameters()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     done = False
@@ -32,8 +35,9 @@ def as_before(model: nn.Module, *, always: bool = False) -> Iterator[None]:
         done = True
     finally:
         if always or not done:
-            for module, children, training in modules:
+            for module, children, own, training in modules:
                 module._modules.update(children)
+                module._buffers.update(own)  # some models assign a new tensor
                 module.training = training
             reopen_fused_paths(model)
             unfreeze_base(model)
@@ -41,4 +45,5 @@ def as_before(model: nn.Module, *, always: bool = False) -> Iterator[None]:
                 parameter.requires_grad_(flag)
             with torch.no_grad():
                 for buffer, value in buffers:
-                    buffer.copy_(value)
+                    if not torch.equal(buffer, value):  # an expanded one cannot be written to
+                        buffer.copy_(value)

@@ -528,9 +528,9 @@ class ReptileStep(Step):
         groups = -(-len(rounds) // self.inner_steps)
         if self.average:
             return groups
-        if getattr(rounds, "order", "rounds") == "proportional":  # not all in the first rounds
-            return sum(min(count, groups) for count in rounds.rounds_per_task)
-        return sum(-(-count // self.inner_steps) for count in rounds.rounds_per_task)
+        if getattr(rounds, "order", "") == "rounds":  # a task's are the first ones
+            return sum(-(-count // self.inner_steps) for count in rounds.rounds_per_task)
+        return sum(min(count, groups) for count in rounds.rounds_per_task)
 
     def split(self, rounds: Rounds) -> Iterator[list[Batch]]:
         """``inner_steps`` rounds at a time, task by task or together."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from operator import index
-from typing import Any, SupportsIndex
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,8 +66,8 @@ class TaskBatch:
                 "tasks: under FakeTensorMode the ids have no values to read; make the TaskBatch "
                 "before entering FakeTensorMode(allow_non_fake_inputs=True)"
             )
-        if isinstance(task_ids, SupportsIndex) and not isinstance(task_ids, bool | Tensor):
-            task_ids = torch.tensor([index(task_ids)])  # numpy's integers too
+        if isinstance(task_ids, Integral) and not isinstance(task_ids, bool):
+            task_ids = torch.tensor([int(task_ids)])  # numpy's integers too
         if not isinstance(task_ids, Tensor):
             got = type(task_ids).__name__
             raise TypeError(

@@ -205,10 +205,23 @@ def test_a_layer_called_from_a_plain_list_is_refused():
         LoRAConfig(target_modules=["0.0"]),
         LoRAConfig(target_modules=(), heads=["0.1"]),
     ):
-        with pytest.raises(ValueError, match=r"'layers' of the CallsAList is a plain list that ho"):
+        with pytest.raises(ValueError, match=r"'layers' of the CallsAList holds it too, in pl"):
             adapt(nn.Sequential(CallsAList()), config, 2)
     with pytest.warns(UserWarning, match=r"leaves out '0.0' \(.*\), '0.1' \("):
         model = adapt(nn.Sequential(CallsAList()), LoRAConfig(), 2)
+    assert list(adapted_layers(model)) == ["0.body"]
+
+
+def test_a_layer_held_out_of_torchs_sight_is_refused():
+    class Nested(CallsAList):
+        def __init__(self):
+            super().__init__()
+            self.layers = {"a": [[self.layers[0]]]}
+            object.__setattr__(self, "own", self.get_submodule("1"))
+            self.body.register_buffer("nothing", None)
+
+    with pytest.warns(UserWarning, match=r"'0.0' \('layers' of .*, '0.1' \('own' of"):
+        model = adapt(nn.Sequential(Nested()), LoRAConfig(), 2)
     assert list(adapted_layers(model)) == ["0.body"]
 
 

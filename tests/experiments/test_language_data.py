@@ -159,6 +159,17 @@ def test_dialogues_of_a_test_task_from_the_other_side_are_not_retrained_on(tmp_p
     assert shape(corpus) == [(3, 5, 1), (9, 3, 1), (7, 3, 1)] and corpus.other_sides == 2
 
 
+def test_what_a_test_task_holds_out_is_not_trained_on_from_the_other_side(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "valid.jsonl")
+    last = turns(9, SIZES[9] - 1)
+    other = [[SILENCE, last[0][0]], [last[0][1], last[1][0]], [last[1][1], last[2][0]]]
+    path.write_text(f"{json.dumps({'cluster': 9, 'turns': other})}\n{path.read_text()}")
+    corpus = load(tmp_path, **OPTIONS | {"tasks": 1, "test_tasks": 2})
+    tested = next(task for task in corpus.testing if task.cluster == 9)
+    assert said(tested.held_out) == [last] and other not in said(tested.train)
+    assert len(tested.train) == SIZES[9] - 1 and corpus.other_sides == 1
+
+
 def test_what_a_retraining_task_holds_out_is_not_trained_on_from_the_other_side(
     tmp_path: Path,
 ) -> None:

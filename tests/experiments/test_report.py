@@ -304,6 +304,7 @@ def test_commands_are_shown_as_one_types_them(argv: list[str], shown: str) -> No
     [
         ({"experiment": "visions"}, "no experiment is called 'visions'; there are "),
         ({"status": "failed", "reason": "ValueError: no"}, "failed: ValueError: no"),
+        ({"settings": {"smoke": True}}, "is a smoke run, whose numbers say nothing"),
         ({"notes": {"from": "/home/me/start"}}, "'notes' names a place on this machine"),
         ({"rows": ""}, "has no finished unit yet"),
         ({"rows": ROWS + "vision,digits\n"}, "line 6 of "),
@@ -445,6 +446,15 @@ def test_a_run_is_held_to_the_results_that_it_repeats(
     changed = manifest()["settings"] | settings
     found = results.compare(run(rows, settings=changed), "few", clone / "experiments" / "results")
     assert found == (wanted, equal)
+
+
+def test_other_data_are_named(clone: Path, run: Callable[..., Path]) -> None:
+    made = run(data={"images": "0"})
+    add(made, clone)
+    shutil.rmtree(made)
+    made = run(data={"images": "1"})
+    lines, _ = results.compare(made, "few", clone / "experiments" / "results")
+    assert lines[0] == "other data.images '0', in the run '1'"
 
 
 def test_runs_that_cannot_be_compared_are_refused(clone: Path, run: Callable[..., Path]) -> None:

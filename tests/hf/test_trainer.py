@@ -8,7 +8,7 @@ from torch import nn
 
 from metalora import TaskOptimizer
 from metalora.adapters import LoRAConfig, adapt, unload
-from metalora.hf import TaskCollator, TaskRounds, accept_task_ids
+from metalora.hf import RoundsCallback, TaskCollator, TaskRounds, accept_task_ids
 from metalora.meta import Batch, GradientStep, TrainConfig, evaluate
 from metalora.nn import current_tasks, tasks
 
@@ -59,7 +59,7 @@ def trainer(model, folder, *, batch_size=2, data=None, callbacks=(), **options):
         eval_dataset=data or features(10, seed=2),
         compute_loss_func=accepted.loss,
         compute_metrics=accuracy_of_tasks,
-        callbacks=list(callbacks),
+        callbacks=[RoundsCallback(), *callbacks],
         optimizers=(optimizer_for(model), None),
     )
 
@@ -216,12 +216,12 @@ def test_ungrouped_predictions_are_in_the_order_of_the_dataset(tmp_path):
 @pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped(tmp_path):
     whole, stopped, resumed = adapted_model(), adapted_model(), adapted_model()
-    options = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2}
     rounds = len(TaskRounds(DATA, IDS, batch_size=2))
-    assert rounds > 3  # it stops inside an epoch
-    trainer(whole, tmp_path / "whole").train()
-    trainer(stopped, tmp_path / "run", callbacks=[StopAfter(3)], **options).train()
-    checkpoint = tmp_path / "run" / "checkpoint-3"
+    steps = rounds + 2  # it stops inside the second epoch
+    options = {"save_strategy": "steps", "save_steps": steps, "num_train_epochs": 3}
+    trainer(whole, tmp_path / "whole", num_train_epochs=3).train()
+    trainer(stopped, tmp_path / "run", callbacks=[StopAfter(steps)], **options).train()
+    checkpoint = tmp_path / "run" / f"checkpoint-{steps}"
     assert checkpoint.is_dir()
     trainer(resumed, tmp_path / "run", **options).train(resume_from_checkpoint=str(checkpoint))
     assert_same(resumed, whole)

@@ -76,9 +76,37 @@ def with_trainer() -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     return seen, weights(model)
 
 
-def both() -> dict[str, Any]:
+def epochs_and_evaluation() -> tuple[list[int], dict[str, float]]:
+    """The epochs of the rounds that a training of three draws, and what is measured before it."""
+    model = adapted_model()
+    with tempfile.TemporaryDirectory() as folder:
+        made = trainer(
+            model,
+            folder,
+            num_train_epochs=3,
+            per_device_eval_batch_size=4,
+            ddp_find_unused_parameters=False,
+        )
+        measured = made.evaluate()
+        drawn = []
+        rounds: Any = made.train_dataset
+
+        def collate(samples: Any) -> Any:
+            drawn.append(int(rounds._epoch))
+            return pad(samples)
+
+        made.data_collator.collate = collate
+        made.train()
+    return drawn, {name: value for name, value in measured.items() if "accuracy" in name}
+
+
+def everything() -> dict[str, Any]:
     as_torchrun_says()
-    return {"accelerate": with_accelerate(), "trainer": with_trainer()}
+    return {
+        "accelerate": with_accelerate(),
+        "trainer": with_trainer(),
+        "epochs": epochs_and_evaluation(),
+    }
 
 
 def alone(by_rank: list[list[dict[str, Any]]], *, by_samples: bool) -> dict[str, torch.Tensor]:
@@ -102,7 +130,7 @@ def alone(by_rank: list[list[dict[str, Any]]], *, by_samples: bool) -> dict[str,
 
 
 def test_two_processes_take_the_steps_of_one_with_both_rounds() -> None:
-    found = run_processes(both, 2, seconds=120)
+    found = run_processes(everything, 2, seconds=120)
     for name, by_samples in (("accelerate", False), ("trainer", True)):
         rounds = [own[name][0] for own in found]
         assert len(rounds[0]) == len(rounds[1]) > 1, name
@@ -112,3 +140,9 @@ def test_two_processes_take_the_steps_of_one_with_both_rounds() -> None:
                 torch.testing.assert_close(
                     value, wanted[parameter], rtol=0, atol=1e-10, msg=f"{name}: {parameter}"
                 )
+    drawn, measured = epochs_and_evaluation()
+    for own in found:
+        epochs, measured_by_two = own["epochs"]
+        assert sorted(set(epochs)) == sorted(set(drawn)) == [0, 1, 2]
+        assert epochs == sorted(epochs)
+        assert measured_by_two == pytest.approx(measured)

@@ -368,7 +368,9 @@ def test_wrappers_leave_no_trace(tmp_path):
     folder = export_peft(wrapped, tmp_path / "out")[1]
     theirs = peft.PeftModel.from_pretrained(load_base(tmp_path / "out/base"), folder)
     assert_close(logits(theirs), logits(model, 1))
-    for wrapper in (wrapped, nn.DataParallel(model)):
+    parallel = nn.DataParallel(model)
+    in_each_other = nn.DataParallel(wrapped), torch.compile(parallel, backend="eager")
+    for wrapper in (wrapped, parallel, *in_each_other):
         assert base_state_dict(wrapper).keys() == base_state_dict(model).keys()
         state = task_state_dict(wrapper, 1)
         assert state.keys() == task_state_dict(model, 1).keys()

@@ -68,6 +68,14 @@ def test_what_peft_wrote_computes_the_same(tmp_path, kind, fields):
     assert max(dropouts) == fields.get("lora_dropout", 0.0)
 
 
+def test_the_head_of_a_task_type_need_not_be_named(tmp_path):
+    """PEFT before 0.11 saved it without writing so."""
+    wanted = written_by_peft(tmp_path / "a")
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "modules_to_save": None}))
+    assert_close(logits(import_peft(plain_model(), tmp_path / "a")), wanted)
+
+
 def test_a_single_folder_is_one_task(tmp_path):
     wanted = written_by_peft(tmp_path / "a")
     assert_close(logits(import_peft(plain_model(), str(tmp_path / "a"))), wanted)

@@ -303,6 +303,34 @@ def test_fine_tuning_leaves_modes_and_running_statistics():
     assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
 
 
+class Buffers(nn.Module):
+    """Buffers that cannot be written to, and that forward assigns anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 2)
+        self.register_buffer("ones", torch.ones(1).expand(2))
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return self.layer(x) * self.ones
+
+
+def test_fine_tuning_leaves_buffers():
+    model = Buffers()
+    mean = model.mean
+    config = peft.LoraConfig(r=2, target_modules=["layer"], use_dora=True)
+    finetune_peft(model, rounds(), TrainConfig(epochs=1, lr=0.05), config)
+    assert model.mean is mean and not mean.any()
+
+
+def test_a_frozen_base_is_not_retrained_by_peft_ml():
+    model, config = network().requires_grad_(False), peft.LoraConfig(r=2, target_modules=["body.0"])
+    with pytest.raises(ValueError, match=r"^peft_ml: all weights that tasks share are frozen"):
+        peft_ml(model, rounds(), TrainConfig(epochs=1, lr=0.1), config)
+
+
 def test_methods_that_never_train_the_weights_can_fine_tune():
     config = peft.HRAConfig(r=2, target_modules=["body.0"])
     assert finetune_peft(network(), rounds(), TrainConfig(epochs=1, lr=0.02), config).adapters

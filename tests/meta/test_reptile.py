@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metalora.meta import Callback, RoundLoader, TrainConfig, reptile
+from metalora.meta import Callback, RoundLoader, TrainConfig, by_task, reptile
 from tests.pairs import every_pair
 
 
@@ -87,6 +87,38 @@ def test_equals_the_definition(sign, inner, outer, average):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
     assert len(seen) == steps
     assert seen[0] * 2 == steps
+
+
+class Wrapped:
+    """A loader of a user's own, which does not say in what order it draws."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __getattr__(self, name):
+        if name == "order":
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        return iter(self.loader)
+
+
+def test_no_epoch_has_more_steps_than_were_foretold():
+    ids = torch.repeat_interleave(torch.arange(3), torch.tensor([2, 30, 7]))
+    x = torch.randn(39, 4, dtype=torch.float64)
+    for wrap in (lambda loader: loader, Wrapped, by_task):
+        loader = RoundLoader(x, ids % 2, ids, batch_size=6, order="proportional")
+        seen = []
+        config = TrainConfig(epochs=1, lr=0.1, optimizer="sgd")
+        reptile(
+            network(), wrap(loader), config, inner_steps=2, inner_lr=0.1,
+            callbacks=[CountSteps(seen)],
+        )  # fmt: skip
+        assert len(seen) <= seen[0]
 
 
 class CountSteps(Callback):

@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -203,3 +204,15 @@ def test_what_belongs_to_a_finished_batch_is_given_to_it():
         pass
     with tasks(batch, 2) as entered:
         assert entered is batch
+
+
+@pytest.mark.parametrize("ids", [np.array([0, 1]), [0, 1], 1.0])
+def test_what_is_no_tensor_is_named(ids):
+    with pytest.raises(TypeError, match=r"task_ids must be an int64 tensor .*, got "), tasks(ids):
+        pass
+
+
+@pytest.mark.parametrize("task", [1, np.int64(1)])
+def test_numpys_integers_are_tasks_too(task):
+    with tasks(task) as batch:
+        assert batch.task_ids.tolist() == [1]

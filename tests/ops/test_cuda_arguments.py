@@ -272,6 +272,7 @@ def test_the_other_operators_warn_too(without: Callable[[str], None]) -> None:
         ("8.0;9.0+PTX", (8, 7), False),  # Jetson
         ("8.0+PTX", (8, 7), True),
         ("8.7", (8, 7), True),
+        ("8.7", (8, 9), False),
         ("10.0", (10, 1), False),
         ("", (9, 0), False),
     ],
