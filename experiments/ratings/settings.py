@@ -1,10 +1,10 @@
 """Settings of the ratings experiment.
 
-What stands in `CHOSEN` and `FINETUNED` was found by ``python -m experiments.ratings.choose --seeds
-3`` on the validation users, who are the same in every trial and no test users of any; that of
-Reptile in one trial. ``--users validation`` evaluates any other setting on the validation users.
+What stands in `CHOSEN` and `FINETUNED`, and Reptile's learning rates, was found by ``python -m
+experiments.ratings.choose --seeds 3`` on the validation users, who are the same in every trial and
+no test users of any. ``--users validation`` evaluates any other setting on the validation users.
 
-Learning rates, epochs, batches and the network's size are not in the grids. They come from some
+Other learning rates, epochs, batches and the network's size are not in the grids. They come from some
 forty settings tried by hand on the validation users of trial 0, most with ``weighting="users"``: 60
 epochs for 20, 100 and 200 steps of fine-tuning for 30, and embeddings of 8 and 32 for 16 were not
 better by more than about 0.002.
@@ -171,8 +171,8 @@ class RatingsSettings(RetrainingSettings):
     )
     reptile_epochs: int = option(None, help="(default: 8)")
     reptile_optimizer: str = option("sgd", help="outer", choices=("adam", "sgd"))
-    reptile_lr: float = option(0.1, help="outer")
-    reptile_inner_lr: float = option(1e-2, help="of the inner Adam")
+    reptile_lr: float = option(0.03, help="outer")
+    reptile_inner_lr: float = option(3e-2, help="of the inner Adam")
     reptile_inner_steps: int = option(4, help="per user and outer step")
 
     def __post_init__(self) -> None:

@@ -115,7 +115,7 @@ class TextSettings(RetrainingSettings):
     warmup: float = option(0.05, help="part of a training in which the rate rises")
     weight_decay: float = option(0.01, help="of AdamW, inner steps of Reptile excepted")
     finetune_steps: int = option(
-        None, help="steps of an adaptation, whatever the amount of text (default: 30)"
+        None, help="steps of an adaptation: the whole epochs that come nearest (default: 30)"
     )
     finetune_batch_size: int = option(4, help="sequences per task")
     lora_rates: tuple[float, ...] = option(
