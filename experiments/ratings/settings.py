@@ -4,10 +4,10 @@ What stands in `CHOSEN` and `FINETUNED`, and Reptile's learning rates, was found
 experiments.ratings.choose --seeds 3`` on the validation users, who are the same in every trial and
 no test users of any. ``--users validation`` evaluates any other setting on the validation users.
 
-Other learning rates, epochs, batches and the network's size are not in the grids. They come from some
-forty settings tried by hand on the validation users of trial 0, most with ``weighting="users"``: 60
-epochs for 20, 100 and 200 steps of fine-tuning for 30, and embeddings of 8 and 32 for 16 were not
-better by more than about 0.002.
+Other learning rates, epochs, batches and the network's size are not in the grids. They come from
+some forty settings tried by hand on the validation users of trial 0, most with
+``weighting="users"``: 60 epochs for 20, 100 and 200 steps of fine-tuning for 30, and embeddings of
+8 and 32 for 16 were not better by more than about 0.002.
 """
 
 from __future__ import annotations

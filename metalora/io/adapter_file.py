@@ -96,6 +96,11 @@ def _parts(folder: Path, key: str, tensor: Tensor) -> tuple[str, str, str | None
     name = key.removeprefix(PREFIX)
     module, _, parameter = name.rpartition(".")
     factor = re.fullmatch(r"(.+)\.(lora_[AB])", module) if parameter == "weight" else None
+    if "lora_embedding_" in name:
+        raise PeftFolderError(
+            f"import_peft: {folder / WEIGHTS} has {short(key)}: adapters on embeddings are not "
+            "supported; have PEFT train the embedding as modules_to_save"
+        )
     if name == key or not module or (factor and tensor.dim() != 2):
         raise PeftFolderError(
             f"import_peft: {folder / WEIGHTS} has {short(key)} of shape {list(tensor.shape)}, "

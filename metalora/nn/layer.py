@@ -177,8 +177,10 @@ class TaskLayer(nn.Module):
             f"sample order: {self._where()} takes x {list(x.shape)} for {parts} rows of each of "
             f"the {size} samples in turn, as of a flattened [B={size}, {parts}, ...]. If it holds "
             f"{parts} views of the samples, one batch behind the other, give "
-            f"task_ids.repeat({parts}).{first} If it is right, as in the beams and returned "
-            "sequences of generate, say so with warnings.filterwarnings('ignore', 'sample order')"
+            f"task_ids.repeat({parts}).{first} If samples may have unequal numbers of rows, as "
+            "images of several sizes have, exclude this layer (exclude_modules). If it is right, "
+            "as in the beams and returned sequences of generate, say so with "
+            "warnings.filterwarnings('ignore', 'sample order')"
         )
 
     def sort_rows(self, x: Tensor, batch: TaskBatch | None) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Models that other packages changed or that call their layers in ways of their own."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -184,6 +186,62 @@ def test_a_layer_that_reads_its_weight_is_left_out_aloud():
         adapt(model, LoRAConfig(rank=2), 2)
     with pytest.raises(ValueError, match="TDNNLayer reads its weight"):
         adapt(transformers.Wav2Vec2ForXVector(config), LoRAConfig(target_modules=["kernel"]), 2)
+
+
+def qwen2_vl():
+    sections = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    text = transformers.Qwen2VLConfig(
+        text_config={
+            "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": sections,
+        },
+        vision_config={
+            "depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 4,
+            "spatial_merge_size": 2, "temporal_patch_size": 1,
+        },
+        image_token_id=30, vision_start_token_id=31, vision_end_token_id=32, video_token_id=33,
+    )  # fmt: skip
+    return transformers.Qwen2VLForConditionalGeneration(text)
+
+
+def two_images():
+    """Two samples with images of 16 and 48 patches, and each of them alone."""
+    grids, patches = torch.tensor([[1, 4, 4], [1, 4, 12]]), torch.randn(64, 48)
+    rows = [[31, *[30] * count, 32, 5, 6] for count in (4, 12)]  # a token is 2 x 2 patches
+    longest = max(map(len, rows))
+    padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+
+    def given(i, first, last):
+        return {
+            "input_ids": padded[i], "attention_mask": mask[i], "image_grid_thw": grids[i],
+            "mm_token_type_ids": (padded[i] == 30).long(), "pixel_values": patches[first:last],
+        }  # fmt: skip
+
+    return given(slice(0, 2), 0, 64), [given(slice(0, 1), 0, 16), given(slice(1, 2), 16, 64)]
+
+
+def test_images_of_unequal_size_need_the_vision_tower_left_out():
+    torch.manual_seed(0)
+    errors = []
+    for excluded in ((), r".*\.visual\..*"):
+        model = adapt(qwen2_vl().eval(), LoRAConfig(rank=2, exclude_modules=excluded), 2)
+        for layer in adapted_layers(model).values():
+            nn.init.normal_(layer.lora_B)
+        both, alone = two_images()
+        with torch.no_grad():
+            with warnings.catch_warnings(record=True) as told, tasks(torch.tensor([0, 1])):
+                warnings.simplefilter("always")
+                mixed = model(**both).logits
+            assert ("images of several sizes" in str([one.message for one in told])) != bool(
+                excluded
+            )
+            for task, given in enumerate(alone):
+                with tasks(task):
+                    wanted = model(**given).logits[given["attention_mask"] == 1]
+                found = mixed[task][given["attention_mask"][0] == 1]
+                errors.append((found - wanted).abs().max())
+    assert max(errors[:2]) > 0.1 and max(errors[2:]) < 1e-4
 
 
 class CallsAList(nn.Module):

@@ -157,6 +157,11 @@ def test_another_base_by_its_layers(exported):
     )
 
 
+def test_adapters_on_embeddings_are_refused(tmp_path):
+    written_by_peft(tmp_path / "a", target_modules=["query", "word_embeddings"])
+    refused(plain_model(), tmp_path / "a", "adapters on embeddings are not supported; have PEFT")
+
+
 def test_heads_must_be_linear(tmp_path):
     written_by_peft(tmp_path / "a", modules_to_save=["LayerNorm"])
     refused(plain_model(), tmp_path / "a", "is a LayerNorm; a head is made of nn.Linear")

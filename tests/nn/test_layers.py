@@ -326,7 +326,7 @@ def test_rows_of_an_order_that_cannot_be_known_are_noted_once():
     assert not warned(lambda: call(torch.full((6,), 2)))  # of one task: any order will do
     (message,) = warned(lambda: call(IDS))  # one warning for both layers
     assert message.startswith("sample order: MultiTaskLoRALinear 'encoder.0' takes x [12, 5] for 2")
-    assert "give task_ids.repeat(2). If it is right" in message
+    assert "give task_ids.repeat(2). If samples may have unequal" in message
     assert not warned(lambda: call(IDS))
 
 
