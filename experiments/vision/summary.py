@@ -142,6 +142,7 @@ def _short(rows: Sequence[Mapping[str, str]], retrained: Sequence[Mapping[str, s
         cells.setdefault((line["method"], line["finetune"]), {})[line["shots"]] = _cell(line, LAST)
         trials.add(line["trials"])
     counted = " to ".join(str(count) for count in sorted({min(trials), max(trials)}))
+    over = f"mean (standard error) over {counted} trials" if trials != {1} else "one trial"
     return Table(
         ["retraining", "fine-tuning", "retraining tasks", *(f"{few} images" for few in shots)],
         [
@@ -152,13 +153,14 @@ def _short(rows: Sequence[Mapping[str, str]], retrained: Sequence[Mapping[str, s
             for (method, kind), of in cells.items()
         ],
         "Held-out accuracy in % of the retraining tasks, and of the test task after fine-tuning "
-        f"on so many of its images: mean (standard error) over {counted} trials, last epoch.",
+        f"on so many of its images: {over}, last epoch.",
         left=2,
     )
 
 
 def _cell(line: Mapping[str, Any], metric: str) -> str:
-    return with_error(line[metric], line[f"{metric}_se"], ".1f")
+    mean, error = line[metric], line[f"{metric}_se"]
+    return f"{mean:.1f}" if math.isnan(error) else with_error(mean, error, ".1f")
 
 
 def number(shots: str) -> float:
