@@ -174,7 +174,8 @@ def checksums(**names: str | None) -> dict[str, str]:
         folder = model_folder(name, f"--{what}")
         digest = hashlib.sha256()
         weights = next(filter(None, ([*folder.glob(files)] for files in WEIGHTS)), [])
-        for path in sorted({*weights, *(path for files in PARTS for path in folder.glob(files))}):
+        parts = [path for files in PARTS for path in folder.glob(files) if path.is_file()]
+        for path in sorted({*weights, *parts}):
             digest.update(path.name.encode())
             with path.open("rb") as file:
                 while block := file.read(2**20):

@@ -26,14 +26,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Names of those have a prefix, which nobody else knows. One may be inside the other.
     """
     parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
-    while (inner := model.module if isinstance(model, parallel) else _compiled(model)) is not model:
-        model = inner
-    return model
-
-
-def _compiled(model: nn.Module) -> nn.Module:
-    inner: nn.Module = getattr(model, "_orig_mod", model)
-    return inner
+    inner = model.module if isinstance(model, parallel) else getattr(model, "_orig_mod", None)
+    return model if inner is None else unwrapped(inner)
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -524,7 +524,7 @@ class ReptileStep(Step):
         )
 
     def per_epoch(self, rounds: Rounds) -> int:
-        """How many outer steps an epoch has; with "proportional" rounds at most."""
+        """How many outer steps an epoch has; at most, where the order is another than "rounds"."""
         groups = -(-len(rounds) // self.inner_steps)
         if self.average:
             return groups
